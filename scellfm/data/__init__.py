@@ -1,0 +1,10 @@
+"""AnnData in: reading, checking, gene identifiers, splits, demonstration and simulated data."""
+from scellfm import _lazy
+
+__getattr__, __dir__ = _lazy(__name__, {
+    "read": "reading", "check_counts": "reading",
+    "match_genes": "genes", "GeneMatch": "genes",
+    "hold_out": "splits", "folds": "splits", "Split": "splits", "Folds": "splits", "check_leakage": "splits",
+    "demo": "demonstration",
+    "simulate_cells": "cells", "simulate_shifts": "shifts",
+})

@@ -1,0 +1,8 @@
+"""Geneformer: rank value encoding, embedding, fine-tuning and in silico perturbation."""
+from scellfm import _lazy
+
+__getattr__, __dir__ = _lazy(__name__, {
+    "RankTokenizer": "tokenizer", "TokenizedCells": "tokenized",
+    "Geneformer": "model",
+    "CellClassifier": "classifier", "Screen": "screen",
+})

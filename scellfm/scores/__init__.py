@@ -1,0 +1,6 @@
+"""Every score, defined once, with its source; and the table that shows a model beside its baselines."""
+from scellfm import _lazy
+
+__getattr__, __dir__ = _lazy(__name__, {
+    "Scores": "table", "classification": "classification",
+})

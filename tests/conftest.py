@@ -1,0 +1,35 @@
+"""Where tests find the recorded outputs of the original software, and real data."""
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("SCELLFM_PROGRESS", "0")
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(os.environ.get("SCELLFM_GOLDEN", ROOT / "tests" / "golden"))
+DATA = Path(os.environ.get("SCELLFM_DATA", ROOT.parent / "shared" / "data"))
+
+
+def golden(system: str) -> Path:
+    "The folder of one system's recorded outputs; sizes, seeds and options in it may be others."
+    return GOLDEN / system
+
+
+def real_data(name: str) -> Path:
+    "A file or folder of the real data; the test is skipped where it is absent."
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"real data {name} is not here (SCELLFM_DATA={DATA})")
+    return path
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the long forms too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="long form: run with --slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
