@@ -1,0 +1,46 @@
+# Every target sets up .venv by itself; it needs Python 3.11 to 3.13 and git, nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# notebooks run two at a time, one thread each; bars would only clutter a log
+QUIET := SCELLFM_PROGRESS=0 OMP_NUM_THREADS=1 MPLBACKEND=agg
+
+.PHONY: help demo test export clean notebooks tutorials docs benchmarks
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(READY): settings.ini setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "scellfm needs Python 3.11 to 3.13; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+demo: $(READY)  ## the main job on real cells: train, classify, screen, report
+	$(BIN)/scellfm demo
+
+test: $(READY)  ## everything that must hold
+	$(QUIET) $(BIN)/python tools/check_notebooks.py
+	$(QUIET) SCELLFM_QUICK=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	$(QUIET) $(BIN)/python tools/build_site.py --check
+	SCELLFM_PROGRESS=0 $(BIN)/python -m pytest
+
+export: $(READY)  ## write scellfm/ from the notebooks
+	$(BIN)/nbdev_export
+
+clean: $(READY)  ## strip superfluous metadata from the notebooks
+	$(BIN)/nbdev_clean
+
+notebooks: $(READY)  ## run every notebook and keep what it shows
+	$(QUIET) $(BIN)/python tools/run_notebooks.py
+
+tutorials: $(READY)  ## run the tutorials alone, at full size, and keep what they show
+	$(QUIET) $(BIN)/python tools/run_notebooks.py nbs/tutorials/*.ipynb nbs/index.ipynb
+
+docs: $(READY)  ## render the site into _docs/, and README.md
+	$(QUIET) $(BIN)/python tools/build_site.py
+	if command -v quarto >/dev/null; then $(BIN)/nbdev_docs; fi
+
+benchmarks: $(READY)  ## measure every promise of speed and memory
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
