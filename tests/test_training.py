@@ -1,0 +1,293 @@
+"The one training loop: repeatable, resumable, the same on one process and on several."
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from scellfm.core import DataError, OptionError, StoreError
+from scellfm.training import CHECKPOINT, History, Recipe, Rows, batches, fit, model_tensors
+
+SETUP = textwrap.dedent("""
+    import sys, time
+    import numpy as np, torch
+    from scellfm.training import Rows, fit
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(93, 6, generator=generator)
+    y = torch.randint(0, 3, (93,), generator=generator)
+
+    def make(dropout=0.2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.Dropout(dropout),
+                                       torch.nn.Linear(8, 3))
+
+    def batch(rows, epoch):
+        keep = torch.as_tensor(rows)
+        return {"x": x[keep], "y": y[keep]}
+
+    def loss(model, batch):
+        # classes weigh unequally, so that the parts of a split batch have unequal numbers of terms
+        chosen = batch["y"] != 2
+        logits = model(batch["x"])[chosen]
+        return torch.nn.functional.cross_entropy(logits, batch["y"][chosen], reduction="sum"), chosen.sum()
+
+    options = dict(epochs=4, batch_size=8, learning_rate=0.05, device="cpu")
+""")
+exec(SETUP)
+
+
+def run_script(path, body, *arguments, prefix=(), **kwargs):
+    path.write_text(SETUP + textwrap.dedent(body))
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "SCELLFM_PROGRESS": "0"}
+    return subprocess.Popen([sys.executable, *prefix, str(path), *map(str, arguments)], env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, **kwargs)
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model_tensors(model).items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_row_comes_once_and_lengths_only_regroup():
+    lengths = np.random.default_rng(0).integers(1, 1000, 1003)
+    plain, grouped = batches(1003, 10), batches(1003, 10, lengths=lengths)
+    for groups in (plain, grouped):
+        assert sorted(np.concatenate(groups)) == list(range(1003))
+        assert len(groups) == 101
+    padded = [sum(lengths[g].max() * len(g) for g in groups) for groups in (plain, grouped)]
+    assert padded[1] < 1.1 * lengths.sum() < 1.5 * lengths.sum() < padded[0]
+
+
+def test_order_is_keyed_by_seed_and_epoch():
+    first = np.concatenate(batches(50, 7, seed=1, epoch=2))
+    assert (first == np.concatenate(batches(50, 7, seed=1, epoch=2))).all()
+    assert (first != np.concatenate(batches(50, 7, seed=1, epoch=3))).any()
+    assert (first != np.concatenate(batches(50, 7, seed=2, epoch=2))).any()
+
+
+def test_two_runs_are_equal_bit_for_bit_and_leave_the_callers_random_state():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    a, b = make(), make()
+    one = fit(a, loss, 93, batch, **options)
+    torch.rand(5)
+    two = fit(b, loss, 93, batch, **options)
+    assert one.step_rows == two.step_rows and same(weights(a), weights(b))
+    torch.manual_seed(7)
+    assert torch.equal(before, torch.get_rng_state())
+    fit(make(), loss, 93, batch, **options)
+    assert torch.equal(before, torch.get_rng_state())
+    assert fit(make(), loss, 93, batch, **{**options, "seed": 1}).step_rows != one.step_rows
+
+
+def test_dropout_is_drawn_anew_at_each_step():
+    model, seen = make(0.5), []
+    model[2].register_forward_hook(lambda module, inputs, output: seen.append(output.detach() == 0))
+    fit(model, loss, 93, batch, **{**options, "epochs": 1})
+    assert any(not torch.equal(a, b) for a, b in zip(seen, seen[1:]) if a.shape == b.shape)
+
+
+@pytest.mark.parametrize("dies_after", [1, 12, 23, 47])
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, dies_after):
+    whole = make()
+    expected = fit(whole, loss, 93, batch, **options)
+    calls = []
+
+    def dying(rows, epoch):
+        calls.append(1)
+        if len(calls) > dies_after:
+            raise KeyboardInterrupt
+        return batch(rows, epoch)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(make(), loss, 93, dying, folder=tmp_path, save_every=5, **options)
+    model, fresh_calls = make(), []
+    counted = lambda rows, epoch: fresh_calls.append(1) or batch(rows, epoch)  # noqa: E731
+    resumed = fit(model, loss, 93, counted, folder=tmp_path, save_every=5, **options)
+    assert resumed.step_rows == expected.step_rows
+    assert resumed.epoch_rows == expected.epoch_rows
+    assert same(weights(model), weights(whole))
+    if dies_after >= 5:
+        assert len(fresh_calls) < len(expected.step_rows)  # it went on and did not begin anew
+
+
+def test_kill_minus_nine_then_resume_gives_the_same_losses(tmp_path):
+    body = """
+        slow = lambda rows, epoch: time.sleep(float(sys.argv[2])) or batch(rows, epoch)
+        history = fit(make(), loss, 93, slow, folder=sys.argv[1], save_every=3, **options)
+    """
+    process = run_script(tmp_path / "run.py", body, tmp_path / "run", 0.05)
+    deadline = time.time() + 60
+    while not (tmp_path / "run" / CHECKPOINT).exists():
+        assert process.poll() is None and time.time() < deadline, process.stdout.read()
+        time.sleep(0.02)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = fit(make(), loss, 93, batch, folder=tmp_path / "run", save_every=3, **options)
+    assert resumed.step_rows == fit(make(), loss, 93, batch, **options).step_rows
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    first = make()
+    history = fit(first, loss, 93, batch, folder=tmp_path, **options)
+
+    def never(rows, epoch):
+        raise AssertionError("a batch was asked for")
+
+    again = make()
+    assert fit(again, loss, 93, never, folder=tmp_path, **options).step_rows == history.step_rows
+    assert same(weights(first), weights(again))
+
+
+@pytest.mark.parametrize("change, word", [
+    (dict(learning_rate=0.01), "learning_rate"), (dict(seed=3), "seed"), (dict(inputs={"cells": "b"}), "cells"),
+])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, word):
+    fit(make(), loss, 93, batch, folder=tmp_path, inputs={"cells": "a"}, **{**options, "epochs": 1})
+    with pytest.raises(StoreError, match=word):
+        fit(make(), loss, 93, batch, folder=tmp_path, **{"inputs": {"cells": "a"}, **options, "epochs": 1, **change})
+
+
+def test_a_checkpoint_of_another_beginning_is_refused(tmp_path):
+    fit(make(), loss, 93, batch, folder=tmp_path, **options)
+    other = make()
+    with torch.no_grad():
+        other[0].bias += 1
+    with pytest.raises(StoreError, match="weights"):
+        fit(other, loss, 93, batch, folder=tmp_path, **options)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    fit(make(), loss, 93, batch, folder=tmp_path, **options)
+    path = tmp_path / CHECKPOINT
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(StoreError, match=CHECKPOINT):
+        fit(make(), loss, 93, batch, folder=tmp_path, **options)
+
+
+def test_two_gloo_processes_agree_with_one(tmp_path):
+    body = """
+        model = make(dropout=0.0)
+        valid = {"valid": Rows(11, batch)}
+        history = fit(model, loss, 93, batch, valid=valid, folder=sys.argv[1], **options)
+        import json, os
+        if os.environ.get("RANK", "0") == "0":
+            record = {"weights": {k: v.tolist() for k, v in model.state_dict().items()}, **history.to_dict()}
+            open(sys.argv[2], "w").write(json.dumps(record))
+    """
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    process = run_script(tmp_path / "run.py", body, tmp_path / "run", tmp_path / "two.json", prefix=launch)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    two = json.loads((tmp_path / "two.json").read_text())
+    model = make(dropout=0.0)
+    one = fit(model, loss, 93, batch, valid={"valid": Rows(11, batch)}, **options)
+    assert len(two["step_rows"]) == len(one.step_rows)
+    np.testing.assert_allclose(np.array(two["step_rows"]), np.array(one.step_rows), rtol=2e-4, atol=1e-5)
+    for mine, theirs in zip(one.epoch_rows, two["epoch_rows"]):
+        assert theirs == pytest.approx(mine, rel=1e-4)
+    for name, value in model.state_dict().items():
+        np.testing.assert_allclose(np.array(two["weights"][name]), value.numpy(), atol=1e-4)
+
+
+def test_early_stopping_keeps_the_best_epoch(tmp_path):
+    scores = iter([0.5, 0.9, 0.4, 0.3, 0.8])
+    kept = []
+    options_ = {**options, "epochs": 5, "stop": "valid_f1", "greater_is_better": True, "patience": 2}
+
+    def metrics(model):
+        kept.append(weights(model))
+        return {"valid_f1": next(scores)}
+
+    model = make()
+    history = fit(model, loss, 93, batch, metrics=metrics, folder=tmp_path, **options_)
+    assert history.best == 1 and history.stopped_early and len(history.epochs) == 4
+    assert same(weights(model), kept[1]) and not same(weights(model), kept[3])
+    again = make()
+    assert fit(again, loss, 93, batch, metrics=metrics, folder=tmp_path, **options_).stopped_early
+    assert same(weights(again), kept[1])
+
+
+def test_held_out_loss_is_the_mean_over_terms_without_dropout():
+    model = make(0.5)
+    history = fit(model, loss, 80, batch, valid={"later": Rows(13, lambda rows, epoch: batch(rows + 80, epoch))}, **options)
+    with torch.no_grad():
+        total, count = loss(model.eval(), batch(np.arange(80, 93), 0))
+    assert history.epochs.later_loss.iloc[-1] == pytest.approx((total / count).item(), rel=1e-5)
+
+
+def test_frozen_parameters_do_not_change():
+    model = make()
+    model[0].requires_grad_(False)
+    before = weights(model)
+    fit(model, loss, 93, batch, **options)
+    after = weights(model)
+    assert torch.equal(before["0.weight"], after["0.weight"]) and torch.equal(before["0.bias"], after["0.bias"])
+    assert not torch.equal(before["3.weight"], after["3.weight"])
+
+
+def test_steps_bound_a_run_and_the_rate_ends_near_zero():
+    history = fit(make(), loss, 93, batch, **{**options, "steps": 17, "epochs": 1})
+    assert len(history.steps) == 17 and list(history.epochs.epoch) == [0, 1]
+    assert history.steps.learning_rate.iloc[-1] < 0.1 * options["learning_rate"]
+
+
+def test_biases_and_norms_are_not_decayed():
+    model = make()
+    before = weights(model)
+    nothing = lambda model, batch: (model(batch["x"]).sum() * 0, len(batch["y"]))  # noqa: E731
+    fit(model, nothing, 93, batch, **{**options, "weight_decay": 0.5})
+    after = weights(model)
+    assert after["0.weight"].norm() < 0.9 * before["0.weight"].norm()
+    assert torch.equal(before["0.bias"], after["0.bias"]) and torch.equal(before["1.weight"], after["1.weight"])
+
+
+def test_history_survives_json(tmp_path):
+    history = fit(make(), loss, 93, batch, **options)
+    assert History.from_dict(json.loads(json.dumps(history.to_dict()))) == history
+
+
+@pytest.mark.parametrize("wrong, word", [
+    (dict(schedule="linaer"), "linear"), (dict(learning_rate=-1), "learning_rate=-1"), (dict(epochs=0), "epochs=0"),
+    (dict(batchsize=4), "batch_size"), (dict(dtype="float16"), "bfloat16"), (dict(learning_rate=float("nan")), "nan"),
+])
+def test_a_wrong_option_is_named(wrong, word):
+    with pytest.raises(OptionError, match=word):
+        fit(make(), loss, 93, batch, **{**options, **wrong})
+
+
+def test_what_cannot_be_trained_is_refused():
+    with pytest.raises(DataError, match="0 rows"):
+        fit(make(), loss, 0, batch, **options)
+    with pytest.raises(OptionError, match="frozen"):
+        fit(make().requires_grad_(False), loss, 93, batch, **options)
+    with pytest.raises(OptionError, match="valid_los.*train_loss"):
+        fit(make(), loss, 93, batch, **options, stop="valid_los")
+    broken = lambda model, batch: (model(batch["x"]).sum() * float("nan"), 1)  # noqa: E731
+    with pytest.raises(DataError, match="nan at step 0"):
+        fit(make(), broken, 93, batch, **options)
+
+
+def test_bfloat16_learns_as_well():
+    full = fit(make(), loss, 93, batch, **options).epochs.train_loss.iloc[-1]
+    half = fit(make(), loss, 93, batch, **options, dtype="bfloat16").epochs.train_loss.iloc[-1]
+    assert half == pytest.approx(full, rel=0.1)
+
+
+def test_the_schedule_rises_then_falls():
+    recipe = Recipe(learning_rate=1.0, warmup=0.25, schedule="cosine")
+    rates = [recipe.rate(step, 40) for step in range(40)]
+    assert np.argmax(rates) in (9, 10) and rates[0] == 0.1 and 0 < rates[-1] < 0.01
