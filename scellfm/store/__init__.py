@@ -1,0 +1,6 @@
+"""Results that survive: atomic writes, fingerprints of inputs, and long runs that resume where they stopped."""
+from scellfm import _lazy
+
+__getattr__, __dir__ = _lazy(__name__, {
+    "sha256": "files", "atomic_write": "files", "fingerprint": "fingerprints", "Store": "shards",
+})
