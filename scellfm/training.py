@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEP_COLUMNS', 'CHECKPOINT', 'batches', 'Recipe', 'History', 'Rows', 'loss_module', 'optimizer_of', 'model_tensors',
-           'optimizer_tensors', 'restore', 'fingerprint_of', 'Checkpoint', 'Run', 'held_out_loss', 'close_epoch', 'fit',
-           'train']
+           'optimizer_tensors', 'restore', 'Checkpoint', 'Run', 'held_out_loss', 'close_epoch', 'fit', 'train']
 
 # %% ../nbs/training.ipynb #e662349a
 import json
@@ -19,6 +18,8 @@ import numpy as np
 import torch
 
 from .core import DataError, OptionError, StoreError, keyed_generator, keyed_seed, one_of, progress
+from .inference import pick_device
+from .store import atomic_write, fingerprint
 
 # %% ../nbs/training.ipynb #8df65487
 def batches(n: int, batch_size: int, *, seed: int = 0, epoch: int = 0, lengths=None) -> list[np.ndarray]:
@@ -83,7 +84,7 @@ class History:
     best: int | None = None
     stopped_early: bool = False
     recipe: dict = field(default_factory=dict)
-    notes: dict = field(default_factory=dict)  # what a task adds: baselines of the loss, for example
+    baselines: dict = field(default_factory=dict)  # the held-out loss of simple methods, by name; the task adds them
 
     @property
     def steps(self):
@@ -116,7 +117,9 @@ class History:
         return training_curves(self, ax=ax)
 
     def _repr_html_(self) -> str:
-        return self.epochs.to_html(index=False, float_format="{:.4f}".format)
+        simple = "; ".join(f"{name} {loss:.4f}" for name, loss in self.baselines.items())
+        table = self.epochs.to_html(index=False, float_format="{:.4f}".format)
+        return table + (f"<p>Held-out loss of simple methods: {simple}</p>" if simple else "")
 
 # %% ../nbs/training.ipynb #041d323d
 class Rows(NamedTuple):
@@ -173,17 +176,6 @@ def restore(model, tensors: Mapping) -> None:
         for name, value in model_tensors(model).items():
             value.copy_(tensors[name])
 
-
-def fingerprint_of(model) -> str:
-    "SHA-256 of a model's weights: a resumed run must start from the same."
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, value in sorted(model_tensors(model).items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().float().numpy().tobytes())
-    return digest.hexdigest()
-
 # %% ../nbs/training.ipynb #74c3d72b
 class Checkpoint:
     "One file in `folder` from which a run of the same `identity` goes on; without a folder it does nothing."
@@ -195,8 +187,6 @@ class Checkpoint:
     def save(self, model, optimizer, best: Mapping, history: History, progress_: dict) -> None:
         "Replace the checkpoint in one move."
         from safetensors.torch import save_file
-
-        from scellfm.store import atomic_write
 
         if self.path is None:
             return
@@ -250,8 +240,6 @@ class Run:
         import os
 
         from accelerate import Accelerator
-
-        from scellfm.inference import pick_device
 
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         self.accelerator = Accelerator(cpu=several and str(device) == "cpu", device_placement=False)
@@ -368,7 +356,7 @@ def fit(
         raise DataError("there are 0 rows to train on; check the split and the filters")
     if recipe.stop and not metrics:
         one_of("stop", recipe.stop, ["train_loss", *(f"{name}_loss" for name in valid)])
-    identity = {"rows": n, "weights": fingerprint_of(model), **asdict(recipe), **(inputs or {})}
+    identity = {"rows": n, "weights": fingerprint(model_tensors(model)), **asdict(recipe), **(inputs or {})}
     run = Run(model, loss, recipe, device, Checkpoint(folder, identity))
     run.load()
     devices = [run.device] if run.device.type == "cuda" else []
