@@ -8,13 +8,14 @@ __all__ = ['MANIFEST', 'Lock', 'Store']
 # %% ../../nbs/store/shards.ipynb #2e05c4f9
 import json
 import os
+import platform
 import re
 import secrets
 import socket
-import sys
 import time
 import weakref
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -126,8 +127,8 @@ def _versions() -> dict:
     "The versions of what may change a number."
     import scellfm
 
-    found = {"python": ".".join(map(str, sys.version_info[:3])), "scellfm": scellfm.__version__, "numpy": np.__version__}
-    return found | {name: sys.modules[name].__version__ for name in ("torch", "transformers") if name in sys.modules}
+    found = {name: version(name) for name in ("numpy", "scipy", "torch", "transformers")}
+    return found | {"python": platform.python_version(), "scellfm": scellfm.__version__}
 
 
 def _describe(values: dict | None) -> dict:
