@@ -1,0 +1,7 @@
+"""scGPT: value binning, cell embedding, reference mapping, integration and continual pretraining."""
+from scellfm import _lazy
+
+__getattr__, __dir__ = _lazy(__name__, {
+    "Vocabulary": "vocabulary", "BinnedCells": "tokenizer",
+    "ScGPT": "embedding", "ScGPTModel": "model", "ScGPTConfig": "model",
+})
