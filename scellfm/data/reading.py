@@ -270,7 +270,7 @@ def warn_of_oddities(adata: AnnData, layer: str | None, faults: CountFaults, ine
                  f"transformed and rounded, pass layer={name!r}", stacklevel=4)
     if not adata.obs_names.is_unique:
         name = str(adata.obs_names[adata.obs_names.duplicated()][0])
-        warn(f"cell names repeat, e.g. {name!r}, so results cannot be joined by name: call adata.obs_names_make_unique()",
+        warn(f"cell names repeat, e.g. {name!r}, so they name no cell: call adata.obs_names_make_unique()",
              stacklevel=4)
 
 
