@@ -58,7 +58,8 @@ class Recipe:
     def __post_init__(self):
         one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        for name, least in dict(epochs=1, steps=1, batch_size=1, learning_rate=0, weight_decay=0, warmup=0, patience=1).items():
+        smallest = dict(epochs=1, steps=1, batch_size=1, learning_rate=0, weight_decay=0, warmup=0, patience=1)
+        for name, least in smallest.items():
             value = getattr(self, name)
             if value is not None and not (value >= least and math.isfinite(value)):
                 raise OptionError(f"{name}={value!r} must be a number of at least {least}")
@@ -230,7 +231,8 @@ class Checkpoint:
         changed = [k for k in sorted({*found, *self.identity}) if found.get(k) != self.identity.get(k)]
         if changed:
             what = "; ".join(f"{k}: {found.get(k)!r} then, {self.identity.get(k)!r} now" for k in changed)
-            raise StoreError(f"{self.path} is the checkpoint of another run ({what}); choose another folder or delete it")
+            raise StoreError(f"{self.path} is the checkpoint of another run ({what}); choose another folder or "
+                             "delete it to begin anew")
 
 # %% ../nbs/training.ipynb #0cc937f7
 class Run:
@@ -288,8 +290,8 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss, total, count = self.sums(data, rows, epoch)
         if not math.isfinite(total):
-            raise DataError(f"the training loss became {total} at step {step}; lower learning_rate ({rate:.3g}) or look "
-                            "for cells with unusual values")
+            raise DataError(f"the training loss became {total} at step {step}; lower learning_rate ({rate:.3g}) or "
+                            "look for rows with unusual values")
         self.accelerator.backward(loss)
         free = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(free, self.recipe.clip or math.inf)
