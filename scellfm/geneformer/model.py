@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'UNUSED', 'shape_config', 'build_model', 'layer_index', 'lower_layers', 'hidden_states', 'pool_cells',
            'pooling', 'CutCells', 'sequence_lengths', 'check_tokens', 'translate', 'load_model', 'fitting_tokenizer',
-           'check_fit', 'Geneformer', 'embed_cells', 'embed', 'parameters', 'gene_means', 'embed_genes', 'summarize',
-           'state_embeddings']
+           'check_fit', 'Geneformer']
 
 # %% ../../nbs/geneformer/model.ipynb #41750ee1
 import copy as copying
@@ -14,7 +13,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 from .. import inference
@@ -151,22 +149,15 @@ def check_tokens(cells, vocabulary: int, cls: int | None, eos: int | None) -> No
         raise DataError("every cell begins with token 2 and ends with token 3, the <cls> and <eos> of V2, and this model's "
                         "dictionary has neither; tokenize the cells with this model's tokenizer")
 
-# %% ../../nbs/geneformer/model.ipynb #493a246f
-UNUSED = ("bert.pooler.", "classifier.", "bert.embeddings.position_ids", "cls.predictions.decoder.", "cls.seq_relationship.")
+# %% ../../nbs/geneformer/model.ipynb #80580fca
+UNUSED = ("bert.pooler.", "classifier.", "bert.embeddings.position_ids", "cls.seq_relationship.")
 
 
 def translate(tensors: dict) -> dict:
-    "Checkpoint tensors under BertForMaskedLM's names: the `bert.` prefix added to bare encoders, shared tensors repeated."
-    if "embeddings.word_embeddings.weight" in tensors:
-        tensors = {f"bert.{name}": value for name, value in tensors.items()}
-    tensors = dict(tensors)
-    shared = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-              "cls.predictions.decoder.bias": "cls.predictions.bias"}
-    if any(name.startswith("cls.predictions.") for name in tensors):
-        for name, source in shared.items():
-            if source in tensors:
-                tensors.setdefault(name, tensors[source])
-    return tensors
+    "Checkpoint tensors under BertForMaskedLM's names: a bare encoder (a saved BertModel) gets the prefix `bert.`."
+    if "embeddings.word_embeddings.weight" not in tensors:
+        return tensors
+    return type(tensors)({f"bert.{name}": value for name, value in tensors.items()}, tensors.files)
 
 
 def load_model(folder: Path):
@@ -184,7 +175,6 @@ def load_model(folder: Path):
     model, tensors = build_model(config), translate(read_tensors(folder))
     headless = not any(name.startswith("cls.predictions.") for name in tensors)
     report = load_state(model, tensors, ignore=UNUSED, fresh=("cls.",) if headless else ())
-    model.tie_weights()
     if headless:
         logger.info("%s: the encoder of a fine-tuned model is loaded; the head that guesses masked genes is new", folder)
     return model, report
@@ -305,6 +295,8 @@ class Geneformer:
         """Embed cells. Writes obsm[key_added] [cells, H] (NaN for cells without a known gene) and uns[key_added].
 
         With a saved dataset or TokenizedCells the array is returned. `pool`: 'cell' mean over genes, 'cls', 'auto'."""
+        from scellfm.geneformer.embedding import embed
+
         return embed(self, data, emb_layer=emb_layer, pool=pool, key_added=key_added, layer=layer,
                      token_budget=token_budget, copy=copy)
 
@@ -312,11 +304,15 @@ class Geneformer:
         """Embed genes in their context: the mean over the cells that have the gene. Writes varm[key_added] and uns.
 
         With a saved dataset or TokenizedCells a DataFrame (gene by dimension) is returned."""
+        from scellfm.geneformer.embedding import embed_genes
+
         return embed_genes(self, data, emb_layer=emb_layer, key_added=key_added, layer=layer, token_budget=token_budget, copy=copy)
 
     def state_embeddings(self, data, *, state: str, groupby=None, statistic="mean", emb_layer=-1, pool="auto", layer=None,
                          token_budget=16384) -> dict:
         "One vector [H] per value of obs[state] (within each group of obs[groupby]: a dict of dicts): 'mean' or exact 'median'."
+        from scellfm.geneformer.embedding import state_embeddings
+
         return state_embeddings(self, data, state=state, groupby=groupby, statistic=statistic, emb_layer=emb_layer, pool=pool,
                                 layer=layer, token_budget=token_budget)
 
@@ -338,98 +334,3 @@ class Geneformer:
         from scellfm.geneformer.perturbation import perturb
 
         return perturb(self, data, **settings)
-
-# %% ../../nbs/geneformer/model.ipynb #f6c6a0d9
-def embed_cells(gf: Geneformer, cells, index: int, pool: str, token_budget: int = 16384, record=None) -> np.ndarray:
-    "Embeddings [cells, H] (float32) read at hidden_states[index]; `cells` gives token ids by position."
-    def one_batch(ids, mask):
-        return pool_cells(gf.hidden(ids, mask, index).float(), mask, gf.special, pool)
-
-    return inference.run(one_batch, gf.readable(cells), device=gf.device, pad_id=gf.tokenizer.pad, token_budget=token_budget,
-                         desc="embedding cells", record=record).numpy()
-
-
-def embed(gf: Geneformer, data, *, emb_layer=-1, pool="auto", key_added="X_geneformer", layer=None, token_budget=16384, copy=False):
-    "See `Geneformer.embed`."
-    index, mode, record = layer_index(emb_layer, gf.n_layers), pooling(pool, gf.special), []
-    cells = gf.cells(data, layer=layer)
-    embeddings = embed_cells(gf, cells, index, mode, token_budget, record)
-    if cells is data or isinstance(data, (str, Path)):
-        return embeddings
-    data = data.copy() if copy else data
-    full = np.full((data.n_obs, embeddings.shape[1]), np.nan, dtype=np.float32)
-    full[cells.cell_index] = embeddings
-    if len(cells) < data.n_obs:
-        warn(f"{data.n_obs - len(cells):,} of {data.n_obs:,} cells have no gene that the model knows; their rows of "
-             f"obsm[{key_added!r}] are NaN")
-    data.obsm[key_added] = full
-    data.uns[key_added] = {"params": parameters(gf, emb_layer, index, layer, record) | {"pool": mode}}
-    return data if copy else None
-
-
-def parameters(gf: Geneformer, emb_layer, index: int, layer, record: list) -> dict:
-    "What a later reader needs to know of how embeddings were made, in types that AnnData can save."
-    return {"model": repr(gf), "emb_layer": emb_layer, "hidden_state": index, "n_layers": gf.n_layers,
-            "counts": "X" if layer is None else layer, "out_of_memory": [step["token_budget"] for step in record]}
-
-# %% ../../nbs/geneformer/model.ipynb #b099e4c0
-def gene_means(gf: Geneformer, cells, index: int, token_budget: int = 16384, record=None) -> tuple[np.ndarray, np.ndarray]:
-    "Mean embedding of every token [vocabulary, H] (NaN where no cell has it) and the number of occurrences [vocabulary]."
-    sequences = gf.readable(cells)
-    sums = torch.zeros(gf.model.config.vocab_size, gf.model.config.hidden_size, dtype=torch.float64)
-    counts = torch.zeros(len(sums), dtype=torch.int64)
-
-    def make(positions):
-        ids, mask = inference.pad([sequences[int(i)] for i in positions], gf.tokenizer.pad)
-        return ids.to(gf.device), mask.to(gf.device)
-
-    def one_batch(ids, mask):
-        return ids[mask].cpu(), gf.hidden(ids, mask, index)[mask].cpu()
-
-    for _, (tokens, vectors) in inference.batches(make, one_batch, sequences.lengths, token_budget=token_budget,
-                                                  desc="embedding genes", record=record):
-        sums.index_add_(0, tokens, vectors.double())
-        counts += torch.bincount(tokens, minlength=len(counts))
-    means = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), torch.nan)
-    return means.float().numpy(), counts.numpy()
-
-
-def embed_genes(gf: Geneformer, data, *, emb_layer=-1, key_added="X_geneformer", layer=None, token_budget=16384, copy=False):
-    "See `Geneformer.embed_genes`."
-    index, record = layer_index(emb_layer, gf.n_layers), []
-    cells = gf.cells(data, layer=layer)
-    means, counts = gene_means(gf, cells, index, token_budget, record)
-    if cells is data or isinstance(data, (str, Path)):
-        present = counts > 0
-        return pd.DataFrame(means[present], index=pd.Index(np.asarray(gf.tokenizer.genes)[present], name="gene"))
-    data = data.copy() if copy else data
-    tokens = gf.tokenizer.match(data).index
-    data.varm[key_added] = np.where((tokens >= 0)[:, None], means[tokens], np.nan).astype(np.float32)
-    data.uns[key_added] = data.uns.get(key_added, {}) | {"gene_params": parameters(gf, emb_layer, index, layer, record)}
-    return data if copy else None
-
-# %% ../../nbs/geneformer/model.ipynb #395b9e4d
-def summarize(embeddings: np.ndarray, statistic: str = "mean") -> np.ndarray:
-    "The mean or (lower) median over cells [H] of embeddings [cells, H]."
-    values = torch.from_numpy(np.asarray(embeddings))
-    return (values.double().mean(0).float() if statistic == "mean" else values.median(0).values).numpy()
-
-
-def state_embeddings(gf: Geneformer, data, *, state: str, groupby=None, statistic="mean", emb_layer=-1, pool="auto", layer=None,
-                     token_budget=16384) -> dict:
-    "See `Geneformer.state_embeddings`."
-    one_of("statistic", statistic, ("mean", "median"))
-    columns = [state] if groupby is None else [state, groupby]
-    cells = gf.cells(data, layer=layer, columns=columns)
-    missing = [column for column in columns if column not in cells.obs]
-    if missing:
-        raise DataError(f"obs has no column {missing[0]!r}; it has {', '.join(map(repr, cells.obs.columns))}")
-    embeddings = embed_cells(gf, cells, layer_index(emb_layer, gf.n_layers), pooling(pool, gf.special), token_budget)
-    labels = cells.obs[columns].astype(str).reset_index(drop=True)
-
-    def by_state(rows: pd.DataFrame) -> dict:
-        return {name: summarize(embeddings[part.index], statistic) for name, part in rows.groupby(state, sort=True)}
-
-    if groupby is None:
-        return by_state(labels)
-    return {group: by_state(rows) for group, rows in labels.groupby(groupby, sort=True)}
