@@ -39,7 +39,7 @@ def donor_shifts(genes: pd.DataFrame, n_cells: int, effect: np.ndarray, rng: np.
     seen = rng.random(shape) < genes.detection.to_numpy()
     place = np.where(seen, genes.position.to_numpy() + .03 * rng.normal(size=shape), np.inf)
     rank = np.empty(shape, np.int64)
-    np.put_along_axis(rank, np.argsort(place, axis=1, kind="stable"), np.broadcast_to(np.arange(len(genes)), shape), axis=1)
+    np.put_along_axis(rank, np.argsort(place, axis=1), np.broadcast_to(np.arange(len(genes)), shape), axis=1)
     shift = slope * np.exp(-rank / 60) + genes.offset.to_numpy() + effect + interaction + donor
     shift = shift + .5 * rng.normal(size=(n_cells, 1)) + rng.normal(size=shape)
     cell, gene = np.nonzero(seen)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'MIN_CELLS', 'MIN_DONORS', 'MATCHED', 'MIN_MATCHED', 'CUT', 'CUT_MEAN', 'MIN_GENES', 'TAIL_WARNING',
-           'COLUMNS', 'exact_sums', 'Shifts', 'finite_numbers', 'check_shifts', 'matched_residuals', 'donor_means',
-           'pooled_variance', 'error_freedom', 'gene_features', 'nearest_genes', 'expected_effect', 'offset_trend',
-           'between_gene_variance', 'bh', 'percentile', 'judge', 'why_exploratory', 'explore', 'screen_test']
+           'COLUMNS', 'exact_sums', 'Shifts', 'finite_numbers', 'check_shifts', 'by_cell_and_rank', 'matched_residuals',
+           'donor_means', 'pooled_variance', 'error_freedom', 'gene_features', 'nearest_genes', 'expected_effect',
+           'offset_trend', 'between_gene_variance', 'bh', 'percentile', 'judge', 'why_exploratory', 'explore',
+           'screen_test']
 
 # %% ../../nbs/statistics/screen.ipynb #a792bd94
 from collections.abc import Mapping
@@ -78,8 +79,9 @@ def check_shifts(shifts: pd.DataFrame) -> Shifts:
     (gene, genes), (cell, cells) = pd.factorize(shifts["gene"]), pd.factorize(shifts["cell"])
     donor, donors = pd.factorize(shifts["donor"]) if known else (np.zeros(len(shifts), np.int64), [None])
     cell = pd.factorize(cell.astype(np.int64) * len(donors) + donor)[0]
-    twice = pd.Series(cell * len(genes) + gene).duplicated().to_numpy()
-    if twice.any():
+    pair = cell * len(genes) + gene
+    if (np.diff(np.sort(pair)) == 0).any():
+        twice = pd.Series(pair).duplicated().to_numpy()
         row = shifts.iloc[np.flatnonzero(twice)[0]]
         raise DataError(f"{twice.sum()} rows repeat a (gene, cell) pair, the first {row['gene']!r} in cell {row['cell']!r}; if these are several "
                         "cells, give each its own name; if repeats, keep one: shifts.drop_duplicates(['gene', 'cell', 'donor'])")
@@ -89,13 +91,21 @@ def check_shifts(shifts: pd.DataFrame) -> Shifts:
     number = np.argsort(order)
     return Shifts(np.asarray(genes, dtype=object)[order], number[gene], cell, donor.astype(np.int64), rank, shift, len(donors) if known else 0)
 
-# %% ../../nbs/statistics/screen.ipynb #4b57ad9f
+# %% ../../nbs/statistics/screen.ipynb #a6c5c734
 WINDOW = 50  # genes nearest in rank that a shift is compared with
+
+
+def by_cell_and_rank(table: Shifts) -> np.ndarray:
+    "The order of rows by cell, rank and gene: one sort of whole numbers where ranks are whole (ten times faster), else of three keys."
+    genes, ranks = len(table.genes), table.rank.max() + 1
+    if (table.rank % 1 == 0).all() and (table.cell.max() + 1.) * ranks * genes < 2. ** 62:
+        return np.argsort((table.cell * int(ranks) + table.rank.astype(np.int64)) * genes + table.gene)
+    return np.lexsort((table.gene, table.rank, table.cell))
 
 
 def matched_residuals(table: Shifts) -> np.ndarray:
     "Each shift minus the mean shift of the WINDOW genes nearest in rank in the same cell; NaN where a cell has one gene. Same order as the table."
-    order = np.lexsort((table.gene, table.rank, table.cell))
+    order = by_cell_and_rank(table)
     cell, shift = table.cell[order], table.shift[order]
     largest = np.abs(shift).max()
     grid = 2. ** (np.ceil(np.log2(largest)) - min(44, 61 - np.ceil(np.log2(len(shift) + 1)))) if largest else 1.
