@@ -41,7 +41,7 @@ class DTypeNote:
 
     def set_order(self, state) -> None:
         "The byte order, which is the second part of a dtype's state."
-        if not (isinstance(state, tuple) and len(state) > 1 and isinstance(state[1], str) and state[1] in {"<", ">", "|", "="}):
+        if not (isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|", "=")):
             raise Refused("a numpy type in an unknown state")
         self.dtype = self.dtype.newbyteorder(state[1])
 
@@ -55,7 +55,7 @@ def made(function, arguments):
     if isinstance(function, Name) and isinstance(arguments, tuple):
         if function.text == "numpy.dtype" and arguments:
             return DTypeNote(arguments[0])
-        if function.text == "_codecs.encode" and len(arguments) == 2 and isinstance(arguments[0], str) and arguments[1] == "latin1":
+        if function.text == "_codecs.encode" and len(arguments) == 2 and isinstance(arguments[0], str):
             return arguments[0].encode("latin1")
         if function.text in SCALARS and len(arguments) == 2:
             note, data = arguments
@@ -116,8 +116,8 @@ class Stack(list):
 
 
 LITERALS = {
-    "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4",
-    "FLOAT", "BINFLOAT", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
+    "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1",
+    "LONG4", "FLOAT", "BINFLOAT", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": Stack.MARK}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -181,7 +181,7 @@ def read_dictionary(path: str | os.PathLike) -> dict:
     """
     A dictionary from a JSON file or a pickle: texts, numbers (numpy's become Python's), and dictionaries of them.
 
-    A pickle is never executed. AssetError: missing, damaged, unsafe, not a dictionary, or not the published file of that name.
+    A pickle is never executed. AssetError: missing, damaged, unsafe, no dictionary, not the published file of that name.
     """
     path = Path(path)
     kind = usable(path)
@@ -191,11 +191,12 @@ def read_dictionary(path: str | os.PathLike) -> dict:
         found = json.loads(data.decode("utf-8-sig")) if kind == "JSON" else read_pickle(data)
     except Refused as reason:
         raise AssetError(
-            f"{path} is a pickle that asks for {reason}. A dictionary of genes holds texts and numbers only; nothing of this one"
-            " was executed. Take the file from its publisher, or convert it to JSON where you can afford to lose the machine"
+            f"{path} is a pickle that asks for {reason}. A dictionary of genes holds texts and numbers only; nothing of this"
+            " one was executed. Take it from its publisher, or convert it to JSON where you can afford to lose the machine"
         ) from None
     except (ValueError, LookupError, StopIteration, TypeError, OverflowError, RecursionError) as error:
-        raise AssetError(f"{path} ({kind}, {len(data)} bytes) is no readable dictionary: {error}; fetch it again") from error
+        found = f"{kind}, {len(data)} bytes"
+        raise AssetError(f"{path} ({found}) is no readable dictionary: {error}; fetch it again") from error
     if not isinstance(found, dict):
-        raise AssetError(f"{path} is JSON, but holds a {type(found).__name__} where a dictionary belongs; is it the right file?")
+        raise AssetError(f"{path} is JSON with a {type(found).__name__}, not a dictionary; is it the right file?")
     return found

@@ -44,8 +44,8 @@ def kind_of(path: str | os.PathLike) -> str:
 
 # %% ../../nbs/assets/files.ipynb #7ff41a14
 REMEDY = {
-    "a git-lfs pointer": "the real file was never fetched: run 'git lfs pull' in that clone, or download the file from the hub",
-    "a web page": "the download got a page (a login, an error message) instead of the file: download it again from the hub",
+    "a git-lfs pointer": "the real file was never fetched: run 'git lfs pull' in that clone, or fetch it from the hub",
+    "a web page": "the download got a page (a login, an error message) instead of the file: fetch it again",
     "an empty file": "the download or copy was cut: fetch it again",
 }
 
@@ -94,11 +94,16 @@ PINS = tuple(Pin(*row) for row in (
      "Geneformer V2 gene names"),
     ("ensembl_mapping_dict_gc104M.pkl", 3957652, "0819bcbd869cfa14279449b037eb9ed1d09a91310e77bd1a19d927465030e95c",
      "Geneformer V2 Ensembl mapping"),
-    ("best_model.pt", 205385258, "6cb5d451ab5c4b33eb673adbe4fddc61d2389df1b89b7651a9fe2e557572b922", "scGPT whole-human weights"),
-    ("best_model.pt", None, "fcdeff193dbf4d421a4d588ef1affa0b2612d33892b3281650c7cd1cea43ebc7", "scGPT_CP weights"),
-    ("vocab.json", 1317639, "acca93d114ca62c3f0f50debbd23e8c87f0714f4737764454f6b2b13f2e8580f", "scGPT whole-human vocabulary"),
-    ("args.json", 1300, "c18e075e018140cb8b2d9029387b9de26607a5ce6a8ccabd6ead70cd76b95d60", "scGPT whole-human settings"),
-    ("tf_gammas.pt", 393841, "595eb2f3b4aca209b98af6eb22e12ba41ca950c997547abcc7e2c93274034308", "Enformer position gammas"),
+    ("best_model.pt", 205385258, "6cb5d451ab5c4b33eb673adbe4fddc61d2389df1b89b7651a9fe2e557572b922",
+     "scGPT whole-human weights"),
+    ("best_model.pt", None, "fcdeff193dbf4d421a4d588ef1affa0b2612d33892b3281650c7cd1cea43ebc7",
+     "scGPT_CP weights"),
+    ("vocab.json", 1317639, "acca93d114ca62c3f0f50debbd23e8c87f0714f4737764454f6b2b13f2e8580f",
+     "scGPT whole-human vocabulary"),
+    ("args.json", 1300, "c18e075e018140cb8b2d9029387b9de26607a5ce6a8ccabd6ead70cd76b95d60",
+     "scGPT whole-human settings"),
+    ("tf_gammas.pt", 393841, "595eb2f3b4aca209b98af6eb22e12ba41ca950c997547abcc7e2c93274034308",
+     "Enformer position gammas"),
 ))
 
 
@@ -106,7 +111,7 @@ def known_as(path: Path) -> str | None:
     """
     What a published file is, told by its sha256; None for a file that is not in `PINS`.
 
-    AssetError: name and length of a published Geneformer dictionary, other bytes. Such a name with another length: a warning.
+    AssetError: name and length of a published Geneformer dictionary, other bytes. Such a name, another length: a warning.
     """
     digest = sha256(path)
     for pin in PINS:
@@ -115,7 +120,8 @@ def known_as(path: Path) -> str | None:
     for pin in PINS:
         if path.name == pin.name and "_gc" in pin.name:
             if path.stat().st_size == pin.size:
-                raise AssetError(f"{path} is damaged or was altered: sha256 {digest}, but the {pin.what} has {pin.sha256};"
-                                 " fetch it again")
-            warn(f"{path} is not the published {pin.what}, whose name it has: sha256 {digest}, {path.stat().st_size} bytes")
+                raise AssetError(
+                    f"{path} is damaged or was altered: sha256 {digest}, but the {pin.what} has {pin.sha256}; fetch it again"
+                )
+            warn(f"{path} has the name of the published {pin.what} and is another file (sha256 {digest})")
     return None

@@ -20,7 +20,8 @@ from ..store import atomic_write, sha256
 
 # %% ../../nbs/assets/tensors.ipynb #92a674d3
 WEIGHTS = (
-    "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin", "best_model.pt",
+    "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
+    "best_model.pt",
 )
 
 
@@ -32,7 +33,7 @@ def weights_file(folder: Path) -> Path:
     kinds = ("*.safetensors", "*.pt", "*.pth", "*.bin", "*.ckpt")
     found = sorted(path for kind in kinds for path in folder.glob(kind))
     if len(found) > 1:
-        raise AssetError(f"{folder} holds {len(found)} files of weights ({', '.join(p.name for p in found)}); name the one to load")
+        raise AssetError(f"{folder} holds several files of weights ({', '.join(p.name for p in found)}); name one of them")
     if not found:
         raise AssetError(f"{folder} has no weights (such as {', '.join(WEIGHTS)}); {nearby(folder / 'weights')}")
     return found[0]
@@ -77,11 +78,10 @@ def unwrapped(found, path: Path) -> dict:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping):
-        raise AssetError(f"{path} holds a {type(found).__name__}, not a dictionary of tensors; save model.state_dict() instead")
-    odd = [str(name) for name, value in found.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))]
+        raise AssetError(f"{path} holds a {type(found).__name__}, no dictionary of tensors; save model.state_dict() instead")
+    odd = [f"{name} is a {type(value).__name__}" for name, value in found.items() if not isinstance(value, torch.Tensor)]
     if odd or not found:
-        raise AssetError(f"{path} is no state dict: {', '.join(odd[:5]) or 'it is empty'}{' are no tensors' if odd else ''};"
-                         " save model.state_dict() instead")
+        raise AssetError(f"{path} is no state dict: {', '.join(odd[:5]) or 'it is empty'}; save model.state_dict() instead")
     return dict(found)
 
 
@@ -90,14 +90,16 @@ def read_torch(path: Path) -> dict:
     import torch
 
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 6):
-        raise AssetError(f"{path} cannot be read safely by torch {torch.__version__} (CVE-2025-32434); install torch>=2.6, or"
-                         " convert the file to safetensors")
+        raise AssetError(
+            f"{path} cannot be read safely by torch {torch.__version__} (CVE-2025-32434); install torch>=2.6, or convert the"
+            " file to safetensors"
+        )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise AssetError(
-            f"{path} holds more than tensors, and was not executed ({_reason(error)}). Take the file from its publisher, or save"
-            " it again as safetensors where you can afford to lose the machine"
+            f"{path} holds more than tensors, and was not executed ({_reason(error)}). Take the file from its publisher, or"
+            " save it again as safetensors where you can afford to lose the machine"
         ) from error
     except Exception as error:  # a damaged archive makes torch fail in many ways
         raise AssetError(f"{path} is damaged, cut or no torch checkpoint: {_reason(error)}; fetch it again") from error
@@ -106,8 +108,9 @@ def read_torch(path: Path) -> dict:
 
 def _reason(error: Exception) -> str:
     "The sentence of torch's long message that says what was wrong."
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if line.startswith("WeightsUnpickler error")), lines[0])[:200]
+    text = str(error).strip() or type(error).__name__
+    told = re.search(r"(?<=WeightsUnpickler error: ).*", text)
+    return (told.group() if told else text.splitlines()[0])[:200].rstrip(" .")
 
 # %% ../../nbs/assets/tensors.ipynb #4af1d42a
 class Tensors(dict):
@@ -122,14 +125,14 @@ def read_sharded(index: Path) -> Tensors:
     "All tensors that an index of shards lists."
     listed = read_dictionary(index).get("weight_map")
     plain = re.compile(r"\w[\w.-]*\.(safetensors|bin)")
-    if not isinstance(listed, dict) or not all(isinstance(name, str) and plain.fullmatch(name) for name in listed.values()):
+    if not isinstance(listed, dict) or not all(plain.fullmatch(str(name)) for name in listed.values()):
         raise AssetError(f"{index} has no 'weight_map' of file names in its own folder; fetch it again")
     found = Tensors()
     for shard in sorted(set(listed.values())):
         part = read_tensors(index.parent / shard)
         odd = sorted(part.keys() ^ {name for name, place in listed.items() if place == shard})
         if odd:
-            raise AssetError(f"{index} and {shard} disagree on {len(odd)} tensors ({', '.join(odd[:5])}); fetch both again")
+            raise AssetError(f"{index} and {shard} disagree on {len(odd)} tensors ({', '.join(odd[:5])}); fetch them again")
         found.update(part)
         found.files.update(part.files)
     return found
@@ -137,7 +140,7 @@ def read_sharded(index: Path) -> Tensors:
 
 def read_tensors(path: str | os.PathLike) -> Tensors:
     """
-    The tensors of a checkpoint (folder or file: safetensors, sharded or not, or torch's own format), by name, on the CPU.
+    The tensors of a checkpoint (folder or file; safetensors, sharded or not, or torch's own format), by name, on the CPU.
 
     Nothing in the file is executed. AssetError: missing, damaged, cut, unsafe, or of another kind.
     """
@@ -149,5 +152,6 @@ def read_tensors(path: str | os.PathLike) -> Tensors:
     if kind == "safetensors":
         return Tensors(read_safetensors(path), {path: sha256(path)})
     if path.suffix == ".safetensors" or kind not in ("a zip archive", "a pickle"):
-        raise AssetError(f"{path} is {kind} of {path.stat().st_size} bytes and not a checkpoint; is it the right file, and whole?")
+        size = path.stat().st_size
+        raise AssetError(f"{path} is {kind} of {size} bytes, not a checkpoint; is it the right file, and whole? Fetch it again")
     return Tensors(read_torch(path), {path: sha256(path)})

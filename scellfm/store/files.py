@@ -72,9 +72,9 @@ def _cannot_write(path: Path, error: OSError) -> StoreError:
 @contextmanager
 def atomic_write(path: str | os.PathLike):
     """
-    Give a temporary path to write a file (or a folder) to; it becomes `path` when the block ends, whole and on the disk.
+    Give a temporary path to write a file or a folder to; it becomes `path` when the block ends, whole and on the disk.
 
-    On any error, Ctrl-C included, the temporary is removed and what was at `path` before stays. StoreError: no room, no right.
+    On any error, Ctrl-C included, the temporary is removed and what was at `path` stays. StoreError: no room, no right.
     """
     path = Path(path)
     temporary = path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
