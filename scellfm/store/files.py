@@ -80,13 +80,14 @@ def atomic_write(path: str | os.PathLike):
     temporary = path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush(temporary)
-        _replace(temporary, path)
-        _flush_one(path.parent)
+        try:
+            yield temporary
+            _flush(temporary)
+            _replace(temporary, path)
+            _flush_one(path.parent)
+        finally:
+            _remove(temporary)
+    except StoreError:
+        raise
     except OSError as error:
-        if isinstance(error, StoreError):
-            raise
         raise _cannot_write(path, error) from error
-    finally:
-        _remove(temporary)
