@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import DataError, OptionError, keyed_seed, warn
+from ..core import DataError, OptionError, keyed_generator, keyed_seed, warn
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
 __all__ = ['PARTS', 'Split', 'Folds', 'column_of', 'labels_of', 'check_fractions', 'whole_numbers', 'deal_cells', 'all_deals',
-           'greedy_deals', 'deal_groups', 'deal', 'hold_out', 'folds', 'check_leakage']
+           'greedy_deals', 'deal_groups', 'deal_by', 'deal', 'hold_out', 'folds', 'check_leakage']
 
 # %% ../../nbs/data/splits.ipynb #8cd931d0
 PARTS = ("train", "valid", "test")
@@ -91,16 +91,17 @@ def labels_of(obs: pd.DataFrame, stratify: str | None) -> np.ndarray:
     labels = np.full(len(obs), "all", dtype=object) if stratify is None else column_of(obs, stratify, "stratify")
     names, codes = np.unique(labels.astype(str), return_inverse=True)
     if stratify is not None and len(names) < 2:
-        raise DataError(f"obs[{stratify!r}] has a single class, {names[0]!r}, in all {len(obs):,} cells: there is nothing to "
-                        "stratify or to learn; choose another column")
+        raise DataError(f"obs[{stratify!r}] has a single class, {str(names[0])!r}, in all {len(obs):,} cells: there is "
+                        "nothing to stratify or to learn; choose another column")
     return names, codes
 
 
 def check_fractions(fractions) -> np.ndarray:
     "The fractions of train, valid and test as an array; OptionError unless they are three, not negative, and sum to 1."
+    three = isinstance(fractions, (tuple, list, np.ndarray)) and len(fractions) == 3
+    if not three or not all(isinstance(f, (int, float, np.number)) and f >= 0 for f in fractions) or not fractions[0]:
+        raise OptionError(f"fractions={fractions!r}: give three numbers (train, valid, test), none below 0")
     values = np.asarray(fractions, dtype=np.float64)
-    if values.shape != (3,) or (values < 0).any() or values[0] == 0 or not np.isfinite(values).all():
-        raise OptionError(f"fractions={fractions!r}: give three numbers (train, valid, test), none negative, train above 0")
     if abs(values.sum() - 1) > 1e-9:
         raise OptionError(f"fractions={fractions!r} sum to {values.sum():.10g} and not to 1; e.g. (.8, .1, .1)")
     return values
@@ -115,7 +116,7 @@ def whole_numbers(wanted: np.ndarray, total: int) -> np.ndarray:
     return sizes
 
 
-def deal_cells(names: np.ndarray, labels: np.ndarray, codes: np.ndarray, fractions: np.ndarray, seed: int) -> np.ndarray:
+def deal_cells(names, labels: np.ndarray, codes: np.ndarray, fractions: np.ndarray, seed: int) -> np.ndarray:
     "The part (0, 1, ...) of each cell, cells being the unit: by label, in the order of keyed draws."
     keys = np.array([keyed_seed(seed, "split", name) for name in names], dtype=np.uint64)
     used = fractions > 0
@@ -125,8 +126,8 @@ def deal_cells(names: np.ndarray, labels: np.ndarray, codes: np.ndarray, fractio
     for label in range(len(labels)):
         members = np.flatnonzero(codes == label)
         if len(members) < used.sum():
-            raise DataError(f"label {str(labels[label])!r} has {len(members)} cells for {used.sum()} parts; leave the label out, join it "
-                            "with another, or split without stratify")
+            raise DataError(f"label {str(labels[label])!r} has {len(members)} cells for {used.sum()} parts; leave "
+                            "the label out, join it with another, or split without stratify")
         seen += len(members)
         sizes = used + whole_numbers((fractions * seen - dealt - used) * used, len(members) - used.sum())
         dealt += sizes
@@ -141,7 +142,7 @@ def all_deals(n_groups: int, n_parts: int) -> np.ndarray:
 
 
 def greedy_deals(sizes: np.ndarray, fractions: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    "One assignment per row of `draws` [n, n_groups]: groups from large to small to the part that lacks most, [n, n_groups]."
+    "Per row of `draws` [n, n_groups] one assignment: groups, large ones first, go to the part that lacks most."
     n, n_groups = draws.shape
     order = np.argsort(-(np.floor(2 * np.log2(sizes)) + draws), axis=1, kind="stable")
     deals, rows = np.zeros((n, n_groups), dtype=np.int8), np.arange(n)
@@ -160,10 +161,11 @@ def greedy_deals(sizes: np.ndarray, fractions: np.ndarray, draws: np.ndarray) ->
 def deal_groups(names: list[str], table: np.ndarray, fractions: np.ndarray, seed: int) -> np.ndarray:
     "The part of each group; `table` [n_groups, n_labels] holds the cells of each label in each group."
     n_groups, n_parts = len(names), len(fractions)
-    draws = np.array([np.random.Generator(np.random.Philox(keyed_seed(seed, "group", name))).random(256 + n_parts) for name in names])
+    draws = np.array([keyed_generator(seed, "group", name).random(256 + n_parts) for name in names])
     sizes = table.sum(axis=1)
-    deals = all_deals(n_groups, n_parts) if n_parts**n_groups <= 2**16 else greedy_deals(sizes, fractions, draws[:, n_parts:].T)
-    dealt = np.stack([(deals == part).astype(np.float32) @ table.astype(np.float32) for part in range(n_parts)], axis=1)
+    few = n_parts**n_groups <= 2**16
+    deals = all_deals(n_groups, n_parts) if few else greedy_deals(sizes, fractions, draws[:, n_parts:].T)
+    dealt = np.stack([(deals == part).astype(np.float64) @ table for part in range(n_parts)], axis=1)
     filled = np.stack([(deals == part).any(axis=1) for part in range(n_parts)], axis=1)
     possible = (filled == (fractions > 0)).all(axis=1)
     deals, dealt = deals[possible], dealt[possible]
@@ -174,88 +176,106 @@ def deal_groups(names: list[str], table: np.ndarray, fractions: np.ndarray, seed
     luck = draws[:, :n_parts][np.arange(n_groups), deals[keep]].sum(axis=1)
     return deals[keep[luck.argmin()]].astype(np.int64)
 
-# %% ../../nbs/data/splits.ipynb #d8e488ec
-def deal(adata, by: str | None, fractions: np.ndarray, stratify: str | None, seed: int) -> tuple[np.ndarray, pd.DataFrame]:
+# %% ../../nbs/data/splits.ipynb #e21f1726
+def deal_by(obs: pd.DataFrame, by: str, codes: np.ndarray, fractions: np.ndarray, seed: int) -> tuple[np.ndarray, ...]:
+    "The part of each cell where the groups of column `by` stay whole, and the number of groups in each part."
+    groups, member = np.unique(column_of(obs, by, "by").astype(str), return_inverse=True)
+    n_parts = int((fractions > 0).sum())
+    if len(groups) < n_parts:
+        raise DataError(f"obs[{by!r}] has {len(groups)} groups ({', '.join(groups)}) for {n_parts} parts, and a "
+                        "group is never cut; ask for fewer parts or folds, or split by cells (by=None)")
+    table = np.zeros((len(groups), codes.max() + 1), dtype=np.int64)
+    np.add.at(table, (member, codes), 1)
+    dealt = deal_groups(list(groups), table, fractions, seed)
+    return dealt[member], np.bincount(dealt, minlength=len(fractions))
+
+
+def deal(adata, by: str | None, fractions: np.ndarray, stratify: str | None, seed: int) -> tuple:
     "The part of each cell, and a table of what each part holds."
     import pandas as pd
 
     obs = getattr(adata, "obs", adata)
+    if not len(obs):
+        raise DataError("there are 0 cells to split; check the filters before this")
     labels, codes = labels_of(obs, stratify)
-    if by is None:
-        if not obs.index.is_unique:
-            name = obs.index[obs.index.duplicated()][0]
-            raise DataError(f"obs_names repeat (e.g. {name!r}), and a split by cells is keyed by them; call adata.obs_names_make_unique()")
+    counts = {"cells": 0}
+    if by is not None:
+        part, counts[by] = deal_by(obs, by, codes, fractions, seed)
+    elif obs.index.is_unique:
         part = deal_cells(obs.index.astype(str), labels, codes, fractions, seed)
-        parts = {"cells": np.bincount(part, minlength=len(fractions))}
     else:
-        groups, member = np.unique(column_of(obs, by, "by").astype(str), return_inverse=True)
-        if len(groups) < (fractions > 0).sum():
-            raise DataError(f"obs[{by!r}] has {len(groups)} groups ({', '.join(groups)}) for {(fractions > 0).sum()} parts, and a group is never "
-                            "cut; ask for fewer parts or folds, or split by cells (by=None)")
-        table = np.zeros((len(groups), len(labels)), dtype=np.int64)
-        np.add.at(table, (member, codes), 1)
-        dealt = deal_groups(list(groups), table, fractions, seed)
-        part = dealt[member]
-        parts = {"cells": np.bincount(part, minlength=len(fractions)), by: np.bincount(dealt, minlength=len(fractions))}
-    if stratify is not None:
-        for i, label in enumerate(labels):
-            parts[label] = np.bincount(part[codes == i], minlength=len(fractions))
-    return part, pd.DataFrame(parts)
+        name = str(obs.index[obs.index.duplicated()][0])
+        raise DataError(f"cell names repeat (e.g. {name!r}), and a split by cells is keyed by them; call "
+                        "adata.obs_names_make_unique() first")
+    counts["cells"] = np.bincount(part, minlength=len(fractions))
+    for i, label in enumerate(labels if stratify is not None else ()):
+        counts[str(label)] = np.bincount(part[codes == i], minlength=len(fractions))
+    return part, pd.DataFrame(counts)
 
+# %% ../../nbs/data/splits.ipynb #aeeb0940
+def hold_out(
+    adata,  # AnnData, tokenized cells, or a table of obs
+    by: str | None = None,  # the column whose groups stay whole; None: each cell for itself
+    fractions=(0.8, 0.1, 0.1),  # of train, valid and test; valid or test may be 0
+    stratify: str | None = None,  # the column whose composition the parts shall share
+    seed: int = 0,
+) -> Split:
+    """Deal cells into train, valid and test; the result depends on the seed and the names of cells or groups alone.
 
-def hold_out(adata, by: str | None = None, fractions=(0.8, 0.1, 0.1), stratify: str | None = None, seed: int = 0) -> Split:
-    """Deal cells into train, valid and test.
-
-    adata: AnnData, tokenized cells or an obs table; by: column of groups that stay whole (None: each cell for itself);
-    fractions: of train, valid, test; stratify: column whose composition the parts shall share. The result depends on the
-    seed and the names of cells or groups only. DataError: missing column or value, single class, too few groups or cells.
+    DataError: missing column or value, single class, fewer groups or cells of a label than parts, repeated names.
+    OptionError: fractions that do not sum to 1.
     """
     part, table = deal(adata, by, check_fractions(fractions), stratify, seed)
     table.index = list(PARTS)
-    absent = [] if stratify is None else [c for c in table.columns[1 + (by is not None):] if (table[c][table["cells"] > 0] == 0).any()]
+    labels = table.drop(columns=["cells", by] if by else ["cells"])[table["cells"] > 0]
+    absent = list(labels.columns[(labels == 0).any()])
     if absent:
-        warn(f"labels {absent[:5]} of {stratify!r} are missing from a part, because {by!r} is never cut: scores cannot tell of them there")
+        warn(f"labels {absent[:5]} of {stratify!r} are missing from a part, because no group of {by!r} is cut: they "
+             "cannot be learnt or scored there")
     return Split(*(np.flatnonzero(part == i) for i in range(3)), by, len(part), table)
 
-
+# %% ../../nbs/data/splits.ipynb #ae156ff9
 def folds(adata, by: str | None = None, k: int = 5, stratify: str | None = None, seed: int = 0) -> Folds:
-    """Deal cells into k folds: every cell is in exactly one test part; train is all the rest, valid is empty.
+    """Deal cells into k folds: every cell is in one test part; train is all the rest, valid is empty.
 
     With fewer groups than k there are as many folds as groups, with a warning. Arguments and errors as in `hold_out`.
     """
+    import pandas as pd
+
     obs = getattr(adata, "obs", adata)
     if k < 2 or k != int(k):
-        raise OptionError(f"k={k!r}: cross-fitting needs at least 2 folds, a whole number")
-    if by is not None:
+        raise OptionError(f"k={k!r}: cross-fitting needs a whole number of folds, at least 2")
+    if by is not None and len(obs):
         n_groups = len(np.unique(column_of(obs, by, "by").astype(str)))
-        if 2 <= n_groups < k:
+        if n_groups < 2:
+            raise DataError(f"obs[{by!r}] has 1 group: folds need two; name another column or fold by cells (by=None)")
+        if n_groups < k:
             warn(f"k={k} folds were asked for and obs[{by!r}] has {n_groups} groups: there are {n_groups} folds")
             k = n_groups
-        elif n_groups < 2:
-            raise DataError(f"obs[{by!r}] has {n_groups} group: folds need two; name another column or fold by cells (by=None)")
     part, table = deal(adata, by, np.full(k, 1 / k), stratify, seed)
     splits = []
     for i in range(k):
-        counts = table.iloc[[i]].set_axis(["test"])
-        counts = type(table)([table.drop(index=i).sum(), table.iloc[i] * 0, table.iloc[i]], index=list(PARTS))
-        train, test = np.flatnonzero(part != i), np.flatnonzero(part == i)
-        splits.append(Split(train, np.empty(0, dtype=np.int64), test, by, len(part), counts))
+        held = pd.DataFrame([table.drop(index=i).sum(), table.loc[i] * 0, table.loc[i]], index=list(PARTS))
+        rows = np.flatnonzero(part != i), np.empty(0, dtype=np.int64), np.flatnonzero(part == i)
+        splits.append(Split(*rows, by, len(part), held))
     return Folds(splits, by)
 
 # %% ../../nbs/data/splits.ipynb #bcb7e515
 def check_leakage(split: Split | Folds, groups) -> None:
-    "DataError naming the group (or row) that is in two parts of a split; `groups` [n]: the donor, study, ... of each row."
+    "DataError naming a group (or row) that is in two parts; `groups` [n]: the donor, study, ... of each row."
     groups = np.asarray(groups, dtype=object).astype(str)
     for number, one in enumerate(split.folds()):
         if len(groups) != one.n:
-            raise DataError(f"groups has {len(groups)} values and the split is of {one.n} cells; pass adata.obs[...] of the same cells")
+            raise DataError(f"groups has {len(groups)} values and the split is of {one.n} cells; pass adata.obs[...] "
+                            "of the same cells")
         place = f"fold {number}: " if len(split.folds()) > 1 else ""
-        parts = {"train": one.train, "valid": one.valid, "test": one.test}
         for first, second in (("train", "test"), ("train", "valid"), ("valid", "test")):
-            rows = np.intersect1d(parts[first], parts[second])
+            one_side, other_side = getattr(one, first), getattr(one, second)
+            rows = np.intersect1d(one_side, other_side)
             if rows.size:
-                raise DataError(f"{place}row {rows[0]} is in both {first} and {second} ({rows.size} such rows); deal the cells again")
-            shared = np.intersect1d(groups[parts[first]], groups[parts[second]])
+                raise DataError(f"{place}row {rows[0]} is in both {first} and {second} ({rows.size} such rows); deal "
+                                "the cells again")
+            shared = np.intersect1d(groups[one_side], groups[other_side])
             if shared.size:
-                raise DataError(f"{place}group {str(shared[0])!r} is in both {first} and {second} ({shared.size} such groups): the score "
-                                "would be too kind; split with hold_out(adata, by=...)")
+                raise DataError(f"{place}group {str(shared[0])!r} is in both {first} and {second} ({shared.size} such "
+                                "groups), so the score would be too kind; split with hold_out(adata, by=...)")
