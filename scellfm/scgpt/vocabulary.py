@@ -29,14 +29,15 @@ SPECIALS = ("<pad>", "<cls>", "<eoc>")
 
 def tokens_in_order(numbered: Mapping[str, int]) -> list[str]:
     "The tokens of {token: number} by number; AssetError unless the numbers are 0, 1, 2, ... without a gap."
-    tokens: list = [None] * len(numbered)
-    for token, number in numbered.items():
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(tokens):
-            raise AssetError(f"token {token!r} has the number {number!r}; the {len(tokens):,} tokens of a vocabulary must be "
-                             f"numbered 0 to {len(tokens) - 1:,}. Is this scGPT's vocab.json?")
-        if tokens[number] is not None:
-            raise AssetError(f"tokens {tokens[number]!r} and {token!r} have the same number {number}; fetch the vocabulary again")
-        tokens[number] = token
+    n = len(numbered)
+    odd = [(token, number) for token, number in numbered.items() if type(number) is not int or not 0 <= number < n]
+    if odd:
+        raise AssetError(f"token {odd[0][0]!r} has the number {odd[0][1]!r}; the {n:,} tokens of a vocabulary must be numbered "
+                         f"0 to {n - 1:,}. Is this scGPT's vocab.json?")
+    tokens = sorted(numbered, key=numbered.get)
+    if len(set(numbered.values())) < n:
+        one, two = next(pair for pair in zip(tokens, tokens[1:]) if numbered[pair[0]] == numbered[pair[1]])
+        raise AssetError(f"tokens {one!r} and {two!r} have the same number {numbered[one]}; fetch the vocabulary again")
     return tokens
 
 # %% ../../nbs/scgpt/vocabulary.ipynb #8cf46338
@@ -57,13 +58,15 @@ class Vocabulary:
 
     def __init__(self, tokens: Iterable[str]):
         self.tokens = list(tokens)
-        self.tokens += [special for special in SPECIALS if special not in set(self.tokens)]
-        self.ids = {token: i for i, token in enumerate(self.tokens)}
+        self.ids = dict(zip(self.tokens, range(len(self.tokens))))
+        for special in SPECIALS:
+            if special not in self.ids:
+                self.ids[special] = len(self.tokens)
+                self.tokens.append(special)
         if len(self.ids) < len(self.tokens):
             twice = next(token for i, token in enumerate(self.tokens) if self.ids[token] != i)
             raise AssetError(f"token {twice!r} is twice in the vocabulary; every token must be there once")
         self.pad, self.cls, self.eoc = (self.ids[special] for special in SPECIALS)
-        self.upper = {token.upper() for token in self.tokens}
 
     @classmethod
     def from_file(cls, path: str | Path) -> Vocabulary:
@@ -96,7 +99,7 @@ class Vocabulary:
 
         DataError: under 10 % are known, another species, Ensembl ids without a table. Warns under 50 %."""
         table = dict(mapping or {}) | {ensembl: symbol for symbol, ensembl in (symbols or {}).items()}
-        known = self.upper | {name.upper() for name in table}
+        known = {name.upper() for names in (self.tokens, table) for name in names}
         names, source = (gene_ids(adata, column), column) if column else best_names(adata, known)
         human = [name for name in names if species_of(name) == "human"]
         if len(human) > len(names) / 2 and sum(name.upper() in known for name in human) < len(human) / 10:
