@@ -93,7 +93,7 @@ def test_nothing_is_called_where_nothing_is():
 
 @pytest.mark.parametrize("cells, effect, power", [(50, 8., .95), (200, 8., .95), (50, 4., .55), (200, 4., .80), (1000, 4., .85)])
 def test_drivers_are_found_and_few_others(cells, effect, power):
-    found = runs(5 if cells < 1000 else 3, cells_per_donor=cells, tau=.2, drivers=.05, driver_effect=effect)
+    found = runs(8 if cells < 1000 else 3, cells_per_donor=cells, tau=.2, drivers=.05, driver_effect=effect)
     assert found.found.mean() >= power
     assert found.false.mean() <= .07
 

@@ -248,7 +248,7 @@ def between_gene_variance(deviation: np.ndarray, se2: np.ndarray, scale: np.ndar
     low, high = np.zeros(len(squares)), (squares / scale).max(1) / .455
     for _ in range(60):  # the start: where the median of z^2 is .455
         middle = (low + high) / 2
-        wide = np.median(squares / (middle[:, None] * scale + se2), axis=1) > .455
+        wide = (squares > .455 * (middle[:, None] * scale + se2)).mean(1) > .5
         low, high = np.where(wide, middle, low), np.where(wide, high, middle)
     tau2 = low
     for _ in range(30):
@@ -256,7 +256,7 @@ def between_gene_variance(deviation: np.ndarray, se2: np.ndarray, scale: np.ndar
         z2 = squares / total
         counted = z2 < CUT ** 2
         excess = (z2 * counted).sum(1) / np.maximum(counted.sum(1), 1) / CUT_MEAN - 1
-        tau2 = np.maximum(tau2 + excess * np.median(total / scale, axis=1), 0)
+        tau2 = np.maximum(tau2 + excess * (total / scale).mean(1), 0)
     return tau2
 
 # %% ../../nbs/statistics/screen.ipynb #eb4c51aa
