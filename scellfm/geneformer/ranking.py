@@ -14,8 +14,7 @@ from scipy import sparse
 from ..core import DataError, one_of
 
 # %% auto #0
-__all__ = ['Ranked', 'token_type', 'sum_genes', 'descending', 'rank_numpy', 'gather_row', 'radix_sort', 'settle_ties',
-           'build_kernel', 'kernel', 'rank_numba', 'frame', 'encode']
+__all__ = ['Ranked', 'token_type', 'sum_genes', 'descending', 'rank_numpy', 'kernel', 'rank_numba', 'frame', 'encode']
 
 # %% ../../nbs/geneformer/ranking.ipynb #906e4de3
 @dataclass
@@ -68,119 +67,15 @@ def rank_numpy(csr: sparse.csr_matrix, medians: np.ndarray, tokens: np.ndarray, 
     detected = np.diff(summed.indptr).astype(np.int64)
     return np.concatenate([[], *ranked]).astype(np.int64), np.concatenate([[], *kept]), np.minimum(detected, limit), detected
 
-# %% ../../nbs/geneformer/ranking.ipynb #6fabd3c5
-def gather_row(data, indices, start, stop, tokens, medians, slot, collapse, token, count, value):
-    "Fill token, count and value (count / median) with the known, expressed genes of one row; returns how many."
-    n = 0
-    for k in range(start, stop):
-        column = indices[k]
-        t = tokens[column]
-        if t < 0 or data[k] == 0:
-            continue
-        if collapse:
-            place = slot[t]
-            if place >= 0:
-                count[place] += data[k]
-                value[place] = count[place] / medians[column]
-                continue
-            slot[t] = n
-        token[n] = t
-        count[n] = data[k]
-        value[n] = count[n] / medians[column]
-        n += 1
-    if collapse:
-        for i in range(n):
-            slot[token[i]] = -1
-    return n
-
-# %% ../../nbs/geneformer/ranking.ipynb #2f0919b5
-def radix_sort(value, n, single, bits, packed, spare, bins):
-    "Order positions 0..n-1 by single precision value, descending, into `packed` (key << 32 | position)."
-    bins[:] = 0
-    for i in range(n):
-        single[i] = value[i]
-        key = 0x7FFFFFFF - np.int64(bits[i])
-        packed[i] = key << 32 | i
-        bins[0, key & 2047] += 1
-        bins[1, key >> 11 & 2047] += 1
-        bins[2, key >> 22] += 1
-    for digit in range(3):
-        total = 0
-        for b in range(2048):
-            here = bins[digit, b]
-            bins[digit, b] = total
-            total += here
-        source, target = (spare, packed) if digit == 1 else (packed, spare)
-        shift = 32 + 11 * digit
-        for i in range(n):
-            b = source[i] >> shift & 2047
-            target[bins[digit, b]] = source[i]
-            bins[digit, b] += 1
-    packed[:n] = spare[:n]
-
-# %% ../../nbs/geneformer/ranking.ipynb #6e5c8607
-def settle_ties(packed, n, limit, value, token):
-    "Within runs of equal keys that begin before `limit`, order by exact value descending, then token ascending."
-    first = 0
-    while first < n and first < limit:
-        last = first + 1
-        while last < n and packed[last] >> 32 == packed[first] >> 32:
-            last += 1
-        gap = 1
-        while gap < (last - first) // 3:
-            gap = 3 * gap + 1
-        while gap > 0 and last - first > 1:
-            for i in range(first + gap, last):
-                entry = packed[i]
-                p = entry & 0xFFFFFFFF
-                j = i
-                while j >= first + gap:
-                    q = packed[j - gap] & 0xFFFFFFFF
-                    if value[q] > value[p] or (value[q] == value[p] and token[q] < token[p]):
-                        break
-                    packed[j] = packed[j - gap]
-                    j -= gap
-                packed[j] = entry
-            gap //= 3
-        first = last
-
-# %% ../../nbs/geneformer/ranking.ipynb #96dd7ccb
-def build_kernel(jit):
-    "The loop over rows, with each piece passed through `jit`."
-    gather, sort, settle = jit(gather_row), jit(radix_sort), jit(settle_ties)
-
-    def rank_rows(data, indices, indptr, tokens, medians, slot, collapse, limit, out_tokens, out_counts, lengths, detected):
-        width = 1
-        for row in range(len(indptr) - 1):
-            width = max(width, indptr[row + 1] - indptr[row])
-        token, count, value = np.empty(width, np.int64), np.empty(width), np.empty(width)
-        single, packed, spare = np.empty(width, np.float32), np.empty(width, np.int64), np.empty(width, np.int64)
-        bits, bins = single.view(np.int32), np.zeros((3, 2048), np.int64)
-        at = 0
-        for row in range(len(indptr) - 1):
-            n = gather(data, indices, indptr[row], indptr[row + 1], tokens, medians, slot, collapse, token, count, value)
-            sort(value, n, single, bits, packed, spare, bins)
-            settle(packed, n, limit, value, token)
-            detected[row], lengths[row] = n, min(n, limit)
-            for i in range(lengths[row]):
-                p = packed[i] & 0xFFFFFFFF
-                out_tokens[at + i] = token[p]
-                if len(out_counts):
-                    out_counts[at + i] = count[p]
-            at += lengths[row]
-        return at
-
-    return jit(rank_rows)
-
-
+# %% ../../nbs/geneformer/ranking.ipynb #d8150a3c
 @functools.cache
 def kernel():
-    "The compiled loop, made once in a process; None where numba is not installed."
+    "The compiled loop over rows; None where numba is not installed."
     try:
-        import numba
+        from scellfm.geneformer.kernels import rank_rows
     except ImportError:
         return None
-    return build_kernel(numba.njit(nogil=True))
+    return rank_rows
 
 
 def rank_numba(csr: sparse.csr_matrix, medians: np.ndarray, tokens: np.ndarray, limit: int, keep: bool = True) -> tuple:
