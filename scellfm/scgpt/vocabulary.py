@@ -14,7 +14,7 @@ import numpy as np
 
 from ..assets import read_dictionary
 from ..core import AssetError, DataError
-from ..data.genes import GeneMatch, gene_ids, match_genes, species_of
+from ..data.genes import GeneMatch, gene_ids, match_genes, plain_id, species_of
 from ..store import atomic_write
 
 if TYPE_CHECKING:
@@ -45,10 +45,10 @@ NAME_COLUMNS = ("feature_name", "gene_symbol", "gene_symbols", "gene_name", "gen
 
 
 def best_names(adata: AnnData, known: set[str]) -> tuple[np.ndarray, str]:
-    "The names of the genes, out of var_names and the usual columns, of which most (in upper case) are in `known`; and whence."
+    "The names of the genes, out of var_names and the usual columns, of which most are in `known` (upper case, no version); and whence."
     found = {"var_names": np.array([str(name).strip() for name in adata.var_names], dtype=object)}
     found |= {column: gene_ids(adata, column) for column in NAME_COLUMNS if column in adata.var}
-    share = {source: sum(name.upper() in known for name in names) for source, names in found.items()}
+    share = {source: sum(plain_id(name) in known for name in names) for source, names in found.items()}
     source = max(share, key=share.get)
     return found[source], source
 
@@ -99,13 +99,18 @@ class Vocabulary:
 
         DataError: under 10 % are known, another species, Ensembl ids without a table. Warns under 50 %."""
         table = dict(mapping or {}) | {ensembl: symbol for symbol, ensembl in (symbols or {}).items()}
-        known = {name.upper() for names in (self.tokens, table) for name in names}
+        known = {token.upper() for token in self.tokens}
+        known |= {name.upper() for name, symbol in table.items() if symbol.upper() in known}
         names, source = (gene_ids(adata, column), column) if column else best_names(adata, known)
         human = [name for name in names if species_of(name) == "human"]
-        if len(human) > len(names) / 2 and sum(name.upper() in known for name in human) < len(human) / 10:
+        if len(human) > len(names) / 2 and sum(plain_id(name) in known for name in human) < len(human) / 10:
             raise DataError(f"the genes are Ensembl ids (e.g. {human[:2]}, from {source}) and scGPT's vocabulary is of symbols: "
                             "name the column of var that holds symbols (column=), or pass a table: mapping={Ensembl id: symbol} "
                             "or symbols={symbol: Ensembl id}")
-        found = match_genes(names, self.tokens, mapping=table or None, counts=counts)
+        if source == "var_names" and "ensembl_id" in adata.var:  # which match_genes would prefer
+            found = match_genes(names, self.tokens, mapping=table or None, counts=counts)
+        else:
+            chosen = None if source == "var_names" else source
+            found = match_genes(adata, self.tokens, mapping=table or None, counts=counts, column=chosen)
         found.report["names_from"] = source
         return found
