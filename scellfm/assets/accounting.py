@@ -80,7 +80,7 @@ def raise_if_any(module, problems: dict[str, list[str]]) -> None:
     ]
     if found:
         raise AssetError(
-            f"the checkpoint does not fit this {type(module).__name__}. Of its tensors and parameters, {'; '.join(found)}."
+            f"the checkpoint does not fit this {type(module).__name__}. Of tensors and parameters, {'; '.join(found)}."
             " Is it the right model, size and vocabulary?"
         )
 
@@ -107,7 +107,7 @@ def misfits(tensors: Mapping, target: Mapping, names: Mapping[str, str]) -> dict
 
 
 def left_over(tensors: Mapping, target: Mapping, names: Mapping[str, str], ignore: tuple, fresh: tuple) -> list[str]:
-    "Tensors, by their names in the model, that have no place in it or that a fresh parameter of another shape replaces."
+    "Tensors, by their names in the model, without a place in it or replaced by a fresh parameter of another shape."
     return [
         new for new, old in names.items() if new not in target or (
             tensors[old].shape != target[new].shape
@@ -137,9 +137,9 @@ def load_state(
     """
     Copy `tensors` into a torch module and account for all of them.
 
-    rename: a function of a tensor's name, or {old beginning: new beginning}. ignore: beginnings of the names of tensors that
-    may stay unused; fresh: of parameters that may keep their values. AssetError, before anything is copied: leftovers, gaps,
-    shapes that do not fit; it lists every one.
+    rename: a function of a tensor's name, or {old beginning: new beginning}. ignore: beginnings of the names of tensors
+    that may stay unused; fresh: of parameters that may keep their values. AssetError, before anything is copied:
+    leftovers, gaps, shapes that do not fit; it lists every one.
     """
     ignore, fresh = tuple(ignore), tuple(fresh)
     target = {name: value for name, value in module.state_dict().items() if hasattr(value, "shape")}

@@ -181,7 +181,7 @@ def read_dictionary(path: str | os.PathLike) -> dict:
     """
     A dictionary from a JSON file or a pickle: texts, numbers (numpy's become Python's), and dictionaries of them.
 
-    A pickle is never executed. AssetError: missing, damaged, unsafe, no dictionary, not the published file of that name.
+    A pickle is never executed. AssetError: missing, damaged, unsafe, no dictionary, not the published one of that name.
     """
     path = Path(path)
     kind = usable(path)
@@ -191,8 +191,8 @@ def read_dictionary(path: str | os.PathLike) -> dict:
         found = json.loads(data.decode("utf-8-sig")) if kind == "JSON" else read_pickle(data)
     except Refused as reason:
         raise AssetError(
-            f"{path} is a pickle that asks for {reason}. A dictionary of genes holds texts and numbers only; nothing of this"
-            " one was executed. Take it from its publisher, or convert it to JSON where you can afford to lose the machine"
+            f"{path} is a pickle that asks for {reason}. A dictionary of genes holds texts and numbers only; nothing of"
+            " this one was executed. Take it from its publisher, or convert it to JSON on a machine that you can lose"
         ) from None
     except (ValueError, LookupError, StopIteration, TypeError, OverflowError, RecursionError) as error:
         found = f"{kind}, {len(data)} bytes"

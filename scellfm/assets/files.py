@@ -111,7 +111,7 @@ def known_as(path: Path) -> str | None:
     """
     What a published file is, told by its sha256; None for a file that is not in `PINS`.
 
-    AssetError: name and length of a published Geneformer dictionary, other bytes. Such a name, another length: a warning.
+    AssetError: name and length of a published Geneformer dictionary, other bytes. Such a name, another length: warned.
     """
     digest = sha256(path)
     for pin in PINS:
@@ -121,7 +121,8 @@ def known_as(path: Path) -> str | None:
         if path.name == pin.name and "_gc" in pin.name:
             if path.stat().st_size == pin.size:
                 raise AssetError(
-                    f"{path} is damaged or was altered: sha256 {digest}, but the {pin.what} has {pin.sha256}; fetch it again"
+                    f"{path} is damaged or was altered: sha256 {digest}, but the {pin.what} has {pin.sha256}; fetch it"
+                    " again"
                 )
             warn(f"{path} has the name of the published {pin.what} and is another file (sha256 {digest})")
     return None

@@ -33,7 +33,7 @@ def weights_file(folder: Path) -> Path:
     kinds = ("*.safetensors", "*.pt", "*.pth", "*.bin", "*.ckpt")
     found = sorted(path for kind in kinds for path in folder.glob(kind))
     if len(found) > 1:
-        raise AssetError(f"{folder} holds several files of weights ({', '.join(p.name for p in found)}); name one of them")
+        raise AssetError(f"{folder} holds several files of weights ({', '.join(p.name for p in found)}); name one")
     if not found:
         raise AssetError(f"{folder} has no weights (such as {', '.join(WEIGHTS)}); {nearby(folder / 'weights')}")
     return found[0]
@@ -54,15 +54,15 @@ def read_safetensors(path: Path) -> dict:
         raise AssetError(f"{path} is damaged or cut ({size} bytes): {error}; fetch it again") from error
 
 
-def save_tensors(path: str | os.PathLike, tensors: Mapping, metadata: Mapping | None = None) -> None:
-    "Write tensors as one safetensors file, atomically; tensors that share memory are written as copies of their own."
+def save_tensors(path: str | os.PathLike, tensors: Mapping) -> None:
+    "Write tensors as one safetensors file, atomically; tensors that share memory become copies. Same tensors, same bytes."
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as temporary:
         try:
-            save_file(copies, temporary, metadata={"format": "pt", **(metadata or {})})
+            save_file(copies, temporary, metadata={"format": "pt"})  # a second entry would come in random order
         except SafetensorError as error:  # its way to say that the disk is full
             raise OSError(str(error)) from error
 
@@ -78,10 +78,11 @@ def unwrapped(found, path: Path) -> dict:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping):
-        raise AssetError(f"{path} holds a {type(found).__name__}, no dictionary of tensors; save model.state_dict() instead")
-    odd = [f"{name} is a {type(value).__name__}" for name, value in found.items() if not isinstance(value, torch.Tensor)]
+        raise AssetError(f"{path} is no state dict but a {type(found).__name__}; save model.state_dict() instead")
+    odd = [f"{name} is a {type(item).__name__}" for name, item in found.items() if not isinstance(item, torch.Tensor)]
     if odd or not found:
-        raise AssetError(f"{path} is no state dict: {', '.join(odd[:5]) or 'it is empty'}; save model.state_dict() instead")
+        reason = ", ".join(odd[:5]) or "it is empty"
+        raise AssetError(f"{path} is no state dict: {reason}; save model.state_dict() instead")
     return dict(found)
 
 
@@ -91,15 +92,15 @@ def read_torch(path: Path) -> dict:
 
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < (2, 6):
         raise AssetError(
-            f"{path} cannot be read safely by torch {torch.__version__} (CVE-2025-32434); install torch>=2.6, or convert the"
-            " file to safetensors"
+            f"{path} cannot be read safely by torch {torch.__version__} (CVE-2025-32434); install torch>=2.6, or"
+            " convert the file to safetensors"
         )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         raise AssetError(
-            f"{path} holds more than tensors, and was not executed ({_reason(error)}). Take the file from its publisher, or"
-            " save it again as safetensors where you can afford to lose the machine"
+            f"{path} holds more than tensors, and was not executed ({_reason(error)}). Take the file from its"
+            " publisher, or save it again as safetensors on a machine that you can lose"
         ) from error
     except Exception as error:  # a damaged archive makes torch fail in many ways
         raise AssetError(f"{path} is damaged, cut or no torch checkpoint: {_reason(error)}; fetch it again") from error
@@ -132,7 +133,7 @@ def read_sharded(index: Path) -> Tensors:
         part = read_tensors(index.parent / shard)
         odd = sorted(part.keys() ^ {name for name, place in listed.items() if place == shard})
         if odd:
-            raise AssetError(f"{index} and {shard} disagree on {len(odd)} tensors ({', '.join(odd[:5])}); fetch them again")
+            raise AssetError(f"{index} and {shard} disagree on {len(odd)} tensors ({', '.join(odd[:5])}); fetch both")
         found.update(part)
         found.files.update(part.files)
     return found
@@ -140,7 +141,7 @@ def read_sharded(index: Path) -> Tensors:
 
 def read_tensors(path: str | os.PathLike) -> Tensors:
     """
-    The tensors of a checkpoint (folder or file; safetensors, sharded or not, or torch's own format), by name, on the CPU.
+    The tensors of a checkpoint (folder or file; safetensors, sharded or not, or torch's format), by name, on the CPU.
 
     Nothing in the file is executed. AssetError: missing, damaged, cut, unsafe, or of another kind.
     """
@@ -153,5 +154,5 @@ def read_tensors(path: str | os.PathLike) -> Tensors:
         return Tensors(read_safetensors(path), {path: sha256(path)})
     if path.suffix == ".safetensors" or kind not in ("a zip archive", "a pickle"):
         size = path.stat().st_size
-        raise AssetError(f"{path} is {kind} of {size} bytes, not a checkpoint; is it the right file, and whole? Fetch it again")
+        raise AssetError(f"{path} is {kind} of {size} bytes, not a checkpoint; is it the right file, and whole?")
     return Tensors(read_torch(path), {path: sha256(path)})

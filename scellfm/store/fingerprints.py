@@ -138,7 +138,7 @@ def _parts(value):
 
 # %% ../../nbs/store/fingerprints.ipynb #76feea6b
 def _library_parts(value):
-    "The pieces for dataclasses and the objects of scipy, pandas, anndata, torch, dask: told by their looks, not imported."
+    "The pieces for dataclasses and objects of scipy, pandas, anndata, torch, dask: told by looks, not imported."
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         yield from _parts([type(value).__name__, fields])
@@ -157,8 +157,8 @@ def _library_parts(value):
         yield from _array_parts(tensor.float().numpy() if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy())
     else:
         raise OptionError(
-            f"a {type(value).__module__}.{type(value).__name__} has no fingerprint; pass arrays, tables, AnnData, paths, numbers,"
-            " text, or lists and dicts of them"
+            f"a {type(value).__module__}.{type(value).__name__} has no fingerprint; pass arrays, tables, AnnData,"
+            " paths, numbers, text, or lists and dicts of them"
         )
 
 
