@@ -192,9 +192,9 @@ class ClassificationResult:
     metrics: dict[str, float]
     low: dict[str, float]
     high: dict[str, float]
-    per_class: pd.DataFrame  # index class; precision, recall, f1, support, auroc
-    confusion: pd.DataFrame  # cells of each true class (rows) called each class (columns)
-    calibration: pd.DataFrame  # low, high, n, confidence, accuracy of each filled bin
+    per_class: pd.DataFrame = field(repr=False)  # index class; precision, recall, f1, support, auroc
+    confusion: pd.DataFrame = field(repr=False)  # cells of each true class (rows) called each class (columns)
+    calibration: pd.DataFrame = field(repr=False)  # low, high, n, confidence, accuracy of each filled bin
     n_cells: int
     n_groups: int | None  # donors that were resampled; None: cells were
     truth: np.ndarray = field(repr=False, default=None)  # positions in the classes

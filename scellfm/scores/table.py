@@ -14,8 +14,8 @@ import pandas as pd
 from ..core import DataError
 
 # %% auto #0
-__all__ = ['SMALL_IS_GOOD', 'STYLE', 'smaller_is_better', 'is_aside', 'plain', 'plain_number', 'table_from', 'short', 'interval',
-           'Scores', 'scores_html', 'scores_markdown']
+__all__ = ['SMALL_IS_GOOD', 'STYLE', 'smaller_is_better', 'metric_name', 'is_aside', 'plain', 'plain_number', 'table_from',
+           'short', 'interval', 'Scores', 'scores_html', 'scores_markdown']
 
 # %% ../../nbs/scores/table.ipynb #5fdc0a3f
 SMALL_IS_GOOD = {"error", "loss", "mse", "mae", "rmse", "perplexity", "distance"}
@@ -24,6 +24,12 @@ SMALL_IS_GOOD = {"error", "loss", "mse", "mae", "rmse", "perplexity", "distance"
 def smaller_is_better(metric: str) -> bool:
     "Whether a metric is an error, a loss or a distance, going by the words of its name."
     return bool(SMALL_IS_GOOD & set(str(metric).lower().replace("-", "_").replace(" ", "_").split("_")))
+
+
+def metric_name(metric: str) -> str:
+    "A metric's column as a reader's words: 'macro_f1' is 'macro F1'."
+    upper = {"auroc": "AUROC", "auprc": "AUPRC", "f1": "F1", "mse": "MSE", "mae": "MAE", "rmse": "RMSE"}
+    return " ".join(upper.get(word, word) for word in str(metric).split("_"))
 
 
 def is_aside(method: str) -> bool:
@@ -42,8 +48,8 @@ def plain(value):
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset, np.ndarray, pd.Index)):
-        items = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
-        return [plain(item) for item in items] if np.ndim(value) or not isinstance(value, np.ndarray) else plain(value.item())
+        return [plain(item) for item in (sorted(value, key=str) if isinstance(value, (set, frozenset)) else np.atleast_1d(value) if
+                isinstance(value, np.ndarray) else value)]
     if value is None or value is pd.NA or isinstance(value, (str, bool)):
         return None if value is pd.NA else value
     return plain_number(value)
@@ -78,7 +84,7 @@ def interval(low: float, high: float) -> str:
 STYLE = "style='text-align:{};padding:.25em .7em;{}'"
 
 
-@dataclass
+@dataclass(repr=False)
 class Scores:
     "Methods x metrics: a model and its baselines on the same cells. `low` and `high` bound the 95 % intervals."
 
@@ -114,6 +120,9 @@ class Scores:
             yield method, [(short(self.table.iat[i, j]), interval(self.low.iat[i, j], self.high.iat[i, j]), method in best[metric])
                            for j, metric in enumerate(self.table)]
 
+    def __repr__(self) -> str:
+        return "\n".join(filter(None, [self.title, self.to_markdown()]))
+
     def _repr_html_(self) -> str:
         return scores_html(self)
 
@@ -139,7 +148,7 @@ class Scores:
 # %% ../../nbs/scores/table.ipynb #45757c95
 def scores_html(scores: Scores) -> str:
     "The table in HTML: best per column bold, intervals small, rows that do not compete in grey."
-    head = "".join(f"<th scope='col' {STYLE.format('right', '')}>{html.escape(str(metric).replace('_', ' '))}</th>" for metric in scores.table)
+    head = "".join(f"<th scope='col' {STYLE.format('right', '')}>{html.escape(metric_name(metric))}</th>" for metric in scores.table)
     rows = []
     for method, cells in scores._cells():
         grey = "opacity:.6;" if is_aside(method) else ""
