@@ -37,8 +37,8 @@ def embed(gf: Geneformer, data, *, emb_layer=-1, pool="auto", key_added="X_genef
     full = np.full((data.n_obs, embeddings.shape[1]), np.nan, dtype=np.float32)
     full[cells.cell_index] = embeddings
     if len(cells) < data.n_obs:
-        warn(f"{data.n_obs - len(cells):,} of {data.n_obs:,} cells have no gene that the model knows; their rows of "
-             f"obsm[{key_added!r}] are NaN")
+        warn(f"{data.n_obs - len(cells):,} of {data.n_obs:,} cells have no gene that the model knows (or a filter_pass that is "
+             f"not 1); their rows of obsm[{key_added!r}] are NaN")
     data.obsm[key_added] = full
     data.uns[key_added] = {"params": parameters(gf, emb_layer, index, layer, record) | {"pool": mode}}
     return data if copy else None

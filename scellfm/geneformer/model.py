@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'UNUSED', 'shape_config', 'build_model', 'layer_index', 'lower_layers', 'hidden_states', 'pool_cells',
-           'pooling', 'CutCells', 'sequence_lengths', 'check_tokens', 'translate', 'load_model', 'fitting_tokenizer',
-           'check_fit', 'Geneformer']
+           'pooling', 'CutCells', 'sequence_lengths', 'check_tokens', 'translate', 'load_model', 'dictionary_places',
+           'fitting_tokenizer', 'check_fit', 'Geneformer']
 
 # %% ../../nbs/geneformer/model.ipynb #41750ee1
 import copy as copying
@@ -179,24 +179,33 @@ def load_model(folder: Path):
         logger.info("%s: the encoder of a fine-tuned model is loaded; the head that guesses masked genes is new", folder)
     return model, report
 
-# %% ../../nbs/geneformer/model.ipynb #85f732ad
-def fitting_tokenizer(folder: Path, vocabulary: int, positions: int):
+# %% ../../nbs/geneformer/model.ipynb #6671258a
+def dictionary_places(folder: Path, hub: dict | None) -> list[tuple]:
+    "Where a checkpoint's dictionaries may lie, as (place, arguments): its folder, then the hub repository or the folders beside it."
+    if hub is not None:
+        return [(folder, {}), (hub["path_or_hub_id"], {k: v for k, v in hub.items() if k != "path_or_hub_id"})]
+    beside = [p for place in (folder, folder.parent) for p in sorted(place.iterdir()) if p.is_dir() and p != folder]
+    return [(place, {}) for place in dict.fromkeys((folder, folder.parent, *beside))]
+
+
+def fitting_tokenizer(folder: Path, vocabulary: int, positions: int, hub: dict | None = None):
     "The RankTokenizer in or next to a checkpoint folder that has `vocabulary` tokens; AssetError naming what was found."
     from scellfm.geneformer.tokenizer import RankTokenizer
 
-    beside = sorted(p for p in folder.parent.iterdir() if p.is_dir() and p != folder)
-    inside = sorted(p for p in folder.rglob("*") if p.is_dir())
     found = []
-    for place in (folder, *inside, folder.parent, *beside):
+    for place, arguments in dictionary_places(folder, hub):
         for version in (None, "V1", "V2"):
             try:
-                tokenizer = RankTokenizer.from_pretrained(place, max_length=positions, version=version)
-            except AssetError:
+                tokenizer = RankTokenizer.from_pretrained(place, version=version, max_length=positions, **arguments)
+            except AssetError as error:
+                logger.debug("no tokenizer in %s: %s", place, error)
                 continue
             if len(tokenizer.genes) == vocabulary:
                 return tokenizer
-            found.append(f"{place.name} ({len(tokenizer.genes):,} tokens)")
-    seen = f"found: {', '.join(sorted(set(found)))}" if found else "no token dictionary was found"
+            found.append(f"{Path(place).name} ({tokenizer.version}, {len(tokenizer.genes):,} tokens)")
+            if version is None:
+                break  # this place has one dictionary, and it is another model's
+    seen = f"found: {', '.join(dict.fromkeys(found))}" if found else "no token dictionary was found"
     raise AssetError(f"no tokenizer with the model's {vocabulary:,} tokens lies in {folder} or next to it; {seen}. "
                      "Pass the right one: tokenizer=RankTokenizer.from_pretrained(folder_of_the_dictionaries)")
 
@@ -237,7 +246,9 @@ class Geneformer:
         folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
         model, report = load_model(folder)
         if tokenizer is None:
-            tokenizer = fitting_tokenizer(folder, model.config.vocab_size, model.config.max_position_embeddings)
+            hub = None if Path(path_or_hub_id).expanduser().exists() else dict(
+                path_or_hub_id=path_or_hub_id, revision=revision, local_files_only=local_files_only)
+            tokenizer = fitting_tokenizer(folder, model.config.vocab_size, model.config.max_position_embeddings, hub)
         gf = cls(model, tokenizer, device=device, dtype=dtype)
         gf.load_report = report
         return gf

@@ -1,0 +1,111 @@
+"""Deletion of every gene of a cell, against BertForMaskedLM with all hidden states on the same batches, on one thread.
+
+    python benchmarks/deletion.py [--cells 1] [--genes 300] [--pairs 5] [--quick]
+
+The shape of Geneformer V1-10M (6 layers, hidden size 256, 25,426 tokens, random weights), the second to last layer. Both
+sides make the same edits in batches of the same size, in turns, in one process. Printed: median seconds, the ratio, the
+peak memory of each side in a process of its own, and the largest difference of the shifts.
+"""
+import os
+
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[name] = "1"
+os.environ["SCELLFM_PROGRESS"] = "0"
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+
+from scellfm.geneformer import Geneformer, RankTokenizer, TokenizedCells
+from scellfm.geneformer.perturbation import perturb
+from scellfm.inference import plan_batches
+
+VOCABULARY, BUDGET, FLOOR = 25_426, 16_384, 4.0
+
+
+def problem(args) -> tuple[Geneformer, TokenizedCells]:
+    "A random model of the published shape and random cells."
+    torch.set_num_threads(1)
+    genes = [f"ENSG{i:011d}" for i in range(VOCABULARY - 2)]
+    dictionary = {name: i for i, name in enumerate(["<pad>", "<mask>", *genes])}
+    gf = Geneformer.from_config("V1-10M", RankTokenizer(dictionary, dict.fromkeys(genes, 1.0)), device="cpu")
+    random = np.random.default_rng(0)
+    tokens = [random.permutation(VOCABULARY - 2)[: args.genes] + 2 for _ in range(args.cells)]
+    offsets = np.arange(args.cells + 1) * args.genes
+    obs = pd.DataFrame(index=[f"cell{i}" for i in range(args.cells)])
+    return gf, TokenizedCells(np.concatenate(tokens).astype(np.uint16), offsets, obs, np.arange(args.cells))
+
+
+def ours(gf: Geneformer, cells: TokenizedCells) -> np.ndarray:
+    "scellfm: 1 - mean cosine of the remaining genes, per deletion."
+    return perturb(gf, cells, token_budget=BUDGET).shifts["shift"].to_numpy()
+
+
+@torch.inference_mode()
+def masked_lm(gf: Geneformer, cells: TokenizedCells) -> np.ndarray:
+    "The reference: the whole BertForMaskedLM with all hidden states."
+    shifts = []
+    for i in range(len(cells)):
+        ids = torch.from_numpy(cells[i])
+        before = gf.model(ids[None], output_hidden_states=True).hidden_states[-2][0]
+        kept = ~torch.eye(len(ids), dtype=torch.bool)
+        for batch in plan_batches(np.full(len(ids), len(ids) - 1), BUDGET, spread=0):
+            source = torch.arange(len(ids)).expand(len(batch), -1)[kept[batch]].view(len(batch), -1)
+            after = gf.model(ids[source], output_hidden_states=True).hidden_states[-2]
+            shifts.append(1 - torch.cosine_similarity(after, before[source], dim=-1).mean(1).numpy())
+    return np.concatenate(shifts)
+
+
+SIDES = {"scellfm": ours, "BertForMaskedLM": masked_lm}
+
+
+def memory(side: str, args) -> float:
+    "MB by which the peak memory of one side grows while it runs, in a process of its own."
+    command = [sys.executable, __file__, "--side", side, "--cells", str(args.cells), "--genes", str(args.genes)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["mb"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", type=int, default=1)
+    parser.add_argument("--genes", type=int, default=300)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="100 genes, 3 pairs")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.quick:
+        args.genes, args.pairs = 100, 3
+    gf, cells = problem(args)
+    if args.side:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        SIDES[args.side](gf, cells)
+        print(json.dumps({"mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
+        return
+    small = cells[:1]
+    for side in SIDES.values():  # warm up
+        side(gf, TokenizedCells(small.tokens[:20], np.array([0, 20]), small.obs, small.cell_index))
+    seconds, results = {name: [] for name in SIDES}, {}
+    for _ in range(args.pairs):
+        for name, side in SIDES.items():
+            start = time.perf_counter()
+            results[name] = side(gf, cells)
+            seconds[name].append(time.perf_counter() - start)
+    ratio = np.median(np.array(seconds["BertForMaskedLM"]) / np.array(seconds["scellfm"]))
+    difference = np.abs(results["scellfm"] - results["BertForMaskedLM"]).max()
+    for name, times in seconds.items():
+        rate = len(results[name]) / np.median(times)
+        print(f"{name:16s} {np.median(times):8.2f} s  {rate:8.1f} deletions/s  peak memory +{memory(name, args):,.0f} MB")
+    print(f"ratio {ratio:.2f} (floor {FLOOR}), median of {args.pairs} pairs; {args.cells} cells of {args.genes} genes; "
+          f"largest difference of the shifts {difference:.1e} (limit 1e-5)")
+    sys.exit(0 if ratio >= FLOOR and difference <= 1e-5 else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Embedding cells of mixed length against random batches padded to their longest cell, on one thread.
+
+    python benchmarks/embedding.py [--cells 128] [--pairs 5] [--quick]
+
+The shape of Geneformer V1-10M (random weights) and lengths spread as those of PBMC (median 1,000, at most 2,048 genes).
+Both sides run the same encoder up to the second to last layer: scellfm in its own batches, the reference in random
+batches of 16 cells with an attention mask, in turns, in one process. Printed: median seconds, the ratio, the peak memory of each
+side in a process of its own, and the largest difference of the embeddings.
+"""
+import os
+
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[name] = "1"
+os.environ["SCELLFM_PROGRESS"] = "0"
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+
+from scellfm.geneformer import Geneformer, RankTokenizer, TokenizedCells
+from scellfm.geneformer.model import layer_index, lower_layers, pool_cells
+from scellfm.inference import pad
+
+VOCABULARY, BATCH, FLOOR = 25_426, 16, 1.5
+
+
+def problem(args) -> tuple[Geneformer, TokenizedCells]:
+    "A random model of the published shape and random cells of mixed length."
+    torch.set_num_threads(1)
+    genes = [f"ENSG{i:011d}" for i in range(VOCABULARY - 2)]
+    dictionary = {name: i for i, name in enumerate(["<pad>", "<mask>", *genes])}
+    gf = Geneformer.from_config("V1-10M", RankTokenizer(dictionary, dict.fromkeys(genes, 1.0)), device="cpu")
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.lognormal(np.log(1000 * args.scale), 0.55, args.cells), 50, 2048).astype(int)
+    tokens = np.concatenate([random.permutation(VOCABULARY - 2)[:n] + 2 for n in lengths])
+    obs = pd.DataFrame(index=[f"cell{i}" for i in range(args.cells)])
+    return gf, TokenizedCells(tokens.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]), obs, np.arange(args.cells))
+
+
+def ours(gf: Geneformer, cells: TokenizedCells) -> np.ndarray:
+    "scellfm."
+    return gf.embed(cells)
+
+
+@torch.inference_mode()
+def random_batches(gf: Geneformer, cells: TokenizedCells) -> np.ndarray:
+    "The reference: the same encoder on random batches padded to their longest."
+    encoder = lower_layers(gf.model.bert, layer_index(-1, gf.n_layers))
+    order, out = np.random.default_rng(1).permutation(len(cells)), np.empty((len(cells), gf.model.config.hidden_size), np.float32)
+    for start in range(0, len(cells), BATCH):
+        rows = order[start : start + BATCH]
+        ids, mask = pad([cells[int(i)] for i in rows])
+        out[rows] = pool_cells(encoder(ids, attention_mask=mask.long()).last_hidden_state, mask, special=False)
+    return out
+
+
+SIDES = {"scellfm": ours, "random batches": random_batches}
+
+
+def memory(side: str, args) -> float:
+    "MB by which the peak memory of one side grows while it runs, in a process of its own."
+    command = [sys.executable, __file__, "--side", side, "--cells", str(args.cells), "--scale", str(args.scale)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["mb"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", type=int, default=128)
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the lengths")
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="64 cells of a quarter of the length, 3 pairs")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.quick:
+        args.cells, args.scale, args.pairs = 64, 0.25, 3
+    gf, cells = problem(args)
+    if args.side:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        SIDES[args.side](gf, cells)
+        print(json.dumps({"mb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
+        return
+    for side in SIDES.values():  # warm up
+        side(gf, cells[:2])
+    seconds, results = {name: [] for name in SIDES}, {}
+    for _ in range(args.pairs):
+        for name, side in SIDES.items():
+            start = time.perf_counter()
+            results[name] = side(gf, cells)
+            seconds[name].append(time.perf_counter() - start)
+    ratio = np.median(np.array(seconds["random batches"]) / np.array(seconds["scellfm"]))
+    difference = np.abs(results["scellfm"] - results["random batches"]).max()
+    for name, times in seconds.items():
+        rate = len(cells) / np.median(times)
+        print(f"{name:16s} {np.median(times):8.2f} s  {rate:8.1f} cells/s  peak memory +{memory(name, args):,.0f} MB")
+    print(f"ratio {ratio:.2f} (floor {FLOOR}), median of {args.pairs} pairs; {args.cells} cells, mean length {cells.lengths.mean():.0f}; "
+          f"largest difference of the embeddings {difference:.1e} (limit 1e-5)")
+    sys.exit(0 if ratio >= FLOOR and difference <= 1e-5 else 1)
+
+
+if __name__ == "__main__":
+    main()
