@@ -50,28 +50,28 @@ def gather_row(data, indices, start, stop, tokens, medians, slot, collapse, toke
 # %% ../../nbs/geneformer/kernels.ipynb #0d501c1d
 @compiled
 def radix_sort(value, n, single, bits, packed, spare, bins):
-    "Order positions 0..n-1 by single precision value, descending, into `packed` (key << 32 | position)."
+    "Order positions 0..n-1 by the leading bits of their values, descending, into `packed` (key << 32 | position)."
     bins[:] = 0
     for i in range(n):
         single[i] = value[i]
-        key = 0x7FFFFFFF - np.int64(bits[i])
+        key = np.int64(0x7FFFFFFF - bits[i]) >> 9
         packed[i] = key << 32 | i
         bins[0, key & 2047] += 1
-        bins[1, key >> 11 & 2047] += 1
-        bins[2, key >> 22] += 1
-    for digit in range(3):
-        total = 0
-        for b in range(2048):
-            here = bins[digit, b]
-            bins[digit, b] = total
-            total += here
-        source, target = (spare, packed) if digit == 1 else (packed, spare)
-        shift = 32 + 11 * digit
-        for i in range(n):
-            b = source[i] >> shift & 2047
-            target[bins[digit, b]] = source[i]
-            bins[digit, b] += 1
-    packed[:n] = spare[:n]
+        bins[1, key >> 11] += 1
+    low = high = 0
+    for b in range(2048):
+        here, there = bins[0, b], bins[1, b]
+        bins[0, b], bins[1, b] = low, high
+        low += here
+        high += there
+    for i in range(n):
+        b = packed[i] >> 32 & 2047
+        spare[bins[0, b]] = packed[i]
+        bins[0, b] += 1
+    for i in range(n):
+        b = spare[i] >> 43
+        packed[bins[1, b]] = spare[i]
+        bins[1, b] += 1
 
 # %% ../../nbs/geneformer/kernels.ipynb #0ba692c9
 @compiled
@@ -109,7 +109,7 @@ def rank_rows(data, indices, indptr, tokens, medians, slot, collapse, limit, out
         width = max(width, indptr[row + 1] - indptr[row])
     token, count, value = np.empty(width, np.int64), np.empty(width), np.empty(width)
     single, packed, spare = np.empty(width, np.float32), np.empty(width, np.int64), np.empty(width, np.int64)
-    bits, bins = single.view(np.int32), np.zeros((3, 2048), np.int64)
+    bits, bins = single.view(np.int32), np.zeros((2, 2048), np.int32)
     at = 0
     for row in range(len(indptr) - 1):
         n = gather_row(data, indices, indptr[row], indptr[row + 1], tokens, medians, slot, collapse, token, count, value)

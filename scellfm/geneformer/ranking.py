@@ -87,7 +87,7 @@ def rank_numba(csr: sparse.csr_matrix, medians: np.ndarray, tokens: np.ndarray, 
     out_counts = np.empty(size if keep else 0)
     lengths, detected = np.empty(n_rows, np.int64), np.empty(n_rows, np.int64)
     slot = np.full(int(known.max(initial=0)) + 1, -1, np.int64)
-    collapse = len(np.unique(known)) < len(known)
+    collapse = bool(np.bincount(known).max(initial=0) > 1)
     used = kernel()(data, csr.indices.astype(np.int32, copy=False), csr.indptr.astype(np.int64, copy=False),
                     tokens, medians, slot, collapse, limit, out_tokens, out_counts, lengths, detected)
     return out_tokens[:used], out_counts[:used], lengths, detected
