@@ -2,7 +2,7 @@
 from scellfm import _lazy
 
 __getattr__, __dir__ = _lazy(__name__, {
-    "screen_test": "screen", "bh": "screen",
+    "screen_test": "screen", "bh": "table",
     "rank_sum_test": "comparison", "donor_t_test": "comparison",
     "log2_fold_change": "targets", "recovery": "targets",
 })

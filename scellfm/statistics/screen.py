@@ -4,111 +4,39 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'MIN_CELLS', 'MIN_DONORS', 'MATCHED', 'MIN_MATCHED', 'CUT', 'CUT_MEAN', 'MIN_GENES', 'TAIL_WARNING',
-           'COLUMNS', 'exact_sums', 'Shifts', 'finite_numbers', 'check_shifts', 'by_cell_and_rank', 'matched_residuals',
-           'donor_means', 'pooled_variance', 'error_freedom', 'gene_features', 'nearest_genes', 'expected_effect',
-           'offset_trend', 'between_gene_variance', 'bh', 'percentile', 'judge', 'why_exploratory', 'explore',
-           'screen_test']
+           'COLUMNS', 'by_cell_and_rank', 'matched_residuals', 'donor_means', 'pooled_variance', 'error_freedom',
+           'gene_features', 'nearest_genes', 'expected_effect', 'offset_trend', 'between_gene_variance', 'percentile',
+           'judge', 'why_exploratory', 'explore', 'screen_test']
 
-# %% ../../nbs/statistics/screen.ipynb #a792bd94
+# %% ../../nbs/statistics/screen.ipynb #9baa7fc9
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, warn
-
-# %% ../../nbs/statistics/screen.ipynb #3cdd0782
-def exact_sums(values: np.ndarray, codes: np.ndarray, size: int) -> np.ndarray:
-    "Sums of `values` by code (0..size-1), rounded to a grid on which the order of addition changes nothing."
-    largest = np.abs(values).max(initial=0.)
-    if largest == 0:
-        return np.zeros(size)
-    longest = np.bincount(codes, minlength=size).max()
-    grid = 2. ** (np.ceil(np.log2(largest)) - 51 + np.ceil(np.log2(longest + 1)))
-    return np.bincount(codes, weights=np.rint(values / grid), minlength=size) * grid
-
-# %% ../../nbs/statistics/screen.ipynb #a1b7c1c4
-@dataclass
-class Shifts:
-    "A checked table of shifts as codes: entry i is gene[i] deleted from cell[i]. Genes are numbered by their data, not their names."
-    genes: np.ndarray  # names, [G]
-    gene: np.ndarray   # int64, [n]
-    cell: np.ndarray   # int64, [n]
-    donor: np.ndarray  # int64, [n]; all 0 where there are no donors
-    rank: np.ndarray   # float64, [n]
-    shift: np.ndarray  # float64, [n]
-    n_donors: int      # 0: no donors known
-
-
-def finite_numbers(shifts: pd.DataFrame, column: str, lowest: float) -> np.ndarray:
-    "A column as float64; DataError where it is not a finite number, or lies below `lowest`."
-    values = pd.to_numeric(shifts[column], errors="coerce").to_numpy(float, na_value=np.nan)
-    bad = np.flatnonzero(~np.isfinite(values) | (values < lowest))
-    if len(bad):
-        row = shifts.iloc[bad[0]]
-        what = "finite numbers" if lowest == -np.inf else f"finite numbers of at least {lowest:g}"
-        raise DataError(f"{len(bad)} of {len(values)} values of column {column!r} are not {what}; the first is {row[column]!r} "
-                        f"(gene {row['gene']!r}, cell {row['cell']!r}). Drop these rows: shifts[np.isfinite(shifts[{column!r}])]")
-    return values
-
-
-def _with_donors(shifts: pd.DataFrame) -> tuple[pd.DataFrame, bool]:
-    "The rows that have a donor, and whether there are donors at all."
-    missing = shifts["donor"].isna().to_numpy() if "donor" in shifts else np.ones(len(shifts), bool)
-    if missing.all():
-        return shifts, False
-    if missing.any():
-        warn(f"{missing.sum()} of {len(shifts)} rows have no donor and are left out", stacklevel=5)
-    return shifts[~missing], True
-
-# %% ../../nbs/statistics/screen.ipynb #81acb220
-def check_shifts(shifts: pd.DataFrame) -> Shifts:
-    "Check a table (columns gene, cell, rank, shift and, if known, donor) and number it; DataError says what is wrong and the fix."
-    if not isinstance(shifts, pd.DataFrame):
-        raise DataError(f"shifts is a {type(shifts).__name__}; pass a DataFrame with columns gene, cell, donor, rank, shift")
-    lacking = [column for column in ("gene", "cell", "rank", "shift") if column not in shifts]
-    if lacking or not len(shifts):
-        raise DataError(f"shifts has {len(shifts)} rows and columns {list(map(str, shifts.columns))}; needed are rows, and the columns gene, cell, "
-                        f"donor, rank, shift (missing: {', '.join(lacking) or 'none'}). Rename: shifts.rename(columns=...)")
-    shifts, known = _with_donors(shifts)
-    nameless = shifts["gene"].isna() | shifts["cell"].isna()
-    if nameless.any():
-        raise DataError(f"{nameless.sum()} rows have no gene or no cell name; drop them: shifts.dropna(subset=['gene', 'cell'])")
-    rank, shift = finite_numbers(shifts, "rank", 0.), finite_numbers(shifts, "shift", -np.inf)
-    (gene, genes), (cell, cells) = pd.factorize(shifts["gene"]), pd.factorize(shifts["cell"])
-    donor, donors = pd.factorize(shifts["donor"]) if known else (np.zeros(len(shifts), np.int64), [None])
-    cell = pd.factorize(cell.astype(np.int64) * len(donors) + donor)[0]
-    pair = cell * len(genes) + gene
-    if (np.diff(np.sort(pair)) == 0).any():
-        twice = pd.Series(pair).duplicated().to_numpy()
-        row = shifts.iloc[np.flatnonzero(twice)[0]]
-        raise DataError(f"{twice.sum()} rows repeat a (gene, cell) pair, the first {row['gene']!r} in cell {row['cell']!r}; if these are several "
-                        "cells, give each its own name; if repeats, keep one: shifts.drop_duplicates(['gene', 'cell', 'donor'])")
-    size = len(genes)
-    keys = exact_sums(rank, gene, size), np.bincount(gene, minlength=size), exact_sums(shift, gene, size)
-    order = np.lexsort((keys[2], keys[1], keys[0] / keys[1]))
-    number = np.argsort(order)
-    return Shifts(np.asarray(genes, dtype=object)[order], number[gene], cell, donor.astype(np.int64), rank, shift, len(donors) if known else 0)
+from ..core import warn
+from .table import Shifts, bh, check_shifts, exact_sums
 
 # %% ../../nbs/statistics/screen.ipynb #a6c5c734
 WINDOW = 50  # genes nearest in rank that a shift is compared with
 
 
 def by_cell_and_rank(table: Shifts) -> np.ndarray:
-    "The order of rows by cell, rank and gene: one sort of whole numbers where ranks are whole (ten times faster), else of three keys."
+    """The order of rows by cell, rank and gene: one sort of whole numbers where ranks are whole (ten times faster),
+    else of three keys."""
     genes, ranks = len(table.genes), table.rank.max() + 1
-    if (table.rank % 1 == 0).all() and (table.cell.max() + 1.) * ranks * genes < 2. ** 62:
+    if (table.rank % 1 == 0).all() and (table.cell.max() + 1.0) * ranks * genes < 2.0**62:
         return np.argsort((table.cell * int(ranks) + table.rank.astype(np.int64)) * genes + table.gene)
     return np.lexsort((table.gene, table.rank, table.cell))
 
 
 def matched_residuals(table: Shifts) -> np.ndarray:
-    "Each shift minus the mean shift of the WINDOW genes nearest in rank in the same cell; NaN where a cell has one gene. Same order as the table."
+    """Each shift minus the mean shift of the WINDOW genes nearest in rank in the same cell; NaN where a cell has one
+    gene. Same order as the table."""
     order = by_cell_and_rank(table)
     cell, shift = table.cell[order], table.shift[order]
     largest = np.abs(shift).max()
-    grid = 2. ** (np.ceil(np.log2(largest)) - min(44, 61 - np.ceil(np.log2(len(shift) + 1)))) if largest else 1.
+    grid = 2.0 ** (np.ceil(np.log2(largest)) - min(44, 61 - np.ceil(np.log2(len(shift) + 1)))) if largest else 1.0
     steps = np.rint(shift / grid).astype(np.int64)
     running = np.concatenate([[0], np.cumsum(steps)])
     first = np.flatnonzero(np.r_[True, cell[1:] != cell[:-1]])
@@ -126,8 +54,11 @@ MIN_CELLS, MIN_DONORS = 10, 3  # a donor counts for a gene with so many cells; a
 
 
 def donor_means(table: Shifts, residual: np.ndarray) -> dict[str, np.ndarray]:
-    """Per gene: `mean` and `n` [genes, donors], `used` (donors with enough cells), `effect` = mean of donor means, their variance `s2`,
-    `noise` = variance between cells of a donor times the mean over donors of 1/n: what the number of cells alone makes `s2` be."""
+    """Per gene: `mean` and `n` [genes, donors], `used` (donors with enough cells), `effect` = mean of donor means,
+    their variance `s2`,
+    `noise` = variance between cells of a donor times the mean over donors of 1/n: what the number of cells alone
+    makes `s2` be.
+    """
     size, donors, kept = len(table.genes), max(table.n_donors, 1), np.isfinite(residual)
     code, residual = (table.gene * donors + table.donor)[kept], residual[kept]
     n = np.bincount(code, minlength=size * donors)
@@ -140,27 +71,28 @@ def donor_means(table: Shifts, residual: np.ndarray) -> dict[str, np.ndarray]:
 
     def add(values):
         "Sum over the donors used, in an order that their names do not decide."
-        return np.sort(np.where(used, values, 0.), axis=1).sum(1)
+        return np.sort(np.where(used, values, 0.0), axis=1).sum(1)
 
     effect = np.where(used.any(1), add(mean) / count, np.nan)
     s2 = add((mean - effect[:, None]) ** 2) / np.maximum(count - 1, 1)
-    freedom = add(n - 1.)
+    freedom = add(n - 1.0)
     within = add(squares) / np.maximum(freedom, 1)
-    typical = np.median(within[freedom >= MIN_CELLS]) if (freedom >= MIN_CELLS).any() else 0.
+    typical = np.median(within[freedom >= MIN_CELLS]) if (freedom >= MIN_CELLS).any() else 0.0
     within = (freedom * within + 30 * typical) / (freedom + 30)
     return dict(n=n, mean=mean, used=used, effect=effect, s2=s2, noise=within * add(1 / np.maximum(n, 1)) / count)
 
 # %% ../../nbs/statistics/screen.ipynb #08c74958
 def pooled_variance(s2: np.ndarray, noise: np.ndarray, freedom: np.ndarray) -> np.ndarray:
-    "What variance of donor means the genes have as a rule, given each gene's `noise`: omega2 + sigma2 * noise, robustly fitted."
+    """What variance of donor means the genes have as a rule, given each gene's `noise`: omega2 + sigma2 * noise,
+    robustly fitted."""
     from scipy.optimize import nnls
     from scipy.stats import chi2
 
-    limit = chi2.ppf(.95, freedom)
-    kept_mean = chi2.cdf(limit, freedom + 2) / .95  # mean of chi2/freedom below the limit
+    limit = chi2.ppf(0.95, freedom)
+    kept_mean = chi2.cdf(limit, freedom + 2) / 0.95  # mean of chi2/freedom below the limit
     terms = np.column_stack([np.ones_like(noise), noise])
     floor = 1e-6 * np.median(s2) + np.finfo(float).tiny
-    pool = np.full_like(s2, np.median(s2 * freedom / chi2.ppf(.5, freedom)) + floor)
+    pool = np.full_like(s2, np.median(s2 * freedom / chi2.ppf(0.5, freedom)) + floor)
     for _ in range(30):
         kept = s2 * freedom < limit * pool
         weight = 1 / pool[kept]
@@ -170,14 +102,15 @@ def pooled_variance(s2: np.ndarray, noise: np.ndarray, freedom: np.ndarray) -> n
 
 # %% ../../nbs/statistics/screen.ipynb #5fe9f86e
 def error_freedom(ratio: np.ndarray, freedom: np.ndarray) -> np.ndarray:
-    "Degrees of freedom of se2, from how the genes' own variances scatter around the pool (ratio = s2/pool, freedom = donors - 1)."
+    """Degrees of freedom of se2, from how the genes' own variances scatter around the pool (ratio = s2/pool, freedom
+    = donors - 1)."""
     from scipy.special import digamma, polygamma
 
     logs = np.log(np.maximum(ratio, 1e-12)) - digamma(freedom / 2) + np.log(freedom / 2)
     extra = np.var(logs, ddof=1) - np.mean(polygamma(1, freedom / 2))
     prior = np.inf
     if extra > 0:  # solve trigamma(prior / 2) = extra by Newton's method
-        half = .5 + 1 / extra
+        half = 0.5 + 1 / extra
         for _ in range(30):
             half += polygamma(1, half) * (1 - polygamma(1, half) / extra) / polygamma(2, half)
         prior = 2 * half
@@ -207,97 +140,105 @@ def nearest_genes(features: np.ndarray, reference: np.ndarray, k: int) -> np.nda
 
 # %% ../../nbs/statistics/screen.ipynb #52f1008f
 def expected_effect(features: np.ndarray, near: np.ndarray, effect: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Robust local line: the effect to be expected of each gene from its neighbours (`effect` [reference]), and their weights in it [genes, k]."
+    """Robust local line: the effect to be expected of each gene from its neighbours (`effect` [reference]), and
+    their weights in it [genes, k]."""
     reference, k = features[1], near.shape[1]
     terms = np.concatenate([np.ones((len(near), k, 1)), reference[near] - features[0][:, None]], axis=2)
     neighbours, weight = effect[near], np.ones(near.shape)
     for step in range(13):
         moments = np.einsum("gki,gk,gkj->gij", terms, weight, terms)
         slopes = moments[:, 1:, 1:]  # rank and detection are nearly collinear: a small ridge
-        slopes += np.eye(2) * (.005 * np.trace(slopes, axis1=1, axis2=2) + 1e-12)[:, None, None]
+        slopes += np.eye(2) * (0.005 * np.trace(slopes, axis1=1, axis2=2) + 1e-12)[:, None, None]
         solution = np.linalg.solve(moments, (terms * weight[..., None]).transpose(0, 2, 1))
         line = np.einsum("gik,gk->gi", solution, neighbours)
         away = np.abs(neighbours - np.einsum("gki,gi->gk", terms, line))
-        away /= np.maximum(np.median(away, axis=1, keepdims=True) / .6745, np.finfo(float).tiny)
-        weight = np.minimum(1, 1.345 / np.maximum(away, 1e-9)) if step < 4 else np.maximum(1 - (away / 4.685) ** 2, 0) ** 2
+        away /= np.maximum(np.median(away, axis=1, keepdims=True) / 0.6745, np.finfo(float).tiny)
+        weight = (
+            np.minimum(1, 1.345 / np.maximum(away, 1e-9)) if step < 4 else np.maximum(1 - (away / 4.685) ** 2, 0) ** 2
+        )
     return line[:, 0], solution[:, 0]
 
 # %% ../../nbs/statistics/screen.ipynb #7561cc86
-CUT, CUT_MEAN = 2.8, .9554457874958769  # |z| beyond which a neighbour does not count; mean of z^2 of a normal variable below it
+CUT, CUT_MEAN = (
+    2.8,
+    0.9554457874958769,
+)  # |z| beyond which a neighbour does not count; mean of z^2 of a normal variable below it
 
 
 def offset_trend(features: np.ndarray, deviation: np.ndarray, se2: np.ndarray) -> np.ndarray:
-    "Slopes of log tau2 in the features: truncated normal scores with a unit ridge, in bounded Newton steps; [features]."
+    """Slopes of log tau2 in the features: truncated normal scores with a unit ridge, in bounded Newton steps;
+    [features]."""
     terms = np.column_stack([np.ones(len(features)), features])
     typical, ridge = np.median(se2), np.r_[0, np.ones(features.shape[1])]
-    value = np.r_[np.log(max(np.median(deviation ** 2) / .455 - typical, .02 * typical)), 0 * ridge[1:]]
+    value = np.r_[np.log(max(np.median(deviation**2) / 0.455 - typical, 0.02 * typical)), 0 * ridge[1:]]
     for _ in range(40):
         tau2 = np.exp(np.clip(terms @ value, -60, 60))
         total = tau2 + se2
-        z2, weight = deviation ** 2 / total, tau2 / total
-        score = terms.T @ (weight * np.where(z2 < CUT ** 2, z2 / CUT_MEAN - 1, 0)) - ridge * value
-        value += np.clip(np.linalg.solve((terms * weight[:, None] ** 2).T @ terms + np.diag(np.maximum(ridge, 1e-6)), score), -.5, .5)
+        z2, weight = deviation**2 / total, tau2 / total
+        score = terms.T @ (weight * np.where(z2 < CUT**2, z2 / CUT_MEAN - 1, 0)) - ridge * value
+        value += np.clip(
+            np.linalg.solve((terms * weight[:, None] ** 2).T @ terms + np.diag(np.maximum(ridge, 1e-6)), score),
+            -0.5,
+            0.5,
+        )
         value[0] = max(value[0], np.log(1e-4 * typical))
         value[1:] = np.clip(value[1:], -1.5, 1.5)
     return value[1:]
 
 
 def between_gene_variance(deviation: np.ndarray, se2: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    "tau2 of each gene from its neighbours: their deviations, error variances and tau2 relative to the gene's (`scale`), all [genes, k]."
-    squares = deviation ** 2
-    low, high = np.zeros(len(squares)), (squares / scale).max(1) / .455
+    """tau2 of each gene from its neighbours: their deviations, error variances and tau2 relative to the gene's
+    (`scale`), all [genes, k]."""
+    squares = deviation**2
+    low, high = np.zeros(len(squares)), (squares / scale).max(1) / 0.455
     for _ in range(60):  # the start: where the median of z^2 is .455
         middle = (low + high) / 2
-        wide = (squares > .455 * (middle[:, None] * scale + se2)).mean(1) > .5
+        wide = (squares > 0.455 * (middle[:, None] * scale + se2)).mean(1) > 0.5
         low, high = np.where(wide, middle, low), np.where(wide, high, middle)
     tau2 = low
     for _ in range(30):
         total = tau2[:, None] * scale + se2
         z2 = squares / total
-        counted = z2 < CUT ** 2
+        counted = z2 < CUT**2
         excess = (z2 * counted).sum(1) / np.maximum(counted.sum(1), 1) / CUT_MEAN - 1
         tau2 = np.maximum(tau2 + excess * (total / scale).mean(1), 0)
     return tau2
 
-# %% ../../nbs/statistics/screen.ipynb #eb4c51aa
-def bh(p) -> np.ndarray:
-    "Benjamini-Hochberg adjusted p-values (Benjamini & Hochberg 1995, J R Stat Soc B); NaN stays NaN and does not count as a test."
-    p = np.asarray(p, dtype=float)
-    adjusted, known = np.full(p.shape, np.nan), np.flatnonzero(~np.isnan(p))
-    if ((p[known] < 0) | (p[known] > 1)).any():
-        raise DataError(f"p-values must lie between 0 and 1; found {p[known].min():g} to {p[known].max():g}")
-    order = known[np.argsort(-p[known], kind="stable")]
-    adjusted[order] = np.minimum.accumulate(p[order] * len(known) / np.arange(len(known), 0, -1))
-    return adjusted
-
 # %% ../../nbs/statistics/screen.ipynb #8b43ad8f
 def percentile(value: np.ndarray, others: np.ndarray) -> np.ndarray:
     "Where each value [genes] stands among others [genes, k]: 0 below all, 100 above all; NaN for NaN."
-    below = (others < value[:, None]).mean(1) + .5 * (others == value[:, None]).mean(1)
+    below = (others < value[:, None]).mean(1) + 0.5 * (others == value[:, None]).mean(1)
     return np.where(np.isnan(value), np.nan, 100 * below)
 
 
 def judge(summary: Mapping[str, np.ndarray], features: np.ndarray, tested: np.ndarray) -> dict[str, np.ndarray]:
-    "Expected effect, tau and percentile of every gene; se, z, df and p of the `tested` ones (positions). `summary`: see `donor_means`."
+    """Expected effect, tau and percentile of every gene; se, z, df and p of the `tested` ones (positions).
+    `summary`: see `donor_means`."""
     from scipy.stats import t as student_t
 
     effect, k = summary["effect"], min(MATCHED, len(tested) - 1)
     near = nearest_genes(features, tested, k)
     expected, share = expected_effect((features, features[tested]), near, effect[tested])
     deviation, donors = effect - expected, summary["used"][tested].sum(1)
-    s2, freedom = summary["s2"][tested], donors - 1.
+    s2, freedom = summary["s2"][tested], donors - 1.0
     pool = pooled_variance(s2, summary["noise"][tested], freedom)
     se2 = (4 * pool + freedom * s2) / (freedom + 4) / donors
-    scale = np.exp((features[tested][near] - features[:, None]) @ offset_trend(features[tested], deviation[tested], se2))
+    scale = np.exp(
+        (features[tested][near] - features[:, None]) @ offset_trend(features[tested], deviation[tested], se2)
+    )
     tau2 = between_gene_variance(deviation[tested][near], se2[near], scale)
-    line2 = (share ** 2 * (tau2[:, None] * scale + se2[near])).sum(1)[tested]
+    line2 = (share**2 * (tau2[:, None] * scale + se2[near])).sum(1)[tested]
     total = np.maximum(tau2[tested] + se2 + line2, np.finfo(float).tiny)
-    df = total ** 2 / (tau2[tested] ** 2 / (.7 * k) + se2 ** 2 / error_freedom(s2 / pool, freedom) + np.finfo(float).tiny)
+    df = total**2 / (
+        tau2[tested] ** 2 / (0.7 * k) + se2**2 / error_freedom(s2 / pool, freedom) + np.finfo(float).tiny
+    )
     result = {name: np.full(len(features), np.nan) for name in ("se", "z", "df", "p")}
     result["se"][tested], result["z"][tested] = np.sqrt(se2), deviation[tested] / np.sqrt(total)
-    result["df"][tested] = np.minimum(df, .7 * k + donors)
+    result["df"][tested] = np.minimum(df, 0.7 * k + donors)
     result["p"][tested] = 2 * student_t.sf(np.abs(result["z"][tested]), result["df"][tested])
-    return result | dict(expected=expected, tau=np.sqrt(tau2), n_matched=k, percentile=percentile(deviation, deviation[tested][near]))
+    return result | dict(
+        expected=expected, tau=np.sqrt(tau2), n_matched=k, percentile=percentile(deviation, deviation[tested][near])
+    )
 
 # %% ../../nbs/statistics/screen.ipynb #48444131
 def why_exploratory(n_donors: int, n_genes: int, n_testable: int) -> str:
@@ -317,7 +258,9 @@ def explore(effect: np.ndarray, n_cells: np.ndarray, features: np.ndarray) -> di
     "Expected effect, percentile, spread among matched genes (tau) and deviation in units of it (z); no p-values."
     nothing = np.full(len(effect), np.nan)
     reference = np.flatnonzero((n_cells >= MIN_CELLS) & np.isfinite(effect))
-    result = dict(expected=nothing, tau=nothing, se=nothing, z=nothing, df=nothing, p=nothing, percentile=nothing, n_matched=0)
+    result = dict(
+        expected=nothing, tau=nothing, se=nothing, z=nothing, df=nothing, p=nothing, percentile=nothing, n_matched=0
+    )
     if len(reference) <= MIN_CELLS:
         return result
     k = min(MATCHED, len(reference) - 1)
@@ -325,22 +268,50 @@ def explore(effect: np.ndarray, n_cells: np.ndarray, features: np.ndarray) -> di
     expected = expected_effect((features, features[reference]), near, effect[reference])[0]
     deviation = effect - expected
     others = deviation[reference][near]
-    tau = np.median(np.abs(others), axis=1) / .6745
-    return result | dict(expected=expected, tau=tau, z=deviation / np.where(tau > 0, tau, np.nan), n_matched=k, percentile=percentile(deviation, others))
+    tau = np.median(np.abs(others), axis=1) / 0.6745
+    return result | dict(
+        expected=expected,
+        tau=tau,
+        z=deviation / np.where(tau > 0, tau, np.nan),
+        n_matched=k,
+        percentile=percentile(deviation, others),
+    )
 
 # %% ../../nbs/statistics/screen.ipynb #91996f96
 MIN_GENES, TAIL_WARNING = 100, 2.8
-COLUMNS = ("gene", "effect", "expected", "tau", "se", "z", "df", "p", "fdr", "percentile", "n_matched", "n_cells", "n_donors",
-           "n_same_sign", "rank", "detection", "log2fc", "status")
+COLUMNS = (
+    "gene",
+    "effect",
+    "expected",
+    "tau",
+    "se",
+    "z",
+    "df",
+    "p",
+    "fdr",
+    "percentile",
+    "n_matched",
+    "n_cells",
+    "n_donors",
+    "n_same_sign",
+    "rank",
+    "detection",
+    "log2fc",
+    "status",
+)
 
 
 def _tail_ratio(z: np.ndarray) -> float:
     "q90/q50 of |z|; warns where it is far above that of a normal variable."
-    middle, high = np.quantile(np.abs(z), [.5, .9])
+    middle, high = np.quantile(np.abs(z), [0.5, 0.9])
     ratio = float(high / middle) if middle > 0 else np.nan
     if ratio > TAIL_WARNING:
-        warn(f"heavy tails: q90/q50 of |z| is {ratio:.2f}, 2.44 if effects of genes were normal. Either many genes are drivers, or a called gene "
-             "may be the extreme of an ordinary spread; look at the percentiles and at replication", stacklevel=4)
+        warn(
+            f"heavy tails: q90/q50 of |z| is {ratio:.2f}, 2.44 if effects of genes were normal. Either many genes "
+            f"are drivers, or a called gene "
+            "may be the extreme of an ordinary spread; look at the percentiles and at replication",
+            stacklevel=4,
+        )
     return ratio
 
 # %% ../../nbs/statistics/screen.ipynb #38e6d835
@@ -348,31 +319,52 @@ def screen_test(shifts: pd.DataFrame, *, log2fc: Mapping | pd.Series | None = No
     """Is each gene an outlier among genes like it, beyond its donors' spread? One row per gene, most significant first.
 
     shifts: columns gene, cell, donor, rank, shift, one row per (gene, cell). log2fc: by gene, copied into the table.
-    effect: mean over donors of (shift - mean shift of the 50 genes nearest in rank in the same cell); expected: that of the `n_matched` genes
-    nearest in rank and detection; tau: sd of such genes; se: standard error over donors; z, df, p (two-sided t), fdr (BH); percentile
-    among the matched genes; n_donors with 10 cells or more; n_same_sign: donors that deviate the same way; status: 'tested', 'too few cells'
-    or 'exploratory: why' (p is NaN). `.attrs`: tail_ratio, exploratory. Raises DataError on NaN, repeated (gene, cell) or missing columns.
+    effect: mean over donors of (shift - mean shift of the 50 genes nearest in rank in the same cell); expected: that
+    of the `n_matched` genes
+    nearest in rank and detection; tau: sd of such genes; se: standard error over donors; z, df, p (two-sided t), fdr
+    (BH); percentile
+    among the matched genes; n_donors with 10 cells or more; n_same_sign: donors that deviate the same way; status:
+    'tested', 'too few cells'
+    or 'exploratory: why' (p is NaN). `.attrs`: tail_ratio, exploratory. Raises DataError on NaN, repeated (gene,
+    cell) or missing columns.
     """
     table = check_shifts(shifts)
-    size, unit = len(table.genes), np.abs(table.shift).max() or 1.  # in units of the largest shift: no scale enters anywhere
+    size, unit = (
+        len(table.genes),
+        np.abs(table.shift).max() or 1.0,
+    )  # in units of the largest shift: no scale enters anywhere
     table.shift = table.shift / unit
     summary = donor_means(table, matched_residuals(table))
     rows, n_all = np.bincount(table.gene, minlength=size), table.cell.max() + 1
     rank = exact_sums(table.rank, table.gene, size) / rows
-    features = gene_features(rank, (rows + .5) / (n_all + 1))
+    features = gene_features(rank, (rows + 0.5) / (n_all + 1))
     n_donors = (summary["n"] >= MIN_CELLS).sum(1) if table.n_donors else np.zeros(size, np.int64)
     tested = np.flatnonzero(n_donors >= MIN_DONORS)
     reason = why_exploratory(table.n_donors, size, len(tested))
     verdict = explore(summary["effect"], rows, features) if reason else judge(summary, features, tested)
     away = np.sign(summary["effect"] - verdict["expected"])[:, None]
-    same = (np.sign(summary["mean"] - verdict["expected"][:, None]) == away) & (summary["n"] >= MIN_CELLS) & (table.n_donors > 0)
+    same = (
+        (np.sign(summary["mean"] - verdict["expected"][:, None]) == away)
+        & (summary["n"] >= MIN_CELLS)
+        & (table.n_donors > 0)
+    )
     enough = rows >= MIN_CELLS if reason else n_donors >= MIN_DONORS
     known = {} if log2fc is None else dict(log2fc)
-    result = pd.DataFrame(verdict | dict(
-        gene=table.genes, effect=summary["effect"], fdr=bh(verdict["p"]), n_cells=rows, n_donors=n_donors, n_same_sign=same.sum(1), rank=rank,
-        detection=rows / n_all, log2fc=[float(known.get(gene, np.nan)) for gene in table.genes],
-        status=np.where(enough, f"exploratory: {reason}" if reason else "tested", "too few cells"),
-    ))[list(COLUMNS)]
+    result = pd.DataFrame(
+        verdict
+        | dict(
+            gene=table.genes,
+            effect=summary["effect"],
+            fdr=bh(verdict["p"]),
+            n_cells=rows,
+            n_donors=n_donors,
+            n_same_sign=same.sum(1),
+            rank=rank,
+            detection=rows / n_all,
+            log2fc=[float(known.get(gene, np.nan)) for gene in table.genes],
+            status=np.where(enough, f"exploratory: {reason}" if reason else "tested", "too few cells"),
+        )
+    )[list(COLUMNS)]
     result[["effect", "expected", "tau", "se"]] *= unit
     order = np.lexsort((table.genes.astype(str), -np.abs(result["z"]), result["p"]))
     result = result.iloc[order].reset_index(drop=True)
