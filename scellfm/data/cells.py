@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['LEAK', 'BLOCK', 'Design', 'simulate_genes', 'simulate_obs', 'Rates', 'draw_rates', 'response', 'draw_counts',
-           'log_likelihood', 'case_log_odds', 'prior_log_odds', 'mix', 'ceiling', 'assemble', 'simulate_cells']
+           'log_likelihood', 'activities', 'prior_log_odds', 'case_log_odds', 'ceiling', 'assemble', 'simulate_cells']
 
 # %% ../../nbs/data/cells.ipynb #648f134f
 LEAK = 0.05  # a regulator's expression in a control cell, as a share of its mean where it is on
@@ -210,24 +210,10 @@ def log_likelihood(counts: np.ndarray, mean: np.ndarray, dispersion: float) -> n
     return counts * np.log(mean) - (counts + 1 / dispersion) * np.log(mean + 1 / dispersion)
 
 
-def case_log_odds(design: Design, genes: pd.DataFrame, rates: Rates, counts, nodes: int = 48) -> np.ndarray:
-    "Log odds of case against control given a cell's counts and all true rates, [cells]."
-    grid = -np.log1p(-(np.arange(nodes) + 0.5) / nodes)  # equally likely values of an exponential
-    odds = np.full(counts.shape[0], prior_log_odds(design))
-    for regulator in genes.index[genes["is_regulator"]]:
-        members = np.flatnonzero(genes["regulator"] == regulator)
-        for start in range(0, counts.shape[0], BLOCK):
-            rows = slice(start, min(start + BLOCK, counts.shape[0]))
-            seen = counts[rows][:, members].toarray().astype(np.float64)[:, None]
-            resting, background = rates.resting(rows, members)[:, None], rates.background(rows)[:, None]
-
-            def log_p(strength):
-                mean = resting * response(genes.iloc[members], np.append(grid * strength, 0.0)) + background
-                log_each = log_likelihood(seen, mean, design.dispersion).sum(axis=2)
-                return mix(log_each[:, :-1], log_each[:, -1], design.penetrance)
-
-            odds[rows] += log_p(1.0) - log_p(1.0 - design.contrast)
-    return odds
+def activities(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    "Points and log weights that stand for an exponential distribution; dense near 0, where cells are ambiguous."
+    edges = np.linspace(0.0, 4.0, nodes + 1) ** 2
+    return (edges[:-1] + edges[1:]) / 2, np.log(np.exp(-edges[:-1]) - np.exp(-edges[1:]))
 
 
 def prior_log_odds(design: Design) -> float:
@@ -236,13 +222,33 @@ def prior_log_odds(design: Design) -> float:
         return float(np.log(design.case_fraction) - np.log1p(-design.case_fraction))
 
 
-def mix(log_on: np.ndarray, log_off: np.ndarray, penetrance: float) -> np.ndarray:
-    "Log likelihood of a regulator's genes: on (mean over the columns of `log_on`) or off."
+def case_log_odds(design: Design, genes: pd.DataFrame, rates: Rates, counts, nodes: int = 64) -> np.ndarray:
+    "Log odds of case against control given a cell's counts and all true rates, [cells]."
     from scipy.special import logsumexp
 
+    points, weights = activities(nodes)
+    odds = np.full(counts.shape[0], prior_log_odds(design))
     with np.errstate(divide="ignore"):
-        on, off = np.log(penetrance), np.log1p(-penetrance)
-    return np.logaddexp(on + logsumexp(log_on, axis=1) - np.log(log_on.shape[1]), off + log_off)
+        on, off = np.log(design.penetrance), np.log1p(-design.penetrance)
+    for regulator in genes.index[genes["is_regulator"]]:
+        members = np.flatnonzero(genes["regulator"] == regulator)
+        for start in range(0, counts.shape[0], BLOCK):
+            rows = slice(start, min(start + BLOCK, counts.shape[0]))
+            seen = counts[rows][:, members].toarray().astype(np.float64)[:, None]
+            resting, background = rates.resting(rows, members)[:, None], rates.background(rows)[:, None]
+
+            def log_p(activity):
+                mean = resting * response(genes.iloc[members], activity) + background
+                return log_likelihood(seen, mean, design.dispersion).sum(axis=2)
+
+            quiet = log_p(np.zeros(1))[:, 0]
+            odds[rows] += np.logaddexp(on + logsumexp(log_p(points) + weights, axis=1), off + quiet)
+            if design.contrast < 1:
+                weak = log_p(points * (1 - design.contrast))
+                odds[rows] -= np.logaddexp(on + logsumexp(weak + weights, axis=1), off + quiet)
+            else:
+                odds[rows] -= quiet
+    return odds
 
 # %% ../../nbs/data/cells.ipynb #ea728c5d
 def ceiling(case: np.ndarray, probability: np.ndarray) -> dict:
