@@ -68,7 +68,8 @@ class Hub:
         if revision not in ("main", self.commit(name)):
             return self.send(request, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         files = [{"rfilename": file} for file in self.repositories[name]]
-        about = {"_id": "1", "id": name, "modelId": name, "sha": self.commit(name), "private": False, "tags": [], "downloads": 0,
+        about = {"_id": "1", "id": name, "modelId": name, "sha": self.commit(name), "private": False, "tags": [],
+            "downloads": 0,
                  "siblings": files}
         return self.send(request, 200, json.dumps(about).encode(), {"Content-Type": "application/json"})
 

@@ -3,6 +3,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ---- files that are not what they seem
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a2146" * 8 + b"\nsize 12345\n"
 WRONG = {
     "a git-lfs pointer": (LFS, "git lfs pull"),
     "a web page": (b"\n<!DOCTYPE html><html><body>Please log in</body></html>", "fetch it again"),
@@ -60,8 +61,10 @@ def test_a_folder_is_no_dictionary(tmp_path):
 
 
 @pytest.mark.parametrize("data, kind", [
-    (b"PK\x03\x04rest", "a zip archive"), (b"\x1f\x8brest", "a gzip archive"), (b"\x89HDF\r\n\x1a\nrest", "an HDF5 file"),
-    (b"\x93NUMPYrest", "a numpy array"), (b'  {"a": 1}', "JSON"), (b"\xef\xbb\xbf[1]", "JSON"), (b"hello", "a file of unknown kind"),
+    (b"PK\x03\x04rest", "a zip archive"), (b"\x1f\x8brest", "a gzip archive"),
+    (b"\x89HDF\r\n\x1a\nrest", "an HDF5 file"),
+    (b"\x93NUMPYrest", "a numpy array"), (b'  {"a": 1}', "JSON"), (b"\xef\xbb\xbf[1]", "JSON"),
+    (b"hello", "a file of unknown kind"),
     (pickle.dumps({}), "a pickle"),
 ])
 def test_a_kind_is_told_from_the_content(tmp_path, data, kind):
@@ -99,15 +102,16 @@ def test_a_flipped_bit_in_an_official_dictionary_is_noticed_wherever_it_is(tmp_p
 def test_a_truncated_official_dictionary_is_named(tmp_path, folder, name):
     data = real_data(f"{folder}/{name}.pkl").read_bytes()
     (tmp_path / f"{name}.pkl").write_bytes(data[:len(data) // 2])
-    with pytest.warns(ScellfmWarning, match="has the name of the published"), \
-            pytest.raises(AssetError, match=rf"{name}\.pkl \(a pickle, \d+ bytes\) is no readable dictionary.*fetch it again"):
+    says = rf"{name}\.pkl \(a pickle, \d+ bytes\) is no readable dictionary.*fetch it again"
+    with pytest.warns(ScellfmWarning, match="has the name of the published"), pytest.raises(AssetError, match=says):
         read_dictionary(tmp_path / f"{name}.pkl")
 
 
 def test_pins_are_hashes_of_the_real_files():
     for folder, name in OFFICIAL:
         path = real_data(f"{folder}/{name}.pkl")
-        assert any(pin.sha256 == sha256(path) and pin.name == path.name and pin.size == path.stat().st_size for pin in PINS)
+        found = [pin for pin in PINS if pin.name == path.name]
+        assert [(pin.sha256, pin.size) for pin in found] == [(sha256(path), path.stat().st_size)]
     for name, pinned in (("vocab", "vocab.json"), ("args", "args.json")):
         path = real_data(f"scgpt/scgpt_human_{name}.json")
         assert known_as(path).startswith("scGPT whole-human")
@@ -122,7 +126,8 @@ def test_scgpt_vocabulary_is_read():
 
 GOOD = {
     "texts": {"CD3E": "ENSG00000198851", "\u00e9\u4e2d": "x"},
-    "numbers": {"a": 1, "b": -1, "c": 2**40, "d": 2**100, "e": 1.5, "f": float("inf"), "g": True, "h": None, "i": 255, "j": 65535, "k": -2.0**-1074},
+    "numbers": {"a": 1, "b": -1, "c": 2**40, "d": 2**100, "e": 1.5, "f": float("inf"), "g": True, "h": None, "i": 255,
+                "j": 65535, "k": -2.0**-1074},
     "integer keys": {0: "ctrl", 1: "stim", -5: "x"},
     "nested": {"weight_map": {"a": "b"}, "empty": {}},
     "many": {f"ENSG{i:011d}": i for i in range(3000)},
@@ -137,9 +142,11 @@ def test_plain_dictionaries_are_read_in_every_protocol(case, protocol):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("scalar", [np.float64(2.5), np.float32(0.1), np.float16(0.5), np.int8(-3), np.int16(25425), np.int32(7), np.int64(-2**40),
-                                    np.uint8(200), np.uint16(65535), np.uint64(2**63), np.bool_(True), np.str_("T\u00e9"),
-                                    np.array([3.5], ">f8")[0], np.array([77], ">i2")[0]], ids=repr)
+@pytest.mark.parametrize("scalar", [
+    np.float64(2.5), np.float32(0.1), np.float16(0.5), np.int8(-3), np.int16(25425), np.int32(7), np.int64(-2**40),
+    np.uint8(200), np.uint16(65535), np.uint64(2**63), np.bool_(True), np.str_("T\u00e9"), np.array([3.5], ">f8")[0],
+    np.array([77], ">i2")[0],
+], ids=repr)
 def test_numpy_scalars_become_the_same_plain_numbers(scalar, protocol):
     found = read_pickle(pickle.dumps({"x": scalar, "y": scalar}, protocol=protocol))
     assert found == {"x": scalar.item(), "y": scalar.item()} and type(found["x"]) is type(scalar.item())
@@ -173,17 +180,20 @@ def hostile(canary: Path) -> dict[str, bytes]:
         laughs = {"a": laughs, "b": laughs}
     cases = {f"os.system, protocol {p}": dumps({"x": Run(os.system, touch)}, protocol=p) for p in range(6)}
     cases |= {
-        "eval": dumps({"x": Run(eval, code)}), "exec": dumps({"x": Run(exec, code)}), "open": dumps({"x": Run(open, str(canary), "w")}),
+        "eval": dumps({"x": Run(eval, code)}), "exec": dumps({"x": Run(exec, code)}),
+        "open": dumps({"x": Run(open, str(canary), "w")}),
         "as the whole": dumps(Run(os.system, touch)), "as a key": dumps({Run(os.system, touch): 1}),
-        "nested": dumps({"a": {"b": {"c": Run(os.system, touch)}}}), "subprocess": dumps({"x": Run(subprocess.call, ["touch", str(canary)])}),
+        "nested": dumps({"a": {"b": {"c": Run(os.system, touch)}}}),
+        "subprocess": dumps({"x": Run(subprocess.call, ["touch", str(canary)])}),
         "in a dtype": dumps({"x": Run(np.dtype, Run(os.system, touch))}),
         "in a state": dumps({"x": Run(np.dtype, "f8", False, True, state=(3, Run(os.system, touch)))}),
-        "numpy loads": dumps({"x": Run(np.load, str(canary), None, True)}), "getattr": b"c__builtin__\ngetattr\n(cos\npath\nS'x'\ntR.",
+        "numpy loads": dumps({"x": Run(np.load, str(canary), None, True)}),
+        "getattr": b"c__builtin__\ngetattr\n(cos\npath\nS'x'\ntR.",
         "a name alone": b"cos\nsystem\n.", "a name as a value": b"}X\x01\x00\x00\x00xcos\nsystem\ns.",
         "STACK_GLOBAL": b"\x80\x04}\x8c\x01x\x8c\x02os\x8c\x06system\x93" + unicode + b"\x85Rs.",
         "STACK_GLOBAL of numbers": b"\x80\x04}\x8c\x01xK\x01K\x02\x93" + unicode + b"\x85Rs.",
         "INST": b"(dS'x'\n(S'" + short + b"'\nios\nsystem\ns.", "OBJ": b"(dS'x'\n(cos\nsystem\nS'" + short + b"'\nos.",
-        "NEWOBJ": b"\x80\x02}X\x01\x00\x00\x00xcos\nsystem\n" + b"X" + len(short).to_bytes(4, "little") + short + b"\x85\x81s.",
+        "NEWOBJ": b"\x80\x02}X\x01\x00\x00\x00xcos\nsystem\n" + unicode + b"\x85\x81s.",
         "EXT1": b"\x80\x02}X\x01\x00\x00\x00x\x82\x01s.", "PERSID": b"}X\x01\x00\x00\x00xPx\ns.",
         "BINPERSID": b"\x80\x02}X\x01\x00\x00\x00xK\x01Qs.", "BUILD of a dictionary": b"\x80\x02}}b.",
         "BUILD of a function": b"\x80\x02cnumpy\ndtype\n}X\x08\x00\x00\x00__code__K\x01sb.",
@@ -192,17 +202,23 @@ def hostile(canary: Path) -> dict[str, bytes]:
         "scalar of an object": dumps({"x": Run(type(np.float64(1)).__reduce__(np.float64(1))[0], np.dtype("O"), b"x")}),
         "scalar with too few bytes": dumps({"x": Run(np.float64(1).__reduce__()[0], np.dtype("f8"), b"1234")}),
         "scalar with too many bytes": dumps({"x": Run(np.float64(1).__reduce__()[0], np.dtype("f8"), b"1" * 800)}),
-        "array": dumps({"x": np.zeros(3)}), "list": dumps({"x": [1]}), "tuple": dumps({"x": (1,)}), "bytes": dumps({"x": b"1"}),
-        "set": dumps({"x": {1}}), "OrderedDict": dumps(OrderedDict(a=1)), "a list": dumps([1]), "complex": dumps({"x": 1j}),
+        "array": dumps({"x": np.zeros(3)}), "list": dumps({"x": [1]}), "tuple": dumps({"x": (1,)}),
+        "bytes": dumps({"x": b"1"}),
+        "set": dumps({"x": {1}}), "OrderedDict": dumps(OrderedDict(a=1)), "a list": dumps([1]),
+        "complex": dumps({"x": 1j}),
         "a text": dumps("hello"), "recursive": dumps(recursive), "a billion laughs": dumps(laughs),
         "tuple key": dumps({(1, 2): 3}), "two objects": b"\x80\x02}}.", "nothing": b"\x80\x02.", "only a mark": b"(.",
-        "memo that is not there": b"\x80\x02}h\x07s.", "stack too short": b"\x80\x02}s.", "mark missing": b"\x80\x02}u.",
+        "memo that is not there": b"\x80\x02}h\x07s.", "stack too short": b"\x80\x02}s.",
+        "mark missing": b"\x80\x02}u.",
         "odd items": b"\x80\x02}(K\x01u.", "mark as a value": b"\x80\x02}K\x01(s.", "memo of nothing": b"\x80\x04\x94.",
         "memo swap": b"\x80\x02cos\nsystem\nq\x00}q\x00h\x00.",
-        "a text of 4 GB that is not there": b"\x80\x04}X\xff\xff\xff\xffabc", "a number of 2 GB that is not there": b"\x80\x02}\x8b\xff\xff\xff\x7f1",
-        "a long number": b"(dS'x'\nI" + b"9" * 100000 + b"\ns.", "unknown instruction": b"\x80\x02}\xffs.", "noise": bytes(range(1, 200)),
+        "a text of 4 GB that is not there": b"\x80\x04}X\xff\xff\xff\xffabc",
+        "a number of 2 GB that is not there": b"\x80\x02}\x8b\xff\xff\xff\x7f1",
+        "a long number": b"(dS'x'\nI" + b"9" * 100000 + b"\ns.", "unknown instruction": b"\x80\x02}\xffs.",
+        "noise": bytes(range(1, 200)),
         "frame of lies": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f}.",
-        "function hidden in a tuple": dumps({"x": (os.system, touch)}), "codecs": dumps({"x": Run(__import__("codecs").encode, "x", "rot13")}),
+        "function hidden in a tuple": dumps({"x": (os.system, touch)}),
+        "codecs": dumps({"x": Run(__import__("codecs").encode, "x", "rot13")}),
         "dtype of dtype": b"\x80\x02}X\x01\x00\x00\x00xcnumpy\ndtype\ncnumpy\ndtype\nX\x02\x00\x00\x00f8\x85R\x85Rs.",
         "deep marks": b"(" * 100000 + b".", "deep tuples": b"\x80\x02}X\x01\x00\x00\x00x)" + b"\x85" * 100000 + b"s.",
     }
@@ -224,11 +240,13 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path, monkeypatch, case
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("case", ["os.system, protocol 0", "os.system, protocol 5", "eval", "nested", "STACK_GLOBAL", "INST", "OBJ"])
+@pytest.mark.parametrize("case", [
+    "os.system, protocol 0", "os.system, protocol 5", "eval", "nested", "STACK_GLOBAL", "INST", "OBJ",
+])
 def test_the_hostile_pickles_of_these_tests_do_work(tmp_path, case):
     "They create the canary when loaded by the usual means; else the test above would show nothing."
-    subprocess.run([sys.executable, "-c", "import pickle, sys\ntry: pickle.loads(sys.stdin.buffer.read())\nexcept Exception: pass"],
-                   input=hostile(tmp_path / "canary")[case])
+    code = "import pickle, sys\ntry: pickle.loads(sys.stdin.buffer.read())\nexcept Exception: pass"
+    subprocess.run([sys.executable, "-c", code], input=hostile(tmp_path / "canary")[case])
     assert (tmp_path / "canary").exists()
 
 
@@ -248,7 +266,8 @@ def test_whatever_the_bytes_the_answer_is_a_dictionary_or_an_asset_error(tmp_pat
 
 
 @pytest.mark.parametrize("text, says", [
-    ("[1, 2]", "JSON with a list, not a dictionary"), ('{"a": 1', "no readable dictionary"), ('{"a": 1}}', "no readable dictionary"),
+    ("[1, 2]", "JSON with a list, not a dictionary"), ('{"a": 1', "no readable dictionary"),
+    ('{"a": 1}}', "no readable dictionary"),
     ('{"a": ' * 100000, "no readable dictionary"),
 ])
 def test_json_that_is_cut_or_no_dictionary_is_named(tmp_path, text, says):
@@ -264,11 +283,16 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path):
 
 # ---- tensors
 
-STATE = {"encoder.weight": torch.arange(600.0).reshape(30, 20), "encoder.bias": torch.arange(30), "half": torch.ones(3, dtype=torch.bfloat16)}
+STATE = {
+    "encoder.weight": torch.arange(600.0).reshape(30, 20), "encoder.bias": torch.arange(30),
+    "half": torch.ones(3, dtype=torch.bfloat16),
+}
 
 
 def same(one, other) -> bool:
-    return one.keys() == other.keys() and all(one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one)
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    )
 
 
 def sharded(folder: Path, suffix: str) -> Path:
@@ -277,13 +301,16 @@ def sharded(folder: Path, suffix: str) -> Path:
         part = folder / f"{stem}-{number}.{suffix}"
         save_tensors(part, {name: STATE[name]}) if suffix == "safetensors" else torch.save({name: STATE[name]}, part)
     index = folder / f"{stem}.{suffix}.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": {name: f"{stem}-{number}.{suffix}" for number, name in enumerate(STATE)}}))
+    places = {name: f"{stem}-{number}.{suffix}" for number, name in enumerate(STATE)}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return index
 
 
 @pytest.mark.parametrize("make", [
-    lambda folder: save_tensors(folder / "model.safetensors", STATE), lambda folder: save_tensors(folder / "other.safetensors", STATE),
-    lambda folder: torch.save(STATE, folder / "pytorch_model.bin"), lambda folder: torch.save(OrderedDict(STATE), folder / "best_model.pt"),
+    lambda folder: save_tensors(folder / "model.safetensors", STATE),
+    lambda folder: save_tensors(folder / "other.safetensors", STATE),
+    lambda folder: torch.save(STATE, folder / "pytorch_model.bin"),
+    lambda folder: torch.save(OrderedDict(STATE), folder / "best_model.pt"),
     lambda folder: torch.save({"model_state_dict": STATE, "epoch": 3}, folder / "x.pt"),
     lambda folder: torch.save({"state_dict": STATE}, folder / "x.ckpt"),
     lambda folder: torch.save(STATE, folder / "old.pth", _use_new_zipfile_serialization=False),
@@ -335,7 +362,7 @@ def test_a_flipped_bit_in_a_safetensors_header_is_noticed_or_harmless_to_shapes(
     try:
         found = read_tensors(tmp_path)
     except AssetError as error:
-        assert "model.safetensors" in str(error) and ("damaged" in str(error) or "cut" in str(error) or "whole" in str(error))
+        assert re.search("model.safetensors.*(damaged|cut|whole)", str(error))
     else:  # a letter of a name: the accounting finds it
         assert found.keys() != STATE.keys()
 
@@ -382,7 +409,8 @@ def hostile_checkpoints(folder: Path, canary: Path) -> None:
         archive.writestr("../escape", "x")
 
 
-HOSTILE = ["value.pt", "whole.pt", "legacy.pt", "wrapped.ckpt", "module.pt", "plain_pickle.bin", "eval.bin", "script.pt", "crafted.pt"]
+HOSTILE = ["value.pt", "whole.pt", "legacy.pt", "wrapped.ckpt", "module.pt", "plain_pickle.bin", "eval.bin",
+    "script.pt", "crafted.pt"]
 
 
 @pytest.mark.filterwarnings("ignore")  # torch tells of old formats
@@ -419,13 +447,15 @@ def test_an_old_torch_reads_no_torch_files(tmp_path, monkeypatch):
 
 
 def test_what_is_no_state_dict_is_named(tmp_path):
-    for content, says in ((torch.zeros(2), "but a Tensor"), ({"a": 1, "b": torch.zeros(1)}, "a is a int"), ({}, "it is empty")):
+    for content, says in ((torch.zeros(2), "but a Tensor"), ({"a": 1, "b": torch.zeros(1)}, "a is a int"),
+        ({}, "it is empty")):
         torch.save(content, tmp_path / "x.pt")
         with pytest.raises(AssetError, match=f"x.pt is no state dict.*{says}.*save model.state_dict"):
             read_tensors(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("place", ["../model-0.safetensors", "/etc/passwd", "..", "sub/model-0.safetensors", "model-9.safetensors", 5])
+@pytest.mark.parametrize("place", ["../model-0.safetensors", "/etc/passwd", "..", "sub/model-0.safetensors",
+    "model-9.safetensors", 5])
 def test_an_index_names_only_files_beside_itself(tmp_path, place):
     (tmp_path / "m").mkdir()
     index = sharded(tmp_path / "m", "safetensors")
@@ -447,7 +477,8 @@ def test_an_index_that_disagrees_with_its_shards_is_named(tmp_path):
 
 
 def test_saved_tensors_come_back_and_bytes_are_the_same(tmp_path):
-    tied = {**STATE, "tied": STATE["encoder.weight"], "view": STATE["encoder.weight"][:, ::2], "empty": torch.zeros(0, 3)}
+    tied = {**STATE, "tied": STATE["encoder.weight"], "view": STATE["encoder.weight"][:, ::2],
+        "empty": torch.zeros(0, 3)}
     for name in ("one", "two"):
         save_tensors(tmp_path / name, tied)
     assert same(read_tensors(tmp_path / "one"), tied)
@@ -466,7 +497,8 @@ try:
 except StoreError as error:
     print(error)
 """
-    process = subprocess.run([sys.executable, "-c", code, tmp_path / "model.safetensors"], capture_output=True, text=True, cwd=ROOT)
+    process = subprocess.run([sys.executable, "-c", code, tmp_path / "model.safetensors"], capture_output=True,
+        text=True, cwd=ROOT)
     assert "model.safetensors could not be written" in process.stdout
     assert read_tensors(tmp_path)["x"].shape == (4,) and len(list(tmp_path.iterdir())) == 1
 
@@ -514,7 +546,7 @@ def test_a_whole_checkpoint_is_loaded_and_reported():
     net, state = Net(), trained()
     report = load_state(net, state)
     assert all(torch.equal(net.state_dict()[name], state[name]) for name in state)
-    assert isinstance(report, LoadReport) and sorted(report.loaded) == sorted(state) and report.unused == report.fresh == []
+    assert sorted(report.loaded) == sorted(state) and report.unused == report.fresh == report.tied == []
 
 
 def test_every_leftover_and_every_gap_is_listed():
@@ -537,7 +569,8 @@ def test_announced_leftovers_and_gaps_are_named_in_the_report():
 
 def test_shapes_that_do_not_fit_are_listed_with_both():
     message = untouched(lambda net: load_state(net, trained(genes=7, classes=3)))
-    for name, found, wanted in (("embedding.weight", "(7, 4)", "(5, 4)"), ("head.bias", "(3,)", "(2,)"), ("positions", "(7,)", "(5,)")):
+    for name, found, wanted in (("embedding.weight", "(7, 4)", "(5, 4)"), ("head.bias", "(3,)", "(2,)"),
+        ("positions", "(7,)", "(5,)")):
         assert f"{name} (checkpoint {found}, model {wanted})" in message
 
 
@@ -612,7 +645,8 @@ def test_the_report_prints_all_names_and_the_hash(tmp_path):
         assert "4 tensors" in text and "<cls>.bias" in text and sha256(tmp_path / "model.safetensors") in text
     html = report._repr_html_()
     assert "&lt;cls&gt;.bias" in html and "<cls>" not in html and html.startswith("<table>")
-    assert LoadReport([], files={real_data("enformer/tf_gammas.pt"): "0"}).rows()[-1][1].startswith("tf_gammas.pt, Enformer position gammas")
+    known = LoadReport([], files={Path("gone/tokens.pkl"): PINS[0].sha256})
+    assert f"tokens.pkl, {PINS[0].what}, sha256 {PINS[0].sha256}" in str(known)
 
 
 # ---- the hub
@@ -627,21 +661,24 @@ with warnings.catch_warnings(record=True) as caught:
     except Exception as error:
         print(json.dumps({"error": type(error).__name__, "message": str(error)}))
     else:
-        files = {p.relative_to(path).as_posix(): p.read_bytes().hex()[:64] for p in sorted(path.rglob("*")) if p.is_file()}
-        print(json.dumps({"path": str(path), "files": list(files), "warnings": [f"{w.category.__name__}: {w.message}" for w in caught],
-                          "from": [w.filename for w in caught]}))
+        files = [p.relative_to(path).as_posix() for p in sorted(path.rglob("*")) if p.is_file()]
+        print(json.dumps({"path": str(path), "files": files, "from": [w.filename for w in caught],
+                          "warnings": [f"{w.category.__name__}: {w.message}" for w in caught]}))
 """
 WEIGHTS = bytes(range(256)) * 100
-REPOSITORY = {"config.json": b'{"model_type": "bert"}', "model.safetensors": WEIGHTS, "V1/config.json": b"{}", "V1/model.safetensors": WEIGHTS[:999],
+REPOSITORY = {"config.json": b'{"model_type": "bert"}', "model.safetensors": WEIGHTS, "V1/config.json": b"{}",
+    "V1/model.safetensors": WEIGHTS[:999],
               "V1/old/model.safetensors": b"old", "geneformer/tokens.pkl": pickle.dumps({"<pad>": 0})}
 
 
 def ask(url: str, home: Path, environment=(), **arguments) -> dict:
     "Call `find` in a process of its own, whose hub is `url` and whose caches are in `home`."
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    variables |= {"HF_ENDPOINT": url, "HF_HOME": str(home / "hf"), "SCELLFM_CACHE": str(home / "scellfm"), "PYTHONPATH": str(ROOT),
+    variables |= {"HF_ENDPOINT": url, "HF_HOME": str(home / "hf"), "SCELLFM_CACHE": str(home / "scellfm"),
+        "PYTHONPATH": str(ROOT),
                   "NO_PROXY": "127.0.0.1", **dict(environment)}
-    process = subprocess.run([sys.executable, "-c", FIND, json.dumps(arguments)], env=variables, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", FIND, json.dumps(arguments)], env=variables, capture_output=True,
+        text=True)
     assert process.stdout, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -655,7 +692,8 @@ def hub():
 def test_a_repository_is_fetched_and_then_found_without_a_network(hub, tmp_path):
     first = ask(hub.url, tmp_path, path_or_hub_id="org/model")
     assert first["files"] == ["config.json", "model.safetensors"]
-    assert len(first["warnings"]) == 1 and first["warnings"][0].startswith("ScellfmWarning: org/model: no revision is pinned")
+    warning, = first["warnings"]
+    assert warning.startswith("ScellfmWarning: org/model: no revision is pinned")
     assert first["from"] == ["<string>"]  # the warning points at the line that called find
     hub.requests.clear()
     for offline in ({"local_files_only": True}, {"environment": {"HF_HUB_OFFLINE": "1"}}):
@@ -668,7 +706,8 @@ def test_a_repository_is_fetched_and_then_found_without_a_network(hub, tmp_path)
 
 def test_a_subfolder_and_a_pinned_revision(hub, tmp_path):
     found = ask(hub.url, tmp_path, path_or_hub_id="org/model", subfolder="V1", revision=hub.commit("org/model"))
-    assert found["files"] == ["config.json", "model.safetensors"] and found["path"].endswith("/V1") and found["warnings"] == []
+    assert found["files"] == ["config.json", "model.safetensors"] and found["path"].endswith("/V1")
+    assert found["warnings"] == []
     fetched = [path for command, path, _ in hub.requests if command == "GET" and "/resolve/" in path]
     assert sorted(path.split("/")[-2] for path in fetched) == ["V1", "V1"]  # nothing but what was asked for
 
@@ -684,7 +723,7 @@ def test_a_connection_that_is_cut_is_taken_up_where_it_broke(hub, tmp_path):
     found = ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")
     path = Path(found["path"]) / "model.safetensors"
     assert path.read_bytes() == hub.repositories["org/model"]["model.safetensors"]
-    ranges = [wanted for command, file, wanted in hub.requests if command == "GET" and file.endswith("/model.safetensors")]
+    ranges = [part for command, file, part in hub.requests if command == "GET" and file.endswith("/model.safetensors")]
     assert ranges[0] is None and ranges[1] is not None and ranges[1] != "bytes=0-"
 
 
@@ -693,19 +732,22 @@ def test_a_connection_that_is_always_cut_is_an_error_and_can_be_resumed_later(hu
     found = ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")
     assert found["error"] == "AssetError" and "broke off" in found["message"] and "run again" in found["message"]
     hub.cut = {}
-    assert ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")["files"] == ["config.json", "model.safetensors"]
+    assert ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")["files"] == ["config.json",
+        "model.safetensors"]
 
 
 def test_a_busy_server_is_asked_again(hub, tmp_path):
     hub.busy = 2
-    assert ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")["files"] == ["config.json", "model.safetensors"]
+    assert ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")["files"] == ["config.json",
+        "model.safetensors"]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_other_bytes_than_announced_are_refused_put_aside_and_fetched_anew(hub, tmp_path, file):
     hub.altered = {file: REPOSITORY[file][::-1]}
     found = ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")
-    assert found["error"] == "AssetError" and f"{file} did not arrive as published" in found["message"] and "run again" in found["message"]
+    assert found["error"] == "AssetError"
+    assert re.search(f"{file} did not arrive as published.*run again to fetch it anew", found["message"])
     hub.altered = {}
     found = ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")
     assert (Path(found["path"]) / file).read_bytes() == REPOSITORY[file]
@@ -725,7 +767,8 @@ def test_a_moved_main_is_told_at_the_next_use(hub, tmp_path):
     ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")
     hub.repositories["org/model"]["config.json"] = b'{"model_type": "gpt"}'
     found = ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")
-    assert len(found["warnings"]) == 1 and "has changed since its first use: config.json (first used 20" in found["warnings"][0]
+    warning, = found["warnings"]
+    assert "has changed since its first use: config.json (first used 20" in warning
     assert ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")["warnings"] == []
 
 
@@ -752,19 +795,31 @@ def test_what_cannot_be_had_says_why(hub, tmp_path):
         ({"path_or_hub_id": "org/a--b"}, "no valid hub id"),
     ):
         found = ask(hub.url, tmp_path, **arguments)
-        assert found["error"] == "AssetError" and says in found["message"] and arguments["path_or_hub_id"] in found["message"]
+        assert found["error"] == "AssetError"
+        assert says in found["message"] and arguments["path_or_hub_id"] in found["message"]
 
 
 def test_a_hub_that_is_not_there_says_so(tmp_path):
     found = ask("http://127.0.0.1:9", tmp_path, path_or_hub_id="org/model")
-    assert found["error"] == "AssetError" and "127.0.0.1:9 could not be reached" in found["message"] and "refused" in found["message"]
+    assert found["error"] == "AssetError"
+    assert re.search("127.0.0.1:9 could not be reached.*refused", found["message"])
+
+
+def test_a_login_page_in_place_of_the_hub_is_an_asset_error(tmp_path):
+    "A proxy that answers everything with 200 and a web page."
+    with Hub({}) as proxy:
+        proxy.answer = lambda request: proxy.send(request, 200, b"<!doctype html><html>log in</html>")
+        found = ask(proxy.url, tmp_path, path_or_hub_id="org/model", revision="main")
+    assert found["error"] == "AssetError" and "could not be reached or broke off" in found["message"]
 
 
 def test_caches_that_cannot_be_written(hub, tmp_path):
     "No one, root included, can make a folder in /proc."
     found = ask(hub.url, tmp_path, path_or_hub_id="org/model", environment={"HF_HOME": "/proc/nowhere"})
-    assert found["error"] == "AssetError" and "could not be written" in found["message"] and "HF_HOME" in found["message"]
-    found = ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main", environment={"SCELLFM_CACHE": "/proc/nowhere"})
+    assert found["error"] == "AssetError"
+    assert re.search("could not be written.*HF_HOME", found["message"])
+    found = ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main",
+        environment={"SCELLFM_CACHE": "/proc/nowhere"})
     assert found["files"] == ["config.json", "model.safetensors"]
 
 

@@ -158,7 +158,8 @@ SAMPLES = """
 import numpy as np, pandas as pd, scipy.sparse as sp
 counts = sp.csr_matrix(np.array([[0, 3, 0], [1, 0, 2]], dtype=np.float32))
 table = pd.DataFrame({"donor": ["d1", None], "n": [1, 2], "x": [0.5, np.nan]}, index=["c1", "c2"])
-samples = [None, True, 1, 1.5, "JAK3", "\\u00e9", b"x", [1, "a"], {"b": 1, "a": {"c": 2}}, {"x", "y", "z"}, np.arange(6.0).reshape(2, 3),
+samples = [None, True, 1, 1.5, "JAK3", "\\u00e9", b"x", [1, "a"], {"b": 1, "a": {"c": 2}}, {"x", "y", "z"},
+           np.arange(6.0).reshape(2, 3),
            np.array(["a", "bc"]), counts, table, table["donor"].astype("category")]
 """
 
@@ -176,11 +177,15 @@ FROZEN = "25d5dd45db45490fb3ce92afc8a6ce645e4383f361d78de78e3b7964013ae34e"
 
 
 @pytest.mark.parametrize("one, other", [
-    (1, 1.0), (1, True), (0, False), (1, "1"), ("a", b"a"), (None, "None"), (["ab", "c"], ["a", "bc"]), ([1, [2]], [1, 2]), ([], {}),
-    ({"a": 1}, {"a": 2}), ({"a": 1}, {"b": 1}), (np.zeros(2), np.zeros(2, np.float32)), (np.zeros((1, 2)), np.zeros((2, 1))),
-    (np.zeros(()), np.zeros(1)), (np.array(["ab", "c"]), np.array(["a", "bc"])), (0.1, 0.1 + 2e-17 * 8), (-1, 1), ("x", ["x"]),
+    (1, 1.0), (1, True), (0, False), (1, "1"), ("a", b"a"), (None, "None"), (["ab", "c"], ["a", "bc"]),
+    ([1, [2]], [1, 2]), ([], {}),
+    ({"a": 1}, {"a": 2}), ({"a": 1}, {"b": 1}), (np.zeros(2), np.zeros(2, np.float32)),
+    (np.zeros((1, 2)), np.zeros((2, 1))),
+    (np.zeros(()), np.zeros(1)), (np.array(["ab", "c"]), np.array(["a", "bc"])), (0.1, 0.1 + 2e-17 * 8), (-1, 1),
+    ("x", ["x"]),
     (pd.Series([1, 2]), pd.Series([1, 2], index=[5, 6])), (pd.DataFrame({"a": [1]}), pd.DataFrame({"b": [1]})),
-    (sparse.csr_matrix(np.eye(2)), sparse.csr_matrix(np.eye(2)[::-1])), (torch.ones(2), torch.ones(2, dtype=torch.bfloat16)),
+    (sparse.csr_matrix(np.eye(2)), sparse.csr_matrix(np.eye(2)[::-1])),
+    (torch.ones(2), torch.ones(2, dtype=torch.bfloat16)),
 ])
 def test_different_values_have_different_fingerprints(one, other):
     assert fingerprint(one) != fingerprint(other)
@@ -189,7 +194,8 @@ def test_different_values_have_different_fingerprints(one, other):
 def equals():
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
     matrix = sparse.random(20, 30, density=0.2, random_state=0, format="csr", dtype=np.float32)
-    unsorted = sparse.csr_matrix((matrix.data[::-1].copy(), matrix.indices[::-1].copy(), matrix.nnz - matrix.indptr[::-1]), matrix.shape)
+    unsorted = sparse.csr_matrix((matrix.data[::-1].copy(), matrix.indices[::-1].copy(),
+        matrix.nnz - matrix.indptr[::-1]), matrix.shape)
     unsorted = unsorted[::-1]  # rows in order again, their entries backwards
     zeros = sparse.csr_matrix((np.r_[np.float32(0), 1], [0, 1], [0, 2, 2]), (2, 3))
     wide = matrix.copy()
@@ -197,12 +203,15 @@ def equals():
     text = pd.Series(["a", None, "b"])
     return {
         "memory order": (array, np.asfortranarray(array)), "byte order": (array, array.astype(">f4")),
-        "a view": (array[:, ::2], array[:, ::2].copy()), "numpy scalar": (np.int64(3), 3), "float32 scalar": (np.float32(0.5), 0.5),
-        "csr and csc": (matrix, matrix.tocsc()), "csr and coo": (matrix, matrix.tocoo()), "unsorted": (matrix, unsorted),
+        "a view": (array[:, ::2], array[:, ::2].copy()), "numpy scalar": (np.int64(3), 3),
+        "float32 scalar": (np.float32(0.5), 0.5),
+        "csr and csc": (matrix, matrix.tocsc()), "csr and coo": (matrix, matrix.tocoo()),
+        "unsorted": (matrix, unsorted),
         "wide indices": (matrix, wide), "sparse array": (matrix, sparse.csr_array(matrix)),
         "stored zeros": (zeros, sparse.csr_matrix(np.array([[0, 1, 0], [0, 0, 0]], np.float32))),
         "categorical": (text, text.astype("category")), "string dtype": (text, text.astype("string")),
-        "dict order": ({"a": 1, "b": [2]}, {"b": [2], "a": 1}), "tuple": ((1, 2), [1, 2]), "missing": ([None], [float("nan")]),
+        "dict order": ({"a": 1, "b": [2]}, {"b": [2], "a": 1}), "tuple": ((1, 2), [1, 2]),
+        "missing": ([None], [float("nan")]),
         "tensor and array": (torch.arange(3.0), torch.arange(6.0)[::2] / 2),
     }
 
@@ -218,12 +227,14 @@ def test_fingerprinting_changes_nothing():
     before = matrix.data.copy(), matrix.indices.copy()
     table = pd.DataFrame({"a": ["x", None]})
     fingerprint(matrix, table)
-    assert (matrix.data == before[0]).all() and (matrix.indices == before[1]).all() and table["a"].isna().tolist() == [False, True]
+    assert (matrix.data == before[0]).all() and (matrix.indices == before[1]).all()
+    assert table["a"].isna().tolist() == [False, True]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.floats(allow_nan=False),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3), max_leaves=8))
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner,
+                    max_size=3), max_leaves=8))
 def test_a_fingerprint_sees_what_json_sees(value):
     "Two values with the same JSON text have the same fingerprint, and wrapping changes it."
     again = json.loads(json.dumps(value))
@@ -246,8 +257,10 @@ def test_a_path_stands_for_its_content(tmp_path):
 @pytest.mark.parametrize("part", ["X", "obs", "var", "obsm", "layers", "names"])
 def test_the_fingerprint_of_cells_sees_every_part(part):
     def cells():
-        return anndata.AnnData(sparse.csr_matrix(np.eye(3, 4, dtype=np.float32)), obs=pd.DataFrame({"d": list("abc")}, index=list("xyz")),
-                               var=pd.DataFrame(index=list("ABCD")), obsm={"P": np.zeros((3, 2))}, layers={"c": np.ones((3, 4))})
+        return anndata.AnnData(sparse.csr_matrix(np.eye(3, 4, dtype=np.float32)),
+            obs=pd.DataFrame({"d": list("abc")}, index=list("xyz")),
+                               var=pd.DataFrame(index=list("ABCD")), obsm={"P": np.zeros((3, 2))},
+                               layers={"c": np.ones((3, 4))})
     changed = cells()
     match part:
         case "X": changed.X[0, 0] = 5
@@ -340,18 +353,24 @@ while time.time() < float(sys.argv[2]): pass
 try:
     store = Store(sys.argv[1], {"seed": 0})
 except StoreError:
-    print("refused")
+    print("refused", flush=True)
 else:
-    print("in"); time.sleep(2)
+    print("in", flush=True)
+    sys.stdin.read()
 """
     start = time.time() + 3
-    (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 5, "started": "1", "token": ""}))
-    answers = [process.communicate()[0].strip() for process in [python(code, tmp_path, start) for _ in range(4)]]
+    (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 5, "started": "1",
+        "token": ""}))
+    writers = [python(code, tmp_path, start, stdin=subprocess.PIPE) for _ in range(4)]
+    answers = [writer.stdout.readline().strip() for writer in writers]
+    for writer in writers:
+        writer.communicate()
     assert sorted(answers) == ["in", "refused", "refused", "refused"]
 
 
 def test_a_lock_of_a_killed_process_is_cleared(tmp_path):
-    code = "import sys, time; from scellfm.store import Store; s = Store(sys.argv[1], {}); print('in', flush=True); time.sleep(60)"
+    code = "import sys, time; from scellfm.store import Store; s = Store(sys.argv[1], {}); print(flush=True)"
+    code += "; time.sleep(60)"
     process = python(code, tmp_path)
     process.stdout.readline()
     process.kill()
@@ -363,7 +382,8 @@ def test_a_lock_of_a_killed_process_is_cleared(tmp_path):
 
 
 def test_a_process_number_that_was_given_again_does_not_hold_a_lock(tmp_path):
-    (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": "1", "token": ""}))
+    (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": "1",
+        "token": ""}))
     Store(tmp_path, {}).close()
 
 
@@ -406,7 +426,8 @@ def test_resume_refuses_changed_inputs_and_names_them(tmp_path):
 
 
 def test_arrays_come_back_as_they_were(tmp_path):
-    arrays = {"x": np.arange(6, dtype=np.float16).reshape(2, 3), "names": np.array(["JAK3", "\u00e9"]), "n": np.uint16(3), "file": np.zeros(0),
+    arrays = {"x": np.arange(6, dtype=np.float16).reshape(2, 3), "names": np.array(["JAK3", "\u00e9"]),
+        "n": np.uint16(3), "file": np.zeros(0),
               "flags": np.array([True, False])}
     with Store(tmp_path, {}) as store:
         store.write("a", **arrays)

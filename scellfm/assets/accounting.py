@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
-from .files import known_as
+from .files import published
 from ..core import AssetError, OptionError, logger
 
 # %% ../../nbs/assets/accounting.ipynb #3d5ebc3b
@@ -58,7 +58,7 @@ class LoadReport:
             ("loaded", f"{len(self.loaded)} tensors"),
             *((word, f"{len(names)}: {', '.join(names)}" if names else "none") for word, names in named),
             *(("converted", f"{count} tensors, {cast}") for cast, count in self.casts.items()),
-            *(("file", f"{Path(path).name}, {known_as(Path(path)) or 'not a file that we know'}, sha256 {digest}")
+            *(("file", f"{Path(path).name}, {published(digest) or 'not a file that we know'}, sha256 {digest}")
               for path, digest in self.files.items()),
         ]
 

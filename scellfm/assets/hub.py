@@ -55,8 +55,9 @@ def remember(source: str, digests: dict[str, str], fixed: bool) -> None:
     "Note the sha256 of files at their first use; warn when one has changed since, AssetError if it must not (`fixed`)."
     path = cache_folder() / "hub.json"
     try:
-        notes = json.loads(path.read_text())
-    except (OSError, ValueError):
+        notes = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read and is begun anew: %s", path, error)
         notes = {}
     known = notes.setdefault(source, {})
     changed = [f"{name} (first used {known[name][1]})" for name, digest in digests.items()
