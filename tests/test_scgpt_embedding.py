@@ -1,6 +1,7 @@
 """ScGPT.embed: the original's vectors, the same in every run, order, block and company; and honest about what is wrong with the input."""
 import json
 import time
+import tracemalloc
 import warnings
 
 import anndata
@@ -175,6 +176,53 @@ def test_layer_and_raw_are_read_where_they_are(small):
     assert np.array_equal(embedded(gpt, other, layer="counts"), embedded(gpt, adata[:, :30].copy()))
     with pytest.raises(DataError, match="layer='count' is not in this AnnData.*Did you mean layer='counts'"):
         gpt.embed(other, layer="count")
+
+
+def test_raw_of_a_file_is_read_too(small, tmp_path):
+    gpt, adata = small
+    other = adata[:, :30].copy()
+    other.raw = adata
+    other.write_h5ad(tmp_path / "cells.h5ad")
+    assert np.array_equal(gpt.embed(tmp_path / "cells.h5ad", layer="raw").obsm["X_scGPT"], embedded(gpt, adata))
+    adata.write_h5ad(tmp_path / "no_raw.h5ad")
+    with pytest.raises(DataError, match="layer='raw' is not in this AnnData"):
+        gpt.embed(tmp_path / "no_raw.h5ad", layer="raw")
+
+
+@QUIET
+def test_memory_follows_the_batch_and_not_the_matrix():
+    n_cells, n_genes, n_known = 2500, 30_000, 3_500
+    counts = sparse.random(n_cells, n_genes, density=8e-4, format="csr", dtype=np.float32, random_state=0)
+    counts.data = np.ceil(counts.data * 9)
+    adata = anndata.AnnData(counts)
+    adata.var_names = [f"GENE{i}" for i in range(n_genes)]
+    gpt = ScGPT.from_config("tiny", adata.var_names[:n_known], n_layers=1, device="cpu")
+    tracemalloc.start()
+    gpt.embed(adata)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.25 * n_cells * n_genes * 4  # a dense float32 matrix
+
+
+def test_bfloat16_is_close_to_float32(small):
+    gpt, adata = small
+    vectors = embedded(gpt, adata)
+    half = ScGPT.from_config("tiny", gpt.vocabulary, device="cpu", dtype="bfloat16")
+    other = embedded(half, adata)
+    assert other.dtype == np.float32 and (vectors * other).sum(1).min() > 0.999 and not np.array_equal(vectors, other)
+
+
+def test_a_new_model_depends_on_its_seed_alone(small):
+    gpt, adata = small
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    one, two, other = (ScGPT.from_config("tiny", gpt.vocabulary, seed=seed, device="cpu") for seed in (3, 3, 4))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert np.array_equal(embedded(one, adata), embedded(two, adata)) and not np.allclose(embedded(one, adata), embedded(other, adata))
+    with pytest.raises(OptionError, match="'n_layer' is not known.*Did you mean 'n_layers'"):
+        ScGPT.from_config("tiny", gpt.vocabulary, n_layer=2)
+    with pytest.raises(OptionError, match="name='small' is not known"):
+        ScGPT.from_config("small", gpt.vocabulary)
 
 
 def test_nothing_but_the_documented_keys_is_written(small, tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -113,6 +114,8 @@ class ScGPT:
     def from_config(cls, name: str, genes, *, seed: int = 0, device="auto", dtype="float32", **changes) -> ScGPT:
         "A new model of the shape 'tiny' or 'human' for `genes` (a Vocabulary, an AnnData, a list); `changes` to ScGPTConfig values."
         one_of("name", name, SHAPES)
+        for change in changes:
+            one_of("the changed value", change, [field.name for field in fields(ScGPTConfig)])
         vocabulary = as_vocabulary(genes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -127,7 +130,7 @@ class ScGPT:
         with atomic_write(folder / "best_model.pt") as temporary:
             torch.save(tensors, temporary)
         with atomic_write(folder / "args.json") as temporary:
-            temporary.write_text(json.dumps(self.args | self.model.config.to_args(), indent=2), encoding="utf-8")
+            temporary.write_text(json.dumps({"n_bins": self.n_bins} | self.args | self.model.config.to_args(), indent=2), encoding="utf-8")
         self.vocabulary.save(folder / "vocab.json")
 
     def __repr__(self) -> str:
@@ -188,10 +191,12 @@ def columns_of(result: AnnData, source: AnnData | Path, layer: str | None) -> An
         return result
     import anndata
 
-    raw = (read(source, backed=True) if isinstance(source, Path) else source).raw
-    if raw is None:
-        counts_of(source, layer)  # names the layers that there are
-    return anndata.AnnData(obs=result.obs[[]], var=raw.var)
+    stored = read(source, backed=True) if isinstance(source, Path) else source
+    counts_of(stored, layer)  # a DataError that names the layers that there are, where there is no raw
+    found = anndata.AnnData(obs=result.obs[[]], var=stored.raw.var)
+    if stored is not source:
+        stored.file.close()
+    return found
 
 # %% ../../nbs/scgpt/embedding.ipynb #7a9b61d5
 def make_batch(gpt: ScGPT, cells: BinnedCells):
