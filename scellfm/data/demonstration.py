@@ -5,6 +5,7 @@
 # %% ../../nbs/data/demonstration.ipynb #b4d0cca3
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,7 +70,7 @@ def demo() -> AnnData:
     counts, deviation, unit = recover_counts(source.raw.X)
     found = evidence(counts, deviation, unit, source.obs["n_counts"].to_numpy(dtype=np.float64))
     if found["deviation"] > 0.25 or found["smallest_count_high"] > 1.05 or found["smallest_count_low"] < 0.95:
-        raise DataError(f"counts cannot be recovered from the pbmc68k_reduced of scanpy {scanpy.__version__}: {found}; "
+        raise DataError(f"counts cannot be recovered from the pbmc68k_reduced of scanpy {version('scanpy')}: {found}; "
                         "install scanpy>=1.10,<2")
     adata = anndata.AnnData(counts, obs=source.obs[["phase"]].copy(), var=source.raw.var[[]].copy())
     adata.obs_names.name = None

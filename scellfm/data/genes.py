@@ -75,12 +75,15 @@ def plain_id(gene: str) -> str:
     return versioned[1] if versioned else gene
 
 # %% ../../nbs/data/genes.ipynb #f831c392
-@dataclass
+@dataclass(repr=False)
 class GeneMatch:
     "Which entry of a vocabulary each gene is, and a report of how that went."
 
     index: np.ndarray  # int64 [n_genes]: position in the vocabulary, -1 where there is none
     report: dict  # n_genes, n_matched, n_mapped, n_duplicated, share_of_counts, n_dropped, dropped, routes
+
+    def __repr__(self) -> str:
+        return f"GeneMatch({self.report['n_matched']} of {self.report['n_genes']} genes known)"
 
     def _repr_html_(self) -> str:
         "The report as a small table."

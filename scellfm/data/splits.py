@@ -24,7 +24,7 @@ __all__ = ['PARTS', 'Split', 'Folds', 'column_of', 'labels_of', 'check_fractions
 PARTS = ("train", "valid", "test")
 
 
-@dataclass
+@dataclass(repr=False)
 class Split:
     "Row positions (int64, ascending) of three disjoint parts of n cells."
 
@@ -33,11 +33,15 @@ class Split:
     test: np.ndarray
     by: str | None  # the column whose groups stay whole; None: each cell for itself
     n: int
-    table: pd.DataFrame | None = field(default=None, repr=False, compare=False)  # cells, groups, labels in each part
+    table: pd.DataFrame | None = field(default=None, compare=False)  # cells, groups, labels in each part
 
     def folds(self) -> list[Split]:
         "This split alone, as a list: what takes Folds takes a Split."
         return [self]
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{part} {len(getattr(self, part))}" for part in PARTS)
+        return f"Split({sizes} of {self.n} cells, by={self.by!r})"
 
     def _repr_html_(self) -> str:
         "Counts in each part."
@@ -45,7 +49,7 @@ class Split:
         return f"<p>Split of {self.n:,} cells by {unit}</p>" + ("" if self.table is None else self.table.to_html())
 
 
-@dataclass
+@dataclass(repr=False)
 class Folds:
     "Splits whose test parts are disjoint and together hold all cells; their valid parts are empty."
 
@@ -55,6 +59,9 @@ class Folds:
     def folds(self) -> list[Split]:
         "The splits."
         return self.splits
+
+    def __repr__(self) -> str:
+        return f"Folds({len(self)} of {self.splits[0].n} cells, by={self.by!r})"
 
     def __len__(self) -> int:
         return len(self.splits)
