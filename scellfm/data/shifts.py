@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INTERACTION', 'gene_offsets', 'donor_shifts', 'simulate_shifts']
 
-# %% ../../nbs/data/shifts.ipynb #b7987119
+# %% ../../nbs/data/shifts.ipynb #484678d1
 import numpy as np
 import pandas as pd
 

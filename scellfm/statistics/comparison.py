@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POOL', 'rank_sum_test', 'donor_t_test']
 
-# %% ../../nbs/statistics/comparison.ipynb #c389f8ef
+# %% ../../nbs/statistics/comparison.ipynb #ba10fd29
 import numpy as np
 import pandas as pd
 

@@ -8,7 +8,7 @@ __all__ = ['WINDOW', 'MIN_CELLS', 'MIN_DONORS', 'MATCHED', 'MIN_MATCHED', 'CUT',
            'gene_features', 'nearest_genes', 'expected_effect', 'offset_trend', 'between_gene_variance', 'percentile',
            'judge', 'why_exploratory', 'explore', 'screen_test']
 
-# %% ../../nbs/statistics/screen.ipynb #9baa7fc9
+# %% ../../nbs/statistics/screen.ipynb #826bbcdf
 from collections.abc import Mapping
 
 import numpy as np

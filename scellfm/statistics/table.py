@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['exact_sums', 'Shifts', 'finite_numbers', 'check_shifts', 'bh']
 
-# %% ../../nbs/statistics/table.ipynb #1921bb73
+# %% ../../nbs/statistics/table.ipynb #dd69b271
 from dataclasses import dataclass
 
 import numpy as np
