@@ -94,16 +94,17 @@ def label_points(ax: Axes, x, y, texts, *, size: float = 9) -> None:
     ax.figure.draw_without_rendering()
     at, frame = ax.transData.transform(np.column_stack([x, y])), ax.get_window_extent()
     taken = [(px - 3, py - 3, px + 3, py + 3) for px, py in at]
-    for (px, py), text in zip(at, texts):
-        width, height = 0.62 * size * len(text) * pixel, 1.15 * size * pixel
+    for place, (px, py), text in zip(zip(x, y), at, texts):
+        width, height = 0.66 * size * len(text) * pixel, 1.15 * size * pixel
         for right, up in AROUND:
-            left = px + 6 if right > 0 else px - 6 - width if right < 0 else px - width / 2
-            box = (left, py + up * height * 0.8 - height / 2, left + width, py + up * height * 0.8 + height / 2)
+            left, middle = px + (right - 1) * width / 2 + 6 * right, py + 0.8 * up * height
+            box = (left, middle - height / 2, left + width, middle + height / 2)
             inside = box[0] >= frame.x0 and box[2] <= frame.x1 and box[1] >= frame.y0 and box[3] <= frame.y1
             if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
                 taken.append(box)
-                where = ax.transAxes.inverted().transform((box[0], (box[1] + box[3]) / 2))
-                ax.text(*where, text, transform=ax.transAxes, fontsize=size, va="center", color="#222222")
+                offset = (6 * right / pixel, 0.8 * up * height / pixel)
+                ax.annotate(text, place, offset, textcoords="offset points", fontsize=size, color="#222222", va="center",
+                            ha={1: "left", 0: "center", -1: "right"}[right])
                 break
 
 # %% ../nbs/plotting.ipynb #db8924a4
@@ -188,7 +189,7 @@ def top_genes(table: pd.DataFrame, n: int = 15, *, ax: Axes | None = None) -> Ax
     ax.tick_params(axis="y", length=0)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     for i, (heading, texts) in enumerate(table_columns(top, exploratory)):
-        where = 1.12 + 0.155 * i
+        where = 1.16 + 0.155 * i
         ax.text(where, -0.9, heading, transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=9, color="#555555")
         for row, text in zip(y, texts):
             ax.text(where, row, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=9)

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from .core import DataError, ScellfmWarning
-from .scores.table import Scores, plain
+from .scores.table import Scores, plain, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,13 +94,13 @@ def describe_input(value) -> dict:
 
 # %% ../nbs/report.ipynb #858b3e5f
 def shown(value) -> str:
-    "A value as escaped text: four figures, thousands apart, a dash for nothing."
+    "A value as escaped text: numbers as in a table of scores, thousands apart, a dash for nothing."
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
     if isinstance(value, (int, np.integer)):
         return f"{value:,}"
     if isinstance(value, (float, np.floating)):
-        return "–" if np.isnan(value) else f"{value:.4g}"
+        return short(value)
     if isinstance(value, dict):
         return "; ".join(f"{html.escape(str(key))}: {shown(item)}" for key, item in value.items()) or "–"
     if isinstance(value, (list, tuple, set, np.ndarray)):
@@ -123,9 +123,10 @@ def table_html(table: pd.DataFrame, caption: str = "", rows: int = 50) -> str:
     for key, values in zip(table.index[:rows], table.head(rows).itertuples(index=False, name=None)):
         first = [f'<th scope="row">{shown(" ".join(map(str, key)) if isinstance(key, tuple) else str(key))}</th>'] if named else []
         lines.append("".join(["<tr>", *first, *(f'<td{" class=n" * n}>{shown(v)}</td>' for v, n in zip(values, numeric)), "</tr>"]))
-    note = f" The first {rows} of {len(table):,} rows; the JSON holds all." if len(table) > rows else ""
-    caption_html = f"<caption>{html.escape(caption)}{note}</caption>" if caption or note else ""
-    return scrolling(f"<table>{caption_html}<thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(lines)}</tbody></table>", caption)
+    note = f"The first {rows} of {len(table):,} rows; the JSON holds all." if len(table) > rows else ""
+    words = ". ".join(filter(None, [html.escape(caption.rstrip(".")), note]))
+    inner = f"<table><thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f"<figure>{f'<figcaption>{words}</figcaption>' if words else ''}{scrolling(inner, caption)}</figure>"
 
 
 def facts_html(facts: dict) -> str:
@@ -148,14 +149,14 @@ nav ul{padding:0;margin:.8rem 0;list-style:none;display:flex;flex-wrap:wrap;gap:
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 thead th{border-bottom:2px solid var(--line);white-space:nowrap}.n{text-align:right;white-space:nowrap}
-th[scope=row]{font-weight:600;position:sticky;left:0;background:var(--paper)}
-figure{margin:1rem 0}figure img{max-width:100%;height:auto;background:#fff;padding:.4rem;border-radius:.4rem;border:1px solid var(--line)}
+th[scope=row]{font-weight:600;position:sticky;left:0;background:var(--paper);min-width:6.5rem;overflow-wrap:break-word}
+figure{margin:1rem 0}figure .scroll{margin:.2rem 0}figure img{max-width:100%;height:auto;background:#fff;padding:.4rem;border-radius:.4rem;border:1px solid var(--line)}
 .warnings{background:var(--warn);border-left:.3rem solid var(--edge);padding:.5rem 1rem .5rem 2.2rem;margin:.8rem 0}
 code{font-size:.85rem;overflow-wrap:anywhere}footer{padding:2rem 1.2rem}
-@media (max-width:40rem){body{font-size:15px}h1{font-size:1.4rem}th,td{padding:.3rem .5rem}th[scope=row]{max-width:45vw;overflow-wrap:anywhere;white-space:normal}}
+@media (max-width:40rem){body{font-size:15px}h1{font-size:1.4rem}th,td{padding:.3rem .5rem}th[scope=row]{max-width:42vw}}
 @media print{:root{--ink:#000;--soft:#333;--line:#999;--paper:#fff;--warn:#fff}body{font-size:10pt}nav{display:none}main,header,footer{max-width:none;padding:0}
-.scroll{overflow:visible}table{font-size:7.5pt}thead{display:table-header-group}tr,figure,h2,.warnings{break-inside:avoid}h2{break-after:avoid}th,td{padding:.15rem .3rem}
-th[scope=row]{position:static}figure img{max-height:20cm;border:0}}
+.scroll{overflow:visible}table{font-size:7.5pt}thead{display:table-header-group}tr,figure,h2,.warnings{break-inside:avoid}figure:has(table){break-inside:auto}h2{break-after:avoid}th,td{padding:.15rem .3rem}
+th[scope=row]{position:static;min-width:0}figure img{max-height:20cm;border:0}}
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 

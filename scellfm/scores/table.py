@@ -73,7 +73,7 @@ def short(value: float) -> str:
     "A score as text: three decimals, three figures where that would hide it, a dash where there is none."
     if not np.isfinite(value):
         return "–"
-    return f"{value:.3f}" if value == 0 or 0.1 <= abs(value) < 1000 else f"{value:.3g}"
+    return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 1000 else f"{value:.3g}"
 
 
 def interval(low: float, high: float) -> str:
