@@ -54,6 +54,8 @@ class Hub:
             return self.send(request, 503, b"busy")
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/revision/([^?]+)(\?.*)?", request.path):
             return self.describe(request, *found.groups()[:2])
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^?/]+)(\?.*)?", request.path):
+            return self.list_files(request, found[1])
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", request.path):
             return self.deliver(request, *found.groups())
         return self.send(request, 404, b"")
@@ -73,13 +75,30 @@ class Hub:
                  "siblings": files}
         return self.send(request, 200, json.dumps(about).encode(), {"Content-Type": "application/json"})
 
+    def list_files(self, request, name):
+        "The files with their hashes, as newer versions of huggingface_hub ask for them."
+        files = []
+        for file, data in self.repositories[name].items():
+            entry = {"type": "file", "path": file, "size": len(data), "oid": self.git_hash(data)}
+            if self.is_large(file):
+                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+            files.append(entry)
+        return self.send(request, 200, json.dumps(files).encode(), {"Content-Type": "application/json"})
+
+    @staticmethod
+    def is_large(file: str) -> bool:
+        return file.endswith((".safetensors", ".pt"))
+
+    @staticmethod
+    def git_hash(data: bytes) -> str:
+        return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
     def deliver(self, request, name, revision, file):
         "One file, or the rest of it from where an earlier answer broke off."
         if file not in self.repositories.get(name, {}):
             return self.send(request, 404, b"", {"X-Error-Code": "EntryNotFound"})
         data = self.repositories[name][file]
-        large = file.endswith((".safetensors", ".pt"))
-        etag = hashlib.sha256(data).hexdigest() if large else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        etag = hashlib.sha256(data).hexdigest() if self.is_large(file) else self.git_hash(data)
         data = self.altered.get(file, data)
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit(name), "Accept-Ranges": "bytes"}
         status, wanted = 200, request.headers.get("Range")

@@ -24,6 +24,7 @@ from scellfm.assets.files import PINS, known_as
 from scellfm.core import AssetError, OptionError, ScellfmWarning
 
 ROOT = Path(__file__).resolve().parent.parent
+PYTHONPATH = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))
 
 
 # ---- files that are not what they seem
@@ -675,7 +676,7 @@ def ask(url: str, home: Path, environment=(), **arguments) -> dict:
     "Call `find` in a process of its own, whose hub is `url` and whose caches are in `home`."
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     variables |= {"HF_ENDPOINT": url, "HF_HOME": str(home / "hf"), "SCELLFM_CACHE": str(home / "scellfm"),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": PYTHONPATH,
                   "NO_PROXY": "127.0.0.1", **dict(environment)}
     process = subprocess.run([sys.executable, "-c", FIND, json.dumps(arguments)], env=variables, capture_output=True,
         text=True)
