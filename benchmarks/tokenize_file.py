@@ -3,9 +3,11 @@
     python benchmarks/tokenize_file.py [--cells 20000] [--genes 20000] [--pairs 5] [--quick]
 
 A synthetic file (about 9 % of the entries are not zero; CSR, not compressed, in the page cache) is written to a temporary
-folder. Each run is a fresh process; its time counts from the call to the saved data set, its memory from after the imports.
-The reference reads the same blocks with h5py, ranks each cell with a stable double precision argsort and yields it to
-Dataset.from_generator, then save_to_disk. The last lines tokenize a file of half the length, to show that memory does not grow.
+folder. The sides take turns in one process, after each has treated a small file (which loads the compiled loops). The time
+counts from the call to the saved data set. The reference reads blocks with h5py, ranks each cell with a stable double
+precision argsort and yields it to Dataset.from_generator, then save_to_disk; it yields Python lists ("lists", the usual
+form) or numpy arrays ("arrays", which datasets takes in twice as fast). Memory is the growth of the peak over the imports in a
+process of its own, for the whole file and for half of it.
 """
 import os
 
@@ -15,7 +17,6 @@ os.environ["SCELLFM_PROGRESS"] = "0"
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -25,12 +26,15 @@ from pathlib import Path
 
 import numpy as np
 
-SIDES = ("scellfm", "from_generator")
+SIDES = ("scellfm", "from_generator, lists", "from_generator, arrays")
 
 
-def peak() -> float:
-    "Peak memory of this process so far, MB."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak(reset: bool = False) -> float:
+    "Peak memory of this process so far, MB (Linux); `reset` starts a new count."
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def write_file(path: Path, n_cells: int, n_genes: int) -> None:
@@ -48,7 +52,7 @@ def write_file(path: Path, n_cells: int, n_genes: int) -> None:
     (path.parent / "gene_median_dictionary.json").write_text(json.dumps(dict(zip(genes, synthetic_medians(n_genes)))))
 
 
-def reference(path: Path, out: Path) -> None:
+def reference(path: Path, out: Path, lists: bool) -> None:
     "Read blocks, argsort every cell, Dataset.from_generator, save_to_disk."
     import h5py
     from anndata.io import read_elem
@@ -70,9 +74,10 @@ def reference(path: Path, out: Path) -> None:
                     at = slice(indptr[cell] - low, indptr[cell + 1] - low)
                     values = data[at] / medians[indices[at]]
                     ids = tokens[indices[at][np.argsort(-values, kind="stable")[:2048]]]
-                    yield {"input_ids": ids, "length": len(ids)}
+                    yield {"input_ids": ids.tolist() if lists else ids, "length": len(ids)}
 
-    Dataset.from_generator(cells, cache_dir=str(out.parent / "cache")).save_to_disk(str(out))
+    with tempfile.TemporaryDirectory(dir=out.parent) as cache:
+        Dataset.from_generator(cells, cache_dir=cache).save_to_disk(str(out))
 
 
 def ours(path: Path, out: Path) -> None:
@@ -82,26 +87,42 @@ def ours(path: Path, out: Path) -> None:
     RankTokenizer.from_pretrained(path.parent).tokenize_files(path, out)
 
 
-def child(side: str, path: Path, out: Path) -> None:
-    "One run of one side; prints its seconds and memory."
+def run(side: str, path: Path, out: Path) -> tuple[float, float]:
+    "One run of one side: wall and CPU seconds."
+    shutil.rmtree(out, ignore_errors=True)
+    wall, busy = time.perf_counter(), time.process_time()
+    if side == "scellfm":
+        ours(path, out)
+    else:
+        reference(path, out, side.endswith("lists"))
+    return time.perf_counter() - wall, time.process_time() - busy
+
+
+def load_all() -> None:
+    "Import what the sides need."
     import anndata.io  # noqa: F401
     import datasets
     from scellfm.geneformer import kernels, tokenizer  # noqa: F401
 
     datasets.disable_progress_bars()
-    before, wall, busy = peak(), time.perf_counter(), time.process_time()
-    (ours if side == "scellfm" else reference)(path, out)
-    print(json.dumps({"wall": time.perf_counter() - wall, "cpu": time.process_time() - busy, "mb": peak() - before}))
 
 
-def start(side: str, path: Path, out: Path) -> dict:
-    "One run in a fresh process."
-    shutil.rmtree(out, ignore_errors=True)
-    done = subprocess.run([sys.executable, __file__, "--child", side, str(path), str(out)], capture_output=True, text=True)
+def child(task: str, path: Path, out: str) -> None:
+    "Write a file of `out` cells x genes, or run one side and print the growth of the peak memory in MB."
+    if task == "write":
+        return write_file(path, *map(int, out.split("x")))
+    load_all()
+    before = peak(reset=True)
+    run(task, path, Path(out))
+    print(peak() - before)
+
+
+def start(task: str, path: Path, out) -> str:
+    "`child` in a fresh process; what it printed last."
+    done = subprocess.run([sys.executable, __file__, "--child", task, str(path), str(out)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
-    shutil.rmtree(out.parent / "cache", ignore_errors=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    return (done.stdout.splitlines() or [""])[-1]
 
 
 def compare(ours: Path, theirs: Path) -> str:
@@ -119,35 +140,38 @@ def main():
     parser.add_argument("--cells", type=int, default=20_000)
     parser.add_argument("--genes", type=int, default=20_000)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="2,000 cells, 1 pair")
+    parser.add_argument("--quick", action="store_true", help="4,000 cells, 1 pair")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return child(args.child[0], Path(args.child[1]), Path(args.child[2]))
+        return child(args.child[0], Path(args.child[1]), args.child[2])
     if args.quick:
-        args.cells, args.pairs = 2000, 1
+        args.cells, args.pairs = 4000, 1
+    load_all()
     with tempfile.TemporaryDirectory() as folder:
-        path, half = Path(folder) / "whole" / "cells.h5ad", Path(folder) / "half" / "cells.h5ad"
-        for file, n_cells in ((path, args.cells), (half, args.cells // 2)):
+        files = {name: Path(folder) / name / "cells.h5ad" for name in ("whole", "half", "small")}
+        for (name, file), n_cells in zip(files.items(), (args.cells, args.cells // 2, 100)):
             file.parent.mkdir()
-            write_file(file, n_cells, args.genes)
+            start("write", file, f"{n_cells}x{args.genes}")
         outs = {side: Path(folder) / f"{side}.dataset" for side in SIDES}
-        start("scellfm", half, Path(folder) / "warm.dataset")  # compiles the kernels, as the first run after installation does
-        runs = {side: [] for side in SIDES}
+        seconds = {side: [] for side in SIDES}
+        for side in SIDES:
+            run(side, files["small"], outs[side])
         for _ in range(args.pairs):
             for side in SIDES:
-                runs[side].append(start(side, path, outs[side]))
-        print(f"{args.cells:,} cells x {args.genes:,} genes, {path.stat().st_size / 2**20:,.0f} MiB (not compressed), one thread, "
+                seconds[side].append(run(side, files["whole"], outs[side]))
+        print(f"{args.cells:,} cells x {args.genes:,} genes, {files['whole'].stat().st_size / 2**20:,.0f} MiB (not compressed), one thread, "
               f"median of {args.pairs} pairs")
         for side in SIDES:
-            wall, cpu, mb = (np.median([run[key] for run in runs[side]]) for key in ("wall", "cpu", "mb"))
-            print(f"{side:15s} {wall:6.2f} s wall, {cpu:6.2f} s CPU, {args.cells / wall:8,.0f} cells/s, peak above import {mb:5.0f} MB")
-        for key in ("wall", "cpu"):
-            ratio = np.median([b[key] / a[key] for a, b in zip(runs["scellfm"], runs["from_generator"])])
-            print(f"ratio {ratio:.1f}x {key} (floor 8x)")
-        shorter = start("scellfm", half, Path(folder) / "half.dataset")
-        print(f"half the file: {shorter['wall']:.2f} s, peak above import {shorter['mb']:.0f} MB (floor: below 400 MB, not growing)")
-        print(f"largest difference of tokens: {compare(outs['scellfm'], outs['from_generator'])}")
+            wall, cpu = np.median(seconds[side], axis=0)
+            memory = start(side, files["whole"], Path(folder) / "memory.dataset")
+            print(f"{side:23s} {wall:6.2f} s wall, {cpu:6.2f} s CPU, {args.cells / wall:8,.0f} cells/s, peak above import {float(memory):5.0f} MB")
+        for side in SIDES[1:]:
+            wall, cpu = np.median(np.array(seconds[side]) / np.array(seconds["scellfm"]), axis=0)
+            print(f"ratio to {side}: {wall:.1f}x wall, {cpu:.1f}x CPU (floor 8x)")
+        half = float(start("scellfm", files["half"], Path(folder) / "memory.dataset"))
+        print(f"half the file: peak above import {half:.0f} MB (below 400 MB, not growing)")
+        print(f"largest difference of tokens: {compare(outs['scellfm'], outs[SIDES[1]])}")
 
 
 if __name__ == "__main__":

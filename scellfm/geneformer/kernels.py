@@ -102,8 +102,8 @@ def settle_ties(packed, n, limit, value, token):
 
 # %% ../../nbs/geneformer/kernels.ipynb #2b2a8b3e
 @compiled
-def rank_rows(data, indices, indptr, tokens, medians, slot, collapse, limit, out_tokens, out_counts, lengths, detected):
-    "Rank every row into out_tokens, one after the other; fills lengths and detected, returns the number of tokens."
+def rank_rows(data, indices, indptr, tokens, medians, slot, collapse, limit, out_tokens, out_counts, lengths, detected, known):
+    "Rank every row into out_tokens, one after the other; fills lengths, detected and known, returns the number of tokens."
     width = 1
     for row in range(len(indptr) - 1):
         width = max(width, indptr[row + 1] - indptr[row])
@@ -115,7 +115,7 @@ def rank_rows(data, indices, indptr, tokens, medians, slot, collapse, limit, out
         n = gather_row(data, indices, indptr[row], indptr[row + 1], tokens, medians, slot, collapse, token, count, value)
         radix_sort(value, n, single, bits, packed, spare, bins)
         settle_ties(packed, n, limit, value, token)
-        detected[row], lengths[row] = n, min(n, limit)
+        detected[row], lengths[row], known[row] = n, min(n, limit), count[:n].sum()
         for i in range(lengths[row]):
             p = packed[i] & 0xFFFFFFFF
             out_tokens[at + i] = token[p]

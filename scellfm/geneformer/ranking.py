@@ -24,6 +24,7 @@ class Ranked:
     tokens: np.ndarray  # uint16 or uint32 [n_tokens]: all cells' tokens, one cell after the other
     offsets: np.ndarray  # int64 [n_rows + 1]: row i is tokens[offsets[i]:offsets[i + 1]]
     detected: np.ndarray  # int64 [n_rows]: known genes detected, before the cut to the longest allowed sequence
+    known: np.ndarray  # float64 [n_rows]: sum of the counts of the known genes
     counts: np.ndarray | None = None  # float64 [n_tokens]: the (summed) count of each token, 0 at special tokens
 
 
@@ -54,7 +55,7 @@ def descending(values: np.ndarray) -> np.ndarray:
 
 
 def rank_numpy(csr: sparse.csr_matrix, medians: np.ndarray, tokens: np.ndarray, limit: int) -> tuple:
-    "Rank every row: (tokens, counts, length of each row, genes detected in each row), at most `limit` tokens in a row."
+    "Rank every row, at most `limit` tokens in each: (tokens, counts, length, genes detected, sum of known counts of each row)."
     summed = sum_genes(csr, tokens)
     typical = np.ones(summed.shape[1])
     typical[tokens[tokens >= 0]] = medians[tokens >= 0]
@@ -65,7 +66,8 @@ def rank_numpy(csr: sparse.csr_matrix, medians: np.ndarray, tokens: np.ndarray, 
         ranked.append(genes[order])
         kept.append(counts[order])
     detected = np.diff(summed.indptr).astype(np.int64)
-    return np.concatenate([[], *ranked]).astype(np.int64), np.concatenate([[], *kept]), np.minimum(detected, limit), detected
+    flat, counts, known = np.concatenate([[], *ranked]), np.concatenate([[], *kept]), np.asarray(summed.sum(axis=1)).ravel()
+    return flat.astype(np.int64), counts, np.minimum(detected, limit), detected, known
 
 # %% ../../nbs/geneformer/ranking.ipynb #d8150a3c
 @functools.cache
@@ -85,12 +87,12 @@ def rank_numba(csr: sparse.csr_matrix, medians: np.ndarray, tokens: np.ndarray, 
     size, n_rows = int(np.minimum(np.diff(csr.indptr), limit).sum()), csr.shape[0]
     out_tokens = np.empty(size, token_type(int(known.max(initial=0)) + 1))
     out_counts = np.empty(size if keep else 0)
-    lengths, detected = np.empty(n_rows, np.int64), np.empty(n_rows, np.int64)
+    lengths, detected, sums = np.empty(n_rows, np.int64), np.empty(n_rows, np.int64), np.empty(n_rows)
     slot = np.full(int(known.max(initial=0)) + 1, -1, np.int64)
     collapse = bool(np.bincount(known).max(initial=0) > 1)
     used = kernel()(data, csr.indices.astype(np.int32, copy=False), csr.indptr.astype(np.int64, copy=False),
-                    tokens, medians, slot, collapse, limit, out_tokens, out_counts, lengths, detected)
-    return out_tokens[:used], out_counts[:used], lengths, detected
+                    tokens, medians, slot, collapse, limit, out_tokens, out_counts, lengths, detected, sums)
+    return out_tokens[:used], out_counts[:used], lengths, detected, sums
 
 # %% ../../nbs/geneformer/ranking.ipynb #e449f612
 def frame(ranked: np.ndarray, lengths: np.ndarray, first, last) -> np.ndarray:
@@ -104,7 +106,7 @@ def frame(ranked: np.ndarray, lengths: np.ndarray, first, last) -> np.ndarray:
 
 
 def encode(
-    csr: sparse.csr_matrix,  # cells x genes, canonical (see data.reading.count_blocks)
+    csr: sparse.csr_matrix,  # cells x genes, one entry per cell and gene, in any order
     medians: np.ndarray,  # float64 [n_genes]: the typical level of each column's gene
     tokens: np.ndarray,  # int [n_genes]: the token of each column, -1 = unknown; equal tokens are one gene
     max_length: int,
@@ -124,9 +126,9 @@ def encode(
     if limit < 1:
         raise DataError(f"max_length={max_length} leaves no room for a gene; use at least {3 if special else 1}")
     if engine == "numpy" or kernel() is None:
-        flat, counts, lengths, detected = rank_numpy(csr, medians, tokens, limit)
+        flat, counts, lengths, detected, known = rank_numpy(csr, medians, tokens, limit)
     else:
-        flat, counts, lengths, detected = rank_numba(csr, medians, tokens, limit, keep_counts)
+        flat, counts, lengths, detected, known = rank_numba(csr, medians, tokens, limit, keep_counts)
     vocabulary = 1 + max(int(tokens.max(initial=0)), *(special or (0,)))
     flat = flat.astype(token_type(vocabulary), copy=False)
     if special:
@@ -134,4 +136,4 @@ def encode(
         counts = frame(counts, lengths, 0.0, 0.0) if keep_counts else counts
         lengths = lengths + 2
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return Ranked(flat, offsets, detected, counts if keep_counts else None)
+    return Ranked(flat, offsets, detected, known, counts if keep_counts else None)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['CellSource', 'block_rows', 'from_adata', 'opened', 'from_anndata_file', 'loom_table', 'from_loom', 'open_source',
-           'cell_files', 'cell_totals', 'stored_totals']
+__all__ = ['CellSource', 'block_rows', 'from_adata', 'opened', 'stored_rows', 'from_anndata_file', 'loom_table', 'from_loom',
+           'open_source', 'cell_files', 'cell_totals', 'stored_totals']
 
 # %% ../../nbs/geneformer/sources.ipynb #d4e639ad
 @dataclass
@@ -88,6 +88,19 @@ def opened(path: Path, kind: str):
         getattr(file, "close", lambda: None)()
 
 
+def stored_rows(path: Path, kind: str, key: str, rows: int, n_genes: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
+    "Row blocks of a CSR matrix on disk, without a copy where the file holds it in canonical order."
+    with opened(path, kind) as file:
+        group = file[key]
+        indptr = group["indptr"][:].astype(np.int64)
+        for start in range(0, len(indptr) - 1, rows):
+            part = indptr[start:start + rows + 1]
+            entries = slice(int(part[0]), int(part[-1]))
+            block = sparse.csr_matrix((group["data"][entries], group["indices"][entries], part - part[0]), shape=(len(part) - 1, n_genes))
+            plain = block.dtype.kind in "iuf" and block.dtype != np.float16
+            yield start, block if plain and block.has_canonical_format and block.data.all() else canonical_csr(block)
+
+
 def from_anndata_file(path: Path, layer: str | None, kind: str) -> CellSource:
     "The cells of an h5ad file or zarr store, left on disk."
     from anndata.io import read_elem
@@ -101,6 +114,7 @@ def from_anndata_file(path: Path, layer: str | None, kind: str) -> CellSource:
         columns, n_cells = [str(c) for c in file["obs"].attrs["column-order"]], file["obs"][index].shape[0]
         key = "X" if layer is None else "raw/X" if raw else f"layers/{layer}"
         dense = key in file and not hasattr(file[key], "keys")
+        by_row = key in file and file[key].attrs.get("encoding-type") == "csr_matrix"
         layers = list(file["layers"]) if "layers" in file else []
 
     def column(name: str) -> pd.Series:
@@ -113,8 +127,12 @@ def from_anndata_file(path: Path, layer: str | None, kind: str) -> CellSource:
             part = file["obs"][index][start:stop]
             return np.array([name.decode() if isinstance(name, bytes) else str(name) for name in part], dtype=object)
 
-    return CellSource(str(path), n_cells, var, columns, column, names,
-                      lambda rows: count_blocks(path, layer, block_rows(rows, len(var), dense)),
+    def blocks(rows: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
+        if by_row:
+            return stored_rows(path, kind, key, rows, len(var))
+        return count_blocks(path, layer, block_rows(rows, len(var), dense))
+
+    return CellSource(str(path), n_cells, var, columns, column, names, blocks,
                       f"{key} (the file also has the layers {layers})")
 
 # %% ../../nbs/geneformer/sources.ipynb #46f0044c

@@ -135,7 +135,7 @@ def tokenize_blocks(source: CellSource, medians: np.ndarray, tokens: np.ndarray,
     stored, chosen = stored_totals(source), chosen_cells(source)
     obs = pd.DataFrame({new: source.obs(old).to_numpy() if isinstance(source.obs(old).dtype, np.dtype) else source.obs(old).array
                         for old, new in ask.columns.items()}, index=range(source.n_cells))
-    known, fractions = (tokens >= 0).astype(np.float64), False
+    fractions = False
     for start, block in source.blocks(rows):
         if vet_counts(source, start, block, stored) and not fractions:
             fractions = True
@@ -147,7 +147,6 @@ def tokenize_blocks(source: CellSource, medians: np.ndarray, tokens: np.ndarray,
             inside = chosen[index]
             tally.n_filtered += int((~inside).sum())
             block, totals, index = block[inside], totals[inside], index[inside]
-        tally.known += float((block @ known).sum())
         tally.total += float(block.data.sum(dtype=np.float64))
         yield tokenize_block(source, block, totals, index, obs, medians, tokens, ask, tally)
 
@@ -162,6 +161,7 @@ def tokenize_block(source, block, totals, index, obs, medians, tokens, ask: Requ
     names = pd.Index(source.names(index[0], index[-1] + 1)[index - index[0]] if len(index) else [], dtype=object)
     cells = TokenizedCells(ranked.tokens, ranked.offsets, obs.iloc[index].set_axis(names), index, counts, {}, bool(ask.special))
     empty = ranked.detected == 0
+    tally.known += float(ranked.known.sum())
     tally.n_empty += int(empty.sum())
     tally.n_truncated += int((ranked.detected > ask.max_length - 2 * bool(ask.special)).sum())
     if empty.any() and ask.empty == "error":
