@@ -50,7 +50,7 @@ def as_vocabulary(source) -> Vocabulary:
 # %% ../../nbs/scgpt/embedding.ipynb #f6c69e58
 def default_budget(device: torch.device) -> int:
     "Tokens of a batch, padding included, that suit a device."
-    return 1024 if device.type == "cpu" else 65536
+    return 512 if device.type == "cpu" else 65536
 
 
 def planned(make, function, cells: BinnedCells, *, token_budget: int, desc: str, record: list) -> Iterator:
