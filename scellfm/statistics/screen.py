@@ -191,7 +191,7 @@ def between_gene_variance(deviation: np.ndarray, se2: np.ndarray, scale: np.ndar
     (`scale`), all [genes, k]."""
     squares = deviation**2
     low, high = np.zeros(len(squares)), (squares / scale).max(1) / 0.455
-    for _ in range(60):  # the start: where the median of z^2 is .455
+    for _ in range(30):  # the start: where the median of z^2 is .455
         middle = (low + high) / 2
         wide = (squares > 0.455 * (middle[:, None] * scale + se2)).mean(1) > 0.5
         low, high = np.where(wide, middle, low), np.where(wide, high, middle)
