@@ -223,7 +223,8 @@ def test_early_stopping_keeps_the_best_epoch(tmp_path):
 
 def test_held_out_loss_is_the_mean_over_terms_without_dropout():
     model = make(0.5)
-    history = fit(model, loss, 80, batch, valid={"later": Rows(13, lambda rows, epoch: batch(rows + 80, epoch))}, **options)
+    later = Rows(13, lambda rows, epoch: batch(rows + 80, epoch))
+    history = fit(model, loss, 80, batch, valid={"later": later}, **options)
     with torch.no_grad():
         total, count = loss(model.eval(), batch(np.arange(80, 93), 0))
     assert history.epochs.later_loss.iloc[-1] == pytest.approx((total / count).item(), rel=1e-5)

@@ -22,7 +22,7 @@ from scellfm.geneformer.evaluation import (
 )
 from .finetuning import Part, check_folds, classes_of, probabilities, train_fold
 from .model import Geneformer, fitting_tokenizer, translate
-from .pretraining import token_rows
+from .pretraining import by_name, token_rows
 from ..scores.table import Scores
 from ..store import atomic_write
 from ..training import History
@@ -193,7 +193,8 @@ def save_classifier(clf: CellClassifier, folder: Path) -> None:
     with atomic_write(folder / CELLS) as part:
         save_file({"keys": clf.known.keys, "fold": clf.known.fold}, part)
     record = {"label": clf.label, "classes": list(map(str, clf.classes)), "folds": len(clf.models),
-              "scores": None if clf.scores is None else clf.scores.to_dict(), "verdict": clf.verdict and vars(clf.verdict),
+              "scores": None if clf.scores is None else clf.scores.to_dict(),
+              "verdict": None if clf.verdict is None else vars(clf.verdict),
               "histories": [history.to_dict() for history in clf.histories], "settings": clf.settings}
     with atomic_write(folder / RECORD) as part:
         Path(part).write_text(json.dumps(record, indent=1, default=str))
@@ -208,7 +209,8 @@ def load_classifier(folder: Path, tokenizer, device, dtype) -> CellClassifier:
     scores, verdict, settings = record["scores"], record["verdict"], record["settings"]
     return CellClassifier(
         models, record["label"], np.array(record["classes"]), KnownCells(cells["keys"], cells["fold"]),
-        scores and Scores.from_dict(scores), [History.from_dict(history) for history in record["histories"]], verdict and Verdict(**verdict), settings)
+        scores and Scores.from_dict(scores), [History.from_dict(history) for history in record["histories"]],
+        verdict and Verdict(**verdict), settings)
 
 
 def load_fold(folder: Path, tokenizer, device, dtype) -> Geneformer:
@@ -302,8 +304,10 @@ def prepare(gf: Geneformer, data, label: str, split, layer: str | None):
     n, given = split.folds()[0].n, data.n_obs if with_counts else len(cells)
     if n != given:
         raise DataError(f"the split is of {n:,} cells and the data have {given:,}; make the split from these cells")
-    parts = [Split(*(token_rows(cells, rows, n) for rows in (one.train, one.valid, one.test)), one.by, len(cells))
-             for one in split.folds()]
+    parts = []
+    for one in split.folds():
+        rows = (by_name(token_rows(cells, which, n), obs.index) for which in (one.train, one.valid, one.test))
+        parts.append(Split(*rows, one.by, len(cells)))
     groups = column_of(obs, split.by, "split.by") if split.by else None
     for part in parts:
         check_leakage(part, np.arange(len(cells)) if groups is None else groups)

@@ -150,8 +150,8 @@ def train_fold(gf: Geneformer, sequences, codes, classes, part: Split, k: int, *
         model, loss, rows.n, rows.batch, lengths=rows.lengths, valid={"valid": held_out} if held_out.n else None,
         device=gf.device, dtype=str(gf.dtype).removeprefix("torch."), desc=f"fine-tuning, fold {k}",
         folder=None if folder is None else Path(folder) / f"fold{k}",
-        inputs={"cells": fingerprint(sequences.lengths, codes, part.train, part.valid), "frozen": freeze_layers,
-                "class_weights": str(class_weights)},
+        inputs={"cells": fingerprint([(sequences.lengths[r], codes[r]) for r in (part.train, part.valid)]),
+                "frozen": freeze_layers, "class_weights": str(class_weights)},
         **recipe)
     model.requires_grad_(True)
     fold = Geneformer(model, gf.tokenizer, device=model.device, dtype=gf.dtype)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'BINS', 'mask_genes', 'MaskedCells', 'masked_loss', 'rank_bins', 'count_tokens', 'frequency_losses',
-           'token_rows', 'pretraining_split', 'pretrain', 'tell_if_useless']
+           'token_rows', 'by_name', 'pretraining_split', 'pretrain', 'tell_if_useless']
 
 # %% ../../nbs/geneformer/pretraining.ipynb #d5d11bc0
 import numpy as np
@@ -114,6 +114,12 @@ def token_rows(cells, rows: np.ndarray, n: int) -> np.ndarray:
     return found[found >= 0]
 
 
+def by_name(rows: np.ndarray, names) -> np.ndarray:
+    "Positions in the order of the cells' names, so that training does not depend on how a file is sorted."
+    names = np.asarray(names).astype(str)
+    return rows[np.argsort(names[rows], kind="stable")]
+
+
 def pretraining_split(cells, split: Split | None, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     "Positions of the cells to train on and of those to judge by."
     if split is None and held_out == 0:
@@ -152,7 +158,7 @@ def pretrain(
         raise OptionError("this model is a classifier and cannot guess genes; load the pretrained model instead")
     cells = gf.cells(data, layer=layer)
     sequences = gf.readable(cells)
-    train, judged = pretraining_split(cells, split, held_out, seed)
+    train, judged = (by_name(rows, cells.obs.index) for rows in pretraining_split(cells, split, held_out, seed))
     tokenizer, vocabulary = gf.tokenizer, gf.model.config.vocab_size
     special = [t for t in (tokenizer.pad, tokenizer.mask, tokenizer.cls, tokenizer.eos) if t is not None]
     genes = np.setdiff1d(np.arange(vocabulary), special)
@@ -164,7 +170,8 @@ def pretrain(
         learning_rate=learning_rate, batch_size=batch_size, warmup=warmup, weight_decay=weight_decay,
         seed=seed, dtype=str(gf.dtype).removeprefix("torch."), device=gf.device, folder=folder, save_every=save_every,
         desc="pretraining",
-        inputs={"cells": fingerprint(masked.names, sequences.lengths, train, judged, mask_share)}, **recipe)
+        inputs={"cells": fingerprint([(masked.names[r], sequences.lengths[r]) for r in (train, judged)], mask_share)},
+        **recipe)
     gf.model.to(gf.dtype)
     gf.device = gf.model.device
     history.baselines = frequency_losses(masked, train, judged if len(judged) else train, vocabulary)
