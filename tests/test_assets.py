@@ -433,6 +433,7 @@ def test_a_hostile_file_under_an_official_name_is_refused_in_its_folder(tmp_path
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_the_hostile_checkpoints_of_these_tests_do_work(tmp_path):
     hostile_checkpoints(tmp_path, tmp_path / "canary")
     torch.load(tmp_path / "value.pt", weights_only=False)
