@@ -30,7 +30,7 @@ STYLE = {
     "figure.dpi": 80, "savefig.dpi": 80, "figure.facecolor": "white", "axes.facecolor": "white", "font.size": 10, "axes.titlesize": 11,
     "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555555", "axes.labelcolor": "#222222",
     "xtick.color": "#555555", "ytick.color": "#555555", "xtick.labelcolor": "#222222", "ytick.labelcolor": "#222222",
-    "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.6,
+    "legend.frameon": False, "text.parse_math": False, "legend.fontsize": 9, "lines.linewidth": 1.6,
 }
 
 
@@ -340,7 +340,8 @@ def training_curves(history, *, ax: Axes | None = None) -> Axes:
         ax.axhline(loss, color=COLORS[(i + 3) % len(COLORS)], lw=1.2, ls=":", label=name)
     by_step = len(steps) or (isinstance(history, pd.DataFrame) and "step" in history)
     ax.set(xlabel="step" if by_step else "epoch", ylabel="loss")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    if ax.get_lines():
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 # %% ../nbs/plotting.ipynb #3baec1af
 def plane(adata, basis: str) -> tuple[np.ndarray, list[str]]:
@@ -371,7 +372,8 @@ def embedding(adata, basis: str = "X_umap", color: str | None = None, *, ax: Axe
     size = float(np.clip(8000 / len(places), 1, 24))
     values = None if color is None else adata.obs[color]
     if values is None or (pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)):
-        dots = ax.scatter(*places[order].T, s=size, lw=0, c=COLORS[0] if values is None else values.to_numpy(float)[order], cmap="viridis", plotnonfinite=True)
+        shade = {"color": COLORS[0]} if values is None else {"c": values.to_numpy(float)[order], "cmap": "viridis", "plotnonfinite": True}
+        dots = ax.scatter(*places[order].T, s=size, lw=0, **shade)
         if values is not None:
             ax.figure.colorbar(dots, ax=ax, label=color, shrink=0.8)
     else:

@@ -191,8 +191,10 @@ def scores_section(scores: Scores) -> str:
     from scellfm.plotting import png
 
     figure = scores.plot().figure
-    picture = figure_html(png(figure, dpi=110), "Scores with 95 % intervals" + (f": {scores.title}" if scores.title else ""))
-    plt.close(figure)
+    try:
+        picture = figure_html(png(figure, dpi=110), "Scores with 95 % intervals" + (f": {scores.title}" if scores.title else ""))
+    finally:
+        plt.close(figure)
     origin = f"<p class='meta'>{shown(scores.origin)}</p>" if scores.origin else ""
     return scrolling(scores._repr_html_(), scores.title or "scores") + origin + picture
 

@@ -28,8 +28,8 @@ def check_probabilities(probabilities, n: int, n_classes: int) -> np.ndarray:
         cell, column = np.argwhere(wrong)[0]
         raise DataError(f"{wrong.any(1).sum()} of {n} cells have a probability that is no number (first: {values[cell, column]} in row {cell}, "
                         f"column {column}); look for NaN in the model's input or a diverged training, or leave these cells out")
-    if values.min() < 0 or np.abs(values.sum(1) - 1).max() > 1e-3:
-        cell = int(np.argmax((values < 0).any(1) | (np.abs(values.sum(1) - 1) > 1e-3)))
+    if values.min() < -1e-6 or np.abs(values.sum(1) - 1).max() > 1e-3:
+        cell = int(np.argmax((values < -1e-6).any(1) | (np.abs(values.sum(1) - 1) > 1e-3)))
         raise DataError(f"row {cell} of probabilities is {np.array2string(values[cell], precision=3, threshold=6)}, which is no distribution "
                         "over the classes (negative, or not adding to 1); apply a softmax to logits first")
     return values
