@@ -21,8 +21,8 @@ def _lazy(package: str, names: dict):
 
 __getattr__, __dir__ = _lazy(__name__, {
     **{module: module for module in (
-        "assets", "baselines", "cli", "core", "data", "geneformer", "inference",
-        "plotting", "report", "scores", "statistics", "store", "training",
+        "assets", "baselines", "cli", "core", "data", "demo", "geneformer", "inference",
+        "plotting", "report", "scgpt", "scores", "statistics", "store", "training",
     )},
     **{name: "core" for name in (
         "settings", "ScellfmError", "DataError", "AssetError", "OptionError", "StoreError", "ExtraError", "ScellfmWarning",

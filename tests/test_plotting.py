@@ -14,7 +14,7 @@ from matplotlib.collections import PathCollection
 import scellfm as sf
 from scellfm import plotting
 from scellfm.core import DataError, ScellfmWarning
-from scellfm.scores.classification import classification
+from scellfm.scores.labels import classification
 from scellfm.scores.table import Scores
 from scellfm.statistics import screen_test
 

@@ -8,7 +8,7 @@ import pytest
 from sklearn import metrics
 
 from scellfm.core import DataError, OptionError, ScellfmWarning
-from scellfm.scores.classification import BINS, calibration_error, classification
+from scellfm.scores.labels import BINS, calibration_error, classification
 from scellfm.scores.table import Scores, plain
 
 
@@ -72,7 +72,7 @@ def test_a_class_without_cells_stays_out_of_means():
 
 def test_weights_of_a_draw_equal_repeated_cells():
     truth, values, classes = cells(60, 3, decimals=1)
-    from scellfm.scores.classification import Weighted
+    from scellfm.scores.labels import Weighted
 
     codes, weights = pd.Index(classes).get_indexer(truth), np.random.default_rng(1).integers(0, 4, 60)
     rows = np.repeat(np.arange(60), weights)

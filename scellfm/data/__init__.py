@@ -2,9 +2,8 @@
 from scellfm import _lazy
 
 __getattr__, __dir__ = _lazy(__name__, {
-    "read": "reading", "check_counts": "reading",
-    "match_genes": "genes", "GeneMatch": "genes",
+    "read": "reading", "check_counts": "reading", "count_blocks": "reading", "count_matrix": "reading",
+    "gene_ids": "genes", "match_genes": "genes", "GeneMatch": "genes",
     "hold_out": "splits", "folds": "splits", "Split": "splits", "Folds": "splits", "check_leakage": "splits",
-    "demo": "demonstration",
-    "simulate_cells": "cells", "simulate_shifts": "shifts",
+    "demo": "demonstration", "simulate_cells": "cells", "simulate_shifts": "shifts",
 })

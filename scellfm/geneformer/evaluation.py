@@ -61,7 +61,7 @@ def baseline_probabilities(counts, codes: np.ndarray, parts: list[Split], n_clas
 
 def score_table(own: Gathered, simple: dict, codes, classes, groups, *, n_boot: int, seed: int, origin: dict) -> Scores:
     "The table: the model held out and on its training cells, then each simple method on the held-out cells."
-    from scellfm.scores.classification import classification
+    from scellfm.scores.labels import classification
 
     judged = {HELD_OUT: own.of(False), TRAINED: own.of(True)}
     judged |= {name: method.of(False) for name, method in simple.items()}
