@@ -20,7 +20,7 @@ from ..core import AssetError, DataError, OptionError, logger, one_of, warn
 
 # %% ../../nbs/geneformer/model.ipynb #69f5706e
 SHAPES = {
-    "tiny": dict(layers=3, hidden=64, heads=4, feed_forward=128, positions=None, dropout=0.02),
+    "tiny": dict(layers=3, hidden=64, heads=4, feed_forward=128, positions=None, dropout=0.02, attention_dropout=0.0),
     "V1-10M": dict(layers=6, hidden=256, heads=4, feed_forward=512, positions=2048, dropout=0.02),
     "V2-104M": dict(layers=12, hidden=768, heads=12, feed_forward=3072, positions=4096, dropout=0.1),
     "V2-316M": dict(layers=18, hidden=1152, heads=18, feed_forward=4608, positions=4096, dropout=0.1),
@@ -35,7 +35,8 @@ def shape_config(name: str, vocabulary: int, max_length: int) -> dict:
         vocab_size=vocabulary, num_hidden_layers=shape["layers"], hidden_size=shape["hidden"],
         num_attention_heads=shape["heads"], intermediate_size=shape["feed_forward"], hidden_act="relu",
         max_position_embeddings=shape["positions"] or max_length, hidden_dropout_prob=shape["dropout"],
-        attention_probs_dropout_prob=shape["dropout"], layer_norm_eps=1e-12, type_vocab_size=2, pad_token_id=0,
+        attention_probs_dropout_prob=shape.get("attention_dropout", shape["dropout"]), layer_norm_eps=1e-12,
+        type_vocab_size=2, pad_token_id=0,
     )
 
 
@@ -83,7 +84,8 @@ def hidden_states(bert, ids: torch.Tensor, mask: torch.Tensor | None, layer: int
 
 # %% ../../nbs/geneformer/model.ipynb #023ea745
 def pool_cells(hidden: torch.Tensor, mask: torch.Tensor, special: bool, mode: str = "cell") -> torch.Tensor:
-    "Cell embeddings [b, H]: 'cell' the mean over genes (without <cls> and <eos> if `special`), 'cls' the first position."
+    """Cell embeddings [b, H]: 'cell' the mean over genes (without <cls> and <eos> if `special`), 'cls' the first
+    position."""
     if mode == "cls":
         return hidden[:, 0]
     genes = mask.clone()
@@ -139,14 +141,18 @@ def check_tokens(cells, vocabulary: int, cls: int | None, eos: int | None) -> No
     ends = np.array([(int(cells[int(i)][0]), int(cells[int(i)][-1])) for i in full]).reshape(-1, 2)
     highest = max((int(np.max(cells[int(i)])) for i in full), default=0)
     if highest >= vocabulary:
-        raise DataError(f"the cells hold token {highest:,} and the model knows {vocabulary:,} tokens (0 to {vocabulary - 1:,}): "
+        raise DataError(f"the cells hold token {highest:,} and the model knows {vocabulary:,} tokens (0 to "
+                        f"{vocabulary - 1:,}): "
                         "they were tokenized with another dictionary; tokenize them with this model's tokenizer")
     if cls is not None and len(full) and not (ends == (cls, eos)).all():
         i = int(full[np.flatnonzero((ends != (cls, eos)).any(1))[0]])
-        raise DataError(f"cell {i} does not begin with <cls> ({cls}) and end with <eos> ({eos}), which this model's dictionary "
-                        "has: it was tokenized for V1 or without special tokens; tokenize it with this model's tokenizer")
+        raise DataError(f"cell {i} does not begin with <cls> ({cls}) and end with <eos> ({eos}), which this model's "
+                        f"dictionary "
+                        "has: it was tokenized for V1 or without special tokens; tokenize it with this model's "
+                        "tokenizer")
     if cls is None and len(full) > 1 and (ends == (2, 3)).all():
-        raise DataError("every cell begins with token 2 and ends with token 3, the <cls> and <eos> of V2, and this model's "
+        raise DataError("every cell begins with token 2 and ends with token 3, the <cls> and <eos> of V2, and this "
+                        "model's "
                         "dictionary has neither; tokenize the cells with this model's tokenizer")
 
 # %% ../../nbs/geneformer/model.ipynb #80580fca
@@ -167,21 +173,25 @@ def load_model(folder: Path):
     try:
         config = json.loads((folder / "config.json").read_text())
     except FileNotFoundError:
-        raise AssetError(f"{folder} has no config.json; a Geneformer checkpoint has config.json and model.safetensors") from None
+        raise AssetError(f"{folder} has no config.json; a Geneformer checkpoint has config.json and "
+                         f"model.safetensors") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AssetError(f"{folder / 'config.json'} is no JSON ({error}); download it again") from error
     if config.get("model_type") != "bert":
-        raise AssetError(f"{folder / 'config.json'} describes a model of type {config.get('model_type')!r}; Geneformer is 'bert'")
+        raise AssetError(f"{folder / 'config.json'} describes a model of type {config.get('model_type')!r}; "
+                         f"Geneformer is 'bert'")
     model, tensors = build_model(config), translate(read_tensors(folder))
     headless = not any(name.startswith("cls.predictions.") for name in tensors)
     report = load_state(model, tensors, ignore=UNUSED, fresh=("cls.",) if headless else ())
     if headless:
-        logger.info("%s: the encoder of a fine-tuned model is loaded; the head that guesses masked genes is new", folder)
+        logger.info("%s: the encoder of a fine-tuned model is loaded; the head that guesses masked genes is new",
+                    folder)
     return model, report
 
 # %% ../../nbs/geneformer/model.ipynb #6671258a
 def dictionary_places(folder: Path, hub: dict | None) -> list[tuple]:
-    "Where a checkpoint's dictionaries may lie, as (place, arguments): its folder, then the hub repository or the folders beside it."
+    """Where a checkpoint's dictionaries may lie, as (place, arguments): its folder, then the hub repository or the
+    folders beside it."""
     if hub is not None:
         return [(folder, {}), (hub["path_or_hub_id"], {k: v for k, v in hub.items() if k != "path_or_hub_id"})]
     beside = [p for place in (folder, folder.parent) for p in sorted(place.iterdir()) if p.is_dir() and p != folder]
@@ -189,7 +199,8 @@ def dictionary_places(folder: Path, hub: dict | None) -> list[tuple]:
 
 
 def fitting_tokenizer(folder: Path, vocabulary: int, positions: int, hub: dict | None = None):
-    "The RankTokenizer in or next to a checkpoint folder that has `vocabulary` tokens; AssetError naming what was found."
+    """The RankTokenizer in or next to a checkpoint folder that has `vocabulary` tokens; AssetError naming what was
+    found."""
     from scellfm.geneformer.tokenizer import RankTokenizer
 
     found = []
@@ -214,13 +225,16 @@ def check_fit(tokenizer, vocabulary: int) -> None:
     "Raise an AssetError where the tokenizer's dictionary and the model's vocabulary have different sizes."
     if len(tokenizer.genes) != vocabulary:
         raise AssetError(f"the tokenizer ({tokenizer.version}) has {len(tokenizer.genes):,} tokens and the model "
-                         f"{vocabulary:,}: they do not belong together (V1 has 25,426, V2 20,275); pass the model's own")
+                         f"{vocabulary:,}: they do not belong together (V1 has 25,426, V2 20,275); pass the model's "
+                         f"own")
 
 # %% ../../nbs/geneformer/model.ipynb #0fcd2fb0
 class Geneformer:
-    """A Geneformer with its tokenizer on a device. `model` is a BertForMaskedLM, or any Hugging Face model with a `.bert`.
+    """A Geneformer with its tokenizer on a device. `model` is a BertForMaskedLM, or any Hugging Face model with a
+    `.bert`.
 
-    Make one with `from_pretrained` (a checkpoint) or `from_config` (a shape by name, random weights, to be pretrained)."""
+    Make one with `from_pretrained` (a checkpoint) or `from_config` (a shape by name, random weights, to be
+    pretrained)."""
 
     def __init__(self, model, tokenizer, device="auto", dtype="float32"):
         self.device, self.dtype = inference.pick_device(device), inference.pick_dtype(dtype)
@@ -240,7 +254,8 @@ class Geneformer:
     @classmethod
     def from_pretrained(cls, path_or_hub_id, *, subfolder=None, revision=None, tokenizer=None, local_files_only=False,
                         device="auto", dtype="float32") -> "Geneformer":
-        "Load a checkpoint folder in the official layout (config.json, model.safetensors) or a hub id, every tensor accounted for."
+        """Load a checkpoint folder in the official layout (config.json, model.safetensors) or a hub id, every tensor
+        accounted for."""
         from scellfm.assets import find
 
         folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
@@ -298,11 +313,13 @@ class Geneformer:
         check_tokens(cells, self.model.config.vocab_size, self.tokenizer.cls, self.tokenizer.eos)
         cut = CutCells(cells, self.max_length, self.tokenizer.eos)
         if cut.n_cut:
-            warn(f"{cut.n_cut:,} of {len(cut):,} cells have more than {self.max_length:,} tokens, which is all that this model "
+            warn(f"{cut.n_cut:,} of {len(cut):,} cells have more than {self.max_length:,} tokens, which is all that "
+                 f"this model "
                  "reads; their least ranked genes were cut", stacklevel=4)
         return cut
 
-    def embed(self, data, *, emb_layer=-1, pool="auto", key_added="X_geneformer", layer=None, token_budget=16384, copy=False):
+    def embed(self, data, *, emb_layer=-1, pool="auto", key_added="X_geneformer", layer=None, token_budget=16384,
+              copy=False):
         """Embed cells. Writes obsm[key_added] [cells, H] (NaN for cells without a known gene) and uns[key_added].
 
         With a saved dataset or TokenizedCells the array is returned. `pool`: 'cell' mean over genes, 'cls', 'auto'."""
@@ -317,18 +334,23 @@ class Geneformer:
         With a saved dataset or TokenizedCells a DataFrame (gene by dimension) is returned."""
         from scellfm.geneformer.embedding import embed_genes
 
-        return embed_genes(self, data, emb_layer=emb_layer, key_added=key_added, layer=layer, token_budget=token_budget, copy=copy)
+        return embed_genes(self, data, emb_layer=emb_layer, key_added=key_added, layer=layer,
+                           token_budget=token_budget, copy=copy)
 
-    def state_embeddings(self, data, *, state: str, groupby=None, statistic="mean", emb_layer=-1, pool="auto", layer=None,
+    def state_embeddings(self, data, *, state: str, groupby=None, statistic="mean", emb_layer=-1, pool="auto",
+                         layer=None,
                          token_budget=16384) -> dict:
-        "One vector [H] per value of obs[state] (within each group of obs[groupby]: a dict of dicts): 'mean' or exact 'median'."
+        """One vector [H] per value of obs[state] (within each group of obs[groupby]: a dict of dicts): 'mean' or
+        exact 'median'."""
         from scellfm.geneformer.embedding import state_embeddings
 
-        return state_embeddings(self, data, state=state, groupby=groupby, statistic=statistic, emb_layer=emb_layer, pool=pool,
+        return state_embeddings(self, data, state=state, groupby=groupby, statistic=statistic, emb_layer=emb_layer,
+                                pool=pool,
                                 layer=layer, token_budget=token_budget)
 
     def pretrain(self, data, **settings) -> "Geneformer":
-        "Train by masked-gene modelling on cells (see `scellfm.geneformer.pretraining.pretrain`); returns the model itself."
+        """Train by masked-gene modelling on cells (see `scellfm.geneformer.pretraining.pretrain`); returns the model
+        itself."""
         from scellfm.geneformer.pretraining import pretrain
 
         pretrain(self, data, **settings)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'BINS', 'mask_genes', 'MaskedCells', 'masked_loss', 'rank_bins', 'count_tokens', 'frequency_losses',
-           'token_rows', 'by_name', 'pretraining_split', 'pretrain', 'tell_if_useless']
+           'token_rows', 'by_name', 'pretraining_split', 'start_from_frequencies', 'pretrain', 'tell_if_useless']
 
 # %% ../../nbs/geneformer/pretraining.ipynb #d5d11bc0
 import numpy as np
@@ -132,6 +132,18 @@ def pretraining_split(cells, split: Split | None, held_out: float, seed: int) ->
     judged = split.valid if len(split.valid) else split.test
     return token_rows(cells, split.train, split.n), token_rows(cells, judged, split.n)
 
+# %% ../../nbs/geneformer/pretraining.ipynb #c50be362
+def start_from_frequencies(model, sequences, rows: np.ndarray) -> None:
+    "Set an untrained (all-zero) output bias of a masked-gene model to the log-frequency of each token in the cells `rows`."
+    bias = model.cls.predictions.bias
+    if bool(bias.any()):
+        return
+    counts = np.ones(len(bias))
+    for i in rows:
+        counts += np.bincount(np.asarray(sequences[int(i)], dtype=np.int64), minlength=len(counts))
+    with torch.no_grad():
+        bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
+
 # %% ../../nbs/geneformer/pretraining.ipynb #a1486bdf
 def pretrain(
     gf,  # Geneformer, trained in place
@@ -165,6 +177,7 @@ def pretrain(
     masked = MaskedCells(sequences, cells.obs.index, genes, tokenizer.mask, tokenizer.pad, mask_share, seed)
     rows, valid = masked.rows(train), {"valid": masked.rows(judged)} if len(judged) else None
     gf.model.float()  # weights learn in float32; bfloat16 is for the products
+    start_from_frequencies(gf.model, sequences, train)
     history = fit(
         gf.model, masked_loss, rows.n, rows.batch, lengths=rows.lengths, valid=valid, epochs=epochs,
         learning_rate=learning_rate, batch_size=batch_size, warmup=warmup, weight_decay=weight_decay,
