@@ -22,7 +22,8 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     except RuntimeError as error:
         raise OptionError(f"device={device!r} is not known to torch; choose 'auto', 'cpu', 'cuda' or 'mps'") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"device={device!r} is asked for and this torch sees no CUDA card; use device='auto' or 'cpu'")
+        raise OptionError(f"device={device!r} is asked for and this torch sees no CUDA card; use device='auto' or "
+                          f"'cpu'")
     return chosen
 
 
@@ -36,7 +37,8 @@ def pick_dtype(dtype: str | torch.dtype = "float32") -> torch.dtype:
 def plan_batches(lengths, token_budget: int = 16384, spread: float = 0.25) -> list[np.ndarray]:
     "Positions (int64) of the sequences of each batch: near-equal lengths, at most `token_budget` tokens with padding."
     if token_budget < 1:
-        raise OptionError(f"token_budget={token_budget}: a batch must hold at least one token; 16384 suits most machines")
+        raise OptionError(f"token_budget={token_budget}: a batch must hold at least one token; 16384 suits most "
+                          f"machines")
     lengths = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
@@ -138,7 +140,8 @@ def run(function, sequences, *, device="auto", pad_id: int = 0, token_budget: in
     results = None
     for positions, value in batches(make, function, lengths, token_budget=token_budget, desc=desc, record=record):
         if len(value) != len(positions):
-            raise DataError(f"the function gave {len(value)} rows for {len(positions)} sequences; one row each is needed")
+            raise DataError(f"the function gave {len(value)} rows for {len(positions)} sequences; one row each is "
+                            f"needed")
         value = value.detach().to("cpu")
         if results is None:
             results = value.new_full((len(lengths), *value.shape[1:]), float("nan") if (lengths == 0).any() else 0)

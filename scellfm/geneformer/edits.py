@@ -24,7 +24,8 @@ KINDS = ("delete", "overexpress")
 
 @dataclass(frozen=True)
 class Edits:
-    "Edits of cells, one per row: which cell [k], its length [k], the positions [k, m] that are edited (-1: gene absent)."
+    """Edits of cells, one per row: which cell [k], its length [k], the positions [k, m] that are edited (-1: gene
+    absent)."""
     kind: str
     cell: np.ndarray
     length: np.ndarray
@@ -85,7 +86,8 @@ def positions_of(tokens: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(hits.any(1), hits.argmax(1), -1)
 
 
-def cell_edits(tokens: np.ndarray, kind: str, genes: np.ndarray | None, anchor: int | None, special: bool) -> np.ndarray:
+def cell_edits(tokens: np.ndarray, kind: str, genes: np.ndarray | None, anchor: int | None,
+               special: bool) -> np.ndarray:
     "The positions [edits, m] of all edits of one cell; `genes` None means every gene by itself (or with the anchor)."
     first, end = gene_span(len(tokens), special)
     if genes is not None:
@@ -112,14 +114,16 @@ def make_edits(cells, kind: str, genes: np.ndarray | None, anchor: int | None, s
 # %% ../../nbs/geneformer/edits.ipynb #8239d82c
 @dataclass
 class Block:
-    "Original cells on the device: tokens [t] one cell after the other, where each starts [c], what they are compared by."
+    """Original cells on the device: tokens [t] one cell after the other, where each starts [c], what they are
+    compared by."""
     tokens: np.ndarray
     start: np.ndarray
     genes: torch.Tensor | None  # [t, H] vectors of every token, where genes are compared
     cells: torch.Tensor  # [c, H] embeddings
 
 
-def original_block(gf: Geneformer, cells, cut: np.ndarray, index: int, pool: str, keep_genes: bool, token_budget: int) -> Block:
+def original_block(gf: Geneformer, cells, cut: np.ndarray, index: int, pool: str, keep_genes: bool,
+                   token_budget: int) -> Block:
     "Embed the original cells, each shortened by `cut` [c] tokens (genes at its end)."
     lengths = np.asarray(cells.lengths)
     start = np.concatenate([[0], np.cumsum(lengths)[:-1]])
@@ -144,7 +148,8 @@ def original_block(gf: Geneformer, cells, cut: np.ndarray, index: int, pool: str
     with progress(desc="original cells", total=len(shown), unit="cell") as bar:
         for _ in inference.batches(make, one_batch, [len(s) for s in shown], token_budget=token_budget, bar=bar):
             pass
-    return Block(np.concatenate([np.asarray(cells[i], dtype=np.int64) for i in range(len(lengths))]), start, genes, embeddings)
+    return Block(np.concatenate([np.asarray(cells[i], dtype=np.int64) for i in range(len(lengths))]), start, genes,
+                 embeddings)
 
 # %% ../../nbs/geneformer/edits.ipynb #6420b674
 def edited_batch(block: Block, edits: Edits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -162,7 +167,8 @@ def edited_batch(block: Block, edits: Edits) -> tuple[np.ndarray, np.ndarray, np
 
 
 def compared(edits: Edits, source: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    "Which tokens of the edited cells are genes that are compared with the original [k, L]: neither edited, special nor cut."
+    """Which tokens of the edited cells are genes that are compared with the original [k, L]: neither edited, special
+    nor cut."""
     first = int(edits.special)
     end = (edits.length - edits.overflow - first)[:, None]
     chosen = mask & (source >= first) & (source < end)
@@ -171,7 +177,8 @@ def compared(edits: Edits, source: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def gene_cosines(block: Block, edits: Edits, source: np.ndarray, chosen: np.ndarray, hidden: torch.Tensor) -> torch.Tensor:
+def gene_cosines(block: Block, edits: Edits, source: np.ndarray, chosen: np.ndarray,
+                 hidden: torch.Tensor) -> torch.Tensor:
     "The cosine of every token's vector in the edited cell with its own in the original [k, L]; 0 where not `chosen`."
     at = torch.from_numpy(block.start[edits.cell][:, None] + np.maximum(source, 0)).to(hidden.device)
     cosine = F.cosine_similarity(hidden, block.genes[at], dim=-1, eps=1e-8)
@@ -216,7 +223,8 @@ BLOCK_EDITED, BLOCK_ORIGINAL = 2**20, 2**17
 
 
 def plan_blocks(edits: Edits) -> list[np.ndarray]:
-    "The rows of the edits of each block: whole cells, longest first, about 2^20 edited and 2^17 original tokens at most."
+    """The rows of the edits of each block: whole cells, longest first, about 2^20 edited and 2^17 original tokens at
+    most."""
     cells, first, number = np.unique(edits.cell, return_index=True, return_counts=True)
     lengths = edits.length[first]
     edited = np.add.reduceat(edits.lengths, first) if len(first) else first
@@ -231,7 +239,8 @@ def plan_blocks(edits: Edits) -> list[np.ndarray]:
     return [*blocks, np.concatenate(current)] if current else []
 
 
-def run_edits(gf: Geneformer, cells, edits: Edits, index: int, pool: str, states: torch.Tensor | None, *, token_budget=16384,
+def run_edits(gf: Geneformer, cells, edits: Edits, index: int, pool: str, states: torch.Tensor | None, *,
+              token_budget=16384,
               store=None, label: str = "", bar=None, record=None) -> np.ndarray:
     "The effects of all edits of `cells`, block by block; blocks that `store` has are read from it."
     effects = np.full((len(edits), 1 if states is None else len(states)), np.nan, dtype=np.float32)
@@ -249,9 +258,11 @@ def run_edits(gf: Geneformer, cells, edits: Edits, index: int, pool: str, states
     return effects
 
 
-def block_effects(gf, cells, edits: Edits, index: int, pool: str, states, token_budget: int, bar=None, record=None) -> np.ndarray:
+def block_effects(gf, cells, edits: Edits, index: int, pool: str, states, token_budget: int, bar=None,
+                  record=None) -> np.ndarray:
     "The effects of one block of edits."
     which, first, local = np.unique(edits.cell, return_index=True, return_inverse=True)
     own = CutCells([np.asarray(cells[int(i)]) for i in which], gf.max_length)
     block = original_block(gf, own, edits.overflow[first], index, pool, states is None and pool == "cell", token_budget)
-    return edit_effects(gf, block, replace(edits, cell=local), index, pool, states, token_budget=token_budget, bar=bar, record=record)
+    return edit_effects(gf, block, replace(edits, cell=local), index, pool, states, token_budget=token_budget,
+                        bar=bar, record=record)

@@ -22,11 +22,13 @@ def embed_cells(gf: Geneformer, cells, index: int, pool: str, token_budget: int 
     def one_batch(ids, mask):
         return pool_cells(gf.hidden(ids, mask, index).float(), mask, gf.special, pool)
 
-    return inference.run(one_batch, gf.readable(cells), device=gf.device, pad_id=gf.tokenizer.pad, token_budget=token_budget,
+    return inference.run(one_batch, gf.readable(cells), device=gf.device, pad_id=gf.tokenizer.pad,
+                         token_budget=token_budget,
                          desc="embedding cells", record=record).numpy()
 
 
-def embed(gf: Geneformer, data, *, emb_layer=-1, pool="auto", key_added="X_geneformer", layer=None, token_budget=16384, copy=False):
+def embed(gf: Geneformer, data, *, emb_layer=-1, pool="auto", key_added="X_geneformer", layer=None,
+          token_budget=16384, copy=False):
     "See `Geneformer.embed`."
     index, mode, record = layer_index(emb_layer, gf.n_layers), pooling(pool, gf.special), []
     cells = gf.cells(data, layer=layer)
@@ -37,7 +39,8 @@ def embed(gf: Geneformer, data, *, emb_layer=-1, pool="auto", key_added="X_genef
     full = np.full((data.n_obs, embeddings.shape[1]), np.nan, dtype=np.float32)
     full[cells.cell_index] = embeddings
     if len(cells) < data.n_obs:
-        warn(f"{data.n_obs - len(cells):,} of {data.n_obs:,} cells have no gene that the model knows (or a filter_pass that is "
+        warn(f"{data.n_obs - len(cells):,} of {data.n_obs:,} cells have no gene that the model knows (or a "
+             f"filter_pass that is "
              f"not 1); their rows of obsm[{key_added!r}] are NaN")
     data.obsm[key_added] = full
     data.uns[key_added] = {"params": parameters(gf, emb_layer, index, layer, record) | {"pool": mode}}
@@ -50,8 +53,9 @@ def parameters(gf: Geneformer, emb_layer, index: int, layer, record: list) -> di
             "counts": "X" if layer is None else layer, "out_of_memory": [step["token_budget"] for step in record]}
 
 # %% ../../nbs/geneformer/embedding.ipynb #708dd763
-def gene_means(gf: Geneformer, cells, index: int, token_budget: int = 16384, record=None) -> tuple[np.ndarray, np.ndarray]:
-    "Mean embedding of every token [vocabulary, H] (NaN where no cell has it) and the number of occurrences [vocabulary]."
+def gene_means(gf: Geneformer, cells, index: int, token_budget: int = 16384, record=None) -> tuple:
+    """Mean embedding of every token [vocabulary, H] (NaN where no cell has it) and the number of occurrences
+    [vocabulary]."""
     sequences = gf.readable(cells)
     sums = torch.zeros(gf.model.config.vocab_size, gf.model.config.hidden_size, dtype=torch.float64)
     counts = torch.zeros(len(sums), dtype=torch.int64)
@@ -71,7 +75,8 @@ def gene_means(gf: Geneformer, cells, index: int, token_budget: int = 16384, rec
     return means.float().numpy(), counts.numpy()
 
 
-def embed_genes(gf: Geneformer, data, *, emb_layer=-1, key_added="X_geneformer", layer=None, token_budget=16384, copy=False):
+def embed_genes(gf: Geneformer, data, *, emb_layer=-1, key_added="X_geneformer", layer=None, token_budget=16384,
+                copy=False):
     "See `Geneformer.embed_genes`."
     index, record = layer_index(emb_layer, gf.n_layers), []
     cells = gf.cells(data, layer=layer)
@@ -92,7 +97,8 @@ def summarize(embeddings: np.ndarray, statistic: str = "mean") -> np.ndarray:
     return (values.double().mean(0).float() if statistic == "mean" else values.median(0).values).numpy()
 
 
-def state_embeddings(gf: Geneformer, data, *, state: str, groupby=None, statistic="mean", emb_layer=-1, pool="auto", layer=None,
+def state_embeddings(gf: Geneformer, data, *, state: str, groupby=None, statistic="mean", emb_layer=-1, pool="auto",
+                     layer=None,
                      token_budget=16384) -> dict:
     "See `Geneformer.state_embeddings`."
     one_of("statistic", statistic, ("mean", "median"))

@@ -18,7 +18,7 @@ import torch
 from .. import inference
 from ..core import DataError, OptionError, keyed_seed, one_of, progress, warn
 from scellfm.geneformer.edits import (
-    KINDS, Edits, block_effects, compared, edited_batch, gene_cosines, gene_span, make_edits, original_block, plan_blocks, run_edits,
+    KINDS, Edits, compared, edited_batch, gene_cosines, make_edits, original_block, plan_blocks, run_edits,
 )
 from .embedding import embed_cells, summarize
 from .model import CutCells, Geneformer, layer_index, pooling
@@ -40,7 +40,8 @@ class Question:
         if (self.goal is not None or self.start is not None or self.alt) and self.state is None:
             raise OptionError("start, goal and alt are values of an obs column; name it: state='condition'")
         if self.state is not None and self.start is None:
-            raise OptionError(f"state={self.state!r} is given without start: say which cells are perturbed, start='diseased'")
+            raise OptionError(f"state={self.state!r} is given without start: say which cells are perturbed, "
+                              f"start='diseased'")
         if self.alt and self.goal is None:
             raise OptionError("alt states are measured beside a goal; name it: goal='healthy'")
         if self.goal is not None and self.goal in (self.start, *self.alt):
@@ -91,7 +92,8 @@ def draw(rows: np.ndarray, names: np.ndarray, number: int | None, seed: int) -> 
     return rows[np.sort(np.argsort(lots, kind="stable")[:number])]
 
 
-def plan_tasks(obs: pd.DataFrame, question: Question, model_of: np.ndarray, names: np.ndarray, max_cells, seed: int) -> list[Task]:
+def plan_tasks(obs: pd.DataFrame, question: Question, model_of: np.ndarray, names: np.ndarray, max_cells,
+               seed: int) -> list[Task]:
     "The tasks of a screen, group by group and model by model."
     groups = obs[question.groupby].astype(str).to_numpy() if question.groupby else np.full(len(obs), "all")
     state = obs[question.state].astype(str).to_numpy() if question.state else None
@@ -109,7 +111,8 @@ def plan_tasks(obs: pd.DataFrame, question: Question, model_of: np.ndarray, name
                 continue
             tasks.append(Task(group, int(model), mine, members))
     if not tasks:
-        raise DataError("there is no cell to perturb: no group has cells of the start state and of every state asked for")
+        raise DataError("there is no cell to perturb: no group has cells of the start state and of every state asked "
+                        "for")
     return tasks
 
 
@@ -125,14 +128,18 @@ def asked_genes(tokenizer, kind: str, genes, anchor) -> tuple[np.ndarray | None,
     if isinstance(genes, str) and genes != "all":
         genes = [genes]
     if anchor is not None and (not isinstance(genes, str) or kind != "delete"):
-        raise OptionError("anchor= pairs one gene with every other in deletions: use it with genes='all' and kind='delete'")
+        raise OptionError("anchor= pairs one gene with every other in deletions: use it with genes='all' and "
+                          "kind='delete'")
     if len(genes) == 0:
         raise OptionError("genes=[]: name at least one gene, or 'all'")
-    tokens = None if isinstance(genes, str) else np.array([tokenizer.token(str(gene)) for gene in dict.fromkeys(genes)], dtype=np.int64)
+    tokens = None
+    if not isinstance(genes, str):
+        tokens = np.array([tokenizer.token(str(gene)) for gene in dict.fromkeys(genes)], dtype=np.int64)
     return tokens, None if anchor is None else int(tokenizer.token(str(anchor)))
 
 # %% ../../nbs/geneformer/perturbation.ipynb #683fd390
-def effect_rows(edits: Edits, effects: np.ndarray, tokens: np.ndarray, label: str | None, genes: np.ndarray, states: list) -> pd.DataFrame:
+def effect_rows(edits: Edits, effects: np.ndarray, tokens: np.ndarray, label: str | None, genes: np.ndarray,
+                states: list) -> pd.DataFrame:
     "The rows of edits: gene, cell (position), rank, shift and the columns of the states, in the order of the edits."
     first = int(edits.special)
     present = np.where(edits.positions >= 0, edits.positions - first, np.nan).astype(float)
@@ -152,10 +159,12 @@ def effect_rows(edits: Edits, effects: np.ndarray, tokens: np.ndarray, label: st
 def edited_tokens(cells, edits: Edits) -> np.ndarray:
     "The token that each edit is named after: the last of its positions (the gene, or the anchor's partner)."
     start = np.concatenate([[0], np.cumsum(cells.lengths)[:-1]]).astype(np.int64)
-    return np.concatenate([cells[i] for i in range(len(cells))])[start[edits.cell] + edits.positions[:, -1]].astype(np.int64)
+    tokens = np.concatenate([cells[i] for i in range(len(cells))])
+    return tokens[start[edits.cell] + edits.positions[:, -1]].astype(np.int64)
 
 # %% ../../nbs/geneformer/perturbation.ipynb #be256190
-def screen_task(gf: Geneformer, cells, task: Task, edits: Edits, question: Question, index: int, settings: dict) -> pd.DataFrame:
+def screen_task(gf: Geneformer, cells, task: Task, edits: Edits, question: Question, index: int,
+                settings: dict) -> pd.DataFrame:
     "The rows of one task; `cell` is the position among `cells`."
     pool = pooling("auto", gf.special)
     states = None
@@ -178,7 +187,8 @@ def take(cells, rows: np.ndarray, gf: Geneformer) -> CutCells:
 
 
 def open_store(folder, models: list, cells, tasks: list[Task], settings: dict) -> Store | None:
-    "The store of a screen in `folder`, bound to the weights, the cells, the tasks and the settings; None without a folder."
+    """The store of a screen in `folder`, bound to the weights, the cells, the tasks and the settings; None without a
+    folder."""
     if folder is None:
         return None
     inputs = {
@@ -189,16 +199,19 @@ def open_store(folder, models: list, cells, tasks: list[Task], settings: dict) -
     return Store(folder, inputs, settings)
 
 
-def perturb(models, data, *, kind: str = "delete", genes="all", anchor: str | None = None, state: str | None = None,
-            start: str | None = None, goal: str | None = None, alt=None, groupby: str | None = None, donor: str | None = None,
-            emb_layer: int | str = -1, model_of=None, max_cells: int | None = None, seed: int = 0, layer: str | None = None,
-            token_budget: int = 16384, folder=None) -> Screen:
+def perturb(
+    models, data, *, kind: str = "delete", genes="all", anchor: str | None = None, state: str | None = None,
+    start: str | None = None, goal: str | None = None, alt=None, groupby: str | None = None, donor: str | None = None,
+    emb_layer: int | str = -1, model_of=None, max_cells: int | None = None, seed: int = 0, layer: str | None = None,
+    token_budget: int = 16384, folder=None,
+) -> Screen:
     """Perturb genes in silico and measure how far each cell moves: a Screen with one row per edit of a cell.
 
-    models: a Geneformer, or one per fold with `model_of` (for each row of `data` the model that reads it; negative: none).
-    data: AnnData, TokenizedCells, or the path of a saved dataset. kind: 'delete' or 'overexpress'. genes: 'all' (each by
-    itself) or a list, which is one joint perturbation. anchor: with 'all', deletes each gene together with this one.
-    state, start, goal, alt: obs column, the state whose cells are perturbed, the one to move to, others to compare with.
+    models: a Geneformer, or one per fold with `model_of`: for each row of `data` the model that reads it (negative: none).
+    data: AnnData, TokenizedCells, or the path of a saved dataset. kind: 'delete' or 'overexpress'.
+    genes: 'all' (each by itself) or a list, which is one joint perturbation.
+    anchor: with 'all', deletes each gene together with this one.
+    state, start, goal, alt: obs column, whose cells are perturbed, the state to move to, others to compare with.
     groupby: obs column within which all happens. donor: obs column of the donors, the sample of the statistics.
     max_cells: at most so many cells of each group, drawn by name. folder: keeps finished blocks, to resume."""
     models = [models] if isinstance(models, Geneformer) else list(models)
@@ -213,12 +226,14 @@ def perturb(models, data, *, kind: str = "delete", genes="all", anchor: str | No
     readable, names = gf.readable(cells), cell_names(cells)
     reader = rows_of_models(model_of, len(models), cells, data)
     tasks = plan_tasks(obs, question, reader, names, max_cells, seed)
-    edits = [make_edits(take(readable, task.rows, gf), kind, tokens, anchor_token, gf.special, gf.max_length) for task in tasks]
+    edits = [make_edits(take(readable, task.rows, gf), kind, tokens, anchor_token, gf.special, gf.max_length)
+             for task in tasks]
     number = sum(map(len, edits))
     if not number:
         wanted = "the anchor" if anchor is not None else "all of the genes" if tokens is not None else "a gene to edit"
         raise DataError(f"none of the {sum(len(t.rows) for t in tasks):,} cells has {wanted}; nothing can be perturbed")
-    params = {"kind": kind, "genes": genes if isinstance(genes, str) else list(map(str, genes)), "anchor": anchor, **asdict(question),
+    params = {"kind": kind, "genes": genes if isinstance(genes, str) else list(map(str, genes)), "anchor": anchor,
+              **asdict(question),
               "alt": list(alt), "emb_layer": emb_layer, "hidden_state": index, "pool": pooling("auto", gf.special),
               "max_cells": max_cells, "seed": seed, "models": [repr(m) for m in models]}
     record, store = [], open_store(folder, models, readable, tasks, params)
@@ -242,7 +257,8 @@ def cell_names(cells) -> np.ndarray:
 
 
 def rows_of_models(model_of, n_models: int, cells, data) -> np.ndarray:
-    "For each tokenized cell the model that reads it; `model_of` has one entry per row of `data` (or per tokenized cell)."
+    """For each tokenized cell the model that reads it; `model_of` has one entry per row of `data` (or per tokenized
+    cell)."""
     if model_of is None:
         if n_models > 1:
             raise OptionError(f"{n_models} models are given without model_of: say for each cell which model reads it")
@@ -250,15 +266,18 @@ def rows_of_models(model_of, n_models: int, cells, data) -> np.ndarray:
     model_of = np.asarray(model_of, dtype=np.int64)
     expected = data.n_obs if hasattr(data, "n_obs") else len(cells)
     if len(model_of) != expected or model_of.max(initial=-1) >= n_models:
-        raise OptionError(f"model_of has {len(model_of):,} entries up to {model_of.max(initial=-1)}; needed is one of 0 to "
+        raise OptionError(f"model_of has {len(model_of):,} entries up to {model_of.max(initial=-1)}; needed is one "
+                          f"of 0 to "
                           f"{n_models - 1} (negative: none) for each of {expected:,} cells")
     chosen = model_of[cells.cell_index] if hasattr(data, "n_obs") else model_of
     if (chosen < 0).any():
-        warn(f"{int((chosen < 0).sum()):,} cells have been seen by every model in training and are left out of the screen")
+        warn(f"{int((chosen < 0).sum()):,} cells have been seen by every model in training and are left out of the "
+             f"screen")
     return chosen
 
 
-def finish_rows(rows: pd.DataFrame, obs: pd.DataFrame, names: np.ndarray, question: Question, n_models: int) -> pd.DataFrame:
+def finish_rows(rows: pd.DataFrame, obs: pd.DataFrame, names: np.ndarray, question: Question,
+                n_models: int) -> pd.DataFrame:
     "Rows in the order of the cells, with the cell's name and donor; the column `model` only where there are several."
     order = np.lexsort((np.arange(len(rows)), rows["cell"], pd.factorize(rows["group"], sort=True)[0]))
     rows = rows.iloc[order].reset_index(drop=True)
@@ -271,7 +290,8 @@ def finish_rows(rows: pd.DataFrame, obs: pd.DataFrame, names: np.ndarray, questi
 
 
 def gene_facts(gf: Geneformer, shifts: pd.DataFrame, cells, data, question: Question, layer) -> pd.DataFrame:
-    "group, gene, symbol and log2fc (start against goal; NaN where counts or a goal are missing) of every gene screened."
+    """group, gene, symbol and log2fc (start against goal; NaN where counts or a goal are missing) of every gene
+    screened."""
     facts = shifts[["group", "gene"]].drop_duplicates().reset_index(drop=True)
     facts["symbol"] = ["+".join(str(gf.tokenizer.symbol(part)) for part in gene.split("+")) for gene in facts["gene"]]
     facts["log2fc"] = np.nan
@@ -283,16 +303,19 @@ def gene_facts(gf: Geneformer, shifts: pd.DataFrame, cells, data, question: Ques
     genes = np.where(tokens >= 0, np.asarray(gf.tokenizer.genes, dtype=object)[tokens], "")
     for group in facts["group"].unique():
         mask = (data.obs[question.groupby].astype(str) == group).to_numpy() if question.groupby else None
-        fold = log2_fold_change(data, question.state, question.start, question.goal, donor=question.donor, layer=layer, mask=mask)
+        fold = log2_fold_change(data, question.state, question.start, question.goal, donor=question.donor,
+                                layer=layer, mask=mask)
         by_gene = pd.Series(fold.to_numpy(), index=genes).groupby(level=0).first()
         inside = facts["group"] == group
         facts.loc[inside, "log2fc"] = facts.loc[inside, "gene"].map(by_gene)
     return facts
 
 # %% ../../nbs/geneformer/perturbation.ipynb #79ac0a6e
-def gene_effects(gf: Geneformer, data, *, kind: str = "delete", genes="all", anchor: str | None = None, emb_layer: int | str = -1,
+def gene_effects(gf: Geneformer, data, *, kind: str = "delete", genes="all", anchor: str | None = None,
+                 emb_layer: int | str = -1,
                  layer: str | None = None, token_budget: int = 16384) -> pd.DataFrame:
-    "Per edit and remaining gene: gene (edited), affected, cell, cosine to the same gene in the unedited cell. Grows with genes squared."
+    """Per edit and remaining gene: gene (edited), affected, cell, cosine to the same gene in the unedited cell.
+    Grows with genes squared."""
     tokens, anchor_token = asked_genes(gf.tokenizer, kind, genes, anchor)
     index, vocabulary = layer_index(emb_layer, gf.n_layers), np.asarray(gf.tokenizer.genes, dtype=object)
     cells = gf.cells(data, layer=layer)
@@ -315,7 +338,8 @@ def gene_effects(gf: Geneformer, data, *, kind: str = "delete", genes="all", anc
 
 
 def gene_block(gf: Geneformer, cells, edits: Edits, index: int, token_budget: int, bar):
-    "Yield for each batch of one block: rows of the edits, token ids, which tokens are compared, and their cosines [k, L]."
+    """Yield for each batch of one block: rows of the edits, token ids, which tokens are compared, and their cosines
+    [k, L]."""
     which, first, local = np.unique(edits.cell, return_index=True, return_inverse=True)
     own = take(cells, which, gf)
     block = original_block(gf, own, edits.overflow[first], index, "cell", True, token_budget)
@@ -330,5 +354,6 @@ def gene_block(gf: Geneformer, cells, edits: Edits, index: int, token_budget: in
         chosen = compared(batch, source, mask)
         return ids, chosen, gene_cosines(block, batch, source, chosen, hidden).cpu().numpy()
 
-    for rows, (ids, chosen, cosine) in inference.batches(make, one_batch, edits.lengths, token_budget=token_budget, bar=bar):
+    for rows, (ids, chosen, cosine) in inference.batches(make, one_batch, edits.lengths, token_budget=token_budget,
+                                                         bar=bar):
         yield rows, ids, chosen, cosine

@@ -10,7 +10,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from .. import statistics
@@ -32,8 +31,10 @@ METHODS = ("matched", "goal_state_shift")
 class Screen:
     """The result of a perturbation screen.
 
-    shifts: one row per edit of a cell (gene, cell, donor, group, rank, shift; shift_<state> or cosine; model if cross-fitted).
-    genes: group, gene, symbol, log2fc (start against goal). params: how it was made. shift is positive towards the goal;
+    shifts: one row per edit of a cell (gene, cell, donor, group, rank, shift; shift_<state> or cosine; model if
+    cross-fitted).
+    genes: group, gene, symbol, log2fc (start against goal). params: how it was made. shift is positive towards the
+    goal;
     without a goal it is 1 - cosine: larger means a larger effect."""
 
     shifts: pd.DataFrame
@@ -48,13 +49,16 @@ class Screen:
     def __repr__(self) -> str:
         n_cells, n_donors = self.shifts["cell"].nunique(), self.shifts["donor"].nunique()
         towards = f" from {self.params['start']!r} towards {self.params['goal']!r}" if self.params.get("goal") else ""
-        return (f"Screen({self.params.get('kind', 'perturb')} of {self.shifts['gene'].nunique():,} genes in {n_cells:,} cells of "
-                f"{n_donors or 'unknown'} donors, {len(self.shifts):,} edits{towards}; groups: {', '.join(self.groups)})")
+        return (f"Screen({self.params.get('kind', 'perturb')} of {self.shifts['gene'].nunique():,} genes in "
+                f"{n_cells:,} cells of "
+                f"{n_donors or 'unknown'} donors, {len(self.shifts):,} edits{towards}; groups: "
+                f"{', '.join(self.groups)})")
 
     def table(self, method: str = "matched", group: str | None = None) -> pd.DataFrame:
         """One row per gene (and group): symbol, mean shift, and the columns of the method's test.
 
-        'matched': statistics.screen_test on shifts standardised within donor; 'goal_state_shift': the original's rank-sum."""
+        'matched': statistics.screen_test on shifts standardised within donor; 'goal_state_shift': the original's
+        rank-sum."""
         one_of("method", method, METHODS)
         if group is not None:
             one_of("group", group, self.groups)
@@ -85,7 +89,8 @@ class Screen:
         return table
 
     def recover(self, known, group: str | None = None, **settings) -> pd.DataFrame:
-        "How well `known` targets (gene ids or symbols) are ranked, beside |log2FC|, expression and rank: statistics.recovery."
+        """How well `known` targets (gene ids or symbols) are ranked, beside |log2FC|, expression and rank:
+        statistics.recovery."""
         group = self._one_group(group)
         ids = self.genes.drop_duplicates("gene").set_index("symbol")["gene"]
         wanted = [ids.get(name, name) for name in known]
@@ -119,6 +124,7 @@ class Screen:
         "Read a folder that `save` wrote; AssetError where it is none."
         path = Path(path)
         if not (path / "screen.json").exists():
-            raise AssetError(f"{path} is no saved screen (it has no screen.json); give the folder that Screen.save wrote")
+            raise AssetError(f"{path} is no saved screen (it has no screen.json); give the folder that Screen.save "
+                             f"wrote")
         shifts, genes = (pd.read_parquet(path / f"{name}.parquet") for name in ("shifts", "genes"))
         return cls(shifts, genes, json.loads((path / "screen.json").read_text()))
