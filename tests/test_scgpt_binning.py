@@ -60,7 +60,8 @@ def test_batches_are_the_original_collators(run):
     for i in range(case["n_examples"]):
         genes, values = arrays[f"{run}__in{i}_genes"], arrays[f"{run}__in{i}_expr"]
         cells.append(encode_cell(
-            genes[1:], values[1:], cls=genes[0], cls_value=args["pad_value"], draws=draws, max_length=args["max_length"],
+            genes[1:], values[1:], cls=genes[0], cls_value=args["pad_value"], draws=draws,
+            max_length=args["max_length"],
             n_bins=51 if args["do_binning"] else None, overlong="sample" if args["sampling"] else "first"))
     genes, values, mask = BinnedCells.of(cells).batch(range(len(cells)), args["pad_token_id"], args["pad_value"])
     assert np.array_equal(genes, arrays[f"{run}__gene"])
@@ -68,8 +69,8 @@ def test_batches_are_the_original_collators(run):
     assert np.array_equal(mask, arrays[f"{run}__gene"] != args["pad_token_id"])
     if args["do_mlm"]:
         generator = torch.Generator().manual_seed(case["seed"])
-        hidden = mask_coins(values, args["mlm_probability"], generator=generator, keep_first=args["keep_first_n_tokens"],
-                            pad_value=args["pad_value"])
+        hidden = mask_coins(values, args["mlm_probability"], generator=generator,
+                            keep_first=args["keep_first_n_tokens"], pad_value=args["pad_value"])
         assert np.array_equal(hidden, arrays[f"{run}__masked_expr"])
         assert (hidden == -1).any()
 
@@ -78,8 +79,10 @@ def test_batches_are_the_original_collators(run):
 def test_fine_tuning_tokens_are_the_originals(run):
     meta, arrays = recorded("collator")
     case = meta["tokenize"][run]
-    cells = table_cells(arrays["tok__data"], arrays["tok__gene_ids"], cls=meta["cls_id"] if case["append_cls"] else None,
-                        max_length=case["max_len"], include_zero=case["include_zero_gene"], draws=OriginalDraws(case["seed"]))
+    cells = table_cells(arrays["tok__data"], arrays["tok__gene_ids"],
+                        cls=meta["cls_id"] if case["append_cls"] else None,
+                        max_length=case["max_len"], include_zero=case["include_zero_gene"],
+                        draws=OriginalDraws(case["seed"]))
     genes, values, _ = cells.batch(range(len(cells)), meta["pad_id"], meta["pad_value"])
     assert np.array_equal(genes, arrays[f"tok_{run}__genes"])
     assert np.array_equal(values, arrays[f"tok_{run}__values"])

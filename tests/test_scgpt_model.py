@@ -1,4 +1,5 @@
-"""The model gives the original's numbers on the original's weights, in every style of keys, and loading accounts for every tensor."""
+"""The model gives the original's numbers on the original's weights, in every style of keys, and loading accounts for
+every tensor."""
 import json
 
 import numpy as np
@@ -47,7 +48,8 @@ def test_encoders_and_every_layer_are_the_originals(gpt, recorded):
             x = layer(x, mask)
             near(x, recorded[f"layer{i}_out"], 5e-6)
         near(model.encode(recorded["genes"], recorded["values"], mask), recorded["encode"], 5e-6)
-        near(model.encode(recorded["genes"], recorded["values"], mask, cell_only=True)[:, 0], recorded["encode_batch_cls"], 5e-6)
+        near(model.encode(recorded["genes"], recorded["values"], mask, cell_only=True)[:, 0],
+             recorded["encode_batch_cls"], 5e-6)
 
 
 @pytest.mark.parametrize("pool, name", [("cls", "cls"), ("mean", "avg_pool"), ("weighted", "w_pool")])
@@ -124,7 +126,8 @@ def test_fine_tuned_heads_are_the_originals(gpt):
 
 
 def styles(tensors):
-    "The same tensors in the key styles of torch, flash-attention 1, flash-attention 2 as main wraps it, and data-parallel training."
+    """The same tensors in the key styles of torch, flash-attention 1, flash-attention 2 as main wraps it, and
+    data-parallel training."""
     flash = {published_name(name): tensor for name, tensor in tensors.items()}
     yield "torch", tensors
     yield "flash", flash
@@ -155,7 +158,8 @@ def test_flash_checkpoint_names_the_one_tensor_that_is_not_used(gpt):
 def test_saved_model_comes_back_bit_for_bit_and_in_published_names(gpt, tmp_path):
     gpt.save_pretrained(tmp_path / "saved")
     plain = torch.load(tmp_path / "saved" / "best_model.pt", weights_only=True)
-    assert any(name.endswith("self_attn.Wqkv.weight") for name in plain) and not any("in_proj" in name for name in plain)
+    assert any(name.endswith("self_attn.Wqkv.weight") for name in plain)
+    assert not any("in_proj" in name for name in plain)
     (tmp_path / "saved" / "model.safetensors").unlink()  # what the original reads is enough for us too
     again = ScGPT.from_pretrained(tmp_path / "saved", device="cpu")
     assert again.vocabulary.tokens == gpt.vocabulary.tokens and again.model.config == gpt.model.config

@@ -9,7 +9,9 @@ from conftest import golden
 from scellfm.assets import read_tensors
 from scellfm.core import AssetError, OptionError
 from scellfm.scgpt.model import ScGPTConfig, elastic_similarity_loss, heads_of
-from scellfm.scgpt.perturbation import AffineDecoder, PerturbationConfig, PerturbationModel, load_perturbation_model, predict
+from scellfm.scgpt.perturbation import (
+    AffineDecoder, PerturbationConfig, PerturbationModel, load_perturbation_model, predict,
+)
 
 FOLDER = golden("scgpt")
 POOL = {"cls": "cls", "avg-pool": "mean", "w-pool": "weighted"}
@@ -21,10 +23,11 @@ def own_config(tensors):
     heads = heads_of(tensors)
     sizes = ScGPTConfig(
         options["ntoken"], pad, d_model=options["d_model"], n_heads=options["nhead"], d_hid=options["d_hid"],
-        n_layers=options["nlayers"], n_layers_cls=options["nlayers_cls"], dropout=options["dropout"], pad_value=options["pad_value"],
+        n_layers=options["nlayers"], n_layers_cls=options["nlayers_cls"], dropout=options["dropout"],
+        pad_value=options["pad_value"],
         n_cls=heads["n_cls"], mvc=options["do_mvc"])
-    return PerturbationConfig(sizes, options["pert_pad_id"], POOL[options["cell_emb_style"]], options["decoder_activation"],
-                              options["decoder_adaptive_bias"])
+    return PerturbationConfig(sizes, options["pert_pad_id"], POOL[options["cell_emb_style"]],
+                              options["decoder_activation"], options["decoder_adaptive_bias"])
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,8 @@ def recorded():
 
 
 def near(ours, theirs, atol=2e-5):
-    assert ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=0, atol=atol), float((ours - theirs).abs().max())
+    assert ours.shape == theirs.shape
+    assert torch.allclose(ours, theirs, rtol=0, atol=atol), float((ours - theirs).abs().max())
 
 
 def test_every_output_is_the_originals(model, recorded):
@@ -81,8 +85,9 @@ def test_a_perturbation_of_an_unseen_gene_is_not_lost(model, recorded):
     values[:, 0] = 0
     perturbed = flags.clone()
     perturbed[:, 0] = 1
-    lost, kept = ([predict(model, recorded["gene_ids"], values, f, genes="seen", original=original) for f in (flags, perturbed)]
-                  for original in (True, False))
+    lost, kept = (
+        [predict(model, recorded["gene_ids"], values, f, genes="seen", original=original) for f in (flags, perturbed)]
+        for original in (True, False))
     assert torch.equal(*lost) and not torch.equal(*kept)
 
 

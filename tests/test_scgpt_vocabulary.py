@@ -32,7 +32,8 @@ def test_the_three_published_vocabularies_are_read():
 def test_saved_and_read_it_is_the_same(tmp_path):
     vocabulary = Vocabulary(["B2M", "ACTB"])
     vocabulary.save(tmp_path / "vocab.json")
-    assert Vocabulary.from_file(tmp_path / "vocab.json").tokens == vocabulary.tokens == ["B2M", "ACTB", "<pad>", "<cls>", "<eoc>"]
+    assert Vocabulary.from_file(tmp_path / "vocab.json").tokens == vocabulary.tokens == ["B2M", "ACTB", "<pad>",
+                                                                                         "<cls>", "<eoc>"]
 
 
 class Hostile:

@@ -14,12 +14,14 @@ from ..core import DataError, OptionError, keyed_generator
 def bin_edges(values: np.ndarray, n_bins: int = 51) -> np.ndarray:
     "The n_bins - 1 quantiles [float64] of the non-zero values of a cell, in np.quantile's own arithmetic."
     if n_bins < 3:
-        raise OptionError(f"n_bins={n_bins}: at least 3 are needed (0 is 'not seen', and two to tell apart); scGPT has 51")
+        raise OptionError(f"n_bins={n_bins}: at least 3 are needed (0 is 'not seen', and two to tell apart); scGPT "
+                          "has 51")
     return np.quantile(values, np.linspace(0, 1, n_bins - 1))
 
 
 def digitize(values: np.ndarray, edges: np.ndarray, draws: np.ndarray | None = None) -> np.ndarray:
-    "Bins [int64] of `values`; where several edges equal a value, `draws` in [0, 1) choose among them (None: the upper)."
+    """Bins [int64] of `values`; where several edges equal a value, `draws` in [0, 1) choose among them (None: the
+    upper)."""
     left = np.digitize(values, edges)
     if draws is None:
         return left
@@ -28,13 +30,16 @@ def digitize(values: np.ndarray, edges: np.ndarray, draws: np.ndarray | None = N
 
 
 def bin_values(values: np.ndarray, n_bins: int = 51, *, draws: np.ndarray | None = None) -> np.ndarray:
-    """Bin one cell's values [n] to int64 in 0 .. n_bins - 1: zeros stay 0, all others get 1 or more (Cui et al. 2024, B.3).
+    """Bin one cell's values [n] to int64 in 0 .. n_bins - 1: zeros stay 0, all others get 1 or more (Cui et al.
+    2024, B.3).
 
-    `draws` [number of non-zero values, in their order] in [0, 1) settle ties; None takes the upper bin. DataError: NaN."""
+    `draws` [number of non-zero values, in their order] in [0, 1) settle ties; None takes the upper bin. DataError:
+    NaN."""
     values = np.asarray(values)
     if not np.isfinite(values).all():
         where = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise DataError(f"value {where} of the cell is {values[where]}; scGPT needs finite counts: repair or drop the cell")
+        raise DataError(f"value {where} of the cell is {values[where]}; scGPT needs finite counts: repair or drop "
+                        "the cell")
     bins = np.zeros(len(values), dtype=np.int64)
     seen = np.flatnonzero(values)
     if len(seen):
@@ -67,7 +72,8 @@ class KeyedDraws:
 
 # %% ../../nbs/scgpt/binning.ipynb #cd1698fd
 class OriginalDraws:
-    "The original's random streams after np.random.seed(seed) and torch.manual_seed(seed): one after the other, for all cells."
+    """The original's random streams after np.random.seed(seed) and torch.manual_seed(seed): one after the other, for
+    all cells."""
 
     def __init__(self, seed: int = 0):
         import torch

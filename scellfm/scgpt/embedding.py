@@ -69,15 +69,19 @@ def in_order(make, function, cells: BinnedCells, size: int = 64) -> Iterator:
 def tell(totals: dict, n_cells: int, max_length: int, overlong: str, key: str) -> None:
     "Warn about cells that are empty, constant or too long."
     if totals["n_empty"]:
-        warn(f"{totals['n_empty']:,} of {n_cells:,} cells have no gene that the model knows; their rows of obsm[{key!r}] are NaN",
+        warn(f"{totals['n_empty']:,} of {n_cells:,} cells have no gene that the model knows; their rows of "
+             f"obsm[{key!r}] are NaN",
              stacklevel=5)
     if totals["n_constant"]:
-        warn(f"{totals['n_constant']:,} of {n_cells:,} cells have one and the same value in all their genes: binning cannot order "
-             "them and their bins are draws; raw counts of a deeper cell, or fewer filters, would help", stacklevel=5)
+        warn(f"{totals['n_constant']:,} of {n_cells:,} cells have one and the same value in all their genes: binning "
+             "cannot order them and their bins are draws; raw counts of a deeper cell, or fewer filters, would help",
+             stacklevel=5)
     if totals["n_overlong"]:
-        how = {"sample": "were sampled (the same in every run)", "top": "with the highest values were kept", "first": "were kept"}
+        how = {"sample": "were sampled (the same in every run)", "top": "with the highest values were kept",
+               "first": "were kept"}
         warn(f"{totals['n_overlong']:,} of {n_cells:,} cells express more than the {max_length - 1:,} genes that fit; "
-             f"{max_length - 1:,} {how[overlong]}. Choose variable genes beforehand to decide yourself which", stacklevel=5)
+             f"{max_length - 1:,} {how[overlong]}. Choose variable genes beforehand to decide yourself "
+             "which", stacklevel=5)
 
 # %% ../../nbs/scgpt/embedding.ipynb #7f313d41
 class AttentionMap(NamedTuple):
@@ -92,17 +96,20 @@ class ScGPT:
 
     Make one with `from_pretrained` (a checkpoint folder) or `from_config` (random weights, to be trained)."""
 
-    def __init__(self, model: ScGPTModel, vocabulary: Vocabulary, *, args: Mapping | None = None, device="auto", dtype="float32"):
+    def __init__(self, model: ScGPTModel, vocabulary: Vocabulary, *, args: Mapping | None = None, device="auto",
+                 dtype="float32"):
         if model.config.n_tokens != len(vocabulary):
-            raise OptionError(f"the vocabulary has {len(vocabulary):,} tokens and the model {model.config.n_tokens:,}; pass its own")
+            raise OptionError(f"the vocabulary has {len(vocabulary):,} tokens and the model "
+                              f"{model.config.n_tokens:,}; pass its own")
         self.device, self.dtype = inference.pick_device(device), inference.pick_dtype(dtype)
         self.model = model.to(device=self.device, dtype=self.dtype).eval()
         self.vocabulary, self.args, self.load_report = vocabulary, dict(args or {}), None
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path, *, subfolder=None, revision=None, local_files_only=False, device="auto",
-                        dtype="float32") -> ScGPT:
-        "Load a checkpoint folder in the original's layout; `load_report` says what became of each tensor. AssetError otherwise."
+    def from_pretrained(cls, path_or_hub_id: str | Path, *, subfolder=None, revision=None, local_files_only=False,
+                        device="auto", dtype="float32") -> ScGPT:
+        """Load a checkpoint folder in the original's layout; `load_report` says what became of each tensor.
+        AssetError otherwise."""
         folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
         args, vocabulary = read_dictionary(folder / "args.json"), Vocabulary.from_file(folder / "vocab.json")
         model, report = load_model(read_tensors(folder), args, len(vocabulary), vocabulary.pad)
@@ -112,7 +119,8 @@ class ScGPT:
 
     @classmethod
     def from_config(cls, name: str, genes, *, seed: int = 0, device="auto", dtype="float32", **changes) -> ScGPT:
-        "A new model of the shape 'tiny' or 'human' for `genes` (a Vocabulary, an AnnData, a list); `changes` to ScGPTConfig values."
+        """A new model of the shape 'tiny' or 'human' for `genes` (a Vocabulary, an AnnData, a list); `changes` to
+        ScGPTConfig values."""
         one_of("name", name, SHAPES)
         for change in changes:
             one_of("the changed value", change, [field.name for field in fields(ScGPTConfig)])
@@ -130,7 +138,8 @@ class ScGPT:
         with atomic_write(folder / "best_model.pt") as temporary:
             torch.save(tensors, temporary)
         with atomic_write(folder / "args.json") as temporary:
-            temporary.write_text(json.dumps({"n_bins": self.n_bins} | self.args | self.model.config.to_args(), indent=2), encoding="utf-8")
+            temporary.write_text(json.dumps({"n_bins": self.n_bins} | self.args | self.model.config.to_args(),
+                                            indent=2), encoding="utf-8")
         self.vocabulary.save(folder / "vocab.json")
 
     def __repr__(self) -> str:
@@ -148,14 +157,15 @@ class ScGPT:
         return self.vocabulary.match(adata, column=column, mapping=mapping, symbols=symbols, counts=counts)
 
     def embed(self, adata: AnnData | str | Path, *, pool="cls", layer=None, column=None, mapping=None, symbols=None,
-              max_length=1200, overlong="sample", seed=0, original=False, token_budget=None, key_added="X_scGPT", copy=False):
-        """Embed cells: obsm[key_added] [cells, d] (float32, length 1; NaN for cells without a known gene) and uns[key_added].
+              max_length=1200, overlong="sample", seed=0, original=False, token_budget=None, key_added="X_scGPT",
+              copy=False):
+        """Embed cells: obsm[key_added] [cells, d] (float32, length 1; NaN for cells without a known gene) and uns.
 
         Returns None, or with copy=True the copy; for the path of a file an AnnData with its obs, var and the embedding.
-        pool: 'cls', 'mean', 'weighted'. layer: the counts, raw or log-normalised (None: X). column, mapping {id or alias:
-        symbol}, symbols {symbol: Ensembl id}: how genes are named. overlong: 'sample' or 'top'. original=True: the original's
-        random stream after np.random.seed(seed), its batches and its pooling over padding. DataError: negative or missing
-        values, no known gene."""
+        pool: 'cls', 'mean', 'weighted'. layer: the counts, raw or log-normalised (None: X). column, mapping {id or
+        alias: symbol}, symbols {symbol: Ensembl id}: how genes are named. overlong: 'sample' or 'top'. original=True:
+        the original's random stream after np.random.seed(seed), its batches and its pooling over padding. DataError:
+        negative or missing values, no known gene."""
         return embed(self, adata, pool=pool, layer=layer, names=dict(column=column, mapping=mapping, symbols=symbols),
                      how=dict(max_length=max_length, overlong=overlong, seed=seed, original=original),
                      token_budget=token_budget, key_added=key_added, copy=copy)
@@ -164,15 +174,16 @@ class ScGPT:
         "The model's own vector of each gene [genes, d], out of any cell (None: all tokens, special ones included)."
         return gene_embeddings(self, genes)
 
-    def attention(self, adata: AnnData, *, head_layer=-1, layer=None, column=None, mapping=None, symbols=None, max_length=1200,
-                  overlong="sample", seed=0) -> Iterator[AttentionMap]:
+    def attention(self, adata: AnnData, *, head_layer=-1, layer=None, column=None, mapping=None, symbols=None,
+                  max_length=1200, overlong="sample", seed=0) -> Iterator[AttentionMap]:
         "The attention of one layer (-1: the last) in each cell, one after the other; empty cells are left out."
         return attention(self, adata, head_layer, layer, dict(column=column, mapping=mapping, symbols=symbols),
                          dict(max_length=max_length, overlong=overlong, seed=seed))
 
 # %% ../../nbs/scgpt/embedding.ipynb #155de09b
 def opened(data: AnnData | str | Path) -> tuple[AnnData, AnnData | Path]:
-    "Where the result goes (the AnnData itself; for a file a new one with its obs and var), and where the counts are read."
+    """Where the result goes (the AnnData itself; for a file a new one with its obs and var), and where the counts
+    are read."""
     if not isinstance(data, (str, Path)):
         return data, data
     import anndata
@@ -242,8 +253,8 @@ def embed(gpt: ScGPT, data, *, pool, layer, names: dict, how: dict, token_budget
         seen = {name: seen[name] + cells.report[name] for name in seen}
     tell(seen, result.n_obs, how["max_length"], how["overlong"], key_added)
     result.obsm[key_added] = vectors
-    settings = {"model": repr(gpt), "pool": pool, "counts": "X" if layer is None else layer, "whole_numbers": whole, **how, **seen,
-                "genes": match.report, "out_of_memory": [step["token_budget"] for step in record]}
+    settings = {"model": repr(gpt), "pool": pool, "counts": "X" if layer is None else layer, "whole_numbers": whole,
+                **how, **seen, "genes": match.report, "out_of_memory": [step["token_budget"] for step in record]}
     result.uns[key_added] = {"params": settings}
     return None if result is data else result
 

@@ -44,7 +44,8 @@ class ScGPTConfig:
 
     def __post_init__(self):
         if self.d_model % self.n_heads:
-            raise OptionError(f"d_model={self.d_model} cannot be split among n_heads={self.n_heads}; it must be a multiple")
+            raise OptionError(f"d_model={self.d_model} cannot be split among n_heads={self.n_heads}; it must be a "
+                              "multiple")
 
     @classmethod
     def from_args(cls, args: Mapping, n_tokens: int, pad_id: int, **heads) -> "ScGPTConfig":
@@ -60,7 +61,8 @@ class ScGPTConfig:
     def to_args(self) -> dict:
         "The values under the names that the original reads from args.json."
         return {"embsize": self.d_model, "nheads": self.n_heads, "d_hid": self.d_hid, "nlayers": self.n_layers,
-                "n_layers_cls": self.n_layers_cls, "dropout": self.dropout, "pad_token": "<pad>", "pad_value": self.pad_value}
+                "n_layers_cls": self.n_layers_cls, "dropout": self.dropout, "pad_token": "<pad>",
+                "pad_value": self.pad_value}
 
 # %% ../../nbs/scgpt/model.ipynb #9a2d7d9e
 class LabelEncoder(nn.Module):
@@ -94,14 +96,15 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, n_heads: int, dropout: float):
         super().__init__()
         self.n_heads, self.dropout = n_heads, dropout
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))  # queries, keys, values, one below the other
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))  # queries, keys, values stacked
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * d_model))
         self.out_proj = nn.Linear(d_model, d_model)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
     def heads(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
-        "x [b, L, d] through some rows of the projection: [b, heads, L, d / heads] for each of queries, keys, values in them."
+        """x [b, L, d] through some rows of the projection: [b, heads, L, d / heads] for each of queries, keys,
+        values in them."""
         y = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
         d_head = x.shape[-1] // self.n_heads
         return y.view(*x.shape[:2], -1, self.n_heads, d_head).permute(2, 0, 3, 1, 4)
@@ -134,7 +137,8 @@ class Layer(nn.Module):
     def __init__(self, config: ScGPTConfig):
         super().__init__()
         d, attention_dropout = config.d_model, config.attention_dropout
-        self.self_attn = Attention(d, config.n_heads, config.dropout if attention_dropout is None else attention_dropout)
+        self.self_attn = Attention(d, config.n_heads,
+                                   config.dropout if attention_dropout is None else attention_dropout)
         self.linear1, self.linear2 = nn.Linear(d, config.d_hid), nn.Linear(config.d_hid, d)
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.dropout = nn.Dropout(config.dropout)
@@ -146,7 +150,8 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    "The stack of layers: x [b, L, d] -> [b, L, d], or only the first `queries` positions. `mask` [b, L] is True at real tokens."
+    """The stack of layers: x [b, L, d] -> [b, L, d], or only the first `queries` positions. `mask` [b, L] is True at
+    real tokens."""
 
     def __init__(self, config: ScGPTConfig):
         super().__init__()
@@ -161,7 +166,8 @@ class Encoder(nn.Module):
     def attention(self, x: torch.Tensor, mask: torch.Tensor | None, layer: int) -> torch.Tensor:
         "Attention [b, heads, L, L] of one layer (-1: the last); the layers above are not run."
         if not -len(self.layers) <= layer < len(self.layers):
-            raise OptionError(f"layer={layer}: this model has {len(self.layers)} layers, 0 to {len(self.layers) - 1} or -1 for the last")
+            raise OptionError(f"layer={layer}: this model has {len(self.layers)} layers, 0 to {len(self.layers) - 1} "
+                              f"or -1 for the last")
         layer %= len(self.layers)
         for below in self.layers[:layer]:
             x = below(x, mask)
@@ -187,7 +193,8 @@ class ExpressionDecoder(nn.Module):
 
 
 class FromCellDecoder(nn.Module):
-    "Cells [b, d_in] and gene vectors [b, L, d] -> values [b, L], and the probabilities that they are not zero (or None)."
+    """Cells [b, d_in] and gene vectors [b, L, d] -> values [b, L], and the probabilities that they are not zero (or
+    None)."""
 
     def __init__(self, d_in: int, d_model: int, explicit_zero: bool = False):
         super().__init__()
@@ -206,8 +213,9 @@ class Classifier(nn.Module):
 
     def __init__(self, d_model: int, n: int, n_layers: int, activation=nn.ReLU):
         super().__init__()
-        steps = [step for _ in range(n_layers - 1) for step in (nn.Linear(d_model, d_model), activation(), nn.LayerNorm(d_model))]
-        self._decoder = nn.ModuleList(steps)
+        self._decoder = nn.ModuleList()
+        for _ in range(n_layers - 1):
+            self._decoder.extend([nn.Linear(d_model, d_model), activation(), nn.LayerNorm(d_model)])
         self.out_layer = nn.Linear(d_model, n)
 
     def forward(self, cells: torch.Tensor) -> torch.Tensor:
@@ -233,7 +241,8 @@ class ReverseGradient(torch.autograd.Function):
 POOLS = ("cls", "mean", "weighted")
 
 
-def pool_cells(states: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, pool: str = "cls", original: bool = False):
+def pool_cells(states: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, pool: str = "cls",
+               original: bool = False):
     "States [b, L, d], values [b, L], mask of real tokens [b, L] -> cells [b, d] by 'cls', 'mean' or 'weighted'."
     one_of("pool", pool, POOLS)
     if pool == "cls":
@@ -249,7 +258,8 @@ def pool_cells(states: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, p
 
 # %% ../../nbs/scgpt/model.ipynb #a3a32c4e
 class ScGPTModel(nn.Module):
-    "scGPT: (genes [b, L] int64, values [b, L], mask of real tokens [b, L]) -> states, cell vectors and the outputs of its heads."
+    """scGPT: (genes [b, L] int64, values [b, L], mask of real tokens [b, L]) -> states, cell vectors and the outputs
+    of its heads."""
 
     def __init__(self, config: ScGPTConfig):
         super().__init__()
@@ -272,8 +282,10 @@ class ScGPTModel(nn.Module):
         return x if self.bn is None else self.bn(x.transpose(1, 2)).transpose(1, 2)
 
     def encode(self, genes, values, mask=None, cell_only: bool = False) -> torch.Tensor:
-        "States [b, L, d] of all positions, or with `cell_only` those of <cls> [b, 1, d]. mask=None: every token is real."
-        return self.transformer_encoder(self.inputs(self.encoder(genes), values), mask, queries=1 if cell_only else None)
+        """States [b, L, d] of all positions, or with `cell_only` those of <cls> [b, 1, d]. mask=None: every token is
+        real."""
+        return self.transformer_encoder(self.inputs(self.encoder(genes), values), mask,
+                                        queries=1 if cell_only else None)
 
     def attention(self, genes, values, mask=None, layer: int = -1) -> torch.Tensor:
         "Attention [b, heads, L, L] of one layer."
@@ -284,12 +296,14 @@ class ScGPTModel(nn.Module):
         if self.batch_encoder is None:
             return x
         if batch is None:
-            raise OptionError(f"this model was trained with {self.config.n_batches} batch labels: pass batch=, one number per cell")
+            raise OptionError(f"this model was trained with {self.config.n_batches} batch labels: pass batch=, one "
+                              "number per cell")
         vectors = self.batch_encoder(batch)
         return torch.cat([x, vectors if x.ndim == 2 else vectors.unsqueeze(1).expand(*x.shape[:2], -1)], dim=-1)
 
     def forward(self, genes, values, mask=None, batch=None, pool: str = "cls") -> dict[str, torch.Tensor]:
-        "All outputs: states, cell, and of each head expression, seen, from_cell, from_cell_seen, classes, adversary (if it is there)."
+        """All outputs: states, cell, and of each head expression, seen, from_cell, from_cell_seen, classes,
+        adversary (if it is there)."""
         vectors = self.encoder(genes)
         states = self.transformer_encoder(self.inputs(vectors, values), mask)
         real = torch.ones_like(genes, dtype=torch.bool) if mask is None else mask
@@ -337,7 +351,8 @@ def our_name(name: str) -> str:
 
 
 def published_name(name: str) -> str:
-    "The name in the published checkpoints (flash-attention's) of one of our tensors; the original opens these with and without it."
+    """The name in the published checkpoints (flash-attention's) of one of our tensors; the original opens these with
+    and without it."""
     return name.replace("self_attn.in_proj_", "self_attn.Wqkv.")
 
 
@@ -353,19 +368,23 @@ def heads_of(tensors: Mapping[str, torch.Tensor]) -> dict:
 
     return {
         "decoder": has("decoder."), "mvc": has("mvc_decoder."), "n_cls": rows("cls_decoder.out_layer.bias"),
-        "n_batches": rows("batch_encoder.embedding.weight"), "adversary": rows("grad_reverse_discriminator.out_layer.bias"),
+        "n_batches": rows("batch_encoder.embedding.weight"),
+        "adversary": rows("grad_reverse_discriminator.out_layer.bias"),
         "explicit_zero": has("decoder.zero_logit."), "batch_norm": has("bn."),
     }
 
 
-def load_model(tensors: Mapping[str, torch.Tensor], args: Mapping, n_tokens: int, pad_id: int) -> tuple[ScGPTModel, LoadReport]:
-    "The model of a checkpoint's tensors and args.json, and the report; AssetError where a tensor does not fit, is missing or unknown."
+def load_model(tensors: Mapping[str, torch.Tensor], args: Mapping, n_tokens: int,
+               pad_id: int) -> tuple[ScGPTModel, LoadReport]:
+    "The model of a checkpoint's tensors and args.json; AssetError where a tensor is missing, unknown or misfit."
     table = {our_name(name): tensor for name, tensor in tensors.items()}.get("encoder.embedding.weight")
     if table is None:
-        raise AssetError(f"the checkpoint has no encoder.embedding.weight; it has e.g. {', '.join(list(tensors)[:4])}. Is it scGPT's?")
+        raise AssetError("the checkpoint has no encoder.embedding.weight; it has e.g. "
+                         f"{', '.join(list(tensors)[:4])}. Is it scGPT's?")
     if table.shape[0] != n_tokens:
-        raise AssetError(f"the vocabulary has {n_tokens:,} tokens (with <pad>, <cls>, <eoc>) and the checkpoint's embedding "
-                         f"{table.shape[0]:,} rows: they do not belong together; use the vocab.json that came with the checkpoint")
+        raise AssetError(f"the vocabulary has {n_tokens:,} tokens (with <pad>, <cls>, <eoc>) and the checkpoint's "
+                         f"embedding {table.shape[0]:,} rows: they do not belong together; use the vocab.json that "
+                         "came with the checkpoint")
     model = ScGPTModel(ScGPTConfig.from_args(args, n_tokens, pad_id, **heads_of(tensors)))
     report = load_state(model, tensors, rename=our_name, ignore=UNUSED)
     return model.eval(), report

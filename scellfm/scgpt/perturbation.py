@@ -15,7 +15,8 @@ from torch import nn
 from ..assets import LoadReport, load_state
 from ..core import AssetError, OptionError, one_of
 from scellfm.scgpt.model import (
-    Classifier, Encoder, ExpressionDecoder, FromCellDecoder, LabelEncoder, ScGPTConfig, ValueEncoder, our_name, pool_cells,
+    Classifier, Encoder, ExpressionDecoder, FromCellDecoder, LabelEncoder, ScGPTConfig, ValueEncoder, our_name,
+    pool_cells,
 )
 
 # %% ../../nbs/scgpt/perturbation.ipynb #4fc79334
@@ -49,7 +50,8 @@ class AffineDecoder(nn.Module):
 
 # %% ../../nbs/scgpt/perturbation.ipynb #64a6e183
 class PerturbationModel(nn.Module):
-    "scGPT for perturbations: (genes, values, flags [b, L]) -> predicted values [b, L] and the outputs of its other heads."
+    """scGPT for perturbations: (genes, values, flags [b, L]) -> predicted values [b, L] and the outputs of its other
+    heads."""
 
     def __init__(self, config: PerturbationConfig):
         super().__init__()
@@ -65,7 +67,8 @@ class PerturbationModel(nn.Module):
 
     def encode(self, genes, values, flags, mask=None) -> torch.Tensor:
         "States [b, L, d]."
-        return self.transformer_encoder(self.encoder(genes) + self.value_encoder(values) + self.pert_encoder(flags), mask)
+        x = self.encoder(genes) + self.value_encoder(values) + self.pert_encoder(flags)
+        return self.transformer_encoder(x, mask)
 
     def forward(self, genes, values, flags, mask=None) -> dict[str, torch.Tensor]:
         "All outputs: states, cell, expression, and where there is the head classes and from_cell."
@@ -81,8 +84,8 @@ class PerturbationModel(nn.Module):
 
 # %% ../../nbs/scgpt/perturbation.ipynb #e91c7009
 @torch.no_grad()
-def predict(model: PerturbationModel, gene_ids: torch.Tensor, values: torch.Tensor, flags: torch.Tensor, *, genes: str = "all",
-            original: bool = False) -> torch.Tensor:
+def predict(model: PerturbationModel, gene_ids: torch.Tensor, values: torch.Tensor, flags: torch.Tensor, *,
+            genes: str = "all", original: bool = False) -> torch.Tensor:
     "Predicted values [b, n] of control cells' values [b, n] with perturbation flags [b, n], for genes with tokens [n]."
     one_of("genes", genes, ("all", "seen"))
     kept = torch.ones(values.shape[1], dtype=torch.bool, device=values.device)
@@ -101,8 +104,10 @@ SHARED = ("encoder.", "value_encoder.", "transformer_encoder.")
 HEADS = ("decoder.", "mvc_decoder.", "cls_decoder.", "flag_encoder.")
 
 
-def load_perturbation_model(tensors: Mapping[str, torch.Tensor], config: PerturbationConfig) -> tuple[PerturbationModel, LoadReport]:
-    "A PerturbationModel from its own checkpoint's tensors or, where these have no flags, from those of an embedding model."
+def load_perturbation_model(tensors: Mapping[str, torch.Tensor],
+                            config: PerturbationConfig) -> tuple[PerturbationModel, LoadReport]:
+    """A PerturbationModel from its own checkpoint's tensors or, where these have no flags, from those of an
+    embedding model."""
     model = PerturbationModel(config)
     if not tensors:
         raise AssetError("there are no tensors to load; read_tensors(folder) gives those of a checkpoint")
@@ -110,6 +115,8 @@ def load_perturbation_model(tensors: Mapping[str, torch.Tensor], config: Perturb
     if any(name.startswith("pert_encoder.") for name in tensors):
         report = load_state(model, tensors, ignore=("flag_encoder.",))
     else:  # the heads of the other model have no place in this one, even where their names and shapes agree
-        report = load_state(model, tensors, rename=lambda name: name if name.startswith(SHARED) else f"other model's {name}",
-                            ignore=HEADS, fresh=("pert_encoder.", *HEADS))
+        def rename(name):
+            return name if name.startswith(SHARED) else f"other model's {name}"
+
+        report = load_state(model, tensors, rename=rename, ignore=HEADS, fresh=("pert_encoder.", *HEADS))
     return model.eval(), report

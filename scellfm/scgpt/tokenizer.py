@@ -40,11 +40,14 @@ def cut(values: np.ndarray, length: int, overlong: str, draws) -> np.ndarray:
     return draws.permutation(len(values))[:length]
 
 # %% ../../nbs/scgpt/tokenizer.ipynb #d598a6c9
-def encode_cell(genes: np.ndarray, values: np.ndarray, *, cls: int, draws=None, n_bins: int | None = 51, max_length: int = 1200,
-                overlong: str = "sample", cls_value: float = -2) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens [n + 1] (int64) and values [n + 1] (float32) of one cell with `<cls>` in front, at most `max_length` of them.
+def encode_cell(genes: np.ndarray, values: np.ndarray, *, cls: int, draws=None, n_bins: int | None = 51,
+                max_length: int = 1200, overlong: str = "sample",
+                cls_value: float = -2) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens [n + 1] (int64) and values [n + 1] (float32) of one cell with `<cls>` in front, at most
+    `max_length` of them.
 
-    `genes` and non-zero `values` [n] are those of the cell; n_bins=None leaves the values as they are; `draws` None: no draw is
+    `genes` and non-zero `values` [n] are those of the cell; n_bins=None leaves the values as they are; `draws` None:
+    no draw is
     taken, ties get the upper bin and overlong='sample' is impossible."""
     values = np.asarray(values, dtype=np.float32)
     ranked = values
@@ -58,7 +61,8 @@ def encode_cell(genes: np.ndarray, values: np.ndarray, *, cls: int, draws=None, 
 # %% ../../nbs/scgpt/tokenizer.ipynb #57571df2
 @dataclass
 class BinnedCells:
-    "Cells as gene tokens and binned values, end to end; cell i is genes[offsets[i]:offsets[i + 1]]. An empty cell has length 0."
+    """Cells as gene tokens and binned values, end to end; cell i is genes[offsets[i]:offsets[i + 1]]. An empty cell
+    has length 0."""
 
     genes: np.ndarray  # int64, <cls> first in each cell
     values: np.ndarray  # float32, one per gene
@@ -96,7 +100,8 @@ class BinnedCells:
 
 # %% ../../nbs/scgpt/tokenizer.ipynb #c9389ef0
 def gene_columns(index: np.ndarray, original: bool = False) -> tuple[np.ndarray, sparse.csr_matrix]:
-    "From the token of each column (-1: unknown): the tokens, and the matrix [columns, tokens] that selects and sums columns."
+    """From the token of each column (-1: unknown): the tokens, and the matrix [columns, tokens] that selects and
+    sums columns."""
     known = np.flatnonzero(index >= 0)
     tokens, place = (index[known], np.arange(len(known))) if original else np.unique(index[known], return_inverse=True)
     shape = (len(index), len(tokens))
@@ -112,33 +117,35 @@ def occurrences(names) -> np.ndarray:
 
 # %% ../../nbs/scgpt/tokenizer.ipynb #1d39ab30
 def survey(data: AnnData | str, obs_names, genes, layer: str | None = None) -> tuple[np.ndarray, bool]:
-    "Total per column (float64) and whether all values are whole; DataError for NaN, infinite or negative values, or none at all."
+    """Total per column (float64) and whether all values are whole; DataError for NaN, infinite or negative values,
+    or none at all."""
     faults, totals = CountFaults(), np.zeros(len(genes))
     for start, block in count_blocks(data, layer):
         faults.add(start, block)
         totals += np.asarray(block.sum(0, dtype=np.float64)).ravel()
     where = "X" if layer is None else f"layer {layer!r}"
     kinds = (("NaN or infinite", faults.infinite, "repair or drop them"),
-             ("negative", faults.negative, "scaled values cannot be binned: pass raw or log-normalised counts with layer="))
+             ("negative", faults.negative, "scaled values cannot be binned: pass raw or log-normalised counts, layer="))
     for kind, fault, remedy in kinds:
         if fault.n:
-            raise DataError(f"{where} has {fault.n:,} {kind} values; the first: cell {str(obs_names[fault.cell])!r}, gene "
-                            f"{str(genes[fault.gene])!r} holds {fault.value:.6g}; {remedy}")
+            raise DataError(f"{where} has {fault.n:,} {kind} values; the first: cell {str(obs_names[fault.cell])!r}, "
+                            f"gene {str(genes[fault.gene])!r} holds {fault.value:.6g}; {remedy}")
     if not faults.total:
-        raise DataError(f"{where} holds only zeros ({len(obs_names):,} cells x {len(genes):,} genes): there is nothing to read")
+        raise DataError(f"{where} holds only zeros ({len(obs_names):,} cells x {len(genes):,} genes): there is "
+                        "nothing to read")
     return totals, not faults.fraction.n
 
 # %% ../../nbs/scgpt/tokenizer.ipynb #65723997
 def tokenize(data: AnnData | str, obs_names, index: np.ndarray, vocabulary: Vocabulary, *, layer: str | None = None,
-             n_bins: int | None = 51, max_length: int = 1200, overlong: str = "sample", seed: int = 0, original: bool = False,
-             cls_value: float = -2, rows: int = 2048) -> Iterator[tuple[int, BinnedCells]]:
+             n_bins: int | None = 51, max_length: int = 1200, overlong: str = "sample", seed: int = 0,
+             original: bool = False, cls_value: float = -2, rows: int = 2048) -> Iterator[tuple[int, BinnedCells]]:
     """Yield (index of the first cell, BinnedCells) for row blocks of `data`, an AnnData or the path of an h5ad.
 
     `index` is the token of each column (`Vocabulary.match`). Draws are keyed by (seed, name of the cell, occurrence);
     original=True takes them from the original's streams instead."""
     one_of("overlong", overlong, OVERLONG)
     if max_length < 2:
-        raise OptionError(f"max_length={max_length}: a cell is <cls> and at least one gene; scGPT was trained with 1200")
+        raise OptionError(f"max_length={max_length}: a cell is <cls> and at least one gene; 1200 is usual")
     tokens, select = gene_columns(index, original)
     repeat = occurrences(obs_names)
     draws = OriginalDraws(seed) if original else KeyedDraws(seed)
@@ -155,15 +162,16 @@ def tokenize(data: AnnData | str, obs_names, index: np.ndarray, vocabulary: Voca
                 continue
             report["n_constant"] += int(len(values) > 1 and values.min() == values.max())
             report["n_overlong"] += int(len(values) > max_length - 1)
-            cells.append(encode_cell(tokens[block.indices[here]], values, cls=vocabulary.cls, n_bins=n_bins, overlong=overlong,
-                                     draws=draws.cell(obs_names[start + i], repeat[start + i]), max_length=max_length,
-                                     cls_value=cls_value))
+            cells.append(encode_cell(tokens[block.indices[here]], values, cls=vocabulary.cls, n_bins=n_bins,
+                                     overlong=overlong, max_length=max_length, cls_value=cls_value,
+                                     draws=draws.cell(obs_names[start + i], repeat[start + i])))
         yield start, BinnedCells.of(cells, report)
 
 # %% ../../nbs/scgpt/tokenizer.ipynb #38102b2f
 def table_cells(table: np.ndarray, genes: np.ndarray, *, cls: int | None, max_length: int, include_zero: bool = False,
                 cls_value: float = 0, draws=None) -> BinnedCells:
-    "Cells from a dense table [cells, genes] of bins: the original's tokenize_and_pad_batch (cls=None: no <cls> in front)."
+    """Cells from a dense table [cells, genes] of bins: the original's tokenize_and_pad_batch (cls=None: no <cls> in
+    front)."""
     cells = []
     for row in table:
         kept = np.arange(len(row)) if include_zero else np.flatnonzero(row)
@@ -179,7 +187,8 @@ def table_cells(table: np.ndarray, genes: np.ndarray, *, cls: int | None, max_le
 
 # %% ../../nbs/scgpt/tokenizer.ipynb #0d23ac44
 def mask_share(values: np.ndarray, share: float, *, draws, mask_value: float = -1, pad_value: float = -2) -> np.ndarray:
-    "A copy of values [cells, L] with the same share of every row's real positions hidden: the original's random_mask_value."
+    """A copy of values [cells, L] with the same share of every row's real positions hidden: the original's
+    random_mask_value."""
     masked = np.array(values, dtype=np.float32)
     for row in masked:
         real = np.flatnonzero(row != pad_value)
@@ -189,7 +198,8 @@ def mask_share(values: np.ndarray, share: float, *, draws, mask_value: float = -
 
 def mask_coins(values: torch.Tensor, probability: float, *, generator: torch.Generator, keep_first: int = 1,
                mask_value: float = -1, pad_value: float = -2) -> torch.Tensor:
-    "A copy of values [cells, L] with each real position hidden with a probability: the original's collator with do_mlm."
+    """A copy of values [cells, L] with each real position hidden with a probability: the original's collator with
+    do_mlm."""
     chance = torch.full(values.shape, float(probability))
     chance[values == pad_value] = 0
     chance[:, :keep_first] = 0
