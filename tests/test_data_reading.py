@@ -154,11 +154,13 @@ def test_zarr_is_read_and_streamed(tmp_path):
 
 
 def test_loom_is_read(tmp_path):
-    pytest.importorskip("loompy")
-    adata, dense = cells()
+    loompy = pytest.importorskip("loompy")
+    _, dense = cells()
+    names = {"CellID": np.array([f"cell{i}" for i in range(37)])}, {"Gene": np.array([f"GENE{i}" for i in range(23)])}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adata.write_loom(tmp_path / "cells.loom")
+        loompy.create(str(tmp_path / "cells.loom"), dense.T, names[1], names[0])
+        assert list(read(tmp_path / "cells.loom").var_names[:2]) == ["GENE0", "GENE1"]
         assert (count_matrix(read(tmp_path / "cells.loom")).toarray() == dense).all()
         assert (gathered(tmp_path / "cells.loom", rows=9) == dense).all()
 
@@ -366,6 +368,82 @@ def test_files_that_are_missing_unknown_or_damaged_are_named(tmp_path):
         read(tmp_path / "x.h5", backed=True)
     with pytest.raises(DataError, match="layers/none"):
         list(count_blocks(tmp_path / "cells.h5ad", layer="none"))
+
+
+@pytest.mark.parametrize("part", ["matrix.mtx.gz", "features.tsv.gz"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_10x_folder_that_was_cut_is_named(tmp_path, part, share):
+    import gzip
+
+    _, dense = cells()
+    io.mmwrite(tmp_path / "x.mtx", sparse.coo_matrix(dense.T.astype(int)))
+    content = {"matrix.mtx.gz": (tmp_path / "x.mtx").read_bytes(),
+               "features.tsv.gz": "".join(f"ENSG{i:011d}\tSYM{i}\tGene Expression\n" for i in range(23)).encode(),
+               "barcodes.tsv.gz": "".join(f"c{i}\n" for i in range(37)).encode()}
+    folder = tmp_path / "filtered"
+    folder.mkdir()
+    for name, data in content.items():
+        zipped = gzip.compress(data)
+        (folder / name).write_bytes(zipped[:int(len(zipped) * share)] if name == part else zipped)
+    with pytest.raises(DataError, match="filtered cannot be read.*copied whole"):
+        read(folder)
+
+
+class Hostile:
+    "Unpickled, it leaves a file behind."
+
+    def __init__(self, canary):
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return open, (self.canary, "w")
+
+
+@pytest.mark.parametrize("place", ["X/indices", "X/data"])
+@pytest.mark.parametrize("key", ["compressor", "filters"])
+def test_a_zarr_store_that_would_run_a_program_is_refused_and_runs_nothing(tmp_path, place, key):
+    import json
+    import pickle
+
+    zarr = pytest.importorskip("zarr")
+    adata, _ = cells()
+    group = zarr.open_group(tmp_path / "evil.zarr", mode="w", zarr_format=2)
+    anndata.io.write_elem(group, "/", adata)
+    chunk, description = (tmp_path / "evil.zarr" / place / name for name in ("0", ".zarray"))
+    told = json.loads(description.read_text())
+    pickled = {"id": "pickle", "protocol": 2}
+    description.write_text(json.dumps({**told, "compressor": None, key: pickled if key == "compressor" else [pickled]}))
+    chunk.write_bytes(pickle.dumps(Hostile(tmp_path / "canary"), protocol=2))
+    for opened in (read, lambda path: list(count_blocks(path))):
+        with pytest.raises(DataError, match="zarray asks for the codec 'pickle'.*nothing was run"):
+            opened(tmp_path / "evil.zarr")
+    assert not (tmp_path / "canary").exists()
+    pickle.loads(chunk.read_bytes()).close()
+    assert (tmp_path / "canary").exists(), "the hostile chunk of this test does not work"
+
+
+def test_a_damaged_zarr_store_is_named_however_it_is_read(tmp_path):
+    pytest.importorskip("zarr")
+    adata, _ = cells()
+    adata.write_zarr(tmp_path / "cells.zarr")
+    for chunk in (tmp_path / "cells.zarr" / "X").rglob("*"):
+        if chunk.is_file() and not chunk.name.startswith(".") and chunk.name != "zarr.json":
+            chunk.write_bytes(chunk.read_bytes()[:5])
+    for opened in (read, lambda path: list(count_blocks(path))):
+        with pytest.raises(DataError, match="cells.zarr cannot be read.*copied whole"):
+            opened(tmp_path / "cells.zarr")
+
+
+def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
+    adata, _ = cells()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(h5py, "File", forbidden)
+    with pytest.raises(DataError, match=r"cells.h5ad may not be read.*chmod \+r"):
+        list(count_blocks(tmp_path / "cells.h5ad"))
 
 
 def test_reading_a_large_csc_file_takes_memory_of_the_window(tmp_path, monkeypatch):

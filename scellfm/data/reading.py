@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +22,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['WINDOW', 'canonical_csr', 'counts_of', 'places', 'genes_of', 'csc_windows', 'slices', 'existing', 'unreadable',
-           'open_counts', 'count_blocks', 'count_matrix', 'Fault', 'CountFaults', 'judge', 'remedy', 'warn_of_oddities',
-           'check_counts', 'file_kind', 'parse', 'read']
+__all__ = ['WINDOW', 'DAMAGE', 'canonical_csr', 'counts_of', 'places', 'genes_of', 'csc_windows', 'slices', 'existing',
+           'refuse_pickled', 'unreadable', 'open_counts', 'count_blocks', 'count_matrix', 'Fault', 'CountFaults',
+           'judge', 'remedy', 'warn_of_oddities', 'check_counts', 'file_kind', 'parse', 'read']
 
 # %% ../../nbs/data/reading.ipynb #e5b23697
 def canonical_csr(block) -> sparse.csr_matrix:
@@ -63,7 +65,8 @@ def counts_of(adata: AnnData, layer: str | None = None):
 
 def places(adata: AnnData) -> list[str]:
     "What `layer=` may name besides X: the layers, and 'raw' where there is one."
-    return [*adata.layers, *(["raw"] if adata.raw is not None else [])]
+    layers = [name for name in adata.layers if name is not None]  # anndata 0.13 lists X among them, as None
+    return [*layers, *(["raw"] if adata.raw is not None else [])]
 
 
 def genes_of(adata: AnnData, layer: str | None = None):
@@ -121,8 +124,23 @@ def existing(path: str | Path) -> Path:
     return path
 
 
+# what the parsers raise on a file that is cut or damaged
+DAMAGE = (OSError, EOFError, LookupError, ValueError, AttributeError, TypeError, RuntimeError, zlib.error)
+
+
+def refuse_pickled(path: Path) -> None:
+    "DataError where a zarr store has a codec that would run a program from the file."
+    for described in (*path.rglob(".zarray"), *path.rglob(".zmetadata"), *path.rglob("zarr.json")):
+        codecs = re.findall(rb'"(?:id|name|object_codec_id)"\s*:\s*"([^"]*pickle[^"]*)"', described.read_bytes())
+        if codecs:
+            raise DataError(f"{described} asks for the codec {codecs[0].decode()!r}, which would run a program from the "
+                            "file; nothing was run. Take the store from its publisher, or use h5ad")
+
+
 def unreadable(path: Path, error: Exception) -> DataError:
     "A DataError that says what a file that could not be read seems to be."
+    if isinstance(error, PermissionError):
+        return DataError(f"{path} may not be read by you: ask its owner for the right (chmod +r) or copy it ({error})")
     if path.is_dir():
         return DataError(f"the folder {path} cannot be read: {error}; was it copied whole?")
     with open(path, "rb") as file:
@@ -141,7 +159,11 @@ def open_counts(path: Path, layer: str | None):
     import anndata
     import h5py
 
-    file = optional("zarr", "zarr").open_group(path, mode="r") if path.is_dir() else h5py.File(path, "r")
+    if path.is_dir():
+        refuse_pickled(path)
+        file = optional("zarr", "zarr").open_group(path, mode="r")
+    else:
+        file = h5py.File(path, "r")
     key = "X" if layer is None else "raw/X" if layer == "raw" and "layers/raw" not in file else f"layers/{layer}"
     if key not in file:
         there = ["X (layer=None)", *file.get("layers", {}), *(["raw"] if "raw/X" in file else [])]
@@ -173,7 +195,9 @@ def count_blocks(
         stored, file = open_counts(path, layer)
         for start, block in slices(stored, rows):
             yield start, canonical_csr(block)
-    except OSError as error:
+    except DataError:
+        raise
+    except DAMAGE as error:
         raise unreadable(path, error) from error
     finally:
         if hasattr(file, "close"):
@@ -329,6 +353,8 @@ def parse(path: Path, kind: str, backed: bool) -> AnnData:
     if kind == "loom":
         optional("loompy", "loom")
         return anndata.io.read_loom(str(path), sparse=True)
+    refuse_pickled(path)
+    optional("zarr", "zarr")
     return anndata.io.read_zarr(path)
 
 
@@ -344,7 +370,9 @@ def read(path: str | Path, *, backed: bool = False) -> AnnData:
         raise DataError(f"backed=True needs an h5ad file and {path} is {kind}; read it and write it as h5ad first")
     try:
         adata = parse(path, kind, backed)
-    except (OSError, KeyError, ValueError, AttributeError, IndexError) as error:
+    except DataError:
+        raise
+    except DAMAGE as error:
         raise unreadable(path, error) from error
     if kind.startswith("10x") and "gene_ids" in adata.var:
         adata.var["ensembl_id"] = adata.var["gene_ids"].astype(str)

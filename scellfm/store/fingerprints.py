@@ -85,7 +85,8 @@ def _adata_parts(adata):
         yield from _parts(Path(adata.filename))
         return
     raw = None if adata.raw is None else (adata.raw.X, adata.raw.var)
-    yield from _parts([adata.X, raw, dict(adata.layers), adata.obs, adata.var, dict(adata.obsm)])
+    layers = {name: layer for name, layer in adata.layers.items() if name is not None}  # anndata 0.13 has X there too
+    yield from _parts([adata.X, raw, layers, adata.obs, adata.var, dict(adata.obsm)])
 
 # %% ../../nbs/store/fingerprints.ipynb #5d891378
 def _path_parts(path: Path):
