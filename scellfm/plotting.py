@@ -142,6 +142,7 @@ def matched_band(ax: Axes, table: pd.DataFrame) -> None:
 def screen(table: pd.DataFrame, *, fdr: float = 0.05, n_labels: int = 15, ax: Axes | None = None) -> Axes:
     "Effect against mean rank with the matched band; hits named. `table`: of `statistics.screen_test` or `Screen.table()`. DataError: other columns."
     need_columns(table, ["gene", "effect", "expected", "tau", "se", "z", "fdr", "rank"], "the picture of a screen (method='matched')")
+    table = table[table["status"] != "too few cells"] if "status" in table else table
     found, exploratory = standouts(table, fdr, n_labels)
     others = table.drop(found.index)
     matched_band(ax, table)
@@ -151,7 +152,7 @@ def screen(table: pd.DataFrame, *, fdr: float = 0.05, n_labels: int = 15, ax: Ax
         ax.vlines(part["rank"], part["expected"], part["effect"], color=color, lw=0.8, alpha=0.6)
         label = f"most extreme {name}: {len(part)}" if exploratory else f"hits {name} (FDR < {fdr * 100:g} %): {len(part)}"
         ax.scatter(part["rank"], part["effect"], s=24, facecolor="white" if exploratory else color, edgecolor=color, lw=1.2, label=label, zorder=3)
-    ax.set(xlabel="mean rank in the cell (1 = most remarkable gene)", ylabel="effect of the perturbation")
+    ax.set(xlabel="mean rank in the cell (0 = most remarkable gene)", ylabel="effect of the perturbation")
     ax.margins(x=0.04, y=0.12)
     title = f"{len(table):,} genes, exploratory: no test" if exploratory else f"{len(table):,} genes, {len(found)} outliers among genes like them"
     ax.set_title(title)

@@ -3,6 +3,6 @@ from scellfm import _lazy
 
 __getattr__, __dir__ = _lazy(__name__, {
     "RankTokenizer": "tokenizer", "TokenizedCells": "tokenized",
-    "Geneformer": "model",
-    "CellClassifier": "classifier", "Screen": "screen",
+    "Geneformer": "model", "CellClassifier": "classifier",
+    "perturb": "perturbation", "gene_effects": "perturbation", "Screen": "screen",
 })
