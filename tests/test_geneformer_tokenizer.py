@@ -188,11 +188,21 @@ def test_identifiers_with_a_version_are_known_unlike_in_the_original():
         assert gained > 0
 
 
+def write_loom(adata, path):
+    "As adata.write_loom does, which anndata 0.13 cannot (it hands loompy a layer without a name)."
+    import loompy
+
+    row, col = ({name: table[name].to_numpy(object if table[name].dtype.kind not in "biuf" else None).astype(
+        str if table[name].dtype.kind not in "biuf" else table[name].dtype) for name in table} for table in (adata.var, adata.obs))
+    row["var_names"], col["obs_names"] = adata.var_names.to_numpy(object).astype(str), adata.obs_names.to_numpy(object).astype(str)
+    loompy.create(str(path), sparse.csr_matrix(adata.X).toarray().T, row, col)
+
+
 @pytest.mark.parametrize("case,variant", [p for p in SAME if p[0] in ("zarr", "loom", "loom_collapse", "collapse", "filter_pass", "dense")])
 def test_files_give_the_tokens_of_memory(case, variant, tmp_path):
     tok, adata, form = tokenizer(case, variant), cells_of(case), META[case][variant]["format"]
     path = tmp_path / f"cells.{form}"
-    {"h5ad": adata.write_h5ad, "zarr": adata.write_zarr, "loom": adata.write_loom}[form](path)
+    {"h5ad": adata.write_h5ad, "zarr": adata.write_zarr, "loom": lambda path: write_loom(adata, path)}[form](path)
     tok.tokenize_files(path, tmp_path / "out.dataset")
     saved, memory = TokenizedCells.load(tmp_path / "out.dataset"), tok(adata)
     assert saved.tokens.tolist() == memory.tokens.tolist() and saved.offsets.tolist() == memory.offsets.tolist()
@@ -401,7 +411,7 @@ def test_a_folder_is_read_in_the_order_of_names(small, tmp_path):
     tok = fitted(small)
     small[20:].write_h5ad(tmp_path / "c.h5ad")
     small[:10].write_h5ad(tmp_path / "a.h5ad")
-    small[10:20].write_loom(tmp_path / "b.loom")
+    write_loom(small[10:20], tmp_path / "b.loom")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ScellfmWarning)
         report = tok.tokenize_files(tmp_path, tmp_path / "out", columns="donor")

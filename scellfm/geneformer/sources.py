@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['CellSource', 'block_rows', 'from_adata', 'opened', 'stored_rows', 'from_anndata_file', 'loom_table', 'from_loom',
-           'open_source', 'cell_files', 'cell_totals', 'stored_totals']
+__all__ = ['CellSource', 'block_rows', 'from_adata', 'opened', 'stored_rows', 'texts_of', 'from_anndata_file', 'loom_table',
+           'from_loom', 'open_source', 'cell_files', 'cell_totals', 'stored_totals']
 
 # %% ../../nbs/geneformer/sources.ipynb #d4e639ad
 @dataclass
@@ -101,6 +101,11 @@ def stored_rows(path: Path, kind: str, key: str, rows: int, n_genes: int) -> Ite
             yield start, block if plain and block.has_canonical_format and block.data.all() else canonical_csr(block)
 
 
+def texts_of(stored):
+    "The values of a column of text on disk: anndata 0.13 keeps texts that may be missing in a group, beside a mask."
+    return stored["values"] if hasattr(stored, "keys") else stored
+
+
 def from_anndata_file(path: Path, layer: str | None, kind: str) -> CellSource:
     "The cells of an h5ad file or zarr store, left on disk."
     from anndata.io import read_elem
@@ -111,7 +116,7 @@ def from_anndata_file(path: Path, layer: str | None, kind: str) -> CellSource:
         raw = layer == "raw" and "layers/raw" not in file
         var = read_elem(file["raw/var" if raw and "raw/var" in file else "var"])
         index = file["obs"].attrs["_index"]
-        columns, n_cells = [str(c) for c in file["obs"].attrs["column-order"]], file["obs"][index].shape[0]
+        columns, n_cells = [str(c) for c in file["obs"].attrs["column-order"]], texts_of(file["obs"][index]).shape[0]
         key = "X" if layer is None else "raw/X" if raw else f"layers/{layer}"
         dense = key in file and not hasattr(file[key], "keys")
         by_row = key in file and file[key].attrs.get("encoding-type") == "csr_matrix"
@@ -124,7 +129,7 @@ def from_anndata_file(path: Path, layer: str | None, kind: str) -> CellSource:
 
     def names(start: int, stop: int) -> np.ndarray:
         with opened(path, kind) as file:
-            part = file["obs"][index][start:stop]
+            part = texts_of(file["obs"][index])[start:stop]
             return np.array([name.decode() if isinstance(name, bytes) else str(name) for name in part], dtype=object)
 
     def blocks(rows: int) -> Iterator[tuple[int, sparse.csr_matrix]]:

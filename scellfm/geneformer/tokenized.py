@@ -188,7 +188,7 @@ class DatasetWriter:
         origin = {"name": pa.array(cells.obs.index.astype(str)), "cell_index": pa.array(cells.cell_index, pa.int64()),
                   "file": pa.array([file] * len(cells), pa.string())}
         if self.names is None:
-            self.names = pa.ipc.new_stream(str(self.folder / "cells.arrow"), pa.table(origin).schema)
+            self.names = pa.ipc.new_stream(str(self.folder / "cells.arrow"), self.names_schema)
         self.names.write_table(pa.table(origin).cast(self.names_schema))
 
     @property
