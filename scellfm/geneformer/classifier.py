@@ -202,9 +202,8 @@ def save_classifier(clf: CellClassifier, folder: Path) -> None:
 
 def load_classifier(folder: Path, tokenizer, device, dtype) -> CellClassifier:
     "A classifier that `save_classifier` wrote."
-    from safetensors.numpy import load_file
-
-    record, cells = read_dictionary(folder / RECORD), load_file(folder / CELLS)
+    record = read_dictionary(folder / RECORD)
+    cells = {name: tensor.numpy() for name, tensor in read_tensors(folder / CELLS).items()}
     models = [load_fold(folder / f"fold{k}", tokenizer, device, dtype) for k in range(record["folds"])]
     scores, verdict, settings = record["scores"], record["verdict"], record["settings"]
     return CellClassifier(

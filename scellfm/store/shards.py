@@ -203,8 +203,11 @@ def _load_arrays(path: Path, entry: dict) -> dict[str, np.ndarray]:
     "Read a shard back, once its bytes are those that were written."
     if sha256(path) != entry["sha256"]:
         raise StoreError(f"{path} was changed or damaged after it was written; delete it and run again")
-    with np.load(path, allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except ValueError as error:  # somebody else's file: ours hold no Python objects
+        raise StoreError(f"{path} was not written by a store ({error}); nothing in it was run. Delete it and run again") from error
 
 # %% ../../nbs/store/shards.ipynb #91c8c7a8
 class Shards:

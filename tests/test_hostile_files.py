@@ -1,0 +1,252 @@
+"""Every public entrance that reads a dictionary or a checkpoint is handed files that would run a program: nothing runs."""
+import ast
+import json
+import os
+import pickle
+import shutil
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, golden
+from scipy import sparse
+
+from scellfm.core import AssetError, DataError, StoreError
+from scellfm.data.splits import hold_out
+from scellfm.geneformer import CellClassifier, Geneformer, RankTokenizer, TokenizedCells
+from scellfm.geneformer.classifier import CELLS, RECORD
+from scellfm.scgpt import ScGPT
+from scellfm.store import Store, sha256
+from scellfm.training import CHECKPOINT, fit
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+GENES = [f"ENSG{i:011d}" for i in range(30)]
+
+
+class Run:
+    "Unpickled by the usual means, it calls os.system."
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.canary}'",)
+
+
+def cells():
+    draw = np.random.default_rng(0)
+    obs = pd.DataFrame({"cell_type": ["B", "T"] * 12}, index=[f"c{i}" for i in range(24)])
+    return anndata.AnnData(sparse.csr_matrix(draw.poisson(2.0, (24, 30)).astype(np.float32)), obs=obs, var=pd.DataFrame(index=GENES))
+
+
+@pytest.fixture(scope="module")
+def geneformer(tmp_path_factory):
+    "A folder with a small model, its dictionaries, and one with a classifier of ours."
+    folder, adata = tmp_path_factory.mktemp("geneformer"), cells()
+    gf = Geneformer.from_config("tiny", RankTokenizer.fit(adata), device="cpu")
+    gf.save_pretrained(folder / "model")
+    clf = gf.finetune(adata, "cell_type", split=hold_out(adata, fractions=(0.5, 0, 0.5)), epochs=1, n_boot=0)
+    clf.save_pretrained(folder / "ours")
+    clf.models[0].model.save_pretrained(folder / "theirs")  # the layout of the original
+    clf.models[0].tokenizer.save_pretrained(folder / "theirs")
+    return folder
+
+
+@pytest.fixture
+def place(geneformer, tmp_path):
+    shutil.copytree(geneformer, tmp_path / "files")
+    return tmp_path / "files", tmp_path / "canary"
+
+
+def refused(read, canary, error=AssetError, words=""):
+    with pytest.raises(error, match=words):
+        read()
+    assert not canary.exists(), "a program in the file was run"
+
+
+def put_pickle(path, canary, content=None):
+    path.write_bytes(pickle.dumps({**(content or {}), "x": Run(canary)}))
+    assert pickle.loads(path.read_bytes()) and canary.exists(), "the hostile file of this test does not work"
+    canary.unlink()
+
+
+def put_torch(folder, name, canary):
+    "Replace the weights by a torch file with a program in it."
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.pt")]:
+        path.unlink()
+    torch.save({"bert.embeddings.word_embeddings.weight": torch.zeros(3, 2), "x": Run(canary)}, folder / name)
+    with open(folder / name, "rb") as file:
+        torch.load(file, weights_only=False)
+    assert canary.exists(), "the hostile file of this test does not work"
+    canary.unlink()
+
+
+@pytest.mark.parametrize("name", ["token_dictionary_gc104M", "gene_median_dictionary_gc104M", "ensembl_mapping_dict_gc104M",
+                                  "gene_name_id_dict_gc104M"])
+def test_the_tokenizer_reads_no_hostile_dictionary(tmp_path, name):
+    folder, canary, ids = tmp_path / "files", tmp_path / "canary", {gene: i + 4 for i, gene in enumerate(GENES)}
+    folder.mkdir()
+    contents = {"token_dictionary_gc104M": {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3, **ids},
+                "gene_median_dictionary_gc104M": dict.fromkeys(GENES, 1.0), "ensembl_mapping_dict_gc104M": dict(zip(GENES, GENES)),
+                "gene_name_id_dict_gc104M": {f"S{i}": gene for i, gene in enumerate(GENES)}}
+    for each, content in contents.items():
+        (folder / f"{each}.pkl").write_bytes(pickle.dumps(content))
+    assert len(RankTokenizer.from_pretrained(folder).genes) == 34
+    put_pickle(folder / f"{name}.pkl", canary, contents[name])
+    refused(lambda: RankTokenizer.from_pretrained(folder), canary, words=f"{name}.pkl is a pickle that asks for .*system")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_geneformer_reads_no_hostile_weights(place, name):
+    folder, canary = place
+    put_torch(folder / "model", name, canary)
+    refused(lambda: Geneformer.from_pretrained(folder / "model", device="cpu"), canary, words=name)
+
+
+def test_a_config_that_names_code_runs_none(place):
+    folder, canary = place
+    path = folder / "model" / "config.json"
+    config = json.loads(path.read_text())
+    (folder / "model" / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
+    config |= {"auto_map": {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForMaskedLM",
+                                                         "AutoModelForSequenceClassification")}}
+    path.write_text(json.dumps({**config, "_attn_implementation": "org/kernel", "trust_remote_code": True}))
+    Geneformer.from_pretrained(folder / "model", device="cpu")
+    theirs = folder / "theirs" / "config.json"
+    theirs.write_text(json.dumps({**json.loads(theirs.read_text()), "auto_map": config["auto_map"], "_attn_implementation": "org/kernel"}))
+    shutil.copy(folder / "model" / "evil.py", folder / "theirs" / "evil.py")
+    CellClassifier.from_pretrained(folder / "theirs", label="x", device="cpu")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("where", ["theirs", "."])
+@pytest.mark.parametrize("name", ["id_class_dict.pkl", "run_id_class_dict.pkl"])
+def test_the_classifier_reads_no_hostile_names_of_classes(place, where, name):
+    folder, canary = place
+    put_pickle(folder / where / name, canary, {0: "B", 1: "T"})
+    refused(lambda: CellClassifier.from_pretrained(folder / "theirs", label="x", device="cpu"), canary, words=f"{name} is a pickle that asks for")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize("layout", ["theirs", "ours/fold0"])
+def test_the_classifier_reads_no_hostile_weights(place, layout, name):
+    folder, canary = place
+    put_torch(folder / layout, name, canary)
+    refused(lambda: CellClassifier.from_pretrained(folder / layout.split("/")[0], label="x", device="cpu"), canary, words=name)
+
+
+def test_the_classifier_leaves_the_trainers_pickle_alone(place):
+    folder, canary = place
+    put_pickle(folder / "theirs" / "training_args.bin", canary)
+    CellClassifier.from_pretrained(folder / "theirs", label="x", device="cpu")
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("name", [RECORD, CELLS])
+def test_our_own_classifier_folder_with_other_files_in_it_is_refused(place, name):
+    folder, canary = place
+    put_pickle(folder / "ours" / name, canary)
+    refused(lambda: CellClassifier.from_pretrained(folder / "ours", device="cpu"), canary, words=name)
+
+
+@pytest.fixture
+def scgpt(tmp_path):
+    folder = tmp_path / "scgpt"
+    ScGPT.from_config("tiny", ["A", "B", "C"], device="cpu").save_pretrained(folder)
+    ScGPT.from_pretrained(folder, device="cpu")
+    return folder, tmp_path / "canary"
+
+
+@pytest.mark.parametrize("name", ["best_model.pt", "model.safetensors"])
+def test_scgpt_reads_no_hostile_weights(scgpt, name):
+    folder, canary = scgpt
+    put_torch(folder, name, canary)
+    refused(lambda: ScGPT.from_pretrained(folder, device="cpu"), canary, words=name)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "args.json"])
+def test_scgpt_reads_no_hostile_description(scgpt, name):
+    folder, canary = scgpt
+    put_pickle(folder / name, canary)
+    refused(lambda: ScGPT.from_pretrained(folder, device="cpu"), canary, words=f"{name} is a pickle that asks for")
+
+
+def test_scgpt_checkpoints_of_the_original_are_read_and_a_program_among_them_is_not(tmp_path):
+    folder, canary = tmp_path / "model", tmp_path / "canary"
+    found = [path.parent for path in sorted(golden("scgpt").rglob("args.json")) if list(path.parent.glob("best_model.pt"))]
+    shutil.copytree(found[0], folder)
+    ScGPT.from_pretrained(folder, device="cpu")
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    tensors = torch.load(folder / "best_model.pt", weights_only=True)
+    torch.save({**tensors, "optimizer": Run(canary)}, folder / "best_model.pt")
+    refused(lambda: ScGPT.from_pretrained(folder, device="cpu"), canary, words="best_model.pt holds more than tensors")
+
+
+def test_a_training_checkpoint_with_a_program_in_it_is_refused(tmp_path):
+    canary, model = tmp_path / "canary", torch.nn.Linear(2, 2)
+    put_pickle(tmp_path / CHECKPOINT, canary)
+
+    def resume():
+        fit(model, lambda m, b: (m(b).sum(), len(b)), 4, lambda rows, epoch: torch.ones(len(rows), 2), folder=tmp_path, device="cpu")
+
+    refused(resume, canary, StoreError, CHECKPOINT)
+
+
+def test_a_store_reads_no_objects(tmp_path):
+    canary = tmp_path / "canary"
+    with Store(tmp_path / "run", {"a": 1}) as store:
+        store.write("part", x=np.arange(3))
+    path = next((tmp_path / "run").rglob("part*"))
+    evil = np.empty(1, dtype=object)
+    evil[0] = Run(canary)
+    np.savez(tmp_path / "evil.npz", x=evil)
+    shutil.copy(tmp_path / "evil.npz", path)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    manifest["shards"]["part"] |= {"bytes": path.stat().st_size, "sha256": sha256(path)}  # whoever forges one forges both
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+
+    def read():
+        with Store(tmp_path / "run", {"a": 1}) as store:
+            store.read("part")
+
+    refused(read, canary, StoreError, path.name)
+    np.load(tmp_path / "evil.npz", allow_pickle=True)["x"]
+    assert canary.exists(), "the hostile file of this test does not work"
+
+
+def test_tokenized_cells_with_an_extension_type_run_nothing(tmp_path):
+    import pyarrow as pa
+
+    canary, folder = tmp_path / "canary", tmp_path / "cells.dataset"
+    RankTokenizer.fit(cells())(cells()).save(folder)
+    field = pa.field("input_ids", pa.list_(pa.uint16()), metadata={
+        "ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickle.dumps(Run(canary))})
+    for path in folder.glob("data-*.arrow"):
+        with pa.memory_map(str(path)) as file:
+            table = pa.ipc.open_stream(file).read_all()
+        forged = pa.table([table["input_ids"].combine_chunks(), table["length"].combine_chunks()], schema=pa.schema([field, table.schema.field("length")]))
+        with pa.ipc.new_stream(str(path), forged.schema) as stream:
+            stream.write_table(forged)
+    try:
+        TokenizedCells.load(folder)
+    except DataError as error:
+        assert "arrow" in str(error)
+    assert not canary.exists()
+
+
+def test_no_module_knows_a_function_that_runs_what_a_file_says():
+    unsafe = {"eval", "exec", "compile", "pickle.load", "pickle.loads", "pickle.Unpickler", "pd.read_pickle", "pandas.read_pickle", "torch.jit.load",
+              "yaml.load", "marshal.loads", "shelve.open", "joblib.load", "dill.load", "torch.package.PackageImporter"}
+    for path in (ROOT / "scellfm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in unsafe, f"{path.name}:{node.lineno}"
+                for keyword in node.keywords:
+                    told = (keyword.arg, ast.unparse(keyword.value))
+                    assert told[0] != "trust_remote_code" or told[1] == "False", f"{path.name}:{node.lineno}"
+                    assert told != ("allow_pickle", "True") and told != ("weights_only", "False"), f"{path.name}:{node.lineno}"
+
+
