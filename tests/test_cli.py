@@ -1,0 +1,285 @@
+"The command line: the same names and defaults as the Python, one sentence for a user's error, results alone on stdout."
+import inspect
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import scellfm
+from scellfm import cli
+from scellfm.core import settings
+from scellfm.data.cells import simulate_cells
+from scellfm.geneformer import CellClassifier, Geneformer, RankTokenizer, Screen, TokenizedCells
+
+COMMANDS = ["demo", "tokenize", "embed", "finetune", "perturb"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    "A folder with cells.h5ad, a model, and a classifier."
+    folder = tmp_path_factory.mktemp("cli")
+    adata = simulate_cells(60, 50, cell_types=["B", "T"], donors=3, depth=120, regulators=1, targets=3, programme_size=10,
+                           programme_effect=2.0, seed=2)
+    adata.write_h5ad(folder / "cells.h5ad")
+    Geneformer.from_config("tiny", RankTokenizer.fit(adata), device="cpu").save_pretrained(folder / "model")
+    code = cli.main(["finetune", str(folder / "cells.h5ad"), "--model", str(folder / "model"), "--label", "cell_type",
+                     "--by", "donor", "--k", "3", "--n-boot", "5", "--out", str(folder / "clf"), "--device", "cpu"])
+    assert code == 0
+    return folder
+
+
+def call(arguments, capsys):
+    "Exit code, stdout and stderr of a command line run in this process."
+    code = cli.main(arguments)
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def shell(*arguments, **more):
+    "A command line run in a process of its own."
+    return subprocess.run([str(Path(sys.executable).parent / "scellfm"), *arguments], capture_output=True, text=True, **more)
+
+
+def options_of(command):
+    "The parsed defaults of a command, by name."
+    return vars(cli.build_parser().parse_args(shlex.split(example_of(command))[1:]))
+
+
+def example_of(command):
+    parsers = next(action for action in cli.build_parser()._actions if action.dest == "command" or action.choices)
+    epilog = parsers.choices[command].epilog
+    assert epilog.startswith("example: scellfm ")
+    return epilog.removeprefix("example: ")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_ends_with_an_example_that_parses(command, capsys):
+    code, out, err = call([command, "--help"], capsys)
+    assert code == 0 and not err
+    last = out.strip().split("\n")[-1]
+    assert last == f"example: {example_of(command)}"
+    given = shlex.split(last.removeprefix("example: "))
+    assert given[:2] == ["scellfm", command]
+    assert cli.build_parser().parse_args(given[1:]).run is getattr(cli, command)
+
+
+def pairs():
+    from scellfm.demo import run_demo
+    from scellfm.data.splits import folds
+    from scellfm.geneformer.classifier import finetune
+    from scellfm.geneformer.perturbation import perturb
+
+    return {"demo": [run_demo], "embed": [Geneformer.embed, Geneformer.from_pretrained],
+            "tokenize": [RankTokenizer.__call__, RankTokenizer.from_pretrained],
+            "finetune": [finetune, folds, Geneformer.from_pretrained],
+            "perturb": [perturb, Screen.table, Geneformer.from_pretrained]}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_have_the_names_and_defaults_of_the_python(command):
+    parsers = next(action for action in cli.build_parser()._actions if action.choices)
+    defaults = {action.dest: action.default for action in parsers.choices[command]._actions}
+    compared = 0
+    for function in pairs()[command]:
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name not in defaults or parameter.default is inspect.Parameter.empty:
+                continue
+            if (command, name) == ("tokenize", "special"):  # a switch: given with --fit alone
+                continue
+            python, ours = parameter.default, defaults[name]
+            same = {"genes": ours == ["all"], "columns": ours == []}.get(name, ours == python)
+            assert same, f"{function.__qualname__}: {name}={python!r} in Python, {ours!r} on the command line"
+            compared += 1
+    assert compared >= 4
+
+
+def test_version_and_help_are_quick_and_import_no_model():
+    code = ("import sys; from scellfm.cli import main; main(['embed', '--help']);"
+            "assert not {'torch', 'transformers', 'pandas', 'scanpy'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_version(capsys):
+    assert call(["--version"], capsys) == (0, f"scellfm {scellfm.__version__}\n", "")
+
+
+def test_the_entry_point_is_installed():
+    run = shell("--version")
+    assert run.returncode == 0 and run.stdout.strip() == f"scellfm {scellfm.__version__}"
+
+
+def test_tokenize_writes_what_the_python_gives(place, tmp_path, capsys):
+    out = str(tmp_path / "cells.dataset")
+    given = ["tokenize", str(place / "cells.h5ad"), "--tokenizer", str(place / "model"), "--columns", "donor", "cell_type",
+             "--keep-counts", "--out", out]
+    assert call(given, capsys) == (0, f"{out}\n", "")
+    cells = TokenizedCells.load(out)
+    python = RankTokenizer.from_pretrained(place / "model")(str(place / "cells.h5ad"), keep_counts=True)
+    assert np.array_equal(cells.tokens, python.tokens) and list(cells.obs) == ["donor", "cell_type"]
+    np.testing.assert_array_equal(cells.counts, python.counts)
+
+
+def test_fitted_dictionaries_are_kept_and_used_again(place, tmp_path, capsys):
+    fit = ["tokenize", str(place / "cells.h5ad"), "--fit", str(tmp_path / "tok"), "--out", str(tmp_path / "one")]
+    again = ["tokenize", str(place / "cells.h5ad"), "--tokenizer", str(tmp_path / "tok"), "--out", str(tmp_path / "two")]
+    assert call(fit, capsys)[0] == call(again, capsys)[0] == 0
+    one, two = (TokenizedCells.load(tmp_path / name) for name in ("one", "two"))
+    assert np.array_equal(one.tokens, two.tokens)
+
+
+def test_embed_gives_the_same_vectors_in_every_format(place, tmp_path, capsys):
+    import anndata
+
+    model = ["--model", str(place / "model"), "--device", "cpu"]
+    for suffix in ("h5ad", "csv", "parquet"):
+        code, out, _ = call(["embed", str(place / "cells.h5ad"), *model, "--out", str(tmp_path / f"x.{suffix}"), "--quiet"], capsys)
+        assert (code, out) == (0, f"{tmp_path / f'x.{suffix}'}\n")
+    adata = anndata.read_h5ad(tmp_path / "x.h5ad")
+    python = Geneformer.from_pretrained(place / "model", device="cpu").embed(anndata.read_h5ad(place / "cells.h5ad"), copy=True)
+    np.testing.assert_array_equal(adata.obsm["X_geneformer"], python.obsm["X_geneformer"])
+    table = pd.read_parquet(tmp_path / "x.parquet")
+    np.testing.assert_array_equal(table.to_numpy(), python.obsm["X_geneformer"])
+    assert list(table.index) == list(adata.obs_names)
+    np.testing.assert_allclose(pd.read_csv(tmp_path / "x.csv", index_col="cell").to_numpy(), table.to_numpy(), rtol=1e-6)
+
+
+def test_a_tokenized_data_set_is_embedded_and_its_layer_chosen(place, tmp_path, capsys):
+    call(["tokenize", str(place / "cells.h5ad"), "--tokenizer", str(place / "model"), "--out", str(tmp_path / "d")], capsys)
+    for layer, name in (("-1", "a"), ("second_to_last", "b"), ("0", "c")):
+        given = ["embed", str(tmp_path / "d"), "--model", str(place / "model"), "--emb_layer", layer, "--device=cpu",
+                 "--out", str(tmp_path / f"{name}.parquet")]
+        assert call(given, capsys)[0] == 0
+    a, b, c = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in "abc")
+    assert a.equals(b) and not a.equals(c)
+    code, _, err = call(["embed", str(tmp_path / "d"), "--model", str(place / "model"), "--out", str(tmp_path / "x.h5ad")], capsys)
+    assert code == 2 and ".csv or .parquet" in err
+
+
+def test_finetune_prints_held_out_scores_beside_simple_methods(place, tmp_path, capsys):
+    code, out, _ = call(["finetune", str(place / "cells.h5ad"), "--model", str(place / "clf"), "--label", "cell_type",
+                         "--fractions", ".5", "0", ".5", "--stratify", "cell_type", "--n-boot", "5", "--device", "cpu",
+                         "--out", str(tmp_path / "clf")], capsys)
+    assert code == 0 and out.strip().split("\n")[-1] == str(tmp_path / "clf")
+    assert "held out" in out and "majority class" in out and "PCA + logistic regression" in out
+    assert len(CellClassifier.from_pretrained(tmp_path / "clf", device="cpu").models) == 1
+    assert len(CellClassifier.from_pretrained(place / "clf", device="cpu").models) == 3
+
+
+def test_perturb_reads_each_cell_with_the_fold_that_has_not_seen_it(place, tmp_path, capsys):
+    given = ["perturb", str(place / "cells.h5ad"), "--model", str(place / "clf"), "--state", "cell_type", "--start", "B",
+             "--goal", "T", "--max-cells", "4", "--device", "cpu", "--out", str(tmp_path)]
+    code, out, _ = call(given, capsys)
+    assert code == 0 and out.split() == [str(tmp_path / "screen"), str(tmp_path / "table.csv")]
+    screen, table = Screen.load(tmp_path / "screen"), pd.read_csv(tmp_path / "table.csv")
+    assert screen.shifts["cell"].nunique() == 4 and screen.params["donor"] == "donor"
+    assert list(table["gene"]) == list(screen.table()["gene"])
+
+
+def test_a_joint_perturbation_by_a_plain_model(place, tmp_path, capsys):
+    import anndata
+
+    adata = anndata.read_h5ad(place / "cells.h5ad")
+    genes = list(adata.var_names[np.argsort(-np.asarray((adata.X > 0).sum(0)).ravel(), kind="stable")[:2]])
+    given = ["perturb", str(place / "cells.h5ad"), "--model", str(place / "model"), "--genes", *genes, "--kind",
+             "overexpress", "--max-cells", "3", "--device", "cpu", "--out", str(tmp_path)]
+    code, _, err = call(given, capsys)
+    assert code == 0, err
+    assert set(Screen.load(tmp_path / "screen").shifts["gene"]) == {"+".join(genes)}
+
+
+def wrong(place, tmp_path):
+    "Command lines with something that a user can mend, and words of the sentence."
+    cells, model, out = str(place / "cells.h5ad"), ["--model", str(place / "model")], ["--out", str(tmp_path / "x.csv")]
+    broken = tmp_path / "broken.h5ad"
+    broken.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps(["TP53"]))
+    embed = ["embed", cells, *model]
+    finetune = ["finetune", cells, *model, "--out", str(tmp_path / "clf")]
+    return [
+        ([], "command"), (["embd"], "embd"), (["embed", cells], "--model"), ([*embed, *out, "--emb-layer", "7"], "emb_layer=7"),
+        ([*embed, *out, "--pool", "mean"], "pool='mean'"), ([*embed, "--out", "x.txt"], ".csv"),
+        ([*embed, *out, "--layer", "raw_counts"], "raw_counts"), ([*embed, *out, "--dtype", "float8"], "float8"),
+        ([*embed, *out, "--token-budget", "many"], "many"), (["embed", "nothing.h5ad", *model, *out], "nothing.h5ad"),
+        (["embed", str(broken), *model, *out], "broken.h5ad"), (["embed", cells, "--model", "no/such/model", *out], "no/such/model"),
+        ([*finetune, "--label", "celltype"], "celltype"), ([*finetune, "--label", "cell_type", "--by", "dono"], "donor"),
+        ([*finetune, "--label", "cell_type", "--fractions", ".5", ".5", ".5"], "sum"), (finetune, "--label"),
+        ([*finetune, "--classes", str(bad)], "dictionary of lists"), ([*finetune, "--classes", "none.json"], "none.json"),
+        ([*finetune, "--classes", cells], "JSON"),
+        (["perturb", cells, *model, *out, "--kind", "delet"], "delete"),
+        (["perturb", cells, *model, *out, "--state", "cell_type"], "start"),
+        (["perturb", cells, *model, *out, "--method", "ttest"], "goal_state_shift"),
+        (["tokenize", cells, *out], "--tokenizer"), (["tokenize", cells, "--tokenizer", str(tmp_path), *out], "dictionar"),
+        (["tokenize", str(tmp_path), "--fit", str(tmp_path / "t"), *out], "h5ad"),
+    ]
+
+
+def test_a_users_errors_are_one_plain_sentence_and_2(place, tmp_path, capsys):
+    for arguments, words in wrong(place, tmp_path):
+        code, out, err = call(arguments, capsys)
+        assert code == 2 and not out, arguments
+        assert words in err and "Traceback" not in err, (arguments, err)
+        assert err.endswith("\n") and err.count("\n") == 1 and re.match(r"scellfm[ a-z]*: error: ", err), (arguments, err)
+    assert not (tmp_path / "x.csv").exists() and not (tmp_path / "clf").exists()
+
+
+def test_the_same_from_a_shell(tmp_path):
+    run = shell("embed", "nothing.h5ad", "--model", str(tmp_path), "--out", "x.csv")
+    assert run.returncode == 2 and not run.stdout and run.stderr.count("\n") == 1 and "nothing.h5ad" in run.stderr
+
+
+def test_an_unwritable_place_is_a_users_error(place, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    given = ["embed", str(place / "cells.h5ad"), "--model", str(place / "model"), "--out", str(tmp_path / "file" / "x.csv")]
+    code, _, err = call(given, capsys)
+    assert code == 2 and "Traceback" not in err and "file" in err
+
+
+def test_a_fault_of_ours_is_not_dressed_as_a_users(monkeypatch):
+    def fault(options):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "demo", fault)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["demo"])
+
+
+def test_ctrl_c_is_130_without_traceback(tmp_path):
+    program = ("import sys, time, scellfm.cli as c\n"
+               "def wait(options):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+               "c.demo = wait\nsys.exit(c.main(['demo']))")
+    run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=30)
+    assert run.returncode == 130 and "Traceback" not in err
+
+
+def test_warnings_of_ours_are_one_line_and_those_of_others_stay_out(monkeypatch, capsys):
+    import warnings
+
+    def noisy(options):
+        scellfm.core.warn("two\nlines")
+        warnings.warn("for developers", FutureWarning, stacklevel=1)
+
+    monkeypatch.setattr(cli, "demo", noisy)
+    code, _, err = call(["demo"], capsys)
+    assert code == 0 and err == "scellfm: warning: two lines\n"
+
+
+def test_quiet_turns_progress_off_for_the_call_alone(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "demo", lambda options: seen.append(settings.progress))
+    monkeypatch.setattr(settings, "progress", True)
+    cli.main(["demo", "--quiet"])
+    cli.main(["demo"])
+    assert seen == [False, True] and settings.progress
