@@ -291,8 +291,11 @@ def finish_rows(rows: pd.DataFrame, obs: pd.DataFrame, names: np.ndarray, questi
 
 def gene_facts(gf: Geneformer, shifts: pd.DataFrame, cells, data, question: Question, layer) -> pd.DataFrame:
     """group, gene, symbol and log2fc (start against goal; NaN where counts or a goal are missing) of every gene
-    screened."""
+    screened, within a group in the order of the tokens."""
     facts = shifts[["group", "gene"]].drop_duplicates().reset_index(drop=True)
+    token = facts["gene"].str.split("+").str[0].map(gf.tokenizer.token_dictionary)
+    order = np.lexsort((token, pd.factorize(facts["group"])[0]))
+    facts = facts.iloc[order].reset_index(drop=True)
     facts["symbol"] = ["+".join(str(gf.tokenizer.symbol(part)) for part in gene.split("+")) for gene in facts["gene"]]
     facts["log2fc"] = np.nan
     if question.goal is None or not hasattr(data, "obs_names"):
@@ -314,14 +317,14 @@ def gene_facts(gf: Geneformer, shifts: pd.DataFrame, cells, data, question: Ques
 def gene_effects(gf: Geneformer, data, *, kind: str = "delete", genes="all", anchor: str | None = None,
                  emb_layer: int | str = -1,
                  layer: str | None = None, token_budget: int = 16384) -> pd.DataFrame:
-    """Per edit and remaining gene: gene (edited), affected, cell, cosine to the same gene in the unedited cell.
-    Grows with genes squared."""
+    """Per edit and remaining gene: gene (edited), affected, cell, cosine to the same gene in the unedited cell, and
+    the affected gene's symbol. Grows with genes squared; Screen.table(method='aggregate_gene_shifts') averages it."""
     tokens, anchor_token = asked_genes(gf.tokenizer, kind, genes, anchor)
     index, vocabulary = layer_index(emb_layer, gf.n_layers), np.asarray(gf.tokenizer.genes, dtype=object)
     cells = gf.cells(data, layer=layer)
     readable, names = gf.readable(cells), cell_names(cells)
     edits = make_edits(readable, kind, tokens, anchor_token, gf.special, gf.max_length)
-    joint = tokens is not None
+    joint, symbols = tokens is not None, np.array([str(gf.tokenizer.symbol(gene)) for gene in vocabulary], dtype=object)
     label = "+".join(vocabulary[tokens]) if joint else vocabulary[edited_tokens(readable, edits)]
     parts = []
     with progress(desc=f"{kind}: effects on genes", total=len(edits), unit="edit") as bar:
@@ -331,7 +334,8 @@ def gene_effects(gf: Geneformer, data, *, kind: str = "delete", genes="all", anc
                 batch = edits[rows[at]]
                 edited = label if joint else label[rows[at][edit]]
                 parts.append(pd.DataFrame({"gene": edited, "affected": vocabulary[ids[edit, column]],
-                                           "cell": names[batch.cell[edit]], "cosine": cosine[edit, column]}))
+                                           "cell": names[batch.cell[edit]], "cosine": cosine[edit, column],
+                                           "affected_symbol": symbols[ids[edit, column]]}))
     if not parts:
         raise DataError("no cell has the genes asked for; nothing can be perturbed")
     return pd.concat(parts, ignore_index=True)
