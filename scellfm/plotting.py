@@ -353,7 +353,8 @@ def plane(adata, basis: str) -> tuple[np.ndarray, list[str]]:
     values = np.asarray(adata.obsm[key], dtype=np.float64)
     kept = np.isfinite(values).all(1)
     if values.shape[1] < 2 or not kept.any():
-        raise DataError(f"obsm[{key!r}] has the shape {values.shape} and {kept.sum()} rows without NaN; two dimensions are needed")
+        raise DataError(f"obsm[{key!r}] has the shape {values.shape} and {kept.sum()} rows without NaN; a picture needs two columns and "
+                        "one such row: embed the cells again, or name another basis")
     if values.shape[1] == 2:
         return values, [f"{key} 1", f"{key} 2"]
     from scellfm.baselines import PCA

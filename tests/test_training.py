@@ -136,8 +136,12 @@ def test_kill_minus_nine_then_resume_gives_the_same_losses(tmp_path):
     time.sleep(0.4)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    resumed = fit(make(), loss, 93, batch, folder=tmp_path / "run", save_every=3, **options)
-    assert resumed.step_rows == fit(make(), loss, 93, batch, **options).step_rows
+    calls, model, whole = [], make(), make()
+    counted = lambda rows, epoch: calls.append(1) or batch(rows, epoch)  # noqa: E731
+    resumed = fit(model, loss, 93, counted, folder=tmp_path / "run", save_every=3, **options)
+    assert resumed.step_rows == fit(whole, loss, 93, batch, **options).step_rows
+    assert same(weights(model), weights(whole))
+    assert 0 < len(calls) < len(resumed.step_rows), "it began anew, or there was nothing left to do"
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
@@ -201,6 +205,46 @@ def test_two_gloo_processes_agree_with_one(tmp_path):
         assert theirs == pytest.approx(mine, rel=1e-4)
     for name, value in model.state_dict().items():
         np.testing.assert_allclose(np.array(two["weights"][name]), value.numpy(), atol=1e-4)
+
+
+def test_a_run_on_two_processes_that_was_killed_goes_on_with_one(tmp_path):
+    body = """
+        import os, signal
+        steps = []
+        def dying(rows, epoch):
+            steps.append(1)
+            if len(steps) > 20:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return batch(rows, epoch)
+        fit(make(dropout=0.0), loss, 93, dying, folder=sys.argv[1], save_every=4, **options)
+    """
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    process = run_script(tmp_path / "run.py", body, tmp_path / "run", prefix=launch)
+    process.communicate(timeout=120)
+    assert process.returncode != 0 and (tmp_path / "run" / CHECKPOINT).exists()
+    model, whole = make(dropout=0.0), make(dropout=0.0)
+    resumed = fit(model, loss, 93, batch, folder=tmp_path / "run", save_every=4, **options)
+    expected = fit(whole, loss, 93, batch, **options)
+    np.testing.assert_allclose(np.array(resumed.step_rows), np.array(expected.step_rows), rtol=2e-4, atol=1e-5)
+    for name, value in whole.state_dict().items():
+        np.testing.assert_allclose(model.state_dict()[name].numpy(), value.numpy(), atol=1e-4)
+
+
+def test_early_stopping_on_a_named_split_keeps_its_best_weights():
+    def swapped(at, epoch):
+        return {**batch(at, epoch), "y": torch.tensor([1, 0, 2])[batch(at, epoch)["y"]]}
+
+    sets, best = {"near": Rows(93, batch), "far": Rows(93, swapped)}, {}
+    for name, rows in sets.items():
+        model = make()
+        history = fit(model, loss, 93, batch, valid=sets, stop=f"{name}_loss", patience=1, **options)
+        losses = history.epochs[f"{name}_loss"]
+        best[name] = history.best
+        assert history.best == int(losses.argmin())
+        with torch.no_grad():
+            total, count = loss(model.eval(), rows.batch(np.arange(93), 0))
+        assert losses[history.best] == pytest.approx((total / count).item(), rel=1e-5)
+    assert best["far"] < best["near"]  # what is learnt from one is unlearnt for the other
 
 
 def test_early_stopping_keeps_the_best_epoch(tmp_path):
