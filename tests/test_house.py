@@ -41,8 +41,8 @@ def test_module_keeps_the_house_rules(path):
             assert node.end_lineno - node.lineno < 60, f"{node.name} is too long"
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
-            if path.name not in ("assets.py", "pickles.py"):
-                assert not {"pickle", "dill", "joblib"} & set(names), "only the restricted reader may know pickle"
+            if [alias.name for alias in node.names] != ["UnpicklingError"]:  # what torch's safe reader raises
+                assert not {"pickle", "dill", "joblib", "cloudpickle"} & set(names), "no module may know pickle"
         if isinstance(node, ast.Call) and path.name != "cli.py":
             assert ast.unparse(node.func) != "print", f"print in line {node.lineno}"
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
