@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 import scellfm
-from scellfm import cli
+from scellfm import cli, commands
 from scellfm.core import settings
 from scellfm.data.cells import simulate_cells
 from scellfm.geneformer import CellClassifier, Geneformer, RankTokenizer, Screen, TokenizedCells
@@ -68,7 +68,7 @@ def test_every_help_ends_with_an_example_that_parses(command, capsys):
     assert last == f"example: {example_of(command)}"
     given = shlex.split(last.removeprefix("example: "))
     assert given[:2] == ["scellfm", command]
-    assert cli.build_parser().parse_args(given[1:]).run is getattr(cli, command)
+    assert cli.build_parser().parse_args(given[1:]).run is getattr(commands, command)
 
 
 def pairs():
@@ -247,15 +247,15 @@ def test_a_fault_of_ours_is_not_dressed_as_a_users(monkeypatch):
     def fault(options):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "demo", fault)
+    monkeypatch.setattr(commands, "demo", fault)
     with pytest.raises(ZeroDivisionError):
         cli.main(["demo"])
 
 
 def test_ctrl_c_is_130_without_traceback(tmp_path):
-    program = ("import sys, time, scellfm.cli as c\n"
+    program = ("import sys, time, scellfm.cli as c, scellfm.commands as d\n"
                "def wait(options):\n    print('ready', flush=True)\n    time.sleep(60)\n"
-               "c.demo = wait\nsys.exit(c.main(['demo']))")
+               "d.demo = wait\nsys.exit(c.main(['demo']))")
     run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout.readline() == "ready\n"
     time.sleep(0.2)
@@ -271,14 +271,14 @@ def test_warnings_of_ours_are_one_line_and_those_of_others_stay_out(monkeypatch,
         scellfm.core.warn("two\nlines")
         warnings.warn("for developers", FutureWarning, stacklevel=1)
 
-    monkeypatch.setattr(cli, "demo", noisy)
+    monkeypatch.setattr(commands, "demo", noisy)
     code, _, err = call(["demo"], capsys)
     assert code == 0 and err == "scellfm: warning: two lines\n"
 
 
 def test_quiet_turns_progress_off_for_the_call_alone(monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "demo", lambda options: seen.append(settings.progress))
+    monkeypatch.setattr(commands, "demo", lambda options: seen.append(settings.progress))
     monkeypatch.setattr(settings, "progress", True)
     cli.main(["demo", "--quiet"])
     cli.main(["demo"])
