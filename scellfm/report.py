@@ -276,7 +276,6 @@ class Report:
         from scellfm.store import atomic_write
 
         folder, record = Path(folder), self.to_dict()
-        folder.mkdir(parents=True, exist_ok=True)
         contents = {"report.json": json.dumps(record, indent=1, allow_nan=False), "report.html": report_page(self, record)}
         for name, content in contents.items():
             with atomic_write(folder / name) as part:

@@ -187,6 +187,7 @@ class Checkpoint:
 
     def save(self, model, optimizer, best: Mapping, history: History, progress_: dict) -> None:
         "Replace the checkpoint in one move."
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         if self.path is None:
@@ -196,9 +197,11 @@ class Checkpoint:
                    for part, values in parts.items() for name, value in values.items()}
         tensors["steps"] = torch.tensor(np.array(history.step_rows, float).reshape(-1, len(STEP_COLUMNS)))
         record = {"identity": self.identity, "progress": progress_, "history": {**history.to_dict(), "step_rows": []}}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.path) as part:
-            save_file(tensors, part, metadata={"scellfm": json.dumps(record)})
+            try:
+                save_file(tensors, part, metadata={"scellfm": json.dumps(record)})
+            except SafetensorError as error:  # its way to say that the disk is full
+                raise OSError(str(error)) from error
 
     def load(self, model, optimizer) -> tuple[dict, History, dict] | None:
         "Put model and optimiser back; returns (best weights, history, progress), or None where nothing was saved."

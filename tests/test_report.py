@@ -160,14 +160,29 @@ def test_saving_again_replaces_and_leaves_no_parts(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_our_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises((StoreError, FileExistsError, NotADirectoryError)):
-        full_report().save(tmp_path / "file" / "below")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StoreError, match="report.json could not be written.*choose another folder"):
+            full_report().save(folder)
+    assert (tmp_path / "file").read_text() == "in the way"
 
 
 def test_figures_do_not_stay_open():
     plt.close("all")
     full_report()
     assert not plt.get_fignums()
+
+
+def test_page_prints_on_paper(saved, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium on PATH")
+    paper = tmp_path / "report.pdf"
+    flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
+             f"--disable-sync --user-data-dir={tmp_path / 'profile'} --no-pdf-header-footer --print-to-pdf={paper}").split()
+    subprocess.run([browser, *flags, saved[0].as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    data = paper.read_bytes()
+    pages = len(re.findall(rb"/Type\s*/Page\b", data))
+    assert data.startswith(b"%PDF") and 1 < pages < 12, pages
 
 
 @pytest.mark.parametrize("width", [390, 1100])

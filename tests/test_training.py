@@ -174,6 +174,31 @@ def test_a_checkpoint_of_another_beginning_is_refused(tmp_path):
         fit(other, loss, 93, batch, folder=tmp_path, **options)
 
 
+def test_a_full_disk_stops_training_which_then_goes_on(tmp_path):
+    resource = pytest.importorskip("resource")
+    fit(make(), loss, 93, batch, folder=tmp_path / "sized", **{**options, "epochs": 1})
+    size = (tmp_path / "sized" / CHECKPOINT).stat().st_size  # it grows with the history: later ones find no room
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 300, old[1]))
+    try:
+        with pytest.raises(StoreError, match=f"{CHECKPOINT} could not be written.*make room"):
+            fit(make(), loss, 93, batch, folder=tmp_path / "run", save_every=3, **options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [CHECKPOINT]
+    calls, model, whole = [], make(), make()
+    counted = lambda rows, epoch: calls.append(1) or batch(rows, epoch)  # noqa: E731
+    resumed = fit(model, loss, 93, counted, folder=tmp_path / "run", save_every=3, **options)
+    assert resumed.step_rows == fit(whole, loss, 93, batch, **options).step_rows and same(weights(model), weights(whole))
+    assert len(calls) < len(resumed.step_rows)
+
+
+def test_a_folder_that_is_a_file_is_a_store_error(tmp_path):
+    (tmp_path / "taken").write_text("in the way")
+    with pytest.raises(StoreError, match=f"{CHECKPOINT} could not be written.*choose another folder"):
+        fit(make(), loss, 93, batch, folder=tmp_path / "taken", **options)
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     fit(make(), loss, 93, batch, folder=tmp_path, **options)
     path = tmp_path / CHECKPOINT
