@@ -362,6 +362,12 @@ class Geneformer:
 
         return finetune(self, data, label, **settings)
 
+    def finetune_genes(self, data, classes, **settings):
+        "Fine-tune a classifier of genes (see `scellfm.geneformer.genes.finetune_genes`); `classes`: {name: genes}."
+        from scellfm.geneformer.genes import finetune_genes
+
+        return finetune_genes(self, data, classes, **settings)
+
     def perturb(self, data, **settings):
         "Perturb genes in silico (see `scellfm.geneformer.perturbation.perturb`); returns a Screen."
         from scellfm.geneformer.perturbation import perturb
