@@ -33,8 +33,8 @@ def metric_name(metric: str) -> str:
 
 
 def is_aside(method: str) -> bool:
-    "Whether a row is shown for information only: scores on training cells, and ceilings."
-    return "training cells" in str(method) or "ceiling" in str(method)
+    "Whether a row is shown for information only: scores on training cells or genes, and ceilings."
+    return any(words in str(method) for words in ("training cells", "training genes", "ceiling"))
 
 # %% ../../nbs/scores/table.ipynb #cbc1810c
 def plain(value):
