@@ -237,6 +237,18 @@ def test_tokenized_cells_with_an_extension_type_run_nothing(tmp_path):
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("content", [b"<html>log in</html>", b"", b"[1]", b'{"a": '])
+@pytest.mark.parametrize("name", ["state.json", "tokenizer_report.json", "rank_tokenizer.json"])
+def test_a_description_that_is_damaged_is_named(tmp_path, name, content):
+    tok = RankTokenizer.fit(cells())
+    tok(cells()).save(tmp_path / "cells.dataset")
+    tok.save_pretrained(tmp_path / "tokenizer")
+    path = next(tmp_path.rglob(name))
+    path.write_bytes(content)
+    with pytest.raises(AssetError, match=name):
+        RankTokenizer.from_pretrained(path.parent) if path.parent.name == "tokenizer" else TokenizedCells.load(path.parent)
+
+
 def test_no_module_knows_a_function_that_runs_what_a_file_says():
     unsafe = {"eval", "exec", "compile", "pickle.load", "pickle.loads", "pickle.Unpickler", "pd.read_pickle", "pandas.read_pickle", "torch.jit.load",
               "yaml.load", "marshal.loads", "shelve.open", "joblib.load", "dill.load", "torch.package.PackageImporter"}

@@ -245,10 +245,12 @@ def read_dataset(folder: Path) -> TokenizedCells:
     "Open a Hugging Face data set folder with the columns of the original Geneformer; see `TokenizedCells.load`."
     import pyarrow as pa
 
+    from scellfm.assets import read_dictionary
+
     if not (folder / "state.json").exists():
         raise DataError(f"{folder} is not a saved data set (no state.json in it); name the folder that was written by "
                         "save(), tokenize_files() or the original Geneformer (prefix.dataset)")
-    state = json.loads((folder / "state.json").read_text(encoding="utf8"))
+    state = read_dictionary(folder / "state.json")
     table = pa.concat_tables([read_stream(folder / part["filename"]) for part in state["_data_files"]])
     if "input_ids" not in table.column_names or state.get("_indices_data_files"):
         raise DataError(f"{folder} has the columns {table.column_names} and {'an' if state.get('_indices_data_files') else 'no'} "
@@ -266,7 +268,7 @@ def read_dataset(folder: Path) -> TokenizedCells:
     if (folder / "cells.arrow").exists():
         origin = read_stream(folder / "cells.arrow")
         names, cell_index = origin["name"].to_numpy(), origin["cell_index"].to_numpy()
-        ours = json.loads((folder / "tokenizer_report.json").read_text(encoding="utf8"))
+        ours = read_dictionary(folder / "tokenizer_report.json")
         report, special = ours["report"], ours["special"]
     obs.index = pd.Index(names, dtype=str)
     return TokenizedCells(tokens, offsets, obs, cell_index, counts, report, special)

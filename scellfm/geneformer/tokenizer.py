@@ -117,12 +117,12 @@ class RankTokenizer:
 
         `version` ("V1", "V2") chooses where a folder holds both. AssetError: missing, unsafe, or not fitting each other.
         """
-        from scellfm.assets import find
+        from scellfm.assets import find, read_dictionary
 
         folder = find(path_or_hub_id, subfolder, revision, local_files_only, PATTERNS)
         found, settings = read_dictionaries(folder, version), {}
         if (Path(folder) / "rank_tokenizer.json").exists():
-            settings = json.loads((Path(folder) / "rank_tokenizer.json").read_text(encoding="utf8"))
+            settings = read_dictionary(Path(folder) / "rank_tokenizer.json")
         settings |= {key: value for key, value in (("max_length", max_length), ("special", special)) if value is not None}
         return cls(found.tokens, found.medians, found.mapping, found.gene_names, **settings)
 
