@@ -45,6 +45,8 @@ def plain(cell):
     if "output: asis" in directives:
         texts = [o.data["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", {})]
         return markdown_cell(re.sub(r"\)\{[^}]*\}", ")", "\n\n".join(texts))) if texts else None
+    if "echo: false" in directives:
+        cell.metadata["tags"] = ["hide-input"]
     cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     return cell
 
@@ -61,8 +63,19 @@ def page_notebook(path: Path, page: Path):
     notebook.cells = [shown for shown in map(plain, notebook.cells) if shown is not None]
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = relative(cell.source, page)
+            cell.source = re.sub(r"^#+ .*$", lambda m: m[0].replace("`", ""), relative(cell.source, page), flags=re.M)
     return notebook
+
+
+def unique_headings(page: Path) -> None:
+    "Number the headings of one page that have the same name, as its table of contents does."
+    seen = {}
+
+    def numbered(match):
+        count = seen[match[2]] = seen.get(match[2], -1) + 1
+        return f'{match[1]}{match[2]}_{count}"' if count else match[0]
+
+    page.write_text(re.sub(r'(<h[1-6] id=")([^"]+)"', numbered, page.read_text(encoding="utf8")), encoding="utf8")
 
 
 def navigation(contents: list) -> list:
@@ -87,24 +100,27 @@ def build(pages: Path, out: Path) -> None:
         "nav": navigation(quarto["sidebar"]["contents"]),
         "theme": {"name": "material", "font": False, "features": ["navigation.sections", "navigation.top", "toc.follow"],
                   "palette": {"primary": "indigo"}},
-        "plugins": ["search", {"mkdocs-jupyter": {"execute": False, "include_source": False, "ignore_h1_titles": False}}],
+        "plugins": ["search", {"mkdocs-jupyter": {"execute": False, "include_source": False, "ignore_h1_titles": False,
+                                                  "remove_tag_config": {"remove_input_tags": ["hide-input"]}}}],
         "extra_css": ["styles.css"],
     }
     config_file = pages.parent / "mkdocs.yml"
     config_file.write_text(yaml.safe_dump(settings, sort_keys=False))
     logging.getLogger("mkdocs").setLevel(logging.ERROR)
     mkdocs_build(load_config(str(config_file)))
+    for page in out.rglob("*.html"):
+        unique_headings(page)
 
 
 def readme(path: Path) -> tuple[str, dict[str, bytes]]:
     "README.md and the pictures that it shows, made of the index notebook."
     from nbconvert import MarkdownExporter
-    from nbconvert.preprocessors import ExtractOutputPreprocessor
+    from nbconvert.preprocessors import ExtractOutputPreprocessor, TagRemovePreprocessor
 
     exporter = MarkdownExporter()
+    exporter.register_preprocessor(TagRemovePreprocessor(remove_input_tags={"hide-input"}), enabled=True)
     exporter.register_preprocessor(ExtractOutputPreprocessor(output_filename_template="picture_{cell_index}_{index}{extension}"), enabled=True)
     notebook = page_notebook(path, Path("index.ipynb"))
-    notebook.cells = [cell for cell in notebook.cells]
     text, resources = exporter.from_notebook_node(notebook)
     pictures = {Path(name).name: data for name, data in resources.get("outputs", {}).items() if name.endswith(".png")}
     text = re.sub(r"!\[png\]\(([^)]+)\)", lambda m: f"![]({(PICTURES / Path(m[1]).name).as_posix()})", text)
