@@ -2,6 +2,7 @@
 
     python tools/run_notebooks.py [notebook ...]    default: every notebook under nbs/
 
+A notebook whose front matter says `skip_exec` needs real data and runs only where SCELLFM_DATA is set.
 Cells marked `eval: false`, or with a flag listed in settings.ini's `tst_flags`, keep the outputs
 that they have. A notebook that fails is left untouched and the exit code is 1.
 """
@@ -34,6 +35,9 @@ def run(path: Path) -> bool:
     "Execute one notebook, write its outputs into the file; False when a cell raises."
     flags = set(get_config().tst_flags.split())
     processed = NBProcessor(path, procs=FrontmatterProc, process=True).nb
+    if getattr(processed, "frontmatter_", {}).get("skip_exec") and "SCELLFM_DATA" not in os.environ:
+        print(f"{path}: left as it is (set SCELLFM_DATA to run it)", flush=True)
+        return True
     shell = CaptureShell(path, mpl_format="png")
     shell.run_cell("import matplotlib; matplotlib.rcParams['figure.dpi'] = 80")
     start = time.time()
