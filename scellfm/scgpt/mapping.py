@@ -84,19 +84,21 @@ def held_out_neighbours(rows, chosen: np.ndarray, k: int, groups: np.ndarray | N
 
 
 def confidence_table(confidence: np.ndarray, right: np.ndarray) -> pd.DataFrame:
-    "For each confidence that occurs: the share of cells called at it or above, and the accuracy among them."
+    "For each confidence that occurs: the cells called at it or above, their share, and the accuracy among them."
     levels, inverse = np.unique(confidence.round(9), return_inverse=True)
     n, good = (np.bincount(inverse, w)[::-1].cumsum()[::-1] for w in (np.ones(len(right)), right))
-    return pd.DataFrame({"min_confidence": levels, "called": n / len(right), "accuracy": good / n})
+    return pd.DataFrame({"min_confidence": levels, "n": n.astype(int), "called": n / len(right), "accuracy": good / n})
 
 
-def lowest_threshold(table: pd.DataFrame, accuracy: float) -> float:
-    "The lowest confidence with at least `accuracy` among the cells called; the highest there is, with a warning, if none has."
-    enough = table[table["accuracy"] >= accuracy]
-    if enough.empty:
-        warn(f"no threshold reaches an accuracy of {accuracy:.0%}: with all votes for one label it is {table['accuracy'].iloc[-1]:.1%}", stacklevel=4)
-        return float(table["min_confidence"].iloc[-1])
-    return float(enough["min_confidence"].iloc[0])
+def lowest_threshold(table: pd.DataFrame, accuracy: float, enough: int = 20) -> float:
+    "The lowest confidence with at least `accuracy` among `enough` cells; the highest with that many, and a warning, if there is none."
+    judged = table[table["n"] >= min(enough, table["n"].max())]
+    reached = judged[judged["accuracy"] >= accuracy]
+    if reached.empty:
+        warn(f"no threshold reaches an accuracy of {accuracy:.0%}: at a confidence of {judged['min_confidence'].iloc[-1]:.2f} or more it is "
+             f"{judged['accuracy'].iloc[-1]:.1%}; that one is set", stacklevel=4)
+        return float(judged["min_confidence"].iloc[-1])
+    return float(reached["min_confidence"].iloc[0])
 
 # %% ../../nbs/scgpt/mapping.ipynb #ef4c9ac2
 SAVED = ("use_rep", "label", "k", "vote", "ties", "min_confidence", "max_distance")

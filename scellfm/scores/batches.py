@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
@@ -226,12 +227,9 @@ def integration(adata, reps, batch: str | None = None, label: str | None = None,
 
 def table_of(results: dict, adata, reps: list[str], settings: dict) -> Scores:
     "The Scores of (scores, details) by method."
-    import scanpy
-    import sklearn
-
     table = pd.DataFrame({name: scores for name, (scores, _) in results.items()}).T[list(METRICS)]
     sizes = [f"{adata.obs[settings[role]].nunique()} {word}" for role, word in (("batch", "batches"), ("label", "labels")) if settings[role]]
     return Scores(table, details={name: details for name, (_, details) in results.items()},
                   title=f"Integration of {adata.n_obs:,} cells, {', '.join(sizes)}",
-                  origin={**settings, "reps": reps, "n_cells": adata.n_obs, "definitions": "scib 1.1.7", "scanpy": scanpy.__version__,
-                          "scikit-learn": sklearn.__version__, "python": platform.python_version()})
+                  origin={**settings, "reps": reps, "n_cells": adata.n_obs, "definitions": "scib 1.1.7", **{name: version(name) for name in ("scanpy", "scikit-learn")},
+                          "python": platform.python_version()})
