@@ -258,8 +258,8 @@ def finetune(options: argparse.Namespace) -> str:
 def finetune_options(commands) -> None:
     "The options of `scellfm finetune`."
     parser = add_command(commands, "finetune", finetune, "a classifier of cells or of genes, judged on those held out",
-                         "scellfm finetune demo --model runs/demo/classifier --label cell_type --k 2 "
-                         "--out runs/cell-types")
+                         "scellfm finetune demo --model runs/demo/classifier --label cell_type "
+                         "--stratify cell_type --k 2 --out runs/cell-types")
     add_cells(parser)
     add_model(parser)
     add(parser, "--out", "folder of the classifier", required=True)
@@ -294,7 +294,7 @@ def perturb(options: argparse.Namespace) -> str:
              "token_budget", "folder")
     ask = {name: getattr(options, name) for name in names}
     ask["genes"] = "all" if options.genes == ["all"] else options.genes
-    ask |= {} if options.donor is None else {"donor": options.donor}
+    ask |= {name: getattr(options, name) for name in ("donor", "quartiles") if getattr(options, name) is not None}
     if is_classifier(options.model) and options.subfolder is None:
         from scellfm.geneformer import CellClassifier
 
@@ -320,6 +320,7 @@ def perturb_options(commands) -> None:
         default=["all"])
     for name, kind, value, about in (
         ("anchor", str, None, "with all: each gene is deleted together with this one"),
+        ("quartiles", int, None, "how far the kinds that shift a gene's rank shift it, 1 to 3"),
         ("state", str, None, "column of obs that holds states"), ("goal", str, None, "state to move to"),
         ("start", str, None, "state of the cells that are perturbed"),
         ("groupby", str, None, "column of obs within whose groups all happens"),
