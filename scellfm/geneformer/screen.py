@@ -47,9 +47,8 @@ class Screen:
 
     shifts: one row per edit of a cell (gene, cell, donor, group, rank, shift; shift_<state> or cosine; model if
     cross-fitted).
-    genes: group, gene, symbol, log2fc (start against goal), in the order of the tokens. params: how it was made. shift is positive towards the
-    goal;
-    without a goal it is 1 - cosine: larger means a larger effect."""
+    genes: group, gene, symbol, log2fc (start against goal), in the order of the tokens. params: how it was made.
+    shift is positive towards the goal; without a goal it is 1 - cosine: larger means a larger effect."""
 
     shifts: pd.DataFrame
     genes: pd.DataFrame
