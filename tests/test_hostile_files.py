@@ -105,6 +105,15 @@ def test_geneformer_reads_no_hostile_weights(place, name):
     refused(lambda: Geneformer.from_pretrained(folder / "model", device="cpu"), canary, words=name)
 
 
+@pytest.mark.parametrize("content", [b"<html>log in</html>", b"", b"[1]", b'{"a": '])
+@pytest.mark.parametrize("name", ["config.json", "token_dictionary.json", "gene_median_dictionary.json", "rank_tokenizer.json"])
+def test_a_damaged_file_of_a_model_is_named_although_a_whole_one_lies_next_to_it(place, name, content):
+    folder, _ = place
+    (folder / "model" / name).write_bytes(content)
+    with pytest.raises(AssetError, match=name):
+        Geneformer.from_pretrained(folder / "model", device="cpu")
+
+
 def test_a_config_that_names_code_runs_none(place):
     folder, canary = place
     path = folder / "model" / "config.json"

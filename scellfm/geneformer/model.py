@@ -177,6 +177,8 @@ def load_model(folder: Path):
                          f"model.safetensors") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AssetError(f"{folder / 'config.json'} is no JSON ({error}); download it again") from error
+    if not isinstance(config, dict):
+        raise AssetError(f"{folder / 'config.json'} holds a {type(config).__name__} and no settings; download it again")
     if config.get("model_type") != "bert":
         raise AssetError(f"{folder / 'config.json'} describes a model of type {config.get('model_type')!r}; "
                          f"Geneformer is 'bert'")
@@ -205,17 +207,20 @@ def fitting_tokenizer(folder: Path, vocabulary: int, positions: int, hub: dict |
 
     found = []
     for place, arguments in dictionary_places(folder, hub):
+        errors = []
         for version in (None, "V1", "V2"):
             try:
                 tokenizer = RankTokenizer.from_pretrained(place, version=version, max_length=positions, **arguments)
             except AssetError as error:
-                logger.debug("no tokenizer in %s: %s", place, error)
+                errors.append(error)
                 continue
             if len(tokenizer.genes) == vocabulary:
                 return tokenizer
             found.append(f"{Path(place).name} ({tokenizer.version}, {len(tokenizer.genes):,} tokens)")
             if version is None:
                 break  # this place has one dictionary, and it is another model's
+        if len(errors) == 3 and place == folder and any(folder.glob("*token_dictionary*")):
+            raise errors[0]  # the model's own dictionary is damaged: another folder's might mean other genes
     seen = f"found: {', '.join(dict.fromkeys(found))}" if found else "no token dictionary was found"
     raise AssetError(f"no tokenizer with the model's {vocabulary:,} tokens lies in {folder} or next to it; {seen}. "
                      "Pass the right one: tokenizer=RankTokenizer.from_pretrained(folder_of_the_dictionaries)")
