@@ -63,7 +63,7 @@ def journey(adata: AnnData, *, pretrain_epochs: int = PRETRAIN_EPOCHS, finetune_
     from scellfm.geneformer import Geneformer, RankTokenizer
 
     cells = two_states(adata)
-    model = Geneformer.from_config("tiny", RankTokenizer.fit(adata), seed=seed)
+    model = Geneformer.from_config("tiny", RankTokenizer.fit(adata, special=True), seed=seed)
     model.pretrain(adata, epochs=pretrain_epochs, learning_rate=3e-3, seed=seed)
     classifier = model.finetune(cells, label="state", split=folds(cells, k=3, stratify="state", seed=seed),
                                 epochs=finetune_epochs, learning_rate=2e-3, seed=seed)

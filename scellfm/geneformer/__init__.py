@@ -5,4 +5,5 @@ __getattr__, __dir__ = _lazy(__name__, {
     "RankTokenizer": "tokenizer", "TokenizedCells": "tokenized",
     "Geneformer": "model", "CellClassifier": "classifier",
     "perturb": "perturbation", "gene_effects": "perturbation", "Screen": "screen",
+    "GeneClassifier": "genes",
 })

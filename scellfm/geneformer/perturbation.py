@@ -305,7 +305,7 @@ def finish_rows(rows: pd.DataFrame, obs: pd.DataFrame, names: np.ndarray, questi
 
 
 def gene_facts(gf: Geneformer, shifts: pd.DataFrame, cells, data, question: Question, layer) -> pd.DataFrame:
-    """group, gene, symbol and log2fc (start against goal; NaN where counts or a goal are missing) of every gene
+    """group, gene, symbol and log2fc (goal over start; NaN where counts or a goal are missing) of every gene
     screened, within a group in the order of the tokens."""
     facts = shifts[["group", "gene"]].drop_duplicates().reset_index(drop=True)
     token = facts["gene"].str.split("+").str[0].map(gf.tokenizer.token_dictionary)

@@ -47,7 +47,7 @@ class Screen:
 
     shifts: one row per edit of a cell (gene, cell, donor, group, rank, shift; shift_<state> or cosine; model if
     cross-fitted).
-    genes: group, gene, symbol, log2fc (start against goal), in the order of the tokens. params: how it was made.
+    genes: group, gene, symbol, log2fc (goal over start), in the order of the tokens. params: how it was made.
     shift is positive towards the goal; without a goal it is 1 - cosine: larger means a larger effect."""
 
     shifts: pd.DataFrame
