@@ -105,7 +105,7 @@ def test_the_fold_change_stands_beside_each_gene(screen):
     table = screen.table(group=CD4).set_index("symbol")
     assert table["log2fc"].notna().all()
     assert table.loc["ISG15", "log2fc"] < -2  # towards control: interferon-induced genes fall
-    assert table["log2fc"].abs().idxmax() in RESPONSE
+    assert table["log2fc"].abs().rank(pct=True)["ISG15"] > 0.95
 
 
 def test_known_targets_are_ranked_beside_the_rankings_that_cost_nothing(screen):
