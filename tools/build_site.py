@@ -54,6 +54,7 @@ def plain(cell):
 def relative(text: str, page: Path) -> str:
     "Turn links to the published site into links that work from `page` wherever the site lies."
     up = "../" * (len(page.parts) - 1)
+    text = re.sub(rf"({re.escape(SITE)}/[\w/]+\.html#\w+)\.\w+", r"\1", text)  # a method's link goes to its class
     return text.replace(SITE + "/", up)
 
 
