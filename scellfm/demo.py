@@ -5,6 +5,7 @@
 # %% ../nbs/demo.ipynb #e2855833
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['STATES', 'PRETRAIN_EPOCHS', 'FILES', 'EXPLANATION', 'two_states', 'Demo', 'journey', 'figures', 'write_report',
-           'run_demo']
+           'one_thread', 'run_demo']
 
 # %% ../nbs/demo.ipynb #d7200899
 STATES = {"CD14+ Monocyte": "monocyte", "CD8+ Cytotoxic T": "T cell", "CD8+/CD45RA+ Naive Cytotoxic": "T cell",
@@ -104,6 +105,19 @@ def write_report(folder: Path, adata: AnnData, model, classifier, screen, table:
     report.add_table(table.head(50), "The first fifty genes", "All genes are in table.csv.")
     report.save(folder)
 
+# %% ../nbs/demo.ipynb #f618936b
+@contextmanager
+def one_thread():
+    "Torch on one thread within the block: sums are added in the same order, however many cores there are."
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
 # %% ../nbs/demo.ipynb #834816af
 def run_demo(out="runs/demo", *, pretrain_epochs: int = PRETRAIN_EPOCHS, finetune_epochs: int = 5, max_cells: int | None = None,
              seed: int = 0) -> Demo:
@@ -117,7 +131,7 @@ def run_demo(out="runs/demo", *, pretrain_epochs: int = PRETRAIN_EPOCHS, finetun
     folder.mkdir(parents=True, exist_ok=True)
     report = Report("Which gene's loss moves a monocyte towards a T cell?",
                     "A small Geneformer, trained and judged on 700 blood cells that ship with scanpy (Zheng et al. 2017).")
-    with report.recording():
+    with report.recording(), one_thread():
         model, classifier, screen = journey(adata, pretrain_epochs=pretrain_epochs, finetune_epochs=finetune_epochs,
                                             max_cells=max_cells, seed=seed)
         table = screen.table()
