@@ -80,7 +80,7 @@ STEP_COLUMNS = ("step", "epoch", "loss", "learning_rate", "gradient_norm")
 @dataclass
 class History:
     "The course of a training run: one row per step, one per epoch; `best` is the epoch whose weights were kept."
-    step_rows: list[tuple] = field(default_factory=list)
+    step_rows: list[tuple] = field(default_factory=list, repr=False)
     epoch_rows: list[dict] = field(default_factory=list)
     best: int | None = None
     stopped_early: bool = False

@@ -500,3 +500,9 @@ def test_tokens_do_not_depend_on_the_processor(small, tmp_path):
         if done.returncode == 0 or not off:
             seen |= set(done.stdout.split())
     assert len(seen) == 1
+
+
+def test_a_data_set_that_names_no_files_is_named(tmp_path):
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="state.json names no data files"):
+        TokenizedCells.load(tmp_path)

@@ -251,6 +251,8 @@ def read_dataset(folder: Path) -> TokenizedCells:
         raise DataError(f"{folder} is not a saved data set (no state.json in it); name the folder that was written by "
                         "save(), tokenize_files() or the original Geneformer (prefix.dataset)")
     state = read_dictionary(folder / "state.json")
+    if not state.get("_data_files"):
+        raise DataError(f"{folder / 'state.json'} names no data files (_data_files); the data set is not whole, save it again")
     table = pa.concat_tables([read_stream(folder / part["filename"]) for part in state["_data_files"]])
     if "input_ids" not in table.column_names or state.get("_indices_data_files"):
         raise DataError(f"{folder} has the columns {table.column_names} and {'an' if state.get('_indices_data_files') else 'no'} "
