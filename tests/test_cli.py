@@ -253,7 +253,8 @@ def test_a_fault_of_ours_is_not_dressed_as_a_users(monkeypatch):
 
 
 def test_ctrl_c_is_130_without_traceback(tmp_path):
-    program = ("import sys, time, scellfm.cli as c, scellfm.commands as d\n"
+    program = ("import signal, sys, time, scellfm.cli as c, scellfm.commands as d\n"
+               "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell makes children deaf
                "def wait(options):\n    print('ready', flush=True)\n    time.sleep(60)\n"
                "d.demo = wait\nsys.exit(c.main(['demo']))")
     run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -327,7 +327,8 @@ def test_killed_in_the_middle_of_a_write_the_resumed_run_has_the_same_bytes(tmp_
 
 
 def test_ctrl_c_keeps_what_is_finished_and_gives_the_folder_back(tmp_path):
-    process = python(RUN, tmp_path / "run", 60)
+    listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell makes children deaf
+    process = python(listens + RUN, tmp_path / "run", 60)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in process.communicate()[1]
