@@ -24,7 +24,7 @@ test: $(READY)  ## everything that must hold
 	$(QUIET) $(BIN)/python tools/check_notebooks.py
 	$(QUIET) SCELLFM_QUICK=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	$(QUIET) $(BIN)/python tools/build_site.py --check
-	SCELLFM_PROGRESS=0 $(BIN)/python -m pytest
+	$(QUIET) $(BIN)/python -m pytest
 
 export: $(READY)  ## write scellfm/ from the notebooks
 	$(BIN)/nbdev_export

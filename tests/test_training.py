@@ -47,7 +47,7 @@ exec(SETUP)
 def run_script(path, body, *arguments, prefix=(), **kwargs):
     path.write_text(SETUP + textwrap.dedent(body))
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "SCELLFM_PROGRESS": "0"}
+    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": str(torch.get_num_threads()), "SCELLFM_PROGRESS": "0"}
     return subprocess.Popen([sys.executable, *prefix, str(path), *map(str, arguments)], env=env, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, **kwargs)
 
