@@ -13,7 +13,6 @@ import os
 import platform
 import sys
 import time
-import warnings
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .core import DataError, ScellfmWarning
+from .core import DataError, listeners
 from .scores.table import Scores, plain, short
 
 if TYPE_CHECKING:
@@ -245,18 +244,12 @@ class Report:
 
     @contextmanager
     def recording(self):
-        "Within this block every warning of scellfm is written into the report, and still shown as ever."
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", ScellfmWarning, append=True)  # the user's own filters come first
-            show = warnings.showwarning
-
-            def note(message, category, *place, **more):
-                if issubclass(category, ScellfmWarning):
-                    self.add_warnings(str(message))
-                show(message, category, *place, **more)
-
-            warnings.showwarning = note
+        "Within this block every warning of scellfm is written into the report, also one that a filter hides."
+        listeners.append(self.add_warnings)
+        try:
             yield self
+        finally:
+            listeners.remove(self.add_warnings)
 
     def to_dict(self) -> dict:
         "The facts as JSON takes them: NaN is null."

@@ -142,6 +142,15 @@ def test_recording_leaves_the_users_filters_in_force():
             warn("strict")
 
 
+def test_recording_keeps_what_a_filter_hides():
+    report = Report("r")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("ignore")
+        with report.recording():
+            warn("few genes are known")
+    assert report.warnings == {"few genes are known": 1} and not seen
+
+
 def test_an_error_in_the_block_passes_and_warnings_stay():
     report = Report("r")
     with pytest.warns(ScellfmWarning), pytest.raises(KeyError), report.recording():
