@@ -208,3 +208,12 @@ def test_real_symbols_are_found_in_the_official_dictionaries():
     assert match.report["n_matched"] > 0.8 * adata.n_vars and match.report["share_of_counts"] > 0.8
     jak1 = list(adata.var_names).index("JAK1")
     assert list(tokens)[match.index[jak1]] == "ENSG00000162434"
+
+
+def test_a_small_vocabulary_that_is_known_whole_is_no_error():
+    vocabulary, ids = [f"ENSG{i:011d}" for i in range(2)], [f"ENSG{i:011d}" for i in range(50)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert match_genes(ids, ["<pad>", *vocabulary]).report["n_matched"] == 2
+    with pytest.raises(DataError, match=r"only 1 of 50 genes \(5.0% of the 20 that it has\)"):
+        match_genes(ids, [ids[0], *(f"ENSG{i:011d}" for i in range(100, 119))])

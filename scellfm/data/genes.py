@@ -179,8 +179,10 @@ def describe_unknown(names: list[str], columns: Iterable[str]) -> str:
 
 def warn_of_names(names: list[str], report: dict, advice: str, vocabulary: list[str]) -> None:
     "DataError under 10 % known genes; warnings under 50 %, for spreadsheet dates and for lower case."
-    share = report["n_matched"] / report["n_genes"]
-    found = f"{report['n_matched']:,} of {report['n_genes']:,} genes ({share:.1%}) are in the vocabulary"
+    n_known = sum(not gene.startswith("<") for gene in vocabulary)
+    share = report["n_matched"] / min(report["n_genes"], n_known)  # a small vocabulary can know few genes of many
+    of = "" if report["n_genes"] <= n_known else f" of the {n_known:,} that it has"
+    found = f"{report['n_matched']:,} of {report['n_genes']:,} genes ({share:.1%}{of}) are in the vocabulary"
     if share < 0.1:
         raise DataError(f"only {found}: the data has e.g. {report['dropped'][:3]}, the vocabulary e.g. "
                         f"{vocabulary[-3:]}. {advice}")
@@ -228,6 +230,7 @@ def match_genes(
 
     DataError: fewer than 10 % of the genes are known, another species, two species, integers for names.
     Warns: fewer than 50 % known, names that a spreadsheet made dates of, names in lower case.
+    Both shares are of the genes of the data, or of the vocabulary where that has fewer.
     """
     is_adata = hasattr(ids_or_adata, "var_names")
     ids = gene_ids(ids_or_adata, column) if is_adata else ids_or_adata
