@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEP_COLUMNS', 'CHECKPOINT', 'batches', 'Recipe', 'History', 'Rows', 'loss_module', 'optimizer_of', 'model_tensors',
-           'optimizer_tensors', 'restore', 'Checkpoint', 'new_history', 'Run', 'held_out_loss', 'close_epoch', 'fit',
-           'train']
+           'optimizer_tensors', 'restore', 'Checkpoint', 'Run', 'held_out_loss', 'close_epoch', 'fit', 'train']
 
 # %% ../nbs/training.ipynb #e662349a
 import json
@@ -88,7 +87,6 @@ class History:
     recipe: dict = field(default_factory=dict)
     baselines: dict = field(default_factory=dict)  # the held-out loss of simple methods, by name; the task adds them
     learned: int = 0  # parameters that were free to learn
-    parameters: int = 0  # of the model in all
 
     @property
     def steps(self):
@@ -123,8 +121,8 @@ class History:
     def _repr_html_(self) -> str:
         simple = "; ".join(f"{name} {loss:.4f}" for name, loss in self.baselines.items())
         table = self.epochs.to_html(index=False, float_format="{:.4f}".format)
-        learned = f"<p>{self.learned:,} of {self.parameters:,} parameters learned</p>" if self.parameters else ""
-        return table + learned + (f"<p>Held-out loss of simple methods: {simple}</p>" if simple else "")
+        table += f"<p>{self.learned:,} parameters learned</p>" if self.learned else ""
+        return table + (f"<p>Held-out loss of simple methods: {simple}</p>" if simple else "")
 
 # %% ../nbs/training.ipynb #041d323d
 class Rows(NamedTuple):
@@ -242,12 +240,6 @@ class Checkpoint:
                              "delete it to begin anew")
 
 # %% ../nbs/training.ipynb #0cc937f7
-def new_history(model, recipe: Recipe) -> History:
-    "An empty History that knows the recipe and how many parameters learn."
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return History(recipe=asdict(recipe), learned=sum(n for n, free in sizes if free), parameters=sum(n for n, _ in sizes))
-
-
 class Run:
     "A model in training: its device, optimiser, position and curves."
 
@@ -262,7 +254,9 @@ class Run:
         self.model, self.recipe, self.checkpoint = model.to(self.device), recipe, checkpoint
         self.optimizer = optimizer_of(model, recipe)
         self.loss = self.accelerator.prepare(loss_module(model, loss))
-        self.history, self.best, self.position = new_history(model, recipe), {}, {"step": 0, "waited": 0}
+        learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.history = History(recipe=asdict(recipe), learned=learned)
+        self.best, self.position = {}, {"step": 0, "waited": 0}
 
     def load(self) -> None:
         "Go on from the checkpoint, where there is one."
