@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 
 import scellfm
-from .commands import COMMANDS
+from . import commands
 from .core import ScellfmError, ScellfmWarning, settings
 
 # %% ../nbs/cli.ipynb #2542a44d
@@ -29,9 +29,9 @@ def build_parser() -> Parser:
     "The parser of the whole command line."
     parser = Parser(prog="scellfm", description=scellfm.__doc__, epilog="Each command has its own --help.")
     parser.add_argument("--version", action="version", version=f"scellfm {scellfm.__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="command", required=True, parser_class=Parser)
-    for options in COMMANDS:
-        options(commands)
+    parsers = parser.add_subparsers(title="commands", metavar="command", required=True, parser_class=Parser)
+    for name in commands.COMMANDS:
+        getattr(commands, f"{name}_options")(parsers)
     return parser
 
 

@@ -18,6 +18,7 @@ from scellfm import cli, commands
 from scellfm.core import settings
 from scellfm.data.cells import simulate_cells
 from scellfm.geneformer import CellClassifier, Geneformer, RankTokenizer, Screen, TokenizedCells
+from scellfm.scgpt import ScGPT
 
 COMMANDS = ["demo", "tokenize", "embed", "finetune", "perturb"]
 
@@ -30,6 +31,7 @@ def place(tmp_path_factory):
                            programme_effect=2.0, seed=2)
     adata.write_h5ad(folder / "cells.h5ad")
     Geneformer.from_config("tiny", RankTokenizer.fit(adata), device="cpu").save_pretrained(folder / "model")
+    ScGPT.from_config("tiny", adata, device="cpu").save_pretrained(folder / "scgpt")
     code = cli.main(["finetune", str(folder / "cells.h5ad"), "--model", str(folder / "model"), "--label", "cell_type",
                      "--by", "donor", "--k", "3", "--n-boot", "5", "--out", str(folder / "clf"), "--device", "cpu"])
     assert code == 0
@@ -77,7 +79,7 @@ def pairs():
     from scellfm.geneformer.classifier import finetune
     from scellfm.geneformer.perturbation import perturb
 
-    return {"demo": [run_demo], "embed": [Geneformer.embed, Geneformer.from_pretrained],
+    return {"demo": [run_demo], "embed": [Geneformer.embed, ScGPT.embed, Geneformer.from_pretrained, ScGPT.from_pretrained],
             "tokenize": [RankTokenizer.__call__, RankTokenizer.from_pretrained],
             "finetune": [finetune, folds, Geneformer.from_pretrained],
             "perturb": [perturb, Screen.table, Geneformer.from_pretrained]}
@@ -87,6 +89,7 @@ def pairs():
 def test_options_have_the_names_and_defaults_of_the_python(command):
     parsers = next(action for action in cli.build_parser()._actions if action.choices)
     defaults = {action.dest: action.default for action in parsers.choices[command]._actions}
+    help_of = {action.dest: action.help for action in parsers.choices[command]._actions}
     compared = 0
     for function in pairs()[command]:
         for name, parameter in inspect.signature(function).parameters.items():
@@ -96,6 +99,8 @@ def test_options_have_the_names_and_defaults_of_the_python(command):
                 continue
             python, ours = parameter.default, defaults[name]
             same = {"genes": ours == ["all"], "columns": ours == []}.get(name, ours == python)
+            if not same and ours is None:  # left to the Python, and the help says what that is
+                same = f"(default: {python}" in help_of[name] or f"or {python})" in help_of[name]
             assert same, f"{function.__qualname__}: {name}={python!r} in Python, {ours!r} on the command line"
             compared += 1
     assert compared >= 4
@@ -163,6 +168,21 @@ def test_a_tokenized_data_set_is_embedded_and_its_layer_chosen(place, tmp_path, 
     assert code == 2 and ".csv or .parquet" in err
 
 
+def test_the_folder_of_a_scgpt_model_is_recognised(place, tmp_path, capsys):
+    import anndata
+
+    python = ScGPT.from_pretrained(place / "scgpt", device="cpu").embed(anndata.read_h5ad(place / "cells.h5ad"), copy=True)
+    for name in ("x.h5ad", "x.parquet"):
+        given = ["embed", str(place / "cells.h5ad"), "--model", str(place / "scgpt"), "--device", "cpu", "--out", str(tmp_path / name)]
+        assert call(given, capsys) == (0, f"{tmp_path / name}\n", "")
+    np.testing.assert_array_equal(anndata.read_h5ad(tmp_path / "x.h5ad").obsm["X_scGPT"], python.obsm["X_scGPT"])
+    table = pd.read_parquet(tmp_path / "x.parquet")  # read from the file block by block
+    np.testing.assert_allclose(table.to_numpy(), python.obsm["X_scGPT"], atol=1e-6)
+    assert list(table.index) == list(python.obs_names) and table.columns[0] == "X_scGPT_0"
+    call([*given[:-1], str(tmp_path / "mean.parquet"), "--pool", "mean", "--max-length", "20", "--overlong", "top"], capsys)
+    assert not np.allclose(pd.read_parquet(tmp_path / "mean.parquet").to_numpy(), table.to_numpy(), atol=1e-3)
+
+
 def test_finetune_prints_held_out_scores_beside_simple_methods(place, tmp_path, capsys):
     code, out, _ = call(["finetune", str(place / "cells.h5ad"), "--model", str(place / "clf"), "--label", "cell_type",
                          "--fractions", ".5", "0", ".5", "--stratify", "cell_type", "--n-boot", "5", "--device", "cpu",
@@ -204,12 +224,20 @@ def wrong(place, tmp_path):
     bad.write_text(json.dumps(["TP53"]))
     embed = ["embed", cells, *model]
     finetune = ["finetune", cells, *model, "--out", str(tmp_path / "clf")]
+    scgpt, tokens = ["--model", str(place / "scgpt")], str(tmp_path / "tokens")
+    RankTokenizer.from_pretrained(place / "model")(cells).save(tokens)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "vocab.json").write_text("{}")
     return [
         ([], "command"), (["embd"], "embd"), (["embed", cells], "--model"), ([*embed, *out, "--emb-layer", "7"], "emb_layer=7"),
         ([*embed, *out, "--pool", "mean"], "pool='mean'"), ([*embed, "--out", "x.txt"], ".csv"),
         ([*embed, *out, "--layer", "raw_counts"], "raw_counts"), ([*embed, *out, "--dtype", "float8"], "float8"),
         ([*embed, *out, "--token-budget", "many"], "many"), (["embed", "nothing.h5ad", *model, *out], "nothing.h5ad"),
         (["embed", str(broken), *model, *out], "broken.h5ad"), (["embed", cells, "--model", "no/such/model", *out], "no/such/model"),
+        (["embed", cells, *scgpt, *out, "--emb-layer", "0"], "--emb-layer is an option of Geneformer"),
+        ([*embed, *out, "--overlong", "top"], "--overlong is an option of scGPT"), (["embed", tokens, *scgpt, *out], "tokens for Geneformer"),
+        (["embed", cells, *scgpt, *out, "--pool", "cell"], "pool='cell'"), (["embed", cells, "--model", str(tmp_path / "half"), *out], "args.json"),
+        (["finetune", cells, *scgpt, "--label", "cell_type", "--out", str(tmp_path / "clf")], "works with Geneformer"),
         ([*finetune, "--label", "celltype"], "celltype"), ([*finetune, "--label", "cell_type", "--by", "dono"], "donor"),
         ([*finetune, "--label", "cell_type", "--fractions", ".5", ".5", ".5"], "sum"), (finetune, "--label"),
         ([*finetune, "--classes", str(bad)], "dictionary of lists"), ([*finetune, "--classes", "none.json"], "none.json"),

@@ -3,4 +3,5 @@ from scellfm import _lazy
 
 __getattr__, __dir__ = _lazy(__name__, {
     "Scores": "table", "classification": "labels", "ClassificationResult": "labels", "integration": "batches",
+    "Verdict": "heldout",
 })
