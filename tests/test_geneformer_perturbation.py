@@ -9,8 +9,7 @@ from geneformer_golden import GOLDEN, VERSIONS, cells, meta, model, runs
 
 from scellfm.core import AssetError, DataError, OptionError, ScellfmWarning, StoreError
 from scellfm.data.demonstration import demo
-from scellfm.geneformer import Geneformer, RankTokenizer, Screen
-from scellfm.geneformer.perturbation import gene_effects, perturb
+from scellfm.geneformer import Geneformer, RankTokenizer, Screen, gene_effects, perturb
 
 DELETIONS, OVEREXPRESSIONS = runs("delete"), runs("overexpress")
 

@@ -64,7 +64,7 @@ def test_a_joint_move_keeps_every_gene_once_and_the_order_of_the_rest(kind):
         tokens = random.permutation(np.arange(50, 50 + n))
         genes = random.choice(tokens, min(m, n), replace=False)
         quartiles = int(random.integers(1, 4))
-        edits = make_edits(CutCells([tokens], 64), kind, genes, None, False, 64, quartiles)
+        edits = make_edits(CutCells([tokens], 64), kind, genes[None], None, False, 64, quartiles)
         if not len(edits):
             continue
         after = tokens[sources(edits)[0]]

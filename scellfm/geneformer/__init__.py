@@ -4,6 +4,6 @@ from scellfm import _lazy
 __getattr__, __dir__ = _lazy(__name__, {
     "RankTokenizer": "tokenizer", "TokenizedCells": "tokenized",
     "Geneformer": "model", "CellClassifier": "classifier",
-    "perturb": "perturbation", "gene_effects": "perturbation", "Screen": "screen",
+    "perturb": "perturbation", "gene_effects": "affected", "Screen": "screen",
     "GeneClassifier": "genes",
 })

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'BLOCK_EDITED', 'BLOCK_ORIGINAL', 'Edits', 'sources', 'moved_to', 'gene_span', 'positions_of', 'cell_edits',
-           'shifted_ranks', 'with_targets', 'make_edits', 'Block', 'original_block', 'edited_batch', 'compared',
-           'gene_cosines', 'edit_effects', 'similarity', 'plan_blocks', 'run_edits', 'block_effects']
+           'shifted_ranks', 'with_targets', 'make_edits', 'edit_labels', 'Block', 'original_block', 'edited_batch',
+           'compared', 'gene_cosines', 'edit_effects', 'similarity', 'plan_blocks', 'run_edits', 'block_effects']
 
 # %% ../../nbs/geneformer/edits.ipynb #857896dd
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ class Edits:
     cell: np.ndarray
     length: np.ndarray
     positions: np.ndarray
-    tokens: np.ndarray | None  # the m genes of a joint perturbation; None where every edit has its own gene
+    tokens: np.ndarray | None  # the m genes of each edit [k, m] where genes were named; None where all are meant
     special: bool
     max_length: int
     targets: np.ndarray | None = None  # inhibit and activate only
@@ -39,9 +39,9 @@ class Edits:
         return len(self.cell)
 
     def __getitem__(self, rows) -> "Edits":
-        targets = None if self.targets is None else self.targets[rows]
+        tokens, targets = (None if given is None else given[rows] for given in (self.tokens, self.targets))
         return replace(self, cell=self.cell[rows], length=self.length[rows], positions=self.positions[rows],
-                       targets=targets)
+                       tokens=tokens, targets=targets)
 
     @property
     def inserted(self) -> np.ndarray:
@@ -102,19 +102,20 @@ def positions_of(tokens: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(hits.any(1), hits.argmax(1), -1)
 
 
-def cell_edits(tokens: np.ndarray, kind: str, genes: np.ndarray | None, anchor: int | None,
-               special: bool) -> np.ndarray:
-    "The positions [edits, m] of all edits of one cell; `genes` None means every gene by itself (or with the anchor)."
+def cell_edits(tokens: np.ndarray, kind: str, genes: np.ndarray | None, anchor: int | None, special: bool):
+    """The positions [edits, m] of all edits of one cell, and which of the sets `genes` [s, m] each belongs to; without
+    sets every gene by itself (or with the anchor), and None."""
     first, end = gene_span(len(tokens), special)
     if genes is not None:
-        where = positions_of(tokens, genes)
-        return where[None, :][: 1 if kind == "overexpress" or (where >= 0).all() else 0]
+        where = positions_of(tokens, genes.ravel()).reshape(genes.shape)
+        made = np.flatnonzero((where >= 0).all(1) | (kind == "overexpress"))
+        return where[made], made
     each = np.arange(first + (kind == "overexpress"), end)
     if anchor is None:
-        return each[:, None]
+        return each[:, None], None
     at = int(positions_of(tokens, np.array([anchor]))[0])
     each = each[each != at] if at >= 0 else each[:0]
-    return np.stack([np.full(len(each), at), each], axis=1)
+    return np.stack([np.full(len(each), at), each], axis=1), None
 
 
 def shifted_ranks(rank: np.ndarray, n_genes: np.ndarray, quartiles: int) -> np.ndarray:
@@ -145,15 +146,29 @@ def with_targets(edits: Edits, quartiles: int) -> Edits:
 
 def make_edits(cells, kind: str, genes: np.ndarray | None, anchor: int | None, special: bool, max_length: int,
                quartiles: int = 1) -> Edits:
-    "All edits of `cells` (token ids by position), cell by cell; edits that would leave no token are left out."
+    """All edits of `cells` (token ids by position), cell by cell; edits that would leave no token are left out.
+
+    genes: None for every gene, or sets of m genes [s, m], the genes of a set being edited together."""
     made = [cell_edits(np.asarray(cells[i]), kind, genes, anchor, special) for i in range(len(cells))]
-    width = len(genes) if genes is not None else 1 + (anchor is not None)
-    number = np.array([len(m) for m in made], dtype=np.int64)
+    number = np.array([len(positions) for positions, _ in made], dtype=np.int64)
+    width = genes.shape[1] if genes is not None else 1 + (anchor is not None)
+    positions = np.concatenate([*(positions for positions, _ in made), np.empty((0, width), dtype=np.int64)])
     lengths = np.asarray(cells.lengths, dtype=np.int64)
-    edits = Edits(kind, np.repeat(np.arange(len(number)), number), np.repeat(lengths, number),
-                  np.concatenate([*made, np.empty((0, width), dtype=np.int64)]), genes, special, max_length)
+    tokens = None if genes is None else genes[np.concatenate([*(which for _, which in made), np.empty(0, np.int64)])]
+    edits = Edits(kind, np.repeat(np.arange(len(number)), number), np.repeat(lengths, number), positions, tokens, special,
+                  max_length)
     edits = edits[np.flatnonzero(edits.lengths > 0)]
     return with_targets(edits, quartiles) if kind in ("inhibit", "activate") else edits
+
+
+def edit_labels(cells, edits: Edits, names: np.ndarray) -> np.ndarray:
+    "What each edit is called [k]: its genes joined by +; where all genes are meant its gene, or the anchor's partner."
+    if edits.tokens is not None:
+        sets, which = np.unique(edits.tokens, axis=0, return_inverse=True)
+        return np.array(["+".join(names[one]) for one in sets], dtype=object)[which.ravel()]
+    start = np.concatenate([[0], np.cumsum(cells.lengths)[:-1]]).astype(np.int64)
+    tokens = np.concatenate([cells[i] for i in range(len(cells))])
+    return names[tokens[start[edits.cell] + edits.positions[:, -1]].astype(np.int64)]
 
 # %% ../../nbs/geneformer/edits.ipynb #8239d82c
 @dataclass
@@ -206,7 +221,7 @@ def edited_batch(block: Block, edits: Edits) -> tuple[np.ndarray, np.ndarray, np
         source[rows, : int(lengths[rows[0]])] = sources(edits[rows])
     ids = block.tokens[block.start[edits.cell][:, None] + np.maximum(source, 0)]
     if edits.tokens is not None:
-        ids = np.where(source < 0, edits.tokens[np.clip(-1 - source, 0, None)], ids)
+        ids = np.where(source < 0, np.take_along_axis(edits.tokens, np.clip(-1 - source, 0, None), axis=1), ids)
     return np.where(mask, ids, 0), source, mask
 
 
@@ -253,7 +268,7 @@ def edit_effects(gf: Geneformer, block: Block, edits: Edits, index: int, pool: s
         number = torch.from_numpy(chosen.sum(1, keepdims=True)).to(gf.device)
         return gene_cosines(block, batch, source, chosen, hidden).sum(1, keepdim=True) / number
 
-    spread = 0.0 if edits.tokens is None else 0.25
+    spread = 0.0 if len(edits) >= 8 * len(block.start) else 0.25  # many edits of a cell have one length
     for rows, values in inference.batches(make, one_batch, edits.lengths, token_budget=token_budget, spread=spread,
                                           desc="edits", bar=bar, record=record):
         effects[rows] = values.cpu().numpy()
