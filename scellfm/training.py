@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['STEP_COLUMNS', 'CHECKPOINT', 'batches', 'Recipe', 'History', 'Rows', 'loss_module', 'optimizer_of', 'model_tensors',
-           'optimizer_tensors', 'restore', 'Checkpoint', 'Run', 'held_out_loss', 'close_epoch', 'fit', 'train']
+           'optimizer_tensors', 'restore', 'Checkpoint', 'mean_of', 'Run', 'held_out_loss', 'close_epoch', 'fit',
+           'train']
 
 # %% ../nbs/training.ipynb #e662349a
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +89,7 @@ class History:
     stopped_early: bool = False
     recipe: dict = field(default_factory=dict)
     baselines: dict = field(default_factory=dict)  # the held-out loss of simple methods, by name; the task adds them
+    learned: int = 0  # parameters that were free to learn
 
     @property
     def steps(self):
@@ -120,6 +124,7 @@ class History:
     def _repr_html_(self) -> str:
         simple = "; ".join(f"{name} {loss:.4f}" for name, loss in self.baselines.items())
         table = self.epochs.to_html(index=False, float_format="{:.4f}".format)
+        table += f"<p>{self.learned:,} parameters learned</p>" if self.learned else ""
         return table + (f"<p>Held-out loss of simple methods: {simple}</p>" if simple else "")
 
 # %% ../nbs/training.ipynb #041d323d
@@ -132,17 +137,9 @@ class Rows(NamedTuple):
 # %% ../nbs/training.ipynb #2e6372ba
 def loss_module(model, loss: Callable):
     "A module whose forward pass is `loss(model, batch)`."
-    class Loss(torch.nn.Module):
-        "A model and its loss as one module."
-
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, batch):
-            return loss(self.model, batch)
-
-    return Loss()
+    module = torch.nn.Module()
+    module.model, module.forward = model, partial(loss, model)
+    return module
 
 
 def optimizer_of(model, recipe: Recipe):
@@ -238,12 +235,15 @@ class Checkpoint:
                              "delete it to begin anew")
 
 # %% ../nbs/training.ipynb #0cc937f7
+def mean_of(sums: np.ndarray) -> float:
+    "The loss: for each part its total by its number of terms, added up; `sums` is [totals, numbers of terms]."
+    return float((sums[0] / np.maximum(sums[1], 1)).sum())
+
+
 class Run:
     "A model in training: its device, optimiser, position and curves."
 
     def __init__(self, model, loss, recipe: Recipe, device, checkpoint: Checkpoint):
-        import os
-
         from accelerate import Accelerator
 
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -252,7 +252,8 @@ class Run:
         self.model, self.recipe, self.checkpoint = model.to(self.device), recipe, checkpoint
         self.optimizer = optimizer_of(model, recipe)
         self.loss = self.accelerator.prepare(loss_module(model, loss))
-        self.history, self.best, self.position = History(recipe=asdict(recipe)), {}, {"step": 0, "waited": 0}
+        self.history = History(recipe=asdict(recipe), learned=sum(p.numel() for p in model.parameters() if p.requires_grad))
+        self.best, self.position = {}, {"step": 0, "waited": 0}
 
     def load(self) -> None:
         "Go on from the checkpoint, where there is one."
@@ -272,17 +273,18 @@ class Run:
         return (mine, 1.0) if len(mine) else (rows[:1], 0.0)
 
     def sums(self, data: Rows, rows: np.ndarray, epoch: int):
-        "(loss to differentiate, total over all processes, terms over all processes) of one global batch."
+        "(loss to differentiate, [totals, numbers of terms] of its parts over all processes) of one global batch."
         from accelerate.utils import send_to_device
 
         mine, weight = self.share(rows)
         batch = send_to_device(data.batch(mine, epoch), self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
             total, count = self.loss(batch)
-        total = total.float() * weight
-        both = torch.stack([total.detach(), torch.as_tensor(float(count) * weight, device=total.device)])
-        both = self.accelerator.reduce(both, "sum")
-        return total * (self.accelerator.num_processes / both[1].clamp(min=1)), both[0].item(), both[1].item()
+        total = total.float().reshape(-1) * weight
+        count = torch.as_tensor(count, dtype=torch.float32, device=total.device).reshape(-1) * weight
+        both = self.accelerator.reduce(torch.stack([total.detach(), count]), "sum")
+        loss = (total * (self.accelerator.num_processes / both[1].clamp(min=1))).sum()
+        return loss, both.cpu().numpy().astype(np.float64)
 
     def step(self, data: Rows, rows: np.ndarray, epoch: int, total_steps: int) -> None:
         "Learn from one global batch."
@@ -291,15 +293,15 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss, total, count = self.sums(data, rows, epoch)
-        if not math.isfinite(total):
-            raise DataError(f"the training loss became {total} at step {step}; lower learning_rate ({rate:.3g}) or "
+        loss, sums = self.sums(data, rows, epoch)
+        mean = mean_of(sums)
+        if not math.isfinite(mean):
+            raise DataError(f"the training loss became {mean} at step {step}; lower learning_rate ({rate:.3g}) or "
                             "look for rows with unusual values")
         self.accelerator.backward(loss)
-        free = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(free, self.recipe.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip or math.inf)
         self.optimizer.step()
-        self.history.step_rows.append((step, epoch, total / max(count, 1), rate, norm.item()))
+        self.history.step_rows.append((step, epoch, mean, rate, norm.item()))
         self.position["step"] += 1
 
 # %% ../nbs/training.ipynb #858a14bb
@@ -309,8 +311,7 @@ def held_out_loss(run: Run, data: Rows) -> float:
     groups = np.split(by_length, range(run.recipe.batch_size, data.n, run.recipe.batch_size))
     run.model.eval()
     with torch.no_grad():
-        parts = np.array([run.sums(data, rows, 0)[1:] for rows in groups])
-    return float(parts[:, 0].sum() / max(parts[:, 1].sum(), 1))
+        return mean_of(sum(run.sums(data, rows, 0)[1] for rows in groups))
 
 
 def close_epoch(run: Run, epoch: int, valid: Mapping[str, Rows], metrics: Callable | None) -> bool:
@@ -339,7 +340,7 @@ def close_epoch(run: Run, epoch: int, valid: Mapping[str, Rows], metrics: Callab
 # %% ../nbs/training.ipynb #baf7cab4
 def fit(
     model,  # a torch module, trained in place
-    loss: Callable,  # (model, batch) -> (sum of the losses, number of terms)
+    loss: Callable,  # (model, batch) -> (sum of the losses, number of terms), numbers or one of each per part
     n: int,  # rows to train on
     batch: Callable,  # (positions, epoch) -> a batch
     *,

@@ -361,3 +361,28 @@ def test_the_schedule_rises_then_falls():
     recipe = Recipe(learning_rate=1.0, warmup=0.25, schedule="cosine")
     rates = [recipe.rate(step, 40) for step in range(40)]
     assert np.argmax(rates) in (9, 10) and rates[0] == 0.1 and 0 < rates[-1] < 0.01
+
+
+def parts_loss(model, batch):
+    "Two parts of unlike kinds and unlike numbers of terms."
+    logits, chosen = model(batch["x"]), batch["y"] != 2
+    first = torch.nn.functional.cross_entropy(logits[chosen], batch["y"][chosen], reduction="sum")
+    return torch.stack([first, (logits ** 2).sum()]), torch.stack([chosen.sum(), torch.tensor(logits.numel())])
+
+
+def test_the_means_of_a_losss_parts_are_added_up():
+    model, later = make(0.0), Rows(13, lambda rows, epoch: batch(rows + 80, epoch))
+    history = fit(model, parts_loss, 80, batch, valid={"later": later}, **options)
+    with torch.no_grad():
+        whole = batch(np.arange(80, 93), 0)
+        logits, chosen = model(whole["x"]), whole["y"] != 2
+        mean = torch.nn.functional.cross_entropy(logits[chosen], whole["y"][chosen]) + (logits ** 2).mean()
+    assert history.epochs.later_loss.iloc[-1] == pytest.approx(mean.item(), rel=1e-5)
+    assert history.epochs.train_loss.iloc[-1] < history.epochs.train_loss.iloc[0]
+    first, by_hand = make(0.0), make(0.0)
+    step = fit(first, parts_loss, 8, batch, **{**options, "steps": 1, "batch_size": 8}).steps.iloc[0]
+    totals, counts = parts_loss(by_hand, batch(np.arange(8), 0))
+    (totals / counts).sum().backward()
+    norm = torch.stack([p.grad.norm() for p in by_hand.parameters()]).norm()
+    assert step.gradient_norm == pytest.approx(norm.item(), rel=1e-5)
+    assert step.loss == pytest.approx((totals / counts).sum().item(), rel=1e-5)

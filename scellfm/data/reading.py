@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import zlib
 from collections.abc import Iterator
@@ -131,9 +132,13 @@ DAMAGE = (OSError, EOFError, LookupError, ValueError, AttributeError, TypeError,
 def refuse_pickled(path: Path) -> None:
     "DataError where a zarr store has a codec that would run a program from the file."
     for described in (*path.rglob(".zarray"), *path.rglob(".zmetadata"), *path.rglob("zarr.json")):
-        codecs = re.findall(rb'"(?:id|name|object_codec_id)"\s*:\s*"([^"]*pickle[^"]*)"', described.read_bytes())
+        try:
+            told = json.dumps(json.loads(described.read_bytes()))  # one way to write each letter
+        except ValueError as error:
+            raise DataError(f"{described} is damaged and no description of a zarr array ({error}); copy the store again") from error
+        codecs = re.findall(r'"(?:id|name|object_codec_id)": "([^"]*pickle[^"]*)"', told)
         if codecs:
-            raise DataError(f"{described} asks for the codec {codecs[0].decode()!r}, which would run a program from the "
+            raise DataError(f"{described} asks for the codec {codecs[0]!r}, which would run a program from the "
                             "file; nothing was run. Take the store from its publisher, or use h5ad")
 
 

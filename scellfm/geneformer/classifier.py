@@ -47,7 +47,8 @@ class CellClassifier:
 
     def __repr__(self) -> str:
         classes = ", ".join(map(str, self.classes))
-        return f"CellClassifier({self.label!r}: {classes}; {len(self.models)} model(s), {self.models[0]!r})"
+        learned = f"; {self.history.learned:,} parameters learned" if self.history else ""
+        return f"CellClassifier({self.label!r}: {classes}; {len(self.models)} model(s), {self.models[0]!r}{learned})"
 
     def _repr_html_(self) -> str:
         table = "" if self.scores is None else self.scores._repr_html_()
@@ -222,6 +223,7 @@ def finetune(
     split: Split | Folds,  # scellfm.data.folds(adata, by="donor") or hold_out(...)
     epochs: int = 1,
     freeze_layers: int = 0,
+    lora=None,  # rank of adapters that learn instead of the weights, or a peft.LoraConfig
     learning_rate: float = 5e-5,
     batch_size: int = 12,
     warmup: float = 0.1,  # share of the steps, or a number of steps
@@ -235,7 +237,7 @@ def finetune(
 ) -> CellClassifier:
     "Fine-tune one classifier per fold; judge it on the cells held out, beside simple methods. DataError, OptionError."
     codes, classes, cells, parts, groups = prepare(gf, data, label, split, layer)
-    options = dict(epochs=epochs, freeze_layers=freeze_layers, learning_rate=learning_rate, batch_size=batch_size,
+    options = dict(epochs=epochs, freeze_layers=freeze_layers, lora=lora, learning_rate=learning_rate, batch_size=batch_size,
                    warmup=warmup, weight_decay=weight_decay, class_weights=class_weights, seed=seed, **recipe)
     settings = {"label": label, "held_out_by": split.by, "folds": len(parts), **options}
     sequences, own, models, histories = gf.readable(cells), Gathered(len(cells), len(classes)), [], []
