@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['STATES', 'PRETRAIN_EPOCHS', 'FILES', 'EXPLANATION', 'two_states', 'Demo', 'journey', 'figures', 'write_report',
-           'one_thread', 'run_demo']
+__all__ = ['STATES', 'PRETRAIN_EPOCHS', 'COLUMNS', 'FILES', 'EXPLANATION', 'two_states', 'Demo', 'journey', 'figures',
+           'write_report', 'one_thread', 'run_demo']
 
 # %% ../nbs/demo.ipynb #d7200899
 STATES = {"CD14+ Monocyte": "monocyte", "CD8+ Cytotoxic T": "T cell", "CD8+/CD45RA+ Naive Cytotoxic": "T cell",
@@ -44,12 +44,12 @@ class Demo:
 
     def summary(self, n: int = 12) -> str:
         "The scores with their baselines, the first genes of the table, and where the files are, as plain text."
-        columns = ["gene", "effect", "expected", "z", "percentile", "n_cells", "rank", "detection", "log2fc"]
-        genes = self.table[columns].head(n).to_string(index=False, float_format="{:.2f}".format)
+        genes = self.table[list(COLUMNS)].head(n).to_string(index=False, float_format="{:.2f}".format)
         files = "\n".join(f"  {self.folder / name}" for name in FILES)
         return f"{self.classifier.scores!r}\n\n{EXPLANATION}\n\n{genes}\n\nFiles:\n{files}"
 
 
+COLUMNS = ("gene", "effect", "expected", "z", "percentile", "n_cells", "rank", "detection", "log2fc")
 FILES = ("report.html", "report.json", "table.csv", "scores.png", "screen.png", "top_genes.png", "training.png")
 EXPLANATION = (
     "Deleting a gene from every monocyte: does the cell move towards the T cells (effect > 0, in standard deviations), and more\n"
@@ -81,7 +81,7 @@ def figures(model, classifier, screen, table: pd.DataFrame) -> dict[str, tuple]:
         "scores.png": (classifier.scores.plot(), "Held-out scores of Geneformer beside simple methods on the same cells; lines are 95 % intervals."),
         "screen.png": (screen.plot(), "The mean shift of each gene against its mean rank; the band is what genes of like rank and detection do."),
         "top_genes.png": (plotting.top_genes(table), "The genes that deviate most from genes like them, and their fold change between the states."),
-        "training.png": (model.history.plot(), "Masked-gene loss while the model was trained; dashed, guessing by frequency."),
+        "training.png": (model.history.plot(), "Masked-gene loss while the model was trained; dotted, guessing by frequency."),
     }
 
 
@@ -98,11 +98,12 @@ def write_report(folder: Path, adata: AnnData, model, classifier, screen, table:
     with atomic_write(folder / "table.csv") as path:
         table.to_csv(path, index=False)
     for name, (axes, caption) in figures(model, classifier, screen, table).items():
-        report.add_figure(axes, caption)
+        if name != "scores.png":  # the report draws the scores below their table
+            report.add_figure(axes, caption)
         with atomic_write(folder / name) as path:
             Path(path).write_bytes(png(axes.figure))
         pyplot.close(axes.figure)
-    report.add_table(table.head(50), "The first fifty genes", "All genes are in table.csv.")
+    report.add_table(table[list(COLUMNS)].head(50), "The first fifty genes", "All genes and columns are in table.csv.")
     report.save(folder)
 
 # %% ../nbs/demo.ipynb #f618936b

@@ -10,6 +10,7 @@ __all__ = ['STEP_COLUMNS', 'CHECKPOINT', 'batches', 'Recipe', 'History', 'Rows',
 # %% ../nbs/training.ipynb #e662349a
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -88,6 +89,7 @@ class History:
     stopped_early: bool = False
     recipe: dict = field(default_factory=dict)
     baselines: dict = field(default_factory=dict)  # the held-out loss of simple methods, by name; the task adds them
+    learned: int = 0  # parameters that were free to learn
 
     @property
     def steps(self):
@@ -122,6 +124,7 @@ class History:
     def _repr_html_(self) -> str:
         simple = "; ".join(f"{name} {loss:.4f}" for name, loss in self.baselines.items())
         table = self.epochs.to_html(index=False, float_format="{:.4f}".format)
+        table += f"<p>{self.learned:,} parameters learned</p>" if self.learned else ""
         return table + (f"<p>Held-out loss of simple methods: {simple}</p>" if simple else "")
 
 # %% ../nbs/training.ipynb #041d323d
@@ -241,8 +244,6 @@ class Run:
     "A model in training: its device, optimiser, position and curves."
 
     def __init__(self, model, loss, recipe: Recipe, device, checkpoint: Checkpoint):
-        import os
-
         from accelerate import Accelerator
 
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -251,7 +252,8 @@ class Run:
         self.model, self.recipe, self.checkpoint = model.to(self.device), recipe, checkpoint
         self.optimizer = optimizer_of(model, recipe)
         self.loss = self.accelerator.prepare(loss_module(model, loss))
-        self.history, self.best, self.position = History(recipe=asdict(recipe)), {}, {"step": 0, "waited": 0}
+        self.history = History(recipe=asdict(recipe), learned=sum(p.numel() for p in model.parameters() if p.requires_grad))
+        self.best, self.position = {}, {"step": 0, "waited": 0}
 
     def load(self) -> None:
         "Go on from the checkpoint, where there is one."
@@ -297,8 +299,7 @@ class Run:
             raise DataError(f"the training loss became {mean} at step {step}; lower learning_rate ({rate:.3g}) or "
                             "look for rows with unusual values")
         self.accelerator.backward(loss)
-        free = [p for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(free, self.recipe.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip or math.inf)
         self.optimizer.step()
         self.history.step_rows.append((step, epoch, mean, rate, norm.item()))
         self.position["step"] += 1

@@ -187,20 +187,20 @@ def without_dropout(gf):
 
 
 @pytest.mark.filterwarnings("ignore:after pretraining")
-def test_two_processes_pretrain_as_one(adata, tokenizer, tmp_path):
-    adata.write_h5ad(tmp_path / "cells.h5ad")
+def test_two_processes_pretrain_from_disk_as_one_does_from_memory(adata, tokenizer, tmp_path):
+    for name, part in (("one", adata[:70]), ("two", adata[70:])):
+        tokenizer(part).save(tmp_path / "corpus" / f"{name}.dataset")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     script = tmp_path / "run.py"
     script.write_text(inspect.getsource(without_dropout) + textwrap.dedent("""
         import json, os, sys, warnings
         warnings.simplefilter("ignore")
-        import anndata
         from scellfm.geneformer.model import Geneformer
         from scellfm.geneformer.tokenizer import RankTokenizer
         folder = sys.argv[1]
         tokenizer = RankTokenizer.from_pretrained(folder + "/tokenizer")
         gf = without_dropout(Geneformer.from_config("tiny", tokenizer, device="cpu"))
-        gf.pretrain(anndata.read_h5ad(folder + "/cells.h5ad"), steps=6)
+        gf.pretrain(folder + "/corpus", steps=6)
         if os.environ["RANK"] == "0":
             open(folder + "/two.json", "w").write(json.dumps(gf.history.to_dict()))
     """))

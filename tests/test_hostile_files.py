@@ -15,9 +15,10 @@ from scipy import sparse
 
 from scellfm.core import AssetError, DataError, StoreError
 from scellfm.data.splits import hold_out
-from scellfm.geneformer import CellClassifier, Geneformer, RankTokenizer, TokenizedCells
+from scellfm.geneformer import CellClassifier, GeneClassifier, Geneformer, RankTokenizer, Screen, TokenizedCells
+from scellfm.geneformer import genes as genes_module
 from scellfm.geneformer.classifier import CELLS, RECORD
-from scellfm.scgpt import ScGPT
+from scellfm.scgpt import ReferenceMap, ScGPT
 from scellfm.store import Store, sha256
 from scellfm.training import CHECKPOINT, fit
 
@@ -51,6 +52,9 @@ def geneformer(tmp_path_factory):
     clf.save_pretrained(folder / "ours")
     clf.models[0].model.save_pretrained(folder / "theirs")  # the layout of the original
     clf.models[0].tokenizer.save_pretrained(folder / "theirs")
+    of_genes = gf.finetune_genes(adata, {"a": GENES[:10], "b": GENES[10:]}, folds=2, epochs=1, n_boot=0)
+    of_genes.save_pretrained(folder / "genes")
+    clf.perturb(adata, state="cell_type", start="B", goal="T", genes=GENES[:3]).save(folder / "screen")
     return folder
 
 
@@ -158,6 +162,76 @@ def test_our_own_classifier_folder_with_other_files_in_it_is_refused(place, name
     folder, canary = place
     put_pickle(folder / "ours" / name, canary)
     refused(lambda: CellClassifier.from_pretrained(folder / "ours", device="cpu"), canary, words=name)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize("layout", ["genes/fold0", "lone"])
+def test_the_gene_classifier_reads_no_hostile_weights(place, layout, name):
+    folder, canary = place
+    shutil.copytree(folder / "genes" / "fold0", folder / "lone")
+    put_torch(folder / layout, name, canary)
+    refused(lambda: GeneClassifier.from_pretrained(folder / layout.split("/")[0], device="cpu"), canary, words=name)
+
+
+@pytest.mark.parametrize("name", [genes_module.RECORD, "id_class_dict.pkl"])
+def test_the_gene_classifier_reads_no_hostile_names_of_classes(place, name):
+    folder, canary = place
+    shutil.copytree(folder / "genes" / "fold0", folder / "lone")
+    where = folder / ("genes" if name == genes_module.RECORD else "lone")
+    put_pickle(where / name, canary, {0: "a", 1: "b"})
+    refused(lambda: GeneClassifier.from_pretrained(where, device="cpu"), canary, words=f"{name} is a pickle that asks for")
+
+
+@pytest.mark.parametrize("name", ["screen.json", "shifts.parquet", "genes.parquet"])
+def test_a_saved_screen_runs_nothing_and_names_the_damaged_file(place, name):
+    folder, canary = place
+    assert len(Screen.load(folder / "screen").shifts)
+    put_pickle(folder / "screen" / name, canary)
+    refused(lambda: Screen.load(folder / "screen"), canary, words=name)
+    for content in (b"", b"<html>log in</html>", None):
+        (folder / "screen" / name).unlink() if content is None else (folder / "screen" / name).write_bytes(content)
+        with pytest.raises(AssetError, match=name):
+            Screen.load(folder / "screen")
+
+
+def test_a_saved_screen_with_an_extension_type_runs_nothing(place):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    folder, canary = place
+    table = pyarrow.parquet.read_table(folder / "screen" / "shifts.parquet")
+    forged = table.schema.field("cell").with_metadata({"ARROW:extension:name": "arrow.py_extension_type",
+                                                       "ARROW:extension:metadata": pickle.dumps(Run(canary))})
+    at = table.schema.get_field_index("cell")
+    pyarrow.parquet.write_table(pa.table(table.columns, schema=table.schema.set(at, forged)), folder / "screen" / "shifts.parquet")
+    try:
+        Screen.load(folder / "screen")
+    except AssetError as error:
+        assert "shifts.parquet" in str(error)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("name", ["index.json", "index.safetensors"])
+def test_a_reference_map_runs_nothing(tmp_path, name):
+    adata, canary = cells(), tmp_path / "canary"
+    adata.obsm["X_scGPT"] = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
+    ReferenceMap(adata, k=3).save(tmp_path / "map")
+    put_pickle(tmp_path / "map" / name, canary)
+    refused(lambda: ReferenceMap.load(tmp_path / "map"), canary, words="map is damaged")
+
+
+@pytest.mark.parametrize("word", ["pickle", r"p\u0069ckle"])
+@pytest.mark.parametrize("array", ["X/data", "obs/cell_type", "var/_index"])
+def test_the_tokenizer_reads_no_zarr_store_with_a_codec_that_runs_programs(tmp_path, array, word):
+    zarr = pytest.importorskip("zarr")
+    store, canary, tok = tmp_path / "cells.zarr", tmp_path / "canary", RankTokenizer.fit(cells())
+    anndata.io.write_elem(zarr.open_group(store, mode="w", zarr_format=2), "/", cells())
+    described = json.loads((store / array / ".zarray").read_text()) | {"compressor": None, "filters": [{"id": "WORD", "protocol": 2}]}
+    (store / array / ".zarray").write_text(json.dumps(described).replace("WORD", word))
+    for chunk in (store / array).glob("[0-9]*"):
+        put_pickle(chunk, canary)
+    for read in (RankTokenizer.fit, tok, lambda path: tok.tokenize_files(path, tmp_path / "out")):
+        refused(lambda: read(store), canary, DataError, "asks for the codec 'pickle'.*nothing was run")
 
 
 @pytest.fixture

@@ -125,9 +125,9 @@ def whole_numbers(wanted: np.ndarray, total: int) -> np.ndarray:
 
 def deal_cells(names, labels: np.ndarray, codes: np.ndarray, fractions: np.ndarray, seed: int) -> np.ndarray:
     "The part (0, 1, ...) of each cell, cells being the unit: by label, in the order of keyed draws."
-    keys = np.array([keyed_seed(seed, "split", name) for name in names], dtype=np.uint64)
+    keys = np.fromiter((keyed_seed(seed, "split", name) for name in names), np.uint64, len(codes))
     used = fractions > 0
-    part = np.empty(len(names), dtype=np.int64)
+    part = np.empty(len(codes), dtype=np.int64)
     dealt = np.zeros(len(fractions))
     seen = 0
     for label in range(len(labels)):

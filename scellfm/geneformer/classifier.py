@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..assets import find, load_state, read_dictionary, read_tensors
+from ..assets import find, load_state, read_dictionary, read_tensors, save_model, save_tensors
 from ..core import AssetError, DataError, OptionError, warn
 from ..data.splits import Folds, Split, check_leakage, column_of
 from scellfm.geneformer.evaluation import (
@@ -47,7 +47,8 @@ class CellClassifier:
 
     def __repr__(self) -> str:
         classes = ", ".join(map(str, self.classes))
-        return f"CellClassifier({self.label!r}: {classes}; {len(self.models)} model(s), {self.models[0]!r})"
+        learned = f"; {self.history.learned:,} parameters learned" if self.history else ""
+        return f"CellClassifier({self.label!r}: {classes}; {len(self.models)} model(s), {self.models[0]!r}{learned})"
 
     def _repr_html_(self) -> str:
         table = "" if self.scores is None else self.scores._repr_html_()
@@ -149,14 +150,12 @@ RECORD, CELLS = "classifier.json", "cells.safetensors"
 
 def save_classifier(clf: CellClassifier, folder: Path) -> None:
     "See `CellClassifier.save_pretrained`."
-    from safetensors.numpy import save_file
+    import torch
 
-    folder.mkdir(parents=True, exist_ok=True)
     for k, model in enumerate(clf.models):
-        model.model.save_pretrained(folder / f"fold{k}")
+        save_model(model.model, folder / f"fold{k}")
     clf.models[0].tokenizer.save_pretrained(folder)
-    with atomic_write(folder / CELLS) as part:
-        save_file({"keys": clf.known.keys, "fold": clf.known.fold}, part)
+    save_tensors(folder / CELLS, {"keys": torch.as_tensor(clf.known.keys), "fold": torch.as_tensor(clf.known.fold)})
     record = {"label": clf.label, "classes": list(map(str, clf.classes)), "folds": len(clf.models),
               "scores": None if clf.scores is None else clf.scores.to_dict(),
               "verdict": None if clf.verdict is None else vars(clf.verdict),
@@ -222,6 +221,7 @@ def finetune(
     split: Split | Folds,  # scellfm.data.folds(adata, by="donor") or hold_out(...)
     epochs: int = 1,
     freeze_layers: int = 0,
+    lora=None,  # rank of adapters that learn instead of the weights, or a peft.LoraConfig
     learning_rate: float = 5e-5,
     batch_size: int = 12,
     warmup: float = 0.1,  # share of the steps, or a number of steps
@@ -235,7 +235,7 @@ def finetune(
 ) -> CellClassifier:
     "Fine-tune one classifier per fold; judge it on the cells held out, beside simple methods. DataError, OptionError."
     codes, classes, cells, parts, groups = prepare(gf, data, label, split, layer)
-    options = dict(epochs=epochs, freeze_layers=freeze_layers, learning_rate=learning_rate, batch_size=batch_size,
+    options = dict(epochs=epochs, freeze_layers=freeze_layers, lora=lora, learning_rate=learning_rate, batch_size=batch_size,
                    warmup=warmup, weight_decay=weight_decay, class_weights=class_weights, seed=seed, **recipe)
     settings = {"label": label, "held_out_by": split.by, "folds": len(parts), **options}
     sequences, own, models, histories = gf.readable(cells), Gathered(len(cells), len(classes)), [], []

@@ -19,14 +19,15 @@ import pandas as pd
 import torch
 
 from .. import inference
-from ..assets import find, load_state, read_dictionary, read_tensors
+from ..assets import find, load_state, read_dictionary, read_tensors, save_model
 from ..core import AssetError, DataError, OptionError, keyed_seed, warn
 from ..data.splits import Split, folds as deal_folds
 from .classifier import class_names
 from .embedding import gene_means
 from .evaluation import HELD_OUT, TRAINED, Gathered, Verdict, score_table
-from .finetuning import freeze, weights_of
+from .finetuning import choose_learners, weights_of
 from .genesets import LEVELS, UNTUNED, check_classes, gene_levels, labelled_genes, simple_methods
+from .lora import merge_adapters
 from .model import Geneformer, fitting_tokenizer, layer_index, translate
 from .pretraining import IGNORED, by_name
 from ..scores.table import Scores
@@ -107,10 +108,10 @@ def gene_probabilities(gf: Geneformer, sequences, wanted: np.ndarray, token_budg
 
 # %% ../../nbs/geneformer/genes.ipynb #9b526566
 def train_gene_fold(gf: Geneformer, cells, sequences, labels: pd.Series, codes, classes, part: Split, k: int, *,
-                    freeze_layers=0, class_weights=None, folder=None, **recipe):
+                    freeze_layers=0, lora=None, class_weights=None, folder=None, **recipe):
     "(Geneformer with a trained head on every place, History) of fold k; `recipe`: fields of scellfm.training.Recipe."
     model, report = new_gene_model(gf, classes, keyed_seed(recipe["seed"], "head", k) % 2**63)
-    freeze(model, freeze_layers)
+    model, adapters = choose_learners(model, freeze_layers, lora, keyed_seed(recipe["seed"], "adapters", k) % 2**63)
     label_of = np.full(gf.model.config.vocab_size, IGNORED, dtype=np.int64)
     label_of[labels.index[part.train]] = codes[part.train]
     which = by_name(np.flatnonzero(has_any(cells, label_of >= 0)), cells.obs.index)
@@ -122,9 +123,9 @@ def train_gene_fold(gf: Geneformer, cells, sequences, labels: pd.Series, codes, 
         dtype=str(gf.dtype).removeprefix("torch."), desc=f"gene classes, fold {k}",
         folder=None if folder is None else Path(folder) / f"fold{k}",
         inputs={"cells": fingerprint(sequences.lengths[which], cells.tokens), "genes": fingerprint(label_of),
-                "frozen": freeze_layers, "class_weights": str(class_weights)},
+                "frozen": freeze_layers, "class_weights": str(class_weights), "adapters": adapters},
         **recipe)
-    model.requires_grad_(True)
+    model = merge_adapters(model).requires_grad_(True)
     fold = Geneformer(model, gf.tokenizer, device=model.device, dtype=gf.dtype)
     fold.load_report = report
     return fold, history
@@ -208,9 +209,8 @@ class GeneClassifier:
     def save_pretrained(self, folder) -> None:
         "One folder per fold in the official layout, the dictionaries, and gene_classifier.json."
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         for k, model in enumerate(self.models):
-            model.model.save_pretrained(folder / f"fold{k}")
+            save_model(model.model, folder / f"fold{k}")
         self.models[0].tokenizer.save_pretrained(folder)
         record = {"classes": list(map(str, self.classes)), "folds": len(self.models),
                   "genes": self.genes.to_dict("split"),
@@ -270,6 +270,7 @@ def finetune_genes(
     folds: int = 5,  # parts of the genes; each is judged by the model that was not told its classes
     epochs: int = 1,
     freeze_layers: int = 0,
+    lora=None,  # rank of adapters that learn instead of the weights, or a peft.LoraConfig
     learning_rate: float = 5e-5,
     batch_size: int = 12,
     warmup: float = 0.1,  # share of the steps, or a number of steps
@@ -288,7 +289,7 @@ def finetune_genes(
     ids = pd.Index(gf.tokenizer.genes[labels.index].astype(str), name="gene")
     genes = pd.DataFrame({"class": labels.to_numpy().astype(str)}, index=ids)
     parts = deal_folds(genes, k=folds, stratify="class", seed=seed).folds()
-    options = dict(epochs=epochs, freeze_layers=freeze_layers, learning_rate=learning_rate, batch_size=batch_size,
+    options = dict(epochs=epochs, freeze_layers=freeze_layers, lora=lora, learning_rate=learning_rate, batch_size=batch_size,
                    warmup=warmup, weight_decay=weight_decay, class_weights=class_weights, seed=seed, **recipe)
     settings = {"label": "gene classes", "folds": len(parts), "max_cells": max_cells, **options, "left_out": left_out}
     sequences, own, models, histories = gf.readable(cells), Gathered(len(genes), len(names)), [], []

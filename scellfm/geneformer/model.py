@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'UNUSED', 'shape_config', 'build_model', 'layer_index', 'lower_layers', 'hidden_states', 'pool_cells',
-           'pooling', 'CutCells', 'sequence_lengths', 'check_tokens', 'translate', 'load_model', 'dictionary_places',
-           'fitting_tokenizer', 'check_fit', 'Geneformer']
+           'pooling', 'CutCells', 'sequence_lengths', 'token_blocks', 'check_tokens', 'translate', 'load_model',
+           'dictionary_places', 'fitting_tokenizer', 'check_fit', 'Geneformer']
 
 # %% ../../nbs/geneformer/model.ipynb #41750ee1
 import copy as copying
@@ -134,12 +134,22 @@ def sequence_lengths(cells) -> np.ndarray:
     return np.asarray(given if given is not None else [len(cell) for cell in cells], dtype=np.int64)
 
 
+def token_blocks(cells) -> list[tuple[np.ndarray, np.ndarray]]:
+    "The tokens of cells in flat stretches with the offsets of the cells, from `.blocks` where there are any."
+    if hasattr(cells, "blocks"):
+        return cells.blocks
+    flat = [np.asarray(cells[i], dtype=np.int64) for i in range(len(cells))]
+    return [(np.concatenate([np.empty(0, np.int64), *flat]), np.cumsum([0, *map(len, flat)]))]
+
+
 def check_tokens(cells, vocabulary: int, cls: int | None, eos: int | None) -> None:
     "Raise a DataError where cells hold unknown tokens, or special tokens that do not go with the model's dictionary."
-    lengths = sequence_lengths(cells)
-    full = np.flatnonzero(lengths)
-    ends = np.array([(int(cells[int(i)][0]), int(cells[int(i)][-1])) for i in full]).reshape(-1, 2)
-    highest = max((int(np.max(cells[int(i)])) for i in full), default=0)
+    full, ends, highest = np.flatnonzero(sequence_lengths(cells)), [np.empty((0, 2), np.int64)], 0
+    for tokens, offsets in token_blocks(cells):
+        some = np.diff(offsets) > 0
+        ends.append(np.stack([tokens[offsets[:-1][some]], tokens[offsets[1:][some] - 1]], axis=1))
+        highest = max(highest, int(tokens[offsets[0]:offsets[-1]].max(initial=0)))
+    ends = np.concatenate(ends)
     if highest >= vocabulary:
         raise DataError(f"the cells hold token {highest:,} and the model knows {vocabulary:,} tokens (0 to "
                         f"{vocabulary - 1:,}): "
@@ -275,8 +285,9 @@ class Geneformer:
 
     def save_pretrained(self, folder) -> None:
         "Write config.json, model.safetensors and the tokenizer's dictionaries: opens here and in the original."
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder)
+        from scellfm.assets import save_model
+
+        save_model(self.model, folder)
         self.tokenizer.save_pretrained(folder)
 
     @property

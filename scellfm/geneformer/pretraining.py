@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['IGNORED', 'BINS', 'mask_genes', 'MaskedCells', 'masked_loss', 'rank_bins', 'count_tokens', 'frequency_losses',
-           'token_rows', 'by_name', 'pretraining_split', 'start_from_frequencies', 'pretrain', 'tell_if_useless']
+           'token_rows', 'by_name', 'pretraining_split', 'start_from_frequencies', 'identity_of', 'pretrain',
+           'tell_if_useless']
 
 # %% ../../nbs/geneformer/pretraining.ipynb #d5d11bc0
+from pathlib import Path
+
 import numpy as np
-import pandas as pd
 import torch
 
 from ..core import OptionError, keyed_generator, warn
-from ..data.splits import Split, hold_out
+from ..data.splits import Split, check_fractions, deal_cells
+from .corpus import CellNames, Corpus
 from ..inference import pad
 from ..store import fingerprint
 from ..training import History, Rows, fit
@@ -38,12 +41,11 @@ class MaskedCells:
     def __init__(self, sequences, names, genes: np.ndarray, mask_id: int, pad_id: int, share: float, seed: int):
         self.sequences, self.genes, self.mask_id, self.pad_id = sequences, genes, mask_id, pad_id
         self.share, self.seed = share, seed
-        self.names = np.asarray(names).astype(str)
-        self.occurrence = pd.Series(self.names).groupby(self.names).cumcount().to_numpy()
+        self.names = names if isinstance(names, CellNames) else CellNames.of(names)
 
     def cell(self, i: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         "One cell with some genes hidden, and the labels."
-        generator = keyed_generator(self.seed, "mask", epoch, self.names[i], self.occurrence[i])
+        generator = keyed_generator(self.seed, "mask", epoch, self.names[i], self.names.occurrence[i])
         return mask_genes(self.sequences[int(i)], self.genes, self.mask_id, self.share, generator)
 
     def rows(self, which: np.ndarray) -> Rows:
@@ -90,13 +92,13 @@ def frequency_losses(cells: MaskedCells, train: np.ndarray, judged: np.ndarray, 
     overall /= overall.sum()
     by_rank = counts * (overall > 0) + len(cells.genes) * overall
     by_rank /= by_rank.sum(1, keepdims=True)
-    losses = []
+    losses, n = np.zeros(2), 0
     for i in judged:
         labels = cells.cell(i, 0)[1]
         asked = labels != IGNORED
         chance = overall[labels[asked]], by_rank[rank_bins(len(labels))[asked], labels[asked]]
-        losses.append(-np.log(np.stack(chance, axis=1)))
-    overall_loss, rank_loss = np.concatenate(losses).mean(axis=0)
+        losses, n = losses - np.log(chance).sum(axis=1), n + asked.sum()
+    overall_loss, rank_loss = losses / n
     return {"gene frequency": float(overall_loss), "gene frequency by rank": float(rank_loss)}
 
 # %% ../../nbs/geneformer/pretraining.ipynb #066055e5
@@ -120,17 +122,18 @@ def by_name(rows: np.ndarray, names) -> np.ndarray:
     return rows[np.argsort(names[rows], kind="stable")]
 
 
-def pretraining_split(cells, split: Split | None, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    "Positions of the cells to train on and of those to judge by."
-    if split is None and held_out == 0:
-        return np.arange(len(cells)), np.empty(0, np.int64)
-    if split is None:
-        names = pd.Series(cells.obs.index.astype(str))
-        occurrence = names.groupby(names).cumcount().astype(str)
-        unique = pd.DataFrame(index=pd.Index(names + "\x1f" + occurrence))
-        split = hold_out(unique, fractions=(1 - held_out, held_out, 0), seed=seed)
-    judged = split.valid if len(split.valid) else split.test
-    return token_rows(cells, split.train, split.n), token_rows(cells, judged, split.n)
+def pretraining_split(cells, names: CellNames, split: Split | None, held_out: float, seed: int) -> list[np.ndarray]:
+    "Positions of the cells to train on and of those to judge by, in the order of the cells' names."
+    if split is not None:
+        judged = split.valid if len(split.valid) else split.test
+        rows = token_rows(cells, split.train, split.n), token_rows(cells, judged, split.n)
+    elif held_out == 0:
+        rows = np.arange(len(cells)), np.empty(0, np.int64)
+    else:
+        one_label, fractions = np.array(["all"]), check_fractions((1 - held_out, held_out, 0))
+        part = deal_cells(names.keys(), one_label, np.zeros(len(cells), np.int64), fractions, seed)
+        rows = np.flatnonzero(part == 0), np.flatnonzero(part == 1)
+    return [names.sort(one) for one in rows]
 
 # %% ../../nbs/geneformer/pretraining.ipynb #c50be362
 def start_from_frequencies(model, sequences, rows: np.ndarray) -> None:
@@ -145,9 +148,15 @@ def start_from_frequencies(model, sequences, rows: np.ndarray) -> None:
         bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
 
 # %% ../../nbs/geneformer/pretraining.ipynb #a1486bdf
+def identity_of(names: CellNames, lengths: np.ndarray, parts, block: int = 2**18) -> list[str]:
+    "A fingerprint of the names and lengths of the cells of each part, block by block."
+    return [fingerprint(names[rows[start:start + block]], lengths[rows[start:start + block]])
+            for rows in parts for start in range(0, max(len(rows), 1), block)]
+
+
 def pretrain(
     gf,  # Geneformer, trained in place
-    data,  # AnnData, TokenizedCells, or the path of a saved dataset
+    data,  # AnnData, TokenizedCells, a Corpus, or the paths of saved datasets (a path, a folder of them, a list)
     *,
     split: Split | None = None,  # its valid cells (or else its test cells) judge; by donor where there are donors
     held_out: float = 0.1,  # share of cells to judge by, when no split is given
@@ -168,13 +177,14 @@ def pretrain(
         raise OptionError(f"mask_share={mask_share!r} is a share of genes: between 0 and 1, such as 0.15")
     if not hasattr(gf.model, "cls"):
         raise OptionError("this model is a classifier and cannot guess genes; load the pretrained model instead")
-    cells = gf.cells(data, layer=layer)
+    cells = Corpus(data) if isinstance(data, (str, Path, list, tuple)) else gf.cells(data, layer=layer)
     sequences = gf.readable(cells)
-    train, judged = (by_name(rows, cells.obs.index) for rows in pretraining_split(cells, split, held_out, seed))
+    names = cells.names if isinstance(cells, Corpus) else CellNames.of(cells.obs.index)
+    train, judged = pretraining_split(cells, names, split, held_out, seed)
     tokenizer, vocabulary = gf.tokenizer, gf.model.config.vocab_size
     special = [t for t in (tokenizer.pad, tokenizer.mask, tokenizer.cls, tokenizer.eos) if t is not None]
     genes = np.setdiff1d(np.arange(vocabulary), special)
-    masked = MaskedCells(sequences, cells.obs.index, genes, tokenizer.mask, tokenizer.pad, mask_share, seed)
+    masked = MaskedCells(sequences, names, genes, tokenizer.mask, tokenizer.pad, mask_share, seed)
     rows, valid = masked.rows(train), {"valid": masked.rows(judged)} if len(judged) else None
     gf.model.float()  # weights learn in float32; bfloat16 is for the products
     start_from_frequencies(gf.model, sequences, train)
@@ -183,7 +193,7 @@ def pretrain(
         learning_rate=learning_rate, batch_size=batch_size, warmup=warmup, weight_decay=weight_decay,
         seed=seed, dtype=str(gf.dtype).removeprefix("torch."), device=gf.device, folder=folder, save_every=save_every,
         desc="pretraining",
-        inputs={"cells": fingerprint([(masked.names[r], sequences.lengths[r]) for r in (train, judged)], mask_share)},
+        inputs={"cells": fingerprint(identity_of(names, sequences.lengths, (train, judged)), mask_share)},
         **recipe)
     gf.model.to(gf.dtype)
     gf.device = gf.model.device

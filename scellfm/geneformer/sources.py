@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import sparse
 
 from ..core import DataError, optional
-from ..data.reading import canonical_csr, count_blocks, counts_of, file_kind, places
+from ..data.reading import canonical_csr, count_blocks, counts_of, file_kind, places, refuse_pickled
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -110,6 +110,8 @@ def from_anndata_file(path: Path, layer: str | None, kind: str) -> CellSource:
     "The cells of an h5ad file or zarr store, left on disk."
     from anndata.io import read_elem
 
+    if kind == "zarr":
+        refuse_pickled(path)
     with opened(path, kind) as file:
         if "obs" not in file or "var" not in file:
             raise DataError(f"{path} holds {list(file)} and no obs and var; it was not written by AnnData")

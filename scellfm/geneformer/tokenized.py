@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, optional
-from ..store import atomic_write
+from ..store import atomic_write, fingerprint, sha256
 
 if TYPE_CHECKING:
     import datasets
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['gather_rows', 'report_rows', 'TokenizedCells', 'arrow_column', 'ragged_column', 'hugging_face_type', 'cells_table',
-           'DatasetWriter', 'read_stream', 'flat_column', 'read_dataset']
+           'DatasetWriter', 'read_stream', 'flat_column', 'read_table', 'read_dataset']
 
 # %% ../../nbs/geneformer/tokenized.ipynb #ecb65df4
 def gather_rows(offsets: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -78,6 +78,11 @@ class TokenizedCells:
     def lengths(self) -> np.ndarray:
         "int64 [n]: tokens of each cell, special ones included."
         return np.diff(self.offsets)
+
+    @property
+    def blocks(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        "The tokens in flat stretches, each with the offsets of its cells: here one; a Corpus has many."
+        return [(self.tokens, self.offsets)]
 
     def save(self, path: str | Path) -> None:
         "Write a folder that `datasets.load_from_disk` (and so the original Geneformer) and `TokenizedCells.load` open."
@@ -209,15 +214,14 @@ class DatasetWriter:
 
     def finish(self, report: dict, special: bool) -> None:
         "Close the data, give the shards their names and write the descriptions."
-        from secrets import token_hex
-
         self.__exit__()
         names = [f"data-{i:05d}-of-{self.shards:05d}.arrow" for i in range(self.shards)]
         for i, name in enumerate(names):
             (self.folder / f"shard-{i}.arrow").rename(self.folder / name)
         features = json.loads(self.schema.metadata[b"huggingface"])["info"]["features"]
         info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
-        state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": token_hex(8), "_format_columns": None,
+        digest = fingerprint([sha256(self.folder / name) for name in names])[:16]  # `datasets` keeps results under it
+        state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": digest, "_format_columns": None,
                  "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None}
         ours = {"report": report, "special": special}
         for name, content in (("dataset_info", info), ("state", state), ("tokenizer_report", ours)):
@@ -241,8 +245,8 @@ def flat_column(column: pyarrow.ChunkedArray) -> np.ndarray:
     return np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
 
-def read_dataset(folder: Path) -> TokenizedCells:
-    "Open a Hugging Face data set folder with the columns of the original Geneformer; see `TokenizedCells.load`."
+def read_table(folder: Path) -> pyarrow.Table:
+    "The columns of a Hugging Face data set folder with input_ids, left on disk (mapped into memory); DataError if it is none."
     import pyarrow as pa
 
     from scellfm.assets import read_dictionary
@@ -257,6 +261,16 @@ def read_dataset(folder: Path) -> TokenizedCells:
     if "input_ids" not in table.column_names or state.get("_indices_data_files"):
         raise DataError(f"{folder} has the columns {table.column_names} and {'an' if state.get('_indices_data_files') else 'no'} "
                         "index of rows; a tokenized data set has input_ids and no such index (save it again with datasets)")
+    return table
+
+
+def read_dataset(folder: Path) -> TokenizedCells:
+    "Read a data set folder with the columns of the original Geneformer into memory; see `TokenizedCells.load`."
+    import pyarrow as pa
+
+    from scellfm.assets import read_dictionary
+
+    table = read_table(folder)
     tokens = flat_column(table["input_ids"])
     lengths = pa.compute.list_value_length(table["input_ids"]).to_numpy()
     tokens = tokens.astype(np.uint16 if tokens.max(initial=0) < 2**16 else np.uint32, copy=False)
