@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..assets import find, load_state, read_dictionary, read_tensors
+from ..assets import find, load_state, read_dictionary, read_tensors, save_model, save_tensors
 from ..core import AssetError, DataError, OptionError, warn
 from ..data.splits import Folds, Split, check_leakage, column_of
 from scellfm.geneformer.evaluation import (
@@ -150,14 +150,12 @@ RECORD, CELLS = "classifier.json", "cells.safetensors"
 
 def save_classifier(clf: CellClassifier, folder: Path) -> None:
     "See `CellClassifier.save_pretrained`."
-    from safetensors.numpy import save_file
+    import torch
 
-    folder.mkdir(parents=True, exist_ok=True)
     for k, model in enumerate(clf.models):
-        model.model.save_pretrained(folder / f"fold{k}")
+        save_model(model.model, folder / f"fold{k}")
     clf.models[0].tokenizer.save_pretrained(folder)
-    with atomic_write(folder / CELLS) as part:
-        save_file({"keys": clf.known.keys, "fold": clf.known.fold}, part)
+    save_tensors(folder / CELLS, {"keys": torch.as_tensor(clf.known.keys), "fold": torch.as_tensor(clf.known.fold)})
     record = {"label": clf.label, "classes": list(map(str, clf.classes)), "folds": len(clf.models),
               "scores": None if clf.scores is None else clf.scores.to_dict(),
               "verdict": None if clf.verdict is None else vars(clf.verdict),

@@ -6,15 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..core import OptionError, progress
 from .batches import baseline_embeddings, embedding_of, groups_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['umap', 'umaps']
@@ -35,9 +31,9 @@ def umap(values: np.ndarray, *, n_neighbors: int = 15, seed: int = 0) -> np.ndar
 
 # %% ../../nbs/scores/pictures.ipynb #0acb9858
 def umaps(adata, reps: str | Sequence[str], batch: str | None = None, label: str | None = None, *, layer: str | None = None,
-          baselines: bool = True, seed: int = 0) -> Figure:
+          baselines: bool = True, seed: int = 0):
     """
-    A figure of UMAPs: a row for each of obsm[reps] and each baseline of `integration`, columns by obs[batch] and by obs[label].
+    A matplotlib figure of UMAPs: a row for each of obsm[reps] and each baseline of `integration`, columns by obs[batch] and by obs[label].
 
     layer: the counts of the baselines (None: X). DataError: missing columns, embeddings or counts.
     """
