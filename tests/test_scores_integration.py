@@ -11,9 +11,10 @@ import pytest
 from conftest import golden, real_data
 from scipy import sparse
 
-from scellfm import DataError, ScellfmWarning
+from scellfm import DataError, OptionError, ScellfmWarning
 from scellfm.scores import batches as b
 from scellfm.scores.batches import integration
+from scellfm.scores.pictures import umap, umaps
 
 NAMES = {"nmi": "NMI_cluster/label", "ari": "ARI_cluster/label", "asw_label": "ASW_label", "asw_batch": "ASW_label/batch",
          "pcr": "PCR_batch", "graph_connectivity": "graph_conn", "avg_bio": "avg_bio", "avg_batch": "avg_batch"}
@@ -244,6 +245,38 @@ def test_an_empty_cell_in_the_counts_is_no_obstacle(cells):
     counts[7] = 0
     cells.X = sparse.csr_matrix(counts)
     assert integration(cells, "X_scGPT", batch="batch", label="cell_type").table["avg_bio"].notna().all()
+
+
+# pictures
+
+def test_umaps_stand_side_by_side_for_the_model_and_its_baselines(cells, monkeypatch):
+    monkeypatch.setitem(sys.modules, "harmonypy", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    figure = umaps(cells, "X_scGPT", batch="batch", label="cell_type")
+    assert [ax.get_title() for ax in figure.axes] == ["X_scGPT", "X_scGPT", "HVG + PCA", "HVG + PCA"]
+    legends = [ax.get_legend().get_title().get_text() for ax in figure.axes]
+    assert legends == ["batch", "cell_type"] * 2 and "X_umap" not in cells.obsm
+    first, second = (ax.collections[0].get_offsets() for ax in figure.axes[:2])
+    np.testing.assert_array_equal(first, second)  # the same places, in other colours
+
+
+def test_a_umap_keeps_neighbours_and_repeats(cells):
+    label = cells.obs["cell_type"].to_numpy()
+    first, second = umap(cells.obsm["X_scGPT"]), umap(cells.obsm["X_scGPT"])
+    np.testing.assert_array_equal(first, second)
+    assert b.knn_accuracy(first, label) > 0.9 and not np.array_equal(first, umap(cells.obsm["X_scGPT"], seed=1))
+    assert umap(cells.obsm["X_scGPT"][:5]).shape == (5, 2)
+
+
+@pytest.mark.parametrize("options, error, message", [
+    ({"batch": None, "label": None}, OptionError, "name at least one column"), ({"batch": "lab"}, DataError, "no column 'lab'"),
+    ({"reps": "X_other"}, DataError, "obsm has no 'X_other'"), ({"baselines": True, "layer": "raw"}, DataError, "raw"),
+])
+def test_a_picture_of_what_is_not_there_is_refused(cells, options, error, message):
+    with pytest.raises(error, match=message):
+        umaps(cells, **({"reps": "X_scGPT", "batch": "batch", "label": "cell_type", "baselines": False} | options))
+    with pytest.raises(OptionError, match="four cells or more"):
+        umap(cells.obsm["X_scGPT"][:3])
 
 
 # real cells

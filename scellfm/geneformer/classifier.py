@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..assets import find, load_state, read_dictionary, read_tensors
+from ..assets import find, load_state, read_dictionary, read_tensors, save_model, save_tensors
 from ..core import AssetError, DataError, OptionError, warn
 from ..data.splits import Folds, Split, check_leakage, column_of
 from scellfm.geneformer.evaluation import (
@@ -168,14 +168,12 @@ RECORD, CELLS = "classifier.json", "cells.safetensors"
 
 def save_models(folder: Path, models: list[Geneformer], known: KnownCells) -> None:
     "One folder per fold, the dictionaries, and who has seen whom."
-    from safetensors.numpy import save_file
+    import torch
 
-    folder.mkdir(parents=True, exist_ok=True)
     for k, model in enumerate(models):
-        model.model.save_pretrained(folder / f"fold{k}")
+        save_model(model.model, folder / f"fold{k}")
     models[0].tokenizer.save_pretrained(folder)
-    with atomic_write(folder / CELLS) as part:
-        save_file({"keys": known.keys, "fold": known.fold}, part)
+    save_tensors(folder / CELLS, {"keys": torch.as_tensor(known.keys), "fold": torch.as_tensor(known.fold)})
 
 
 def save_classifier(clf: CellClassifier, folder: Path) -> None:

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from .. import inference
-from ..assets import find, load_state, read_dictionary, read_tensors
+from ..assets import find, load_state, read_dictionary, read_tensors, save_model
 from ..core import AssetError, DataError, OptionError, keyed_seed, warn
 from ..data.splits import Split, folds as deal_folds
 from .classifier import class_names
@@ -209,9 +209,8 @@ class GeneClassifier:
     def save_pretrained(self, folder) -> None:
         "One folder per fold in the official layout, the dictionaries, and gene_classifier.json."
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         for k, model in enumerate(self.models):
-            model.model.save_pretrained(folder / f"fold{k}")
+            save_model(model.model, folder / f"fold{k}")
         self.models[0].tokenizer.save_pretrained(folder)
         record = {"classes": list(map(str, self.classes)), "folds": len(self.models),
                   "genes": self.genes.to_dict("split"),

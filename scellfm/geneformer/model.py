@@ -285,8 +285,9 @@ class Geneformer:
 
     def save_pretrained(self, folder) -> None:
         "Write config.json, model.safetensors and the tokenizer's dictionaries: opens here and in the original."
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder)
+        from scellfm.assets import save_model
+
+        save_model(self.model, folder)
         self.tokenizer.save_pretrained(folder)
 
     @property

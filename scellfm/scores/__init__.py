@@ -2,6 +2,6 @@
 from scellfm import _lazy
 
 __getattr__, __dir__ = _lazy(__name__, {
-    "Scores": "table", "classification": "labels", "ClassificationResult": "labels", "integration": "batches",
+    "Scores": "table", "classification": "labels", "ClassificationResult": "labels", "integration": "batches", "umaps": "pictures",
     "Verdict": "heldout",
 })
