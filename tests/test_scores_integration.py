@@ -12,6 +12,7 @@ from conftest import golden, real_data
 from scipy import sparse
 
 from scellfm import DataError, OptionError, ScellfmWarning
+from scellfm.scgpt.neighbours import nearest
 from scellfm.scores import batches as b
 from scellfm.scores.batches import integration
 from scellfm.scores.pictures import umap, umaps
@@ -56,6 +57,17 @@ def test_graph_is_scanpys(original):
     assert abs(b.neighbour_graph(cells.obsm["X_scGPT"]) - expected).max() < 1e-6
 
 
+def test_distances_are_scanpys(original):
+    cells, arrays, _ = original
+    values = cells.obsm["X_scGPT"]
+    k = int(np.diff(arrays["dist_indptr"])[0])
+    expected = sparse.csr_matrix((arrays["dist_data"], arrays["dist_indices"], arrays["dist_indptr"]), (len(values),) * 2)
+    distances, found = nearest(values, values, k + 1)  # itself first
+    for row, (near, who) in enumerate(zip(distances, found)):
+        assert who[0] == row and set(who[1:]) == set(expected[row].indices)
+        np.testing.assert_allclose(np.sqrt(near[1:]), np.sort(expected[row].data), atol=1e-5)
+
+
 def test_clusters_are_scibs(original):
     from sklearn.metrics import adjusted_rand_score
 
@@ -76,6 +88,24 @@ def test_parts_are_scibs_given_its_clusters_and_graph(original):
     assert b.asw_label(arrays["X_scGPT"], labels) == pytest.approx(expected["ASW_label"], abs=2e-7)
     assert b.asw_batch(arrays["X_scGPT"], labels, arrays["str_batch"]) == pytest.approx(expected["ASW_label/batch"], abs=2e-7)
     assert b.pcr(arrays["X"], arrays["X_scGPT"], arrays["str_batch"]) == pytest.approx(expected["PCR_batch"], abs=2e-6)
+
+
+def test_parts_are_those_of_scib_metrics_too(original):
+    theirs = pytest.importorskip("scib_metrics", reason="scib-metrics is not installed: a cross-check with a second package, on JAX")
+    cells, arrays, _ = original
+    values, labels, batches = arrays["X_scGPT"], arrays["celltype"], arrays["str_batch"]
+    found = integration(cells, "X_scGPT", batch="str_batch", label="celltype", baselines=False).table.loc["X_scGPT"]
+    assert found["asw_label"] == pytest.approx(theirs.silhouette_label(values, labels), abs=1e-5)
+    assert found["asw_batch"] == pytest.approx(theirs.silhouette_batch(values, labels, batches), abs=1e-5)
+    assert found["pcr"] == pytest.approx(theirs.pcr_comparison(arrays["X"], values, batches, categorical=True), abs=1e-4)
+    from scib_metrics.nearest_neighbors import NeighborsResults
+
+    # its graphs are directed and its clusters found by other sweeps: the same question, not the same number
+    distances, positions = nearest(values, values, 16)
+    near = NeighborsResults(positions, np.sqrt(distances))
+    assert found["graph_connectivity"] == pytest.approx(theirs.graph_connectivity(near, labels), abs=0.05)
+    clustered = theirs.nmi_ari_cluster_labels_leiden(near, labels)
+    assert [found["nmi"], found["ari"]] == pytest.approx([clustered["nmi"], clustered["ari"]], abs=0.05)
 
 
 # properties

@@ -352,7 +352,8 @@ def judge_genes(scores: Scores, epochs: int, freeze_layers: int, n_layers: int) 
     column, low, high = (table["balanced_accuracy"] for table in (scores.table, scores.low, scores.high))
     held, trained, simple = column[HELD_OUT], column[TRAINED_GENES], column.drop([HELD_OUT, TRAINED_GENES])
     overfitted = trained - held > 0.1 and not trained <= high[HELD_OUT]
-    text = (f"Balanced accuracy is {held:.3f} ({low[HELD_OUT]:.3f} to {high[HELD_OUT]:.3f}) on held-out genes and "
+    bounds = f" ({low[HELD_OUT]:.3f} to {high[HELD_OUT]:.3f})" if np.isfinite(low[HELD_OUT]) else ""
+    text = (f"Balanced accuracy is {held:.3f}{bounds} on held-out genes and "
             f"{trained:.3f} on training genes{': the model has memorised its training genes' if overfitted else ''}. "
             f"The best simple method ({simple.idxmax()}) has {simple.max():.3f} on the same held-out genes.")
     more = min(n_layers, freeze_layers + max(1, n_layers // 3))

@@ -372,11 +372,12 @@ class Geneformer:
         pretrain(self, data, **settings)
         return self
 
-    def finetune(self, data, label: str, **settings):
-        "Fine-tune a cell classifier (see `scellfm.geneformer.classifier.finetune`)."
-        from scellfm.geneformer.classifier import finetune
+    def finetune(self, data, label, **settings):
+        "Fine-tune a cell classifier (`scellfm.geneformer.classifier.finetune`); of several labels: `multitask.finetune_tasks`."
+        from scellfm.geneformer import classifier, multitask
 
-        return finetune(self, data, label, **settings)
+        make = classifier.finetune if isinstance(label, str) else multitask.finetune_tasks
+        return make(self, data, label, **settings)
 
     def finetune_genes(self, data, classes, **settings):
         "Fine-tune a classifier of genes (see `scellfm.geneformer.genes.finetune_genes`); `classes`: {name: genes}."

@@ -3,5 +3,6 @@ from scellfm import _lazy
 
 __getattr__, __dir__ = _lazy(__name__, {
     "Scores": "table", "classification": "labels", "ClassificationResult": "labels", "integration": "batches", "umaps": "pictures",
+    "perturbation": "profiles",
     "Verdict": "heldout",
 })
