@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -217,7 +218,7 @@ def confusion(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.spines[:].set_visible(False)
     ax.set(xlabel="called", ylabel="true")
 
-
+# %% ../nbs/plotting.ipynb #9e280e8c
 def results_of(source) -> dict:
     "Name -> ClassificationResult with its cells, from a Scores, a dictionary of results or one result."
     results = source.details if hasattr(source, "details") else source if isinstance(source, dict) else {"": source}
@@ -258,7 +259,7 @@ def roc(source, *, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="share of other cells called so", ylabel="share of the class found", xlim=(0, 1), ylim=(0, 1), aspect="equal")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), title="AUROC", title_fontsize=9, alignment="left")
 
-
+# %% ../nbs/plotting.ipynb #00c06bda
 @styled(4.4, 5.0)
 def calibration(source, *, ax: Axes | None = None) -> Axes:
     "Accuracy against stated confidence in 15 bins, one line for each method; the area of a dot is its share of the cells."
@@ -301,7 +302,7 @@ def scores(scores, *, ax: Axes | None = None) -> Axes:
     ax.set_ylim(values.shape[1] - 0.5, -0.5)
     ax.hlines(np.arange(values.shape[1] - 1) + 0.5, 0, 1, transform=ax.get_yaxis_transform(), color="#E5E5E5", lw=0.8)
     ax.tick_params(axis="y", length=0)
-    ax.set_title(scores.title)
+    ax.set_title(shorten(scores.title, 60, placeholder=" ..."))
     ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=1 + (n > 3))
 
 # %% ../nbs/plotting.ipynb #d2f0ba62

@@ -71,7 +71,7 @@ def hardware() -> dict[str, str]:
         found["threads"] = str(torch.get_num_threads())
     return found
 
-
+# %% ../nbs/report.ipynb #f5e2fbd3
 def describe_input(value) -> dict:
     "Kind, size and fingerprint of an input: a file (SHA-256), a folder, an AnnData, or anything that `store.fingerprint` takes."
     from scellfm.store import fingerprint, sha256

@@ -63,10 +63,30 @@ def load(**change):
     return sf.assets.load_state(torch.nn.Linear(3, 2), {name: value for name, value in tensors.items() if value is not None})
 
 
-def embedding(value):
+def embedding(value, rows=slice(None)):
     adata = cells()
-    adata.obsm["X_model"] = np.full((40, 2), value)
+    adata.obsm["X_model"] = np.random.default_rng(0).normal(size=(40, 5))
+    adata.obsm["X_model"][rows] = value
     return adata
+
+
+def tokenizer(**options):
+    return sf.geneformer.RankTokenizer.fit(cells(), **options)
+
+
+def named():
+    adata = cells()
+    adata.var = pd.DataFrame({"ensembl_id": HUMAN}, index=[f"JAK{i}" for i in range(100)])
+    return adata
+
+
+def perturb(**options):
+    gf = sf.geneformer.Geneformer.from_config("tiny", tokenizer(max_length=12), device="cpu")
+    return gf.perturb(cells(), **{"genes": HUMAN[:2], "state": "cell_type", "start": "B", "goal": "T"} | options)
+
+
+def mixing(adata, batch):
+    return sf.scores.integration(adata, reps=["X_model"], batch=batch, label="cell_type")
 
 
 check, match, hold_out = sf.data.check_counts, sf.data.match_genes, sf.data.hold_out
@@ -112,6 +132,13 @@ ERRORS = {
     "NaN probabilities": (lambda _: classify(TRUTH, probabilities(np.nan), TYPES), DataError, ["1 of 40", "nan in row 3", "leave these cells out"]),
     "logits for probabilities": (lambda _: classify(TRUTH, probabilities(-2.0), TYPES), DataError, ["row 3", "-2", "softmax"]),
     "an embedding of NaN": (lambda _: sf.plotting.embedding(embedding(np.nan), "X_model"), DataError, ["obsm['X_model']", "0 rows without NaN", "name another basis"]),
+    "an embedding of NaN to score": (lambda _: mixing(embedding(np.nan, 3), "donor"), DataError, ["obsm['X_model']", "1 of 40", "'cell3'", "leave them out"]),
+    "log-normalised cells to tokenize": (lambda _: tokenizer()(cells(np.log1p, counts=lambda x: x)), DataError,
+                                         ["'cell0'", HUMAN[0], "0.693147", "log-normalised", "layer="]),
+    "a gene that the model does not know": (lambda _: perturb(genes=["NOSUCH"]), DataError, ["'NOSUCH'", "100 genes", "tokenizer.genes"]),
+    "an id with a digit too few": (lambda _: perturb(genes=[HUMAN[0][:-1]]), DataError, [repr(HUMAN[0][:-1]), "100 genes", "give an id or symbol"]),
+    "a symbol misspelt": (lambda _: sf.geneformer.RankTokenizer.fit(named()).token("JKA3"), DataError, ["'JKA3'", "did you mean 'JAK3'?"]),
+    "no cells of the goal": (lambda _: perturb(goal="ctrl"), DataError, ["cell_type='ctrl'", "its values are B, T"]),
     "a donor on both sides": (lambda _: sf.data.check_leakage(hold_out(cells()), cells().obs["donor"]), DataError,
                               ["group 'd", "is in both train and", "by="]),
     "a cell on both sides": (lambda _: sf.data.check_leakage(leaky(), range(40)), DataError, ["row ", "both train and test", "deal the cells again"]),
@@ -162,6 +189,7 @@ WARNINGS = {
     "names that a spreadsheet changed": (lambda: match([*HUMAN, "1-Mar", "2-Sep"], HUMAN), ["2 genes look like dates", "'1-Mar'", "original file"]),
     "names in lower case": (lambda: match([f"actb{i}" for i in range(9)], [f"ACTB{i}" for i in range(9)]), ["9 gene names are in lower case"]),
     "a rare class beside donors": (lambda: hold_out(with_obs(mine=["rare", *["a"] * 39]), by="donor", stratify="mine"), ["'rare'"]),
+    "a cell without a known gene": (lambda: tokenizer()(unknown(3)), ["1 of 40 cells", "were dropped"]),
     "one donor to draw from": (lambda: classify(TRUTH, probabilities(), TYPES, groups=np.full(40, "d")), ["one group"]),
 }
 
@@ -175,6 +203,12 @@ def logged():
 def large():
     adata = cells(put(2.0**24 + 2))
     adata.X = adata.X.astype(np.float32)
+    return adata
+
+
+def unknown(cell):
+    adata = cells(lambda x: np.where((np.arange(40)[:, None] == cell) & (np.arange(100) < 60), 0, x))
+    adata.var_names = [*HUMAN[:60], *(f"NEW{i}" for i in range(40))]
     return adata
 
 
@@ -225,6 +259,33 @@ def test_an_empty_cell_keeps_its_place():
     assert sf.data.count_matrix(adata)[9].nnz == 0
     result = sf.inference.run(lambda ids, mask: ids.sum(1).double(), [[1, 2], [], [3]], device="cpu")
     assert result[[0, 2]].tolist() == [3, 3] and result[1].isnan()
+
+
+def test_a_cell_of_too_many_genes_is_cut_and_counted():
+    tok = tokenizer(max_length=60)
+    longer = int((np.diff(cells().X.indptr) > 60).sum())
+    tokens = quiet(tok, cells())
+    assert 0 < longer == tokens.report["n_truncated"] and tokens.lengths.max() == 60 and tokens.report["max_length"] == 60
+    whole = tokenizer(max_length=100)(cells())
+    assert all(tokens[i].tolist() == whole[i][:60].tolist() for i in range(40))
+
+
+def test_cells_in_dask_are_tokenized_like_others():
+    array = pytest.importorskip("dask.array")
+    adata = cells()
+    lazy = anndata.AnnData(array.from_array(adata.X.toarray(), chunks=(7, 100)), obs=adata.obs, var=adata.var)
+    assert tokenizer()(lazy).tokens.tolist() == tokenizer()(adata).tokens.tolist()
+
+
+def test_the_number_of_threads_changes_no_token_and_no_embedding():
+    gf, before, seen = sf.geneformer.Geneformer.from_config("tiny", tokenizer(), device="cpu"), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            seen.append((gf.cells(cells()).tokens.tolist(), gf.embed(cells(), copy=True).obsm["X_geneformer"]))
+    finally:
+        torch.set_num_threads(before)
+    assert seen[0][0] == seen[1][0] and np.allclose(seen[0][1], seen[1][1], atol=1e-5)
 
 
 def test_genes_named_twice_are_counted_to_be_summed():

@@ -15,12 +15,15 @@ import pytest
 
 import scellfm
 from scellfm import cli, commands
+from scellfm.commands import shared
 from scellfm.core import settings
 from scellfm.data.cells import simulate_cells
 from scellfm.geneformer import CellClassifier, Geneformer, RankTokenizer, Screen, TokenizedCells
-from scellfm.scgpt import ScGPT
+from scellfm.scgpt import ReferenceMap, ScGPT
 
-COMMANDS = ["demo", "tokenize", "embed", "finetune", "perturb"]
+COMMANDS = ["demo", "tokenize", "embed", "finetune", "perturb", "map", "integrate"]
+# what makes an example quick, and does not change what it does
+QUICK = {"demo": "--pretrain-epochs 1 --finetune-epochs 1 --max-cells 4", "finetune": "--n-boot 5 --batch-size 100", "perturb": "--max-cells 2"}
 
 
 @pytest.fixture(scope="module")
@@ -73,16 +76,35 @@ def test_every_help_ends_with_an_example_that_parses(command, capsys):
     assert cli.build_parser().parse_args(given[1:]).run is getattr(commands, command)
 
 
+@pytest.mark.parametrize("commands_run", [COMMANDS[1:], pytest.param(COMMANDS, marks=pytest.mark.slow)], ids=["on a new model", "after the demo"])
+def test_every_example_runs_as_it_stands(commands_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if "demo" not in commands_run:  # on a quarter of the cells
+        adata, all_cells = scellfm.data.demo(), shared.demonstration
+        monkeypatch.setattr(shared, "demonstration", lambda name: all_cells(name)[::4].copy())
+        Geneformer.from_config("tiny", RankTokenizer.fit(adata), device="cpu").save_pretrained("runs/demo/classifier")
+    for command in commands_run:
+        given = shlex.split(f"{example_of(command)} {QUICK.get(command, '')}")[1:]
+        code, out, err = call(given, capsys)
+        assert code == 0 and out and "error" not in err, (command, err)
+        assert Path(given[given.index("--out") + 1]).exists(), command
+        last = out.strip().split("\n")[-1]
+        assert Path(last.strip()).exists(), (command, last)
+
+
 def pairs():
     from scellfm.demo import run_demo
     from scellfm.data.splits import folds
     from scellfm.geneformer.classifier import finetune
     from scellfm.geneformer.perturbation import perturb
+    from scellfm.scores import integration, umaps
 
     return {"demo": [run_demo], "embed": [Geneformer.embed, ScGPT.embed, Geneformer.from_pretrained, ScGPT.from_pretrained],
             "tokenize": [RankTokenizer.__call__, RankTokenizer.from_pretrained],
             "finetune": [finetune, folds, Geneformer.from_pretrained],
-            "perturb": [perturb, Screen.table, Geneformer.from_pretrained]}
+            "perturb": [perturb, Screen.table, Geneformer.from_pretrained],
+            "map": [ReferenceMap, ReferenceMap.calibrate, ScGPT.from_pretrained],
+            "integrate": [integration, umaps, Geneformer.from_pretrained]}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -183,6 +205,68 @@ def test_the_folder_of_a_scgpt_model_is_recognised(place, tmp_path, capsys):
     assert not np.allclose(pd.read_parquet(tmp_path / "mean.parquet").to_numpy(), table.to_numpy(), atol=1e-3)
 
 
+def halves(place):
+    "Two files, the cells of one and of the other half, each with an embedding and the labels."
+    import anndata
+
+    adata = anndata.read_h5ad(place / "cells.h5ad")
+    adata.obsm["X_own"] = np.log1p(adata.X.toarray())
+    for i, name in enumerate(("ref", "query")):
+        if not (place / f"{name}.h5ad").exists():
+            adata[i::2].copy().write_h5ad(place / f"{name}.h5ad")
+    return str(place / "ref.h5ad"), str(place / "query.h5ad")
+
+
+def test_map_names_cells_as_the_python_does_and_judges_them(place, tmp_path, capsys):
+    import anndata
+
+    ref, query = halves(place)
+    given = ["map", ref, query, "--use-rep", "X_own", "--k", "5", "--calibrate", "--accuracy", "0.8", "--by", "donor", "--save",
+             str(tmp_path / "saved"), "--out", str(tmp_path / "out")]
+    code, out, _ = call(given, capsys)
+    python = ReferenceMap(anndata.read_h5ad(ref), "X_own", k=5)
+    python.calibrate(0.8, by="donor")
+    named, scores = python.transfer(anndata.read_h5ad(query), copy=True), python.evaluate(anndata.read_h5ad(query))
+    assert code == 0 and scores.to_markdown() in out and "HVG + PCA" in out and out.split()[-1] == str(tmp_path / "saved")
+    labels = pd.read_csv(tmp_path / "out" / "labels.csv", index_col="cell")
+    assert list(labels["cell_type_transferred"]) == list(named.obs["cell_type_transferred"]) and list(labels.index) == list(named.obs_names)
+    np.testing.assert_allclose(labels["cell_type_confidence"], named.obs["cell_type_confidence"])
+    np.testing.assert_allclose(pd.read_csv(tmp_path / "out" / "scores.csv", index_col=0).to_numpy(), scores.table.to_numpy())
+    assert list(pd.read_csv(tmp_path / "out" / "classes.csv")["class"]) == ["B", "T"]
+    code, out, err = call(["map", str(tmp_path / "saved"), query, "--out", str(tmp_path / "again")], capsys)
+    assert code == 0 and "without counts" in err and "HVG + PCA" not in out
+    assert (tmp_path / "again" / "labels.csv").read_bytes() == (tmp_path / "out" / "labels.csv").read_bytes()
+
+
+@pytest.mark.parametrize("model, key", [("scgpt", "X_scGPT"), ("model", "X_geneformer")])
+def test_map_embeds_both_with_one_model(place, tmp_path, capsys, model, key):
+    import anndata
+
+    ref, query = halves(place)
+    unlabelled = anndata.read_h5ad(query)
+    del unlabelled.obs["cell_type"]
+    unlabelled.write_h5ad(tmp_path / "new.h5ad")
+    given = ["map", ref, str(tmp_path / "new.h5ad"), "--model", str(place / model), "--device", "cpu", "--out", str(tmp_path / "out")]
+    code, out, _ = call([*given, "--save", str(tmp_path / "saved")], capsys)
+    assert code == 0 and key in out and out.count("\n") == 3 and not (tmp_path / "out" / "scores.csv").exists()
+    assert call(["map", str(tmp_path / "saved"), *given[2:-1], str(tmp_path / "again")], capsys)[0] == 0
+    assert (tmp_path / "again" / "labels.csv").read_bytes() == (tmp_path / "out" / "labels.csv").read_bytes()
+    assert call([*given, "--truth", "donor"], capsys)[0] == 0 and (tmp_path / "out" / "scores.csv").exists()
+
+
+def test_integrate_prints_and_draws_the_scores_with_their_baselines(place, tmp_path, capsys):
+    import anndata
+
+    from scellfm.scores import integration
+
+    cells = halves(place)[0]
+    code, out, _ = call(["integrate", cells, "--rep", "X_own", "--batch", "donor", "--label", "cell_type", "--out", str(tmp_path)], capsys)
+    scores = integration(anndata.read_h5ad(cells), ["X_own"], batch="donor", label="cell_type")
+    assert code == 0 and scores.to_markdown() in out and {"X_own", "HVG + PCA"} <= set(scores.table.index)
+    np.testing.assert_allclose(pd.read_csv(tmp_path / "scores.csv", index_col=0).to_numpy(), scores.table.to_numpy())
+    assert (tmp_path / "umap.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_finetune_prints_held_out_scores_beside_simple_methods(place, tmp_path, capsys):
     code, out, _ = call(["finetune", str(place / "cells.h5ad"), "--model", str(place / "clf"), "--label", "cell_type",
                          "--fractions", ".5", "0", ".5", "--stratify", "cell_type", "--n-boot", "5", "--device", "cpu",
@@ -190,6 +274,9 @@ def test_finetune_prints_held_out_scores_beside_simple_methods(place, tmp_path, 
     assert code == 0 and out.strip().split("\n")[-1] == str(tmp_path / "clf")
     assert "held out" in out and "majority class" in out and "PCA + logistic regression" in out
     assert len(CellClassifier.from_pretrained(tmp_path / "clf", device="cpu").models) == 1
+    report = json.loads((tmp_path / "clf" / "report.json").read_text())
+    assert [section["kind"] for section in report["sections"]] == ["scores", "text", "figure", "figure"]
+    assert report["settings"]["label"] == "cell_type" and (tmp_path / "clf" / "report.html").exists()
     assert len(CellClassifier.from_pretrained(place / "clf", device="cpu").models) == 3
 
 
@@ -197,7 +284,10 @@ def test_perturb_reads_each_cell_with_the_fold_that_has_not_seen_it(place, tmp_p
     given = ["perturb", str(place / "cells.h5ad"), "--model", str(place / "clf"), "--state", "cell_type", "--start", "B",
              "--goal", "T", "--max-cells", "4", "--device", "cpu", "--out", str(tmp_path)]
     code, out, _ = call(given, capsys)
-    assert code == 0 and out.split() == [str(tmp_path / "screen"), str(tmp_path / "table.csv")]
+    assert code == 0 and out.split() == [str(tmp_path / name) for name in ("screen", "table.csv", "report.html")]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"]["goal"] == "T" and set(report["inputs"]) == {"cells", "model"} and str(place) not in json.dumps(report)
+    assert [section["kind"] for section in report["sections"]] == ["table"]  # four cells are too few for a picture
     screen, table = Screen.load(tmp_path / "screen"), pd.read_csv(tmp_path / "table.csv")
     assert screen.shifts["cell"].nunique() == 4 and screen.params["donor"] == "donor"
     assert list(table["gene"]) == list(screen.table()["gene"])
@@ -217,6 +307,8 @@ def test_a_joint_perturbation_by_a_plain_model(place, tmp_path, capsys):
 
 def wrong(place, tmp_path):
     "Command lines with something that a user can mend, and words of the sentence."
+    import anndata
+
     cells, model, out = str(place / "cells.h5ad"), ["--model", str(place / "model")], ["--out", str(tmp_path / "x.csv")]
     broken = tmp_path / "broken.h5ad"
     broken.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
@@ -224,6 +316,8 @@ def wrong(place, tmp_path):
     bad.write_text(json.dumps(["TP53"]))
     embed = ["embed", cells, *model]
     finetune = ["finetune", cells, *model, "--out", str(tmp_path / "clf")]
+    (ref, query), saved = halves(place), str(tmp_path / "saved")
+    scellfm.scgpt.ReferenceMap(anndata.read_h5ad(ref), "X_own").save(saved)
     scgpt, tokens = ["--model", str(place / "scgpt")], str(tmp_path / "tokens")
     RankTokenizer.from_pretrained(place / "model")(cells).save(tokens)
     (tmp_path / "half").mkdir()
@@ -242,6 +336,17 @@ def wrong(place, tmp_path):
         ([*finetune, "--label", "cell_type", "--fractions", ".5", ".5", ".5"], "sum"), (finetune, "--label"),
         ([*finetune, "--classes", str(bad)], "dictionary of lists"), ([*finetune, "--classes", "none.json"], "none.json"),
         ([*finetune, "--classes", cells], "JSON"),
+        (["map", ref, query, *out], "X_scGPT"), (["map", ref, query, "--use-rep", "X_own", "--label", "type", *out], "'type'"),
+        (["map", ref, query, *model, "--use-rep", "X_own", *out], "one of the two"),
+        (["map", ref, query, "--use-rep", "X_own", "--accuracy", ".9", *out], "--calibrate"),
+        (["map", ref, query, "--use-rep", "X_own", "--k", "0", *out], "k=0"), (["map", ref, "none.h5ad", *out, *model], "none.h5ad"),
+        (["map", ref, query, "--use-rep", "X_own", "--truth", "type", *out], "'type'"),
+        (["map", ref, query, "--use-rep", "X_own", "--vote", "all", *out], "'balanced'"),
+        (["map", saved, query, "--k", "3", *out], "--k belongs to a new map"), (["map", saved, query, "--calibrate", *out], "--calibrate"),
+        (["map", ref, tokens, *model, *out], "tokenized"), (["map", ref, query], "--out"),
+        (["integrate", ref, *out, "--batch", "donor"], "--reps"), (["integrate", ref, *out, "--reps", "X_own"], "batch"),
+        (["integrate", ref, *out, "--reps", "X_other", "--batch", "donor"], "X_other"),
+        (["integrate", ref, *out, "--reps", "X_own", "--batch", "lab"], "'lab'"), (["integrate", tokens, *model, *out], "tokenized"),
         (["perturb", cells, *model, *out, "--kind", "delet"], "delete"),
         (["perturb", cells, *model, *out, "--state", "cell_type"], "start"),
         (["perturb", cells, *model, *out, "--method", "ttest"], "goal_state_shift"),

@@ -234,6 +234,42 @@ def test_embeddings_come_from_one_fold(clf, adata):
         clf.embed(some, fold=3)
 
 
+@pytest.mark.parametrize("kind", ["scores", "roc", "calibration", "confusion"])
+def test_the_scores_draw_themselves(clf, kind):
+    ax = clf.scores.plot(kind=kind)
+    if kind == "confusion":
+        found = clf.scores.details[HELD_OUT].confusion
+        assert sorted(int(text.get_text()) for text in ax.texts) == sorted(found.to_numpy()[found.to_numpy() > 0])
+    else:
+        assert any(HELD_OUT in text.get_text() for text in ax.figure.findobj(lambda a: hasattr(a, "get_text")))
+
+
+def test_saved_scores_draw_what_they_kept(clf):
+    saved = Scores.from_dict(json.loads(json.dumps(clf.scores.to_dict())))
+    drawn, again = (scores.plot(kind="confusion", method="PCA + kNN") for scores in (clf.scores, saved))
+    assert [t.get_text() for t in drawn.texts] == [t.get_text() for t in again.texts]
+    with pytest.raises(DataError, match="nothing to draw"):
+        saved.plot(kind="roc")
+    for wrong, name in ((dict(kind="rok"), "roc"), (dict(method="kNN"), "PCA")):
+        with pytest.raises(OptionError, match=name):
+            clf.scores.plot(**wrong)
+
+
+def test_the_scores_are_whole(clf):
+    held = clf.scores.details[HELD_OUT]
+    assert held.confusion.to_numpy().sum() == 150 and list(held.per_class.columns) == ["precision", "recall", "f1", "support", "auroc"]
+    assert held.calibration["n"].sum() == 150
+    assert clf.scores.table.loc[HELD_OUT, "macro_f1"] == pytest.approx(held.per_class["f1"].mean())
+
+
+@pytest.mark.parametrize("n", [1, 13, 25])
+def test_a_last_batch_of_one_cell_is_predicted_too(clf, adata, n):
+    whole, part = clf.probabilities(adata), clf.probabilities(adata[:n].copy())
+    assert len(part) == n
+    np.testing.assert_allclose(part, whole.iloc[:n], atol=1e-6)
+    np.testing.assert_allclose(clf.probabilities(adata[:n].copy(), token_budget=1), part, atol=1e-6)  # each alone
+
+
 def test_class_weights_count_rare_classes_alike():
     codes = np.array([0] * 9 + [1])
     weights = weights_of("balanced", np.array(["a", "b"]), codes)
@@ -248,15 +284,26 @@ def test_class_weights_count_rare_classes_alike():
 def test_memorised_noise_is_called_overfitted(gf, adata):
     noisy = adata[:60].copy()
     noisy.obs["coin"] = np.random.default_rng(0).choice(["heads", "tails"], 60)
-    with pytest.warns(ScellfmWarning, match="memorised.*hold out whole donors.*epochs=1.*freeze_layers.*emb_layer=-1"):
+    with pytest.warns(ScellfmWarning, match="memorised.*split=folds.*epochs=1 .*freeze_layers=1.*genes='all'.*emb_layer=-1"):
         clf = finetune(gf, noisy, "coin", split=folds(noisy, k=2), epochs=30, learning_rate=3e-3, n_boot=20)
     assert clf.verdict.overfitted and clf.verdict.gap > 0.3
 
 
-def test_the_verdict_names_only_what_was_not_tried():
-    assert len(advice_for("donor", 1, 6, 6)) == 1
-    text = " ".join(advice_for(None, 3, 2, 6))
-    assert "epochs=1 instead of 3" in text and "freeze_layers=4 of 6, not 2" in text and "by='donor'" in text
+@pytest.mark.parametrize("by", [None, "patient"])
+@pytest.mark.parametrize("epochs", [1, 10])
+@pytest.mark.parametrize("frozen", [0, 4, 6])
+def test_the_advice_is_whole_and_tells_what_was_followed(by, epochs, frozen):
+    advice = advice_for(by, epochs, frozen, 6)
+    for argument in ("split=", "epochs=1", f"freeze_layers={min(6, frozen + 2)}", "genes='all'", "emb_layer=-1"):
+        assert sum(argument in text for text in advice) == 1, argument
+    followed = advice[-1] if advice[-1].startswith("already followed") else ""
+    assert ("split= by 'patient'" in followed) == (by == "patient") and ("epochs=1" in followed) == (epochs == 1)
+    assert ("freeze_layers=6" in followed) == (frozen == 6)
+    if epochs == 10:
+        assert "epochs=1 instead of 10" in " ".join(advice)
+
+
+def test_the_verdict_goes_by_the_gap_and_the_interval():
     table = pd.DataFrame({"balanced_accuracy": [0.8, 0.85, 0.9]}, index=[HELD_OUT, TRAINED, "PCA + kNN"])
     assert not judge(Scores(table, low=table - 0.1, high=table + 0.1), []).overfitted
     table.iloc[1] = 0.95

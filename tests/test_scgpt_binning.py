@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import golden
+from scipy import sparse
 
+from scellfm.baselines import LogNormalize
 from scellfm.core import DataError, OptionError
 from scellfm.scgpt.binning import KeyedDraws, OriginalDraws, bin_edges, bin_values, digitize
 from scellfm.scgpt.tokenizer import BinnedCells, encode_cell, mask_coins, mask_share, table_cells
@@ -34,6 +36,8 @@ def test_bins_are_the_originals(name):
         assert np.array_equal(bin_edges(seen, case["n_bins"]), arrays[f"{name}__edges"])
         assert np.array_equal(draws, arrays[f"{name}__rands"])
         assert np.array_equal(digitize(seen, arrays[f"{name}__edges"]), arrays[f"{name}__left"])
+    if f"{name}__y_torch" in arrays:  # a tensor gives whole numbers of the same value
+        assert np.array_equal(bins, arrays[f"{name}__y_torch"])
     if case.get("deterministic"):
         assert np.array_equal(bins, bin_values(x, case["n_bins"], draws=1 - draws))
 
@@ -104,6 +108,16 @@ def test_bins_of_the_preprocessed_cells_are_the_originals():
     for row, bins, edge in zip(table, arrays["X_binned"], edges):
         assert np.array_equal(bin_values(row, n_bins, draws=draws.random(np.count_nonzero(row))), bins)
         assert np.array_equal(bin_edges(row[row != 0], n_bins), edge[1:])
+
+
+def test_log_normalised_cells_are_the_originals():
+    arrays = np.load(FOLDER / "preprocess.npz")
+    counts = sparse.csr_matrix(arrays["counts"])
+    logged = LogNormalize().fit_transform(counts).toarray()
+    np.testing.assert_allclose(logged, arrays["X_log1p"], atol=2e-6)
+    np.testing.assert_allclose(np.expm1(arrays["X_log1p"].astype(np.float64)).sum(1), 1e4, rtol=1e-5)
+    assert np.array_equal(arrays["X_normed"], arrays["X_log1p"])  # the original's log works in place on what it calls normalised
+    assert np.array_equal(counts.toarray(), arrays["X_after"])  # and neither it nor we change X
 
 
 def test_draws_belong_to_the_cell():

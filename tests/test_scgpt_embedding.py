@@ -446,6 +446,32 @@ def test_real_cells_are_embedded_at_the_published_size(whole_human):
     assert np.allclose(shorter, cells.obsm["X_scGPT"][[1]], atol=1e-5)
 
 
+@QUIET
+def test_another_laboratorys_cells_are_embedded_at_the_published_size(whole_human):
+    cells = anndata.read_h5ad(real_data("pbmc-2batch/pbmc_5k_protein_v3.h5ad"))
+    few = cells[np.argsort(np.asarray((cells.X > 0).sum(1)).ravel())[:2]].copy()  # the quickest
+    gpt = ScGPT.from_pretrained(whole_human[0], device="cpu")
+    gpt.embed(few)
+    assert np.allclose(np.linalg.norm(few.obsm["X_scGPT"], axis=1), 1, atol=1e-5)
+    assert few.uns["X_scGPT"]["params"]["genes"]["share_of_counts"] > 0.8
+
+
+@QUIET
+@pytest.mark.slow
+@pytest.mark.parametrize("file, n_cells", [("kang18/kang18_2000.h5ad", 200), ("pbmc-2batch/pbmc_10k_protein_v3.h5ad", 100),
+                                           ("pbmc-2batch/pbmc_5k_protein_v3.h5ad", 100)])
+def test_hundreds_of_real_cells_are_embedded_at_the_published_size(whole_human, file, n_cells):
+    cells = anndata.read_h5ad(real_data(file))[:n_cells].copy()
+    gpt = ScGPT.from_pretrained(whole_human[0], device="cpu")
+    gpt.embed(cells)
+    params = cells.uns["X_scGPT"]["params"]
+    expressed = (cells[:, :].X[:, gpt.match(cells).index >= 0] > 0).sum(1)
+    assert params["n_overlong"] == (np.asarray(expressed).ravel() > 1199).sum() and params["n_empty"] == 0
+    assert cells.obsm["X_scGPT"].shape == (n_cells, 512) and np.allclose(np.linalg.norm(cells.obsm["X_scGPT"], axis=1), 1, atol=1e-5)
+    some = cells[[n_cells // 2, 3]].copy()
+    assert np.allclose(embedded(gpt, some), cells.obsm["X_scGPT"][[n_cells // 2, 3]], atol=1e-5)
+
+
 def test_a_vocabulary_of_another_checkpoint_is_refused(whole_human, tmp_path):
     source = real_data("scgpt")
     for name in ("args.json", "best_model.pt"):

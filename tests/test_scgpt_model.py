@@ -1,6 +1,7 @@
 """The model gives the original's numbers on the original's weights, in every style of keys, and loading accounts for
 every tensor."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -148,6 +149,16 @@ def test_every_style_of_keys_gives_the_same_model(gpt, recorded):
     assert len(seen) == 4
 
 
+def test_both_files_of_a_checkpoint_hold_the_same(tmp_path):
+    folders = sorted({path.parent for path in FOLDER.rglob("best_model.pt")})
+    assert len(folders) == 4
+    for folder in folders:
+        (tmp_path / folder.name).mkdir()
+        shutil.copy(folder / "best_model.pt", tmp_path / folder.name)
+        alone, both = read_tensors(tmp_path / folder.name), read_tensors(folder)  # the latter reads model.safetensors
+        assert alone.keys() == both.keys() and all(torch.equal(alone[name], both[name]) for name in both)
+
+
 def test_flash_checkpoint_names_the_one_tensor_that_is_not_used(gpt):
     flash = ScGPT.from_pretrained(FOLDER / "model_flash", device="cpu")
     assert flash.load_report.unused == ["flag_encoder.weight"] and not flash.load_report.fresh
@@ -206,6 +217,15 @@ def test_a_folder_whose_parts_are_missing_is_refused(tmp_path):
     torch.save({"encoder.embedding.weight": torch.zeros(4, 8)}, tmp_path / "best_model.pt")
     with pytest.raises(AssetError, match="args.json has no nheads, d_hid, nlayers"):
         ScGPT.from_pretrained(tmp_path)
+
+
+def test_a_vocabulary_of_another_size_is_refused(tmp_path):
+    shutil.copytree(FOLDER / "model", tmp_path / "model")
+    file = tmp_path / "model" / "vocab.json"
+    vocabulary = json.loads(file.read_text())
+    file.write_text(json.dumps(vocabulary | {"ONE_MORE_GENE": max(vocabulary.values()) + 1}))
+    with pytest.raises(AssetError, match=r"the vocabulary has [\d,]+ tokens .* embedding [\d,]+ rows: they do not belong together"):
+        ScGPT.from_pretrained(tmp_path / "model", device="cpu")
 
 
 def test_sizes_that_do_not_go_together_are_refused():

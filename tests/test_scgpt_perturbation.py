@@ -9,6 +9,7 @@ from conftest import golden
 from scellfm.assets import read_tensors
 from scellfm.core import AssetError, OptionError
 from scellfm.scgpt.model import ScGPTConfig, elastic_similarity_loss, heads_of
+from scellfm.scgpt import Vocabulary
 from scellfm.scgpt.perturbation import (
     AffineDecoder, PerturbationConfig, PerturbationModel, load_perturbation_model, predict,
 )
@@ -60,6 +61,15 @@ def test_every_output_is_the_originals(model, recorded):
     assert ("from_cell" in out) == ("fwd_mvc_output" in recorded)
     if "from_cell" in out:
         near(out["from_cell"], recorded["fwd_mvc_output"])
+
+
+def test_genes_and_values_are_read_as_the_original_does(model, recorded):
+    vocabulary = Vocabulary.from_file(FOLDER / "model" / "vocab.json")
+    genes = json.loads((FOLDER / "perturb" / "genes.json").read_text())
+    ids = [vocabulary[gene] if gene in vocabulary else vocabulary.pad for gene in genes]
+    assert ids == recorded["gene_ids"].tolist() and vocabulary.pad in ids  # an unknown gene is fed as <pad> and not masked
+    assert not recorded["mask"].any()
+    torch.testing.assert_close(recorded["processed_values"], recorded["values"])  # no bins: the values themselves are read
 
 
 def test_predictions_are_the_originals(model, recorded):

@@ -11,9 +11,11 @@ import pytest
 from conftest import golden, real_data
 from scipy import sparse
 
-from scellfm import DataError, ScellfmWarning
+from scellfm import DataError, OptionError, ScellfmWarning
+from scellfm.scgpt.neighbours import nearest
 from scellfm.scores import batches as b
 from scellfm.scores.batches import integration
+from scellfm.scores.pictures import umap, umaps
 
 NAMES = {"nmi": "NMI_cluster/label", "ari": "ARI_cluster/label", "asw_label": "ASW_label", "asw_batch": "ASW_label/batch",
          "pcr": "PCR_batch", "graph_connectivity": "graph_conn", "avg_bio": "avg_bio", "avg_batch": "avg_batch"}
@@ -55,6 +57,17 @@ def test_graph_is_scanpys(original):
     assert abs(b.neighbour_graph(cells.obsm["X_scGPT"]) - expected).max() < 1e-6
 
 
+def test_distances_are_scanpys(original):
+    cells, arrays, _ = original
+    values = cells.obsm["X_scGPT"]
+    k = int(np.diff(arrays["dist_indptr"])[0])
+    expected = sparse.csr_matrix((arrays["dist_data"], arrays["dist_indices"], arrays["dist_indptr"]), (len(values),) * 2)
+    distances, found = nearest(values, values, k + 1)  # itself first
+    for row, (near, who) in enumerate(zip(distances, found)):
+        assert who[0] == row and set(who[1:]) == set(expected[row].indices)
+        np.testing.assert_allclose(np.sqrt(near[1:]), np.sort(expected[row].data), atol=1e-5)
+
+
 def test_clusters_are_scibs(original):
     from sklearn.metrics import adjusted_rand_score
 
@@ -75,6 +88,24 @@ def test_parts_are_scibs_given_its_clusters_and_graph(original):
     assert b.asw_label(arrays["X_scGPT"], labels) == pytest.approx(expected["ASW_label"], abs=2e-7)
     assert b.asw_batch(arrays["X_scGPT"], labels, arrays["str_batch"]) == pytest.approx(expected["ASW_label/batch"], abs=2e-7)
     assert b.pcr(arrays["X"], arrays["X_scGPT"], arrays["str_batch"]) == pytest.approx(expected["PCR_batch"], abs=2e-6)
+
+
+def test_parts_are_those_of_scib_metrics_too(original):
+    theirs = pytest.importorskip("scib_metrics", reason="scib-metrics is not installed: a cross-check with a second package, on JAX")
+    cells, arrays, _ = original
+    values, labels, batches = arrays["X_scGPT"], arrays["celltype"], arrays["str_batch"]
+    found = integration(cells, "X_scGPT", batch="str_batch", label="celltype", baselines=False).table.loc["X_scGPT"]
+    assert found["asw_label"] == pytest.approx(theirs.silhouette_label(values, labels), abs=1e-5)
+    assert found["asw_batch"] == pytest.approx(theirs.silhouette_batch(values, labels, batches), abs=1e-5)
+    assert found["pcr"] == pytest.approx(theirs.pcr_comparison(arrays["X"], values, batches, categorical=True), abs=1e-4)
+    from scib_metrics.nearest_neighbors import NeighborsResults
+
+    # its graphs are directed and its clusters found by other sweeps: the same question, not the same number
+    distances, positions = nearest(values, values, 16)
+    near = NeighborsResults(positions, np.sqrt(distances))
+    assert found["graph_connectivity"] == pytest.approx(theirs.graph_connectivity(near, labels), abs=0.05)
+    clustered = theirs.nmi_ari_cluster_labels_leiden(near, labels)
+    assert [found["nmi"], found["ari"]] == pytest.approx([clustered["nmi"], clustered["ari"]], abs=0.05)
 
 
 # properties
@@ -244,6 +275,38 @@ def test_an_empty_cell_in_the_counts_is_no_obstacle(cells):
     counts[7] = 0
     cells.X = sparse.csr_matrix(counts)
     assert integration(cells, "X_scGPT", batch="batch", label="cell_type").table["avg_bio"].notna().all()
+
+
+# pictures
+
+def test_umaps_stand_side_by_side_for_the_model_and_its_baselines(cells, monkeypatch):
+    monkeypatch.setitem(sys.modules, "harmonypy", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    figure = umaps(cells, "X_scGPT", batch="batch", label="cell_type")
+    assert [ax.get_title() for ax in figure.axes] == ["X_scGPT", "X_scGPT", "HVG + PCA", "HVG + PCA"]
+    legends = [ax.get_legend().get_title().get_text() for ax in figure.axes]
+    assert legends == ["batch", "cell_type"] * 2 and "X_umap" not in cells.obsm
+    first, second = (ax.collections[0].get_offsets() for ax in figure.axes[:2])
+    np.testing.assert_array_equal(first, second)  # the same places, in other colours
+
+
+def test_a_umap_keeps_neighbours_and_repeats(cells):
+    label = cells.obs["cell_type"].to_numpy()
+    first, second = umap(cells.obsm["X_scGPT"]), umap(cells.obsm["X_scGPT"])
+    np.testing.assert_array_equal(first, second)
+    assert b.knn_accuracy(first, label) > 0.9 and not np.array_equal(first, umap(cells.obsm["X_scGPT"], seed=1))
+    assert umap(cells.obsm["X_scGPT"][:5]).shape == (5, 2)
+
+
+@pytest.mark.parametrize("options, error, message", [
+    ({"batch": None, "label": None}, OptionError, "name at least one column"), ({"batch": "lab"}, DataError, "no column 'lab'"),
+    ({"reps": "X_other"}, DataError, "obsm has no 'X_other'"), ({"baselines": True, "layer": "raw"}, DataError, "raw"),
+])
+def test_a_picture_of_what_is_not_there_is_refused(cells, options, error, message):
+    with pytest.raises(error, match=message):
+        umaps(cells, **({"reps": "X_scGPT", "batch": "batch", "label": "cell_type", "baselines": False} | options))
+    with pytest.raises(OptionError, match="four cells or more"):
+        umap(cells.obsm["X_scGPT"][:3])
 
 
 # real cells

@@ -3,6 +3,6 @@ from scellfm import _lazy
 
 __getattr__, __dir__ = _lazy(__name__, {
     "find": "hub", "sha256": "files", "kind_of": "files", "read_dictionary": "dictionaries",
-    "read_tensors": "tensors", "save_tensors": "tensors", "Tensors": "tensors",
+    "read_tensors": "tensors", "save_tensors": "tensors", "save_model": "tensors", "Tensors": "tensors",
     "load_state": "accounting", "LoadReport": "accounting",
 })

@@ -137,14 +137,15 @@ def model_from(options: argparse.Namespace):
 
 # %% ../../nbs/commands/shared.ipynb #c7101cd6
 KEYS = {"geneformer": "X_geneformer", "scgpt": "X_scGPT"}
-EMBED = ("pool", "token_budget", "layer", "key_added", "emb_layer", "max_length", "overlong", "seed", "column")
+EMBED = ("pool", "token_budget", "layer", "key_added")
 
 
 def embed_into(model, cells, options: argparse.Namespace, **more):
     "Embed an AnnData, or the file of one, with the options that are given: (the AnnData that holds the vectors, their key)."
-    given = {name: getattr(options, name, None) for name in EMBED} | more
+    system = system_of(options.model, options.subfolder)
+    given = {name: getattr(options, name, None) for name in EMBED + OWN[system] if name != "tokenizer"} | more
     made = model.embed(cells, **{name: value for name, value in given.items() if value is not None})
-    return cells if made is None else made, given["key_added"] or KEYS[system_of(options.model, options.subfolder)]
+    return cells if made is None else made, given["key_added"] or KEYS[system]
 
 
 def embed_tokens(options: argparse.Namespace, path: str):

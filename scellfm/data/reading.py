@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['WINDOW', 'DAMAGE', 'canonical_csr', 'counts_of', 'places', 'genes_of', 'csc_windows', 'slices', 'existing',
-           'refuse_pickled', 'unreadable', 'open_counts', 'count_blocks', 'count_matrix', 'Fault', 'CountFaults',
+           'unreadable', 'refuse_pickled', 'open_counts', 'count_blocks', 'count_matrix', 'Fault', 'CountFaults',
            'judge', 'remedy', 'warn_of_oddities', 'check_counts', 'file_kind', 'parse', 'read']
 
 # %% ../../nbs/data/reading.ipynb #e5b23697
@@ -124,22 +124,9 @@ def existing(path: str | Path) -> Path:
         raise DataError(f"there is no {path}" + (f"; did you mean {close[0]!r}?" if close else ""))
     return path
 
-
+# %% ../../nbs/data/reading.ipynb #ea3a869b
 # what the parsers raise on a file that is cut or damaged
 DAMAGE = (OSError, EOFError, LookupError, ValueError, AttributeError, TypeError, RuntimeError, zlib.error)
-
-
-def refuse_pickled(path: Path) -> None:
-    "DataError where a zarr store has a codec that would run a program from the file."
-    for described in (*path.rglob(".zarray"), *path.rglob(".zmetadata"), *path.rglob("zarr.json")):
-        try:
-            told = json.dumps(json.loads(described.read_bytes()))  # one way to write each letter
-        except ValueError as error:
-            raise DataError(f"{described} is damaged and no description of a zarr array ({error}); copy the store again") from error
-        codecs = re.findall(r'"(?:id|name|object_codec_id)": "([^"]*pickle[^"]*)"', told)
-        if codecs:
-            raise DataError(f"{described} asks for the codec {codecs[0]!r}, which would run a program from the "
-                            "file; nothing was run. Take the store from its publisher, or use h5ad")
 
 
 def unreadable(path: Path, error: Exception) -> DataError:
@@ -158,7 +145,20 @@ def unreadable(path: Path, error: Exception) -> DataError:
         what = "is an HTML page and not the data: the download went to a login or error page"
     return DataError(f"{path} {what} ({error})")
 
+# %% ../../nbs/data/reading.ipynb #37bcf961
+def refuse_pickled(path: Path) -> None:
+    "DataError where a zarr store has a codec that would run a program from the file."
+    for described in (*path.rglob(".zarray"), *path.rglob(".zmetadata"), *path.rglob("zarr.json")):
+        try:
+            told = json.dumps(json.loads(described.read_bytes()))  # one way to write each letter
+        except ValueError as error:
+            raise DataError(f"{described} is damaged and no description of a zarr array ({error}); copy the store again") from error
+        codecs = re.findall(r'"(?:id|name|object_codec_id)": "([^"]*pickle[^"]*)"', told)
+        if codecs:
+            raise DataError(f"{described} asks for the codec {codecs[0]!r}, which would run a program from the "
+                            "file; nothing was run. Take the store from its publisher, or use h5ad")
 
+# %% ../../nbs/data/reading.ipynb #85591893
 def open_counts(path: Path, layer: str | None):
     "The stored matrix of an h5ad or zarr file without reading it: (matrix on disk, what to close)."
     import anndata
@@ -176,7 +176,7 @@ def open_counts(path: Path, layer: str | None):
     stored = file[key]
     return (anndata.io.sparse_dataset(stored) if hasattr(stored, "keys") else stored), file
 
-
+# %% ../../nbs/data/reading.ipynb #c3b1bc23
 def count_blocks(
     adata_or_path: AnnData | str | Path,
     layer: str | None = None,  # None: X, "raw": adata.raw.X, else a layer
@@ -208,7 +208,7 @@ def count_blocks(
         if hasattr(file, "close"):
             file.close()
 
-
+# %% ../../nbs/data/reading.ipynb #fc2cb643
 def count_matrix(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:
     "All counts as one canonical `csr_matrix` (cells x genes), a copy."
     blocks = [block for _, block in count_blocks(adata, layer, rows=2**16)]
@@ -234,7 +234,7 @@ class Fault:
             self.gene, self.value = int(block.indices[at]), block.data[at].item()
         self.n += found.size
 
-
+# %% ../../nbs/data/reading.ipynb #9a8f5db6
 @dataclass
 class CountFaults:
     "What is wrong in the blocks added so far: values not finite, negative, not whole, or too large for float32."
@@ -342,7 +342,7 @@ def file_kind(path: Path) -> str:
         raise DataError(f"{path}: {path.suffix or 'no'} suffix; known are .h5ad, .h5 (10x), .loom, .zarr, 10x folders")
     return kinds[path.suffix]
 
-
+# %% ../../nbs/data/reading.ipynb #284bda62
 def parse(path: Path, kind: str, backed: bool) -> AnnData:
     "Hand the file to the reader for its kind."
     import anndata
@@ -362,7 +362,7 @@ def parse(path: Path, kind: str, backed: bool) -> AnnData:
     optional("zarr", "zarr")
     return anndata.io.read_zarr(path)
 
-
+# %% ../../nbs/data/reading.ipynb #031dbb4b
 def read(path: str | Path, *, backed: bool = False) -> AnnData:
     """Read cells from h5ad, 10x h5, a 10x mtx folder, loom or zarr; `backed=True` leaves the X of an h5ad on disk.
 

@@ -3,7 +3,7 @@ from scellfm import _lazy
 
 __getattr__, __dir__ = _lazy(__name__, {
     "RankTokenizer": "tokenizer", "TokenizedCells": "tokenized",
-    "Geneformer": "model", "CellClassifier": "classifier",
+    "Geneformer": "model", "CellClassifier": "classifier", "TaskClassifier": "multitask",
     "perturb": "perturbation", "gene_effects": "affected", "Screen": "screen",
     "GeneClassifier": "genes",
 })

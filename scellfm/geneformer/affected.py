@@ -26,7 +26,7 @@ def gene_effects(gf: Geneformer, data, *, kind: str = "delete", genes="all", anc
                  layer: str | None = None, token_budget: int = 16384) -> pd.DataFrame:
     """Per edit and remaining gene: gene (edited), affected, cell, cosine to the same gene in the unedited cell, and
     the affected gene's symbol. Grows with genes squared; Screen.table(method='aggregate_gene_shifts') averages it."""
-    tokens, anchor_token = asked_genes(gf.tokenizer, kind, genes, anchor)
+    (tokens,), anchor_token = asked_genes(gf.tokenizer, kind, genes, anchor)
     index, vocabulary = layer_index(emb_layer, gf.n_layers), np.asarray(gf.tokenizer.genes, dtype=object)
     cells = gf.cells(data, layer=layer)
     readable, names = gf.readable(cells), cell_names(cells)

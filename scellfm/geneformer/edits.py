@@ -283,12 +283,12 @@ def similarity(embeddings: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
 BLOCK_EDITED, BLOCK_ORIGINAL = 2**20, 2**17
 
 
-def plan_blocks(edits: Edits) -> list[np.ndarray]:
+def plan_blocks(edits: Edits, estimated: bool = False) -> list[np.ndarray]:
     """The rows of the edits of each block: whole cells, longest first, about 2^20 edited and 2^17 original tokens at
-    most."""
+    most (`estimated`: original ones alone, for no edited cell is read)."""
     cells, first, number = np.unique(edits.cell, return_index=True, return_counts=True)
     lengths = edits.length[first]
-    edited = np.add.reduceat(edits.lengths, first) if len(first) else first
+    edited = np.add.reduceat(edits.lengths, first) if len(first) and not estimated else 0 * first
     blocks, current, used = [], [], np.zeros(2)
     for i in np.argsort(-lengths, kind="stable"):
         need = np.array([edited[i], lengths[i]])
@@ -301,29 +301,31 @@ def plan_blocks(edits: Edits) -> list[np.ndarray]:
 
 
 def run_edits(gf: Geneformer, cells, edits: Edits, index: int, pool: str, states: torch.Tensor | None, *,
-              token_budget=16384,
-              store=None, label: str = "", bar=None, record=None) -> np.ndarray:
-    "The effects of all edits of `cells`, block by block; blocks that `store` has are read from it."
+              token_budget=16384, store=None, label: str = "", bar=None, record=None, estimate=None) -> np.ndarray:
+    """The effects of all edits of `cells`, block by block; blocks that `store` has are read from it.
+
+    estimate: a function that takes the place of `block_effects`; the bar then counts cells."""
     effects = np.full((len(edits), 1 if states is None else len(states)), np.nan, dtype=np.float32)
-    for number, rows in enumerate(plan_blocks(edits)):
+    compute = estimate or block_effects
+    for number, rows in enumerate(plan_blocks(edits, estimated=estimate is not None)):
         name = f"{label}block-{number:05d}"
         if store is not None and store.done(name):
             effects[rows] = store.read(name)["effects"]
         else:
-            effects[rows] = block_effects(gf, cells, edits[rows], index, pool, states, token_budget, bar, record)
+            effects[rows] = compute(gf, cells, edits[rows], index, pool, states, token_budget, bar, record)
             if store is not None:
                 store.write(name, effects=effects[rows])
             continue
         if bar is not None:
-            bar.update(len(rows))
+            bar.update(len(rows) if estimate is None else len(np.unique(edits.cell[rows])))
     return effects
 
 
 def block_effects(gf, cells, edits: Edits, index: int, pool: str, states, token_budget: int, bar=None,
                   record=None) -> np.ndarray:
-    "The effects of one block of edits."
-    which, first, local = np.unique(edits.cell, return_index=True, return_inverse=True)
+    "The effects of one block of edits; each is compared with its cell, cut by as much as the edit makes it overflow."
+    (which, cut), local = np.unique(np.stack([edits.cell, edits.overflow]), axis=1, return_inverse=True)
     own = CutCells([np.asarray(cells[int(i)]) for i in which], gf.max_length)
-    block = original_block(gf, own, edits.overflow[first], index, pool, states is None and pool == "cell", token_budget)
-    return edit_effects(gf, block, replace(edits, cell=local), index, pool, states, token_budget=token_budget,
+    block = original_block(gf, own, cut, index, pool, states is None and pool == "cell", token_budget)
+    return edit_effects(gf, block, replace(edits, cell=local.ravel()), index, pool, states, token_budget=token_budget,
                         bar=bar, record=record)

@@ -111,24 +111,26 @@ class Part:
         return self.sequences[int(self.rows[i])]
 
 
-def probabilities(gf: Geneformer, sequences, token_budget: int = 16384) -> np.ndarray:
-    "Class probabilities [cells, classes] (float64) of a Geneformer with a classification head."
+def probabilities(gf: Geneformer, sequences, token_budget: int = 16384, blocks=None) -> np.ndarray:
+    "Class probabilities [cells, classes] (float64) of a Geneformer with a head; `blocks`: the sizes of several heads."
 
     @torch.inference_mode()
     def one_batch(ids, mask):
-        return gf.model(input_ids=ids, attention_mask=mask).logits.double().softmax(1)
+        logits = gf.model(input_ids=ids, attention_mask=mask).logits.double()
+        return torch.cat([head.softmax(1) for head in logits.split(list(blocks or logits.shape[1:]), 1)], 1)
 
     return inference.run(one_batch, sequences, device=gf.device, pad_id=gf.tokenizer.pad, token_budget=token_budget,
                          desc="classifying").numpy()
 
 # %% ../../nbs/geneformer/finetuning.ipynb #042443ac
 def train_fold(gf: Geneformer, sequences, codes, classes, part: Split, k: int, *, freeze_layers=0, lora=None,
-               class_weights=None, folder=None, **recipe):
+               class_weights=None, folder=None, loss=None, **recipe):
     "(Geneformer with a trained head, History) of fold k; `recipe` holds fields of scellfm.training.Recipe."
     model, report = new_classifier(gf, classes, keyed_seed(recipe["seed"], "head", k) % 2**63)
     model, adapters = choose_learners(model, freeze_layers, lora, keyed_seed(recipe["seed"], "adapters", k) % 2**63)
     rows, held_out = (labelled_rows(sequences, codes, which, gf.tokenizer.pad) for which in (part.train, part.valid))
-    loss = class_loss(weights_of(class_weights, classes, codes[part.train]))
+    if loss is None:
+        loss = class_loss(weights_of(class_weights, classes, codes[part.train]))
     history = fit(
         model, loss, rows.n, rows.batch, lengths=rows.lengths, valid={"valid": held_out} if held_out.n else None,
         device=gf.device, dtype=str(gf.dtype).removeprefix("torch."), desc=f"fine-tuning, fold {k}",

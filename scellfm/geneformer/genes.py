@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from .. import inference
-from ..assets import find, load_state, read_dictionary, read_tensors
+from ..assets import find, load_state, read_dictionary, read_tensors, save_model
 from ..core import AssetError, DataError, OptionError, keyed_seed, warn
 from ..data.splits import Split, folds as deal_folds
 from .classifier import class_names
@@ -209,9 +209,8 @@ class GeneClassifier:
     def save_pretrained(self, folder) -> None:
         "One folder per fold in the official layout, the dictionaries, and gene_classifier.json."
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         for k, model in enumerate(self.models):
-            model.model.save_pretrained(folder / f"fold{k}")
+            save_model(model.model, folder / f"fold{k}")
         self.models[0].tokenizer.save_pretrained(folder)
         record = {"classes": list(map(str, self.classes)), "folds": len(self.models),
                   "genes": self.genes.to_dict("split"),
@@ -353,7 +352,8 @@ def judge_genes(scores: Scores, epochs: int, freeze_layers: int, n_layers: int) 
     column, low, high = (table["balanced_accuracy"] for table in (scores.table, scores.low, scores.high))
     held, trained, simple = column[HELD_OUT], column[TRAINED_GENES], column.drop([HELD_OUT, TRAINED_GENES])
     overfitted = trained - held > 0.1 and not trained <= high[HELD_OUT]
-    text = (f"Balanced accuracy is {held:.3f} ({low[HELD_OUT]:.3f} to {high[HELD_OUT]:.3f}) on held-out genes and "
+    bounds = f" ({low[HELD_OUT]:.3f} to {high[HELD_OUT]:.3f})" if np.isfinite(low[HELD_OUT]) else ""
+    text = (f"Balanced accuracy is {held:.3f}{bounds} on held-out genes and "
             f"{trained:.3f} on training genes{': the model has memorised its training genes' if overfitted else ''}. "
             f"The best simple method ({simple.idxmax()}) has {simple.max():.3f} on the same held-out genes.")
     more = min(n_layers, freeze_layers + max(1, n_layers // 3))

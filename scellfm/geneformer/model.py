@@ -285,8 +285,9 @@ class Geneformer:
 
     def save_pretrained(self, folder) -> None:
         "Write config.json, model.safetensors and the tokenizer's dictionaries: opens here and in the original."
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder)
+        from scellfm.assets import save_model
+
+        save_model(self.model, folder)
         self.tokenizer.save_pretrained(folder)
 
     @property
@@ -371,11 +372,18 @@ class Geneformer:
         pretrain(self, data, **settings)
         return self
 
-    def finetune(self, data, label: str, **settings):
-        "Fine-tune a cell classifier (see `scellfm.geneformer.classifier.finetune`)."
-        from scellfm.geneformer.classifier import finetune
+    def finetune(self, data, label, **settings):
+        "Fine-tune a cell classifier (`scellfm.geneformer.classifier.finetune`); of several labels: `multitask.finetune_tasks`."
+        from scellfm.geneformer import classifier, multitask
 
-        return finetune(self, data, label, **settings)
+        make = classifier.finetune if isinstance(label, str) else multitask.finetune_tasks
+        return make(self, data, label, **settings)
+
+    def search(self, data, label: str, **settings):
+        "Search settings of `finetune` inside the training cells (see `scellfm.geneformer.search.search`)."
+        from scellfm.geneformer.search import search
+
+        return search(self, data, label, **settings)
 
     def finetune_genes(self, data, classes, **settings):
         "Fine-tune a classifier of genes (see `scellfm.geneformer.genes.finetune_genes`); `classes`: {name: genes}."

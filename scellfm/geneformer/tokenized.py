@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, optional
-from ..store import atomic_write
+from ..store import atomic_write, fingerprint, sha256
 
 if TYPE_CHECKING:
     import datasets
@@ -214,15 +214,14 @@ class DatasetWriter:
 
     def finish(self, report: dict, special: bool) -> None:
         "Close the data, give the shards their names and write the descriptions."
-        from secrets import token_hex
-
         self.__exit__()
         names = [f"data-{i:05d}-of-{self.shards:05d}.arrow" for i in range(self.shards)]
         for i, name in enumerate(names):
             (self.folder / f"shard-{i}.arrow").rename(self.folder / name)
         features = json.loads(self.schema.metadata[b"huggingface"])["info"]["features"]
         info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
-        state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": token_hex(8), "_format_columns": None,
+        digest = fingerprint([sha256(self.folder / name) for name in names])[:16]  # `datasets` keeps results under it
+        state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": digest, "_format_columns": None,
                  "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None}
         ours = {"report": report, "special": special}
         for name, content in (("dataset_info", info), ("state", state), ("tokenizer_report", ours)):

@@ -161,8 +161,10 @@ class RankTokenizer:
             for known in (name, (self.mapping or {}).get(name), (self.gene_names or {}).get(name)):
                 if known in self.medians:
                     return self.token_dictionary[known]
-        close = difflib.get_close_matches(gene, [*(self.gene_names or ()), *self.medians], n=1)
-        raise DataError(f"the gene {gene!r} is not in the vocabulary" + (f"; did you mean {close[0]!r}?" if close else ""))
+        names = [name for name in [*(self.gene_names or ()), *self.medians] if not name.startswith("ENS")]  # the next number is another gene
+        close = difflib.get_close_matches(gene, names, n=1)
+        raise DataError(f"the gene {gene!r} is not in the vocabulary of {len(self.medians):,} genes" +
+                        (f"; did you mean {close[0]!r}?" if close else "; give an id or symbol of one that is: tokenizer.genes lists them"))
 
     def __call__(self, adata: AnnData | str | Path, *, layer: str | None = None, columns=(), keep_counts: bool = False,
                  empty: str = "drop", gene_column: str | None = None, engine: str = "auto") -> TokenizedCells:

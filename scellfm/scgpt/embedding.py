@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['SHAPES', 'as_vocabulary', 'default_budget', 'planned', 'in_order', 'tell', 'AttentionMap', 'ScGPT', 'opened',
-           'columns_of', 'make_batch', 'cell_vectors', 'embed', 'gene_embeddings', 'attention']
+           'columns_of', 'make_batch', 'cell_vectors', 'over_cells', 'embed', 'gene_embeddings', 'attention']
 
 # %% ../../nbs/scgpt/embedding.ipynb #5b4636d4
 SHAPES = {
@@ -104,6 +104,7 @@ class ScGPT:
         self.device, self.dtype = inference.pick_device(device), inference.pick_dtype(dtype)
         self.model = model.to(device=self.device, dtype=self.dtype).eval()
         self.vocabulary, self.args, self.load_report = vocabulary, dict(args or {}), None
+        self.history = self.losses = self.scores = None  # of training, where there was any
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | Path, *, subfolder=None, revision=None, local_files_only=False,
@@ -148,6 +149,11 @@ class ScGPT:
                 f"{str(self.dtype).removeprefix('torch.')})")
 
     @property
+    def cell_types(self) -> list[str]:
+        "The classes of the cell-type head by number; empty where there is no head or its names are unknown."
+        return list(self.args.get("cell_types", []))
+
+    @property
     def n_bins(self) -> int:
         "The bins of values, 0 ('not seen') included: 51 unless args.json says otherwise."
         return int(self.args.get("n_bins", 51))
@@ -169,6 +175,13 @@ class ScGPT:
         return embed(self, adata, pool=pool, layer=layer, names=dict(column=column, mapping=mapping, symbols=symbols),
                      how=dict(max_length=max_length, overlong=overlong, seed=seed, original=original),
                      token_budget=token_budget, key_added=key_added, copy=copy)
+
+    def continue_pretraining(self, adata: AnnData | str | Path, *, label: str | None = None, **settings) -> ScGPT:
+        """A new model, trained further on these cells by the published recipe: hidden values, expression from the
+        cell's vector, and the cell type in obs[label]. See `scellfm.scgpt.training.continue_pretraining`."""
+        from scellfm.scgpt.training import continue_pretraining
+
+        return continue_pretraining(self, adata, label=label, **settings)
 
     def gene_embeddings(self, genes: Iterable[str] | None = None) -> pd.DataFrame:
         "The model's own vector of each gene [genes, d], out of any cell (None: all tokens, special ones included)."
@@ -229,6 +242,23 @@ def cell_vectors(gpt: ScGPT, genes, values, mask, pool: str = "cls", original: b
     return F.normalize(pool_cells(states.float(), values, mask, pool, original), dim=1)
 
 # %% ../../nbs/scgpt/embedding.ipynb #ea57e4ed
+def over_cells(gpt: ScGPT, source, obs_names, index: np.ndarray, function, width: int, *, layer, how: dict,
+               token_budget=None, desc: str = "embedding"):
+    """`function`(genes, values, mask) of every cell in batches: rows [cells, width] (float32, NaN for empty cells),
+    how many cells were empty, constant, over-long, and the record of batches that were too large."""
+    rows = np.full((len(obs_names), width), np.nan, dtype=np.float32)
+    seen, record = {"n_empty": 0, "n_constant": 0, "n_overlong": 0}, []
+    for start, cells in tokenize(source, obs_names, index, gpt.vocabulary, layer=layer, n_bins=gpt.n_bins,
+                                 cls_value=gpt.model.config.pad_value, **how):
+        make, what = make_batch(gpt, cells), f"{desc} cells {start:,} to {start + len(cells):,}"
+        plan = in_order(make, function, cells) if how.get("original") else planned(
+            make, function, cells, token_budget=token_budget or default_budget(gpt.device), desc=what, record=record)
+        for positions, values in plan:
+            rows[start + positions] = values
+        seen = {name: seen[name] + cells.report[name] for name in seen}
+    return rows, seen, record
+
+
 def embed(gpt: ScGPT, data, *, pool, layer, names: dict, how: dict, token_budget, key_added, copy):
     "See `ScGPT.embed`; `names` says how genes are named, `how` how cells become tokens."
     one_of("pool", pool, POOLS)
@@ -237,20 +267,12 @@ def embed(gpt: ScGPT, data, *, pool, layer, names: dict, how: dict, token_budget
     columns = columns_of(result, source, layer)
     totals, whole = survey(source, result.obs_names, columns.var_names, layer)
     match = gpt.match(columns, counts=totals, **names)
-    vectors = np.full((result.n_obs, gpt.model.config.d_model), np.nan, dtype=np.float32)
-    seen, record = {"n_empty": 0, "n_constant": 0, "n_overlong": 0}, []
-    for start, cells in tokenize(source, result.obs_names, match.index, gpt.vocabulary, layer=layer, n_bins=gpt.n_bins,
-                                 cls_value=gpt.model.config.pad_value, **how):
-        def one_batch(genes, values, mask):
-            return cell_vectors(gpt, genes, values, mask, pool, how["original"]).cpu().numpy()
 
-        budget = token_budget or default_budget(gpt.device)
-        make, desc = make_batch(gpt, cells), f"embedding cells {start:,} to {start + len(cells):,}"
-        plan = in_order(make, one_batch, cells) if how["original"] else planned(
-            make, one_batch, cells, token_budget=budget, desc=desc, record=record)
-        for positions, rows in plan:
-            vectors[start + positions] = rows
-        seen = {name: seen[name] + cells.report[name] for name in seen}
+    def one_batch(genes, values, mask):
+        return cell_vectors(gpt, genes, values, mask, pool, how["original"]).cpu().numpy()
+
+    vectors, seen, record = over_cells(gpt, source, result.obs_names, match.index, one_batch,
+                                       gpt.model.config.d_model, layer=layer, how=how, token_budget=token_budget)
     tell(seen, result.n_obs, how["max_length"], how["overlong"], key_added)
     result.obsm[key_added] = vectors
     settings = {"model": repr(gpt), "pool": pool, "counts": "X" if layer is None else layer, "whole_numbers": whole,

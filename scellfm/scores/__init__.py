@@ -2,6 +2,7 @@
 from scellfm import _lazy
 
 __getattr__, __dir__ = _lazy(__name__, {
-    "Scores": "table", "classification": "labels", "ClassificationResult": "labels", "integration": "batches",
+    "Scores": "table", "classification": "labels", "ClassificationResult": "labels", "integration": "batches", "umaps": "pictures",
+    "perturbation": "profiles",
     "Verdict": "heldout",
 })

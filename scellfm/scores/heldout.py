@@ -152,7 +152,8 @@ def judge(scores: Scores, advice: list[str]) -> Verdict:
     rows = row_names(next(name for name in column.index if name.endswith(row_names("")[0])).rpartition(" (")[0])
     held, trained, simple = *column[list(rows)], column.drop(list(rows))
     overfitted = trained - held > 0.1 and not trained <= high[rows[0]]
-    text = (f"Balanced accuracy is {held:.3f} ({low[rows[0]]:.3f} to {high[rows[0]]:.3f}) on held-out cells and "
+    bounds = f" ({low[rows[0]]:.3f} to {high[rows[0]]:.3f})" if np.isfinite(low[rows[0]]) else ""
+    text = (f"Balanced accuracy is {held:.3f}{bounds} on held-out cells and "
             f"{trained:.3f} on training cells{': the model has memorised its training cells' if overfitted else ''}. "
             f"The best simple method ({simple.idxmax()}) has {simple.max():.3f} on the same held-out cells.")
     return Verdict(bool(overfitted), float(trained - held), text, advice)

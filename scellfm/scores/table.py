@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from ..core import DataError
+from ..core import DataError, one_of
 
 # %% auto #0
 __all__ = ['SMALL_IS_GOOD', 'STYLE', 'smaller_is_better', 'metric_name', 'is_aside', 'plain', 'plain_number', 'table_from',
@@ -130,11 +130,20 @@ class Scores:
         "A pipe table; the best value of each metric is bold, intervals in brackets."
         return scores_markdown(self)
 
-    def plot(self, ax=None):
-        "Dots with intervals, one row of dots for each metric; returns the axes."
-        from scellfm.plotting import scores
+    def plot(self, ax=None, *, kind: str = "scores", method: str | None = None):
+        """Draw kind 'scores' (dots with intervals), 'roc', 'calibration', or the 'confusion' matrix of one method (the first if not
+        named); returns the axes. The last three need what `classification` found, ROC and calibration with the cells' probabilities."""
+        from scellfm import plotting
 
-        return scores(self, ax=ax)
+        one_of("kind", kind, ("scores", "roc", "calibration", "confusion"))
+        if method is not None:
+            one_of("method", method, list(self.table.index))
+        if kind != "confusion":
+            return getattr(plotting, kind)(self if method is None else {method: self.details.get(method)}, ax=ax)
+        found = self.details.get(method or self.table.index[0])
+        if found is None:
+            raise DataError(f"the scores of {method or self.table.index[0]!r} come without a confusion matrix; draw kind='scores'")
+        return plotting.confusion(pd.DataFrame(**found["confusion"]) if isinstance(found, dict) else found.confusion, ax=ax)
 
     def to_dict(self) -> dict:
         "A record that JSON takes; `from_dict` brings it back (details as plain records)."

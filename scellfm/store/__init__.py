@@ -2,5 +2,5 @@
 from scellfm import _lazy
 
 __getattr__, __dir__ = _lazy(__name__, {
-    "sha256": "files", "atomic_write": "files", "fingerprint": "fingerprints", "Store": "shards",
+    "sha256": "files", "atomic_write": "files", "atomic_files": "files", "fingerprint": "fingerprints", "Store": "shards",
 })
