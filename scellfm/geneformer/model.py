@@ -379,6 +379,12 @@ class Geneformer:
         make = classifier.finetune if isinstance(label, str) else multitask.finetune_tasks
         return make(self, data, label, **settings)
 
+    def search(self, data, label: str, **settings):
+        "Search settings of `finetune` inside the training cells (see `scellfm.geneformer.search.search`)."
+        from scellfm.geneformer.search import search
+
+        return search(self, data, label, **settings)
+
     def finetune_genes(self, data, classes, **settings):
         "Fine-tune a classifier of genes (see `scellfm.geneformer.genes.finetune_genes`); `classes`: {name: genes}."
         from scellfm.geneformer.genes import finetune_genes
