@@ -161,6 +161,9 @@ class Screen:
         shifts = self.shifts[self.shifts["group"].astype(str) == group]
         known = self.genes[self.genes["group"].astype(str) == group].set_index("gene")
         alike = one_instrument(shifts) if self.estimated and method != "aggregate_data" else shifts
+        if self.params.get("original") and method == "matched":
+            raise OptionError("method='matched' needs the rank of a gene in a cell and the cell's donor, and the original's raw "
+                              f"results have neither; choose one of {', '.join(map(repr, METHODS[1:]))}")
         if method != "matched":
             table = self._original(method, group, alike, list(known.index), null, effects)
         elif self.params.get("combine") == "pairs":
@@ -240,6 +243,16 @@ class Screen:
             self.shifts.to_parquet(Path(folder) / "shifts.parquet", index=False)
             self.genes.to_parquet(Path(folder) / "genes.parquet", index=False)
             (Path(folder) / "screen.json").write_text(json.dumps(self.params, indent=1))
+
+    @classmethod
+    def from_original(cls, folder, tokenizer, *, goal: str | None = None, files: str = "*_raw.pickle") -> "Screen":
+        """The raw results of the original's InSilicoPerturber (`in_silico_*_raw.pickle`), read without being executed.
+
+        tokenizer: that of the model which was perturbed. goal: which of the states is the goal, where there are states.
+        Cells have the numbers that the original gave them; `original_effects` reads the effects on genes."""
+        from scellfm.geneformer.original_results import original_shifts
+
+        return cls(*original_shifts(folder, tokenizer, goal=goal, files=files))
 
     @classmethod
     def load(cls, path) -> "Screen":
