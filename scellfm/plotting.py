@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from textwrap import shorten
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -301,7 +302,7 @@ def scores(scores, *, ax: Axes | None = None) -> Axes:
     ax.set_ylim(values.shape[1] - 0.5, -0.5)
     ax.hlines(np.arange(values.shape[1] - 1) + 0.5, 0, 1, transform=ax.get_yaxis_transform(), color="#E5E5E5", lw=0.8)
     ax.tick_params(axis="y", length=0)
-    ax.set_title(scores.title)
+    ax.set_title(shorten(scores.title, 60, placeholder=" ..."))
     ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=1 + (n > 3))
 
 # %% ../nbs/plotting.ipynb #d2f0ba62

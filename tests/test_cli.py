@@ -274,6 +274,9 @@ def test_finetune_prints_held_out_scores_beside_simple_methods(place, tmp_path, 
     assert code == 0 and out.strip().split("\n")[-1] == str(tmp_path / "clf")
     assert "held out" in out and "majority class" in out and "PCA + logistic regression" in out
     assert len(CellClassifier.from_pretrained(tmp_path / "clf", device="cpu").models) == 1
+    report = json.loads((tmp_path / "clf" / "report.json").read_text())
+    assert [section["kind"] for section in report["sections"]] == ["scores", "text", "figure", "figure"]
+    assert report["settings"]["label"] == "cell_type" and (tmp_path / "clf" / "report.html").exists()
     assert len(CellClassifier.from_pretrained(place / "clf", device="cpu").models) == 3
 
 
@@ -281,7 +284,10 @@ def test_perturb_reads_each_cell_with_the_fold_that_has_not_seen_it(place, tmp_p
     given = ["perturb", str(place / "cells.h5ad"), "--model", str(place / "clf"), "--state", "cell_type", "--start", "B",
              "--goal", "T", "--max-cells", "4", "--device", "cpu", "--out", str(tmp_path)]
     code, out, _ = call(given, capsys)
-    assert code == 0 and out.split() == [str(tmp_path / "screen"), str(tmp_path / "table.csv")]
+    assert code == 0 and out.split() == [str(tmp_path / name) for name in ("screen", "table.csv", "report.html")]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["settings"]["goal"] == "T" and set(report["inputs"]) == {"cells", "model"} and str(place) not in json.dumps(report)
+    assert [section["kind"] for section in report["sections"]] == ["table"]  # four cells are too few for a picture
     screen, table = Screen.load(tmp_path / "screen"), pd.read_csv(tmp_path / "table.csv")
     assert screen.shifts["cell"].nunique() == 4 and screen.params["donor"] == "donor"
     assert list(table["gene"]) == list(screen.table()["gene"])

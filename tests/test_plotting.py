@@ -130,6 +130,13 @@ def test_scores_dots_lie_where_the_table_says():
     assert np.allclose(dots[0], [0.8 / 1, 20 / 22]) and "÷ 22" in ax.get_yticklabels()[1].get_text()
 
 
+def test_a_long_title_does_not_stretch_the_picture():
+    table = pd.DataFrame({"auroc": [0.8]}, index=["model"])
+    short, long = (plotting.png(Scores(table, title=title).plot().figure) for title in ("cell_type", "cell_type: " + ", ".join(f"type {i}" for i in range(99))))
+    widths = [int.from_bytes(picture[16:20], "big") for picture in (short, long)]
+    assert widths[1] < 1.2 * widths[0]
+
+
 def test_training_curves_take_a_history_and_a_table():
     from scellfm.training import History
 

@@ -11,6 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
+from .reports import add_classifier, add_screen, begin
 from .shared import add, add_cells, add_command, add_model, layer_number
 from .shared import cells_from, is_classifier, model_from, system_of, write_table
 from ..core import DataError, OptionError, one_of
@@ -119,13 +120,17 @@ def finetune(options: argparse.Namespace) -> str:
     names = ("epochs", "freeze_layers", "lora", "learning_rate", "batch_size", "warmup", "weight_decay",
              "class_weights", "seed", "layer", "n_boot", "folder")
     ask = {name: getattr(options, name) for name in names}
-    if classes is None:
-        split = split_from(options, cells)
-        classifier = geneformer_from(options).finetune(cells, options.label, split=split, **ask)
-    else:
-        ask |= {"folds": options.k, "max_cells": options.max_cells}
-        classifier = geneformer_from(options).finetune_genes(cells, classes, **ask)
+    report = begin(f"A classifier of {options.label or 'genes'}", options)
+    with report.recording():
+        if classes is None:
+            split = split_from(options, cells)
+            classifier = geneformer_from(options).finetune(cells, options.label, split=split, **ask)
+        else:
+            ask |= {"folds": options.k, "max_cells": options.max_cells}
+            classifier = geneformer_from(options).finetune_genes(cells, classes, **ask)
     classifier.save_pretrained(options.out)
+    add_classifier(report, classifier)
+    report.save(options.out)
     return f"{classifier.scores.to_markdown()}\n{classifier.verdict}\n{options.out}"
 
 
@@ -170,16 +175,20 @@ def perturb(options: argparse.Namespace) -> str:
     ask = {name: getattr(options, name) for name in names}
     ask["genes"] = "all" if options.genes == ["all"] else options.genes
     ask |= {name: getattr(options, name) for name in ("donor", "quartiles") if getattr(options, name) is not None}
-    if is_classifier(options.model) and options.subfolder is None:
-        from scellfm.geneformer import CellClassifier
+    out, report = Path(options.out), begin(f"What does the cell do without it? ({options.kind})", options)
+    with report.recording():
+        if is_classifier(options.model) and options.subfolder is None:
+            from scellfm.geneformer import CellClassifier
 
-        classifier = CellClassifier.from_pretrained(options.model, device=options.device, dtype=options.dtype)
-        screen = classifier.perturb(cells, **ask)
-    else:
-        screen = geneformer_from(options).perturb(cells, **ask)
-    screen.save(Path(options.out) / "screen")
-    write_table(screen.table(method=options.method).set_index("gene"), str(Path(options.out) / "table.csv"))
-    return f"{Path(options.out) / 'screen'}\n{Path(options.out) / 'table.csv'}"
+            classifier = CellClassifier.from_pretrained(options.model, device=options.device, dtype=options.dtype)
+            screen = classifier.perturb(cells, **ask)
+        else:
+            screen = geneformer_from(options).perturb(cells, **ask)
+        table = screen.table(method=options.method)
+    screen.save(out / "screen")
+    write_table(table.set_index("gene"), str(out / "table.csv"))
+    add_screen(report, screen, table)
+    return f"{out / 'screen'}\n{out / 'table.csv'}\n{report.save(out)}"
 
 
 def perturb_options(parsers) -> None:

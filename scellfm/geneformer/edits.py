@@ -323,9 +323,9 @@ def run_edits(gf: Geneformer, cells, edits: Edits, index: int, pool: str, states
 
 def block_effects(gf, cells, edits: Edits, index: int, pool: str, states, token_budget: int, bar=None,
                   record=None) -> np.ndarray:
-    "The effects of one block of edits."
-    which, first, local = np.unique(edits.cell, return_index=True, return_inverse=True)
+    "The effects of one block of edits; each is compared with its cell, cut by as much as the edit makes it overflow."
+    (which, cut), local = np.unique(np.stack([edits.cell, edits.overflow]), axis=1, return_inverse=True)
     own = CutCells([np.asarray(cells[int(i)]) for i in which], gf.max_length)
-    block = original_block(gf, own, edits.overflow[first], index, pool, states is None and pool == "cell", token_budget)
-    return edit_effects(gf, block, replace(edits, cell=local), index, pool, states, token_budget=token_budget,
+    block = original_block(gf, own, cut, index, pool, states is None and pool == "cell", token_budget)
+    return edit_effects(gf, block, replace(edits, cell=local.ravel()), index, pool, states, token_budget=token_budget,
                         bar=bar, record=record)

@@ -1,0 +1,113 @@
+"""Geneformer at its true size: load, embed and perturb real cells with checkpoints of the published names and shapes.
+
+    python benchmarks/true_size.py --data FOLDER [--cells 8] [--genes 300] [--quick] [--full]
+
+FOLDER holds geneformer-configs (config.json of each published model), geneformer-v1 and -v2 (the official dictionaries) and
+kang18/kang18_2000.h5ad (blood cells). The weights are random, saved in the official layout, and every tensor is accounted for
+at loading. Each model runs in a process of its own, on one thread: the seconds to load, cells embedded per second, deletions
+per second (the first genes of one cell, each by itself, at the second to last layer), and the memory at its peak in all and
+beyond the imports. `--quick` takes V1-10M alone; `--full` adds V2-316M, whose weights are 1.3 GB.
+"""
+import os
+
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[name] = "1"
+os.environ["SCELLFM_PROGRESS"] = "0"
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+MODELS = {"V1-10M": "geneformer-v1", "V2-104M": "geneformer-v2", "V2-104M classifier": "geneformer-v2", "V2-316M": "geneformer-v2"}
+TIED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")  # one with the embeddings; not in the files
+
+
+def memory() -> float:
+    "Peak memory of this process so far, MB (Linux)."
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def checkpoint(data: Path, name: str, folder: Path) -> Path:
+    "A random checkpoint in the official layout: its folder, with the dictionaries in a folder beside it."
+    import torch
+    from safetensors.torch import save_file
+    from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+    base, classifier = name.split()[0], name.endswith("classifier")
+    config = json.loads((data / "geneformer-configs" / f"{base}_config.json").read_text())
+    kind = BertForSequenceClassification if classifier else BertForMaskedLM
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in kind(BertConfig(**config)).state_dict().items() if key not in TIED}
+    random = torch.Generator().manual_seed(0)
+    tensors = {key: torch.randn(shape, generator=random) * 0.02 for key, shape in shapes.items()}
+    tensors |= {key: torch.ones(shape) for key, shape in shapes.items() if key.endswith("LayerNorm.weight")}
+    place = folder / name.replace(" ", "-")
+    place.mkdir(parents=True)
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    (place / "config.json").write_text(json.dumps(config | {"architectures": [kind.__name__]}))
+    shutil.copytree(data / MODELS[name], folder / "gene_dictionaries")
+    return place
+
+
+def measure(data: Path, place: Path, n_cells: int, n_genes: int) -> dict:
+    "What one model takes; runs in a process of its own."
+    import anndata
+    import torch
+    import transformers.models.bert.modeling_bert  # noqa: F401 (imports are not counted)
+    from scellfm.geneformer import CellClassifier, Geneformer, edits, perturbation  # noqa: F401
+
+    torch.set_num_threads(1)
+    adata, before, start = anndata.read_h5ad(data / "kang18" / "kang18_2000.h5ad")[:n_cells].copy(), memory(), time.perf_counter()
+    classifier = place.name.endswith("classifier")
+    gf = CellClassifier.from_pretrained(place, device="cpu").models[0] if classifier else Geneformer.from_pretrained(place, device="cpu")
+    figures = {"load, s": time.perf_counter() - start, "tensors": len(gf.load_report.loaded), "unused": len(gf.load_report.unused),
+               "fresh": len(gf.load_report.fresh), "memory to load, MB": memory() - before}
+    cells = gf.cells(adata)
+    start = time.perf_counter()
+    gf.embed(cells)
+    figures |= {"mean tokens": float(cells.lengths.mean()), "cells embedded/s": len(cells) / (time.perf_counter() - start)}
+    one = cells[:1]
+    one.tokens, one.offsets = one.tokens[:n_genes + 2], one.offsets.clip(max=n_genes + 2)
+    if gf.special:
+        one.tokens[-1] = gf.tokenizer.eos
+    start = time.perf_counter()
+    screen = gf.perturb(one, genes="all")
+    figures |= {"deletions/s": len(screen.shifts) / (time.perf_counter() - start), "cell perturbed, tokens": int(one.lengths[0])}
+    return figures | {"memory, MB": memory(), "of it beyond the imports": memory() - before}
+
+
+def main() -> None:
+    "Print one table."
+    import pandas as pd
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--cells", type=int, default=8)
+    parser.add_argument("--genes", type=int, default=300)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    ask = parser.parse_args()
+    if ask.measure:
+        print(json.dumps(measure(ask.data, ask.measure, ask.cells, ask.genes)))
+        return
+    rows = {}
+    for name in list(MODELS)[:1 if ask.quick else 4 if ask.full else 3]:
+        with tempfile.TemporaryDirectory() as folder:
+            place = checkpoint(ask.data, name, Path(folder))
+            command = [sys.executable, __file__, "--data", str(ask.data), "--cells", str(ask.cells), "--genes", str(ask.genes),
+                       "--measure", str(place)]
+            size = (place / "model.safetensors").stat().st_size / 2**20
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            rows[name] = {"file, MB": size, **json.loads(done.stdout.splitlines()[-1])}
+    print(pd.DataFrame(rows).round(1).to_string())
+
+
+if __name__ == "__main__":
+    main()
