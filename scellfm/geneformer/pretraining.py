@@ -16,6 +16,7 @@ import torch
 from ..core import OptionError, keyed_generator, progress, warn
 from ..data.splits import Split, check_fractions, deal_cells
 from .corpus import CellNames, Corpus
+from .quantize import refuse_quantized
 from ..inference import pad
 from ..store import fingerprint
 from ..training import History, Rows, fit
@@ -172,6 +173,7 @@ def pretrain(
     "Masked-gene modelling; returns the curves and keeps them as gf.history. OptionError, DataError, StoreError."
     if not 0 < mask_share < 1:
         raise OptionError(f"mask_share={mask_share!r} is a share of genes: between 0 and 1, such as 0.15")
+    refuse_quantized(gf.model)
     if not hasattr(gf.model, "cls"):
         raise OptionError("this model is a classifier and cannot guess genes; load the pretrained model instead")
     cells = Corpus(data) if isinstance(data, (str, Path, list, tuple)) else gf.cells(data, layer=layer)
