@@ -179,7 +179,7 @@ def load_model(folder: Path):
     from scellfm.assets import load_state, read_tensors
 
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf8"))
     except FileNotFoundError:
         raise AssetError(f"{folder} has no config.json; a Geneformer checkpoint has config.json and "
                          f"model.safetensors") from None
