@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from scellfm import inference
 from scellfm.core import AssetError, DataError, OptionError, ScellfmWarning
 from scellfm.data.demonstration import demo
-from scellfm.geneformer import Geneformer, RankTokenizer, TokenizedCells
+from scellfm.geneformer import Geneformer, RankTokenizer, TokenizedCells, embedding, gene_vectors
 from scellfm.geneformer.model import SHAPES, build_model, layer_index, pool_cells, shape_config
 
 LAYERS = {0: "layer0", -1: "layerm1"}
@@ -48,11 +48,29 @@ def test_gene_embeddings_are_the_originals(version, emb_layer):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_each_genes_vector_in_each_cell_is_the_originals(version):
-    expected, gf = np.load(GOLDEN / "embeddings" / f"{version}.npz"), model(version)
+    expected, gf, given = np.load(GOLDEN / "embeddings" / f"{version}.npz"), model(version), cells(version)
+    vectors = {name: (genes, values) for name, genes, values in gene_vectors(gf, given)}
+    assert list(vectors) == list(given.obs.index)
     for row, cell in enumerate(expected["cell_order"]):
-        ids = torch.from_numpy(cells(version)[int(cell)])[None]
-        hidden = gf.hidden(ids, None, layer_index("second_to_last", gf.n_layers))[0]
-        np.testing.assert_allclose(hidden, expected["gene_layerm1_raw"][row, : len(hidden)], atol=1e-5)
+        genes, values = vectors[str(cell)]
+        assert genes.tolist() == list(gf.tokenizer.genes[given[int(cell)]])
+        np.testing.assert_allclose(values, expected["gene_layerm1_raw"][row, : len(values)], atol=1e-5)
+
+
+def test_gene_vectors_do_not_depend_on_blocks_and_batches(monkeypatch):
+    gf, given = model("v1"), cells("v1")
+    one = [vectors for *_, vectors in gene_vectors(gf, given, emb_layer=0)]
+    monkeypatch.setattr(embedding, "VECTOR_BLOCK", 7)
+    for ours, theirs in zip(gene_vectors(gf, given, emb_layer=0, token_budget=100), one, strict=True):
+        np.testing.assert_allclose(ours[2], theirs, atol=1e-5)
+
+
+def test_the_originals_approximate_summaries_are_the_mean_and_the_interpolated_median():
+    """The t-digest, which the original offers beside exact summaries, over all cells."""
+    ours = model("v1").embed(cells("v1"), emb_layer=-1, pool="cell")
+    for statistic in ("mean", "median"):
+        theirs = np.load(GOLDEN / "embeddings" / f"v1_tdigest_{statistic}.npz")["emb"][0]
+        np.testing.assert_allclose(getattr(np, statistic)(ours, axis=0), theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -15,7 +15,7 @@ from scipy import sparse
 
 from scellfm.core import AssetError, DataError, StoreError
 from scellfm.data.splits import hold_out
-from scellfm.geneformer import CellClassifier, GeneClassifier, Geneformer, RankTokenizer, Screen, TokenizedCells
+from scellfm.geneformer import CellClassifier, GeneClassifier, Geneformer, RankTokenizer, Screen, TaskClassifier, TokenizedCells
 from scellfm.geneformer import genes as genes_module
 from scellfm.geneformer.classifier import CELLS, RECORD
 from scellfm.scgpt import ReferenceMap, ScGPT
@@ -54,6 +54,8 @@ def geneformer(tmp_path_factory):
     clf.models[0].tokenizer.save_pretrained(folder / "theirs")
     of_genes = gf.finetune_genes(adata, {"a": GENES[:10], "b": GENES[10:]}, folds=2, epochs=1, n_boot=0)
     of_genes.save_pretrained(folder / "genes")
+    adata.obs["side"] = ["left", "right", "right", "left"] * 6
+    gf.finetune(adata, ["cell_type", "side"], split=hold_out(adata, fractions=(0.5, 0, 0.5)), epochs=1, n_boot=0).save_pretrained(folder / "tasks")
     clf.perturb(adata, state="cell_type", start="B", goal="T", genes=GENES[:3]).save(folder / "screen")
     return folder
 
@@ -182,6 +184,16 @@ def test_the_gene_classifier_reads_no_hostile_names_of_classes(place, name):
     refused(lambda: GeneClassifier.from_pretrained(where, device="cpu"), canary, words=f"{name} is a pickle that asks for")
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "tasks.json", CELLS])
+def test_the_classifier_of_several_labels_reads_nothing_hostile(place, name):
+    folder, canary = place
+    if name in ("tasks.json", CELLS):
+        put_pickle(folder / "tasks" / name, canary)
+    else:
+        put_torch(folder / "tasks" / "fold0", name, canary)
+    refused(lambda: TaskClassifier.from_pretrained(folder / "tasks", device="cpu"), canary, words=name)
+
+
 @pytest.mark.parametrize("name", ["screen.json", "shifts.parquet", "genes.parquet"])
 def test_a_saved_screen_runs_nothing_and_names_the_damaged_file(place, name):
     folder, canary = place
@@ -226,9 +238,10 @@ def test_the_tokenizer_reads_no_zarr_store_with_a_codec_that_runs_programs(tmp_p
     zarr = pytest.importorskip("zarr")
     store, canary, tok = tmp_path / "cells.zarr", tmp_path / "canary", RankTokenizer.fit(cells())
     anndata.io.write_elem(zarr.open_group(store, mode="w", zarr_format=2), "/", cells())
-    described = json.loads((store / array / ".zarray").read_text()) | {"compressor": None, "filters": [{"id": "WORD", "protocol": 2}]}
-    (store / array / ".zarray").write_text(json.dumps(described).replace("WORD", word))
-    for chunk in (store / array).glob("[0-9]*"):
+    meta = next((store / array).rglob(".zarray"))  # newer versions keep texts one folder further down
+    described = json.loads(meta.read_text()) | {"compressor": None, "filters": [{"id": "WORD", "protocol": 2}]}
+    meta.write_text(json.dumps(described).replace("WORD", word))
+    for chunk in meta.parent.glob("[0-9]*"):
         put_pickle(chunk, canary)
     for read in (RankTokenizer.fit, tok, lambda path: tok.tokenize_files(path, tmp_path / "out")):
         refused(lambda: read(store), canary, DataError, "asks for the codec 'pickle'.*nothing was run")

@@ -369,6 +369,30 @@ else:
     assert sorted(answers) == ["in", "refused", "refused", "refused"]
 
 
+def test_a_lock_that_was_made_while_the_old_one_was_judged_stays(tmp_path, monkeypatch):
+    from scellfm.store import shards
+
+    lock, live = tmp_path / "lock", json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": "1", "token": "b"})
+    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 5, "started": "1", "token": "a"}))
+
+    def meanwhile(text, age):
+        lock.write_text(live)  # another process cleared the stale lock and is in
+        return True
+
+    monkeypatch.setattr(shards, "_is_stale", meanwhile)
+    shards._clear_stale(lock)
+    assert contents(tmp_path) == {"lock": live.encode()}
+
+
+def test_a_claim_to_clear_of_a_process_that_died_does_not_stay(tmp_path):
+    (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 5, "started": "1", "token": "a"}))
+    (tmp_path / ".part-clearing").touch()
+    os.utime(tmp_path / ".part-clearing", (time.time() - 60, time.time() - 60))
+    with Store(tmp_path, {}) as store:
+        store.write("a", x=np.zeros(1))
+    assert set(contents(tmp_path)) == {"a.npz", "manifest.json"}
+
+
 def test_a_lock_of_a_killed_process_is_cleared(tmp_path):
     code = "import sys, time; from scellfm.store import Store; s = Store(sys.argv[1], {}); print(flush=True)"
     code += "; time.sleep(60)"

@@ -117,8 +117,8 @@ def finetune(options: argparse.Namespace) -> str:
     "Fine-tune a classifier, save it; its scores and its folder."
     classes = None if options.classes is None else gene_classes(options.classes)
     cells = cells_from(options.cells)
-    names = ("epochs", "freeze_layers", "learning_rate", "batch_size", "warmup", "weight_decay", "class_weights",
-             "seed", "layer", "n_boot", "folder")
+    names = ("epochs", "freeze_layers", "lora", "learning_rate", "batch_size", "warmup", "weight_decay",
+             "class_weights", "seed", "layer", "n_boot", "folder")
     ask = {name: getattr(options, name) for name in names}
     report = begin(f"A classifier of {options.label or 'genes'}", options)
     with report.recording():
@@ -154,6 +154,7 @@ def finetune_options(parsers) -> None:
     for name, kind, value, about in (
         ("epochs", int, 1, "passes over the training cells"),
         ("freeze-layers", int, 0, "lowest layers that stay as they are"),
+        ("lora", int, None, "rank of adapters that learn instead of the weights"),
         ("learning-rate", float, 5e-5, "largest step size"), ("batch-size", int, 12, "cells of one step"),
         ("warmup", float, 0.1, "share of the steps, or a number of steps"),
         ("weight-decay", float, 0.001, "decay of matrices"),

@@ -286,7 +286,7 @@ def assemble(design: Design, genes: pd.DataFrame, obs: pd.DataFrame, activity, r
     }
     return adata
 
-
+# %% ../../nbs/data/cells.ipynb #4c2fdb64
 def simulate_cells(
     n_cells: int = 2000,
     n_genes: int = 500,

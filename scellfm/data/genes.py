@@ -176,7 +176,7 @@ def describe_unknown(names: list[str], columns: Iterable[str]) -> str:
     return ("If these are symbols, pass symbols={symbol: Ensembl id}; if they are outdated ids, mapping={old: "
             f"current}}; or name the column of var that holds ids (var has {list(columns)})")
 
-
+# %% ../../nbs/data/genes.ipynb #981741ff
 def warn_of_names(names: list[str], report: dict, advice: str, vocabulary: list[str]) -> None:
     "DataError under 10 % known genes; warnings under 50 %, for spreadsheet dates and for lower case."
     n_known = sum(not gene.startswith("<") for gene in vocabulary)
@@ -197,7 +197,7 @@ def warn_of_names(names: list[str], report: dict, advice: str, vocabulary: list[
         warn(f"{lower:,} gene names are in lower case and were matched as upper case; zebrafish symbols are in lower "
              "case: if these are not human cells, they are the wrong genes", stacklevel=4)
 
-
+# %% ../../nbs/data/genes.ipynb #391b509c
 def match_report(names: list[str], index: np.ndarray, routes: np.ndarray, counts: np.ndarray | None) -> dict:
     "The figures of a match; the dropped examples are those with the most counts, where counts are given."
     known = index >= 0

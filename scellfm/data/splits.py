@@ -48,7 +48,7 @@ class Split:
         unit = "cells" if self.by is None else f"groups of {self.by!r}"
         return f"<p>Split of {self.n:,} cells by {unit}</p>" + ("" if self.table is None else self.table.to_html())
 
-
+# %% ../../nbs/data/splits.ipynb #f9897b27
 @dataclass(repr=False)
 class Folds:
     "Splits whose test parts are disjoint and together hold all cells; their valid parts are empty."

@@ -19,6 +19,7 @@ from ..core import OptionError, keyed_seed, one_of
 from ..data.splits import Split
 from .lora import add_adapters, config_text, lora_config, merge_adapters
 from .model import CutCells, Geneformer
+from .quantize import refuse_quantized
 from ..store import fingerprint
 from ..training import Rows, fit
 
@@ -30,6 +31,7 @@ def new_classifier(gf: Geneformer, classes: np.ndarray, seed: int):
     "(BertForSequenceClassification with the encoder of `gf` and a new pooler and head, LoadReport)."
     from transformers import AutoModelForSequenceClassification
 
+    refuse_quantized(gf.model)
     config = copying.deepcopy(gf.model.config)
     config.id2label = {i: str(name) for i, name in enumerate(classes)}
     config.label2id = {name: i for i, name in config.id2label.items()}

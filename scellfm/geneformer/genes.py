@@ -30,6 +30,7 @@ from .genesets import LEVELS, UNTUNED, check_classes, gene_levels, labelled_gene
 from .lora import merge_adapters
 from .model import Geneformer, fitting_tokenizer, layer_index, translate
 from .pretraining import IGNORED, by_name
+from .quantize import refuse_quantized
 from ..scores.table import Scores
 from ..store import atomic_write, fingerprint
 from ..training import History, Rows, fit
@@ -42,6 +43,7 @@ def new_gene_model(gf: Geneformer, classes: np.ndarray, seed: int):
     "(BertForTokenClassification with the encoder of `gf` and a new head, LoadReport)."
     from transformers import AutoModelForTokenClassification
 
+    refuse_quantized(gf.model)
     config = copying.deepcopy(gf.model.config)
     config.id2label = {i: str(name) for i, name in enumerate(classes)}
     config.label2id = {name: i for i, name in config.id2label.items()}

@@ -152,18 +152,16 @@ def check_tokens(cells, vocabulary: int, cls: int | None, eos: int | None) -> No
     ends = np.concatenate(ends)
     if highest >= vocabulary:
         raise DataError(f"the cells hold token {highest:,} and the model knows {vocabulary:,} tokens (0 to "
-                        f"{vocabulary - 1:,}): "
-                        "they were tokenized with another dictionary; tokenize them with this model's tokenizer")
+                        f"{vocabulary - 1:,}): they were tokenized with another dictionary; tokenize them with this "
+                        "model's tokenizer")
     if cls is not None and len(full) and not (ends == (cls, eos)).all():
         i = int(full[np.flatnonzero((ends != (cls, eos)).any(1))[0]])
         raise DataError(f"cell {i} does not begin with <cls> ({cls}) and end with <eos> ({eos}), which this model's "
-                        f"dictionary "
-                        "has: it was tokenized for V1 or without special tokens; tokenize it with this model's "
-                        "tokenizer")
+                        "dictionary has: it was tokenized for V1 or without special tokens; tokenize it with this "
+                        "model's tokenizer")
     if cls is None and len(full) > 1 and (ends == (2, 3)).all():
         raise DataError("every cell begins with token 2 and ends with token 3, the <cls> and <eos> of V2, and this "
-                        "model's "
-                        "dictionary has neither; tokenize the cells with this model's tokenizer")
+                        "model's dictionary has neither; tokenize the cells with this model's tokenizer")
 
 # %% ../../nbs/geneformer/model.ipynb #80580fca
 UNUSED = ("bert.pooler.", "classifier.", "bert.embeddings.position_ids", "cls.seq_relationship.")
@@ -181,7 +179,7 @@ def load_model(folder: Path):
     from scellfm.assets import load_state, read_tensors
 
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf8"))
     except FileNotFoundError:
         raise AssetError(f"{folder} has no config.json; a Geneformer checkpoint has config.json and "
                          f"model.safetensors") from None
@@ -254,7 +252,8 @@ class Geneformer:
     def __init__(self, model, tokenizer, device="auto", dtype="float32"):
         self.device, self.dtype = inference.pick_device(device), inference.pick_dtype(dtype)
         check_fit(tokenizer, model.config.vocab_size)
-        self.model = model.to(device=self.device, dtype=self.dtype).eval()
+        quantized = getattr(model, "is_quantized", False)  # has its device and its precision
+        self.model = (model if quantized else model.to(device=self.device, dtype=self.dtype)).eval()
         self.tokenizer = tokenizer
         self.load_report = None
 
@@ -268,17 +267,21 @@ class Geneformer:
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, *, subfolder=None, revision=None, tokenizer=None, local_files_only=False,
-                        device="auto", dtype="float32") -> "Geneformer":
+                        device="auto", dtype="float32", quantize: str | None = None) -> "Geneformer":
         """Load a checkpoint folder in the official layout (config.json, model.safetensors) or a hub id, every tensor
-        accounted for."""
+        accounted for. quantize: '8bit' or '4bit' weights, on a CUDA card with bitsandbytes (*Quantized weights*)."""
         from scellfm.assets import find
+        from scellfm.geneformer.quantize import check_quantize, load_quantized
 
+        settings = None if quantize is None else check_quantize(quantize, inference.pick_device(device))
         folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
         model, report = load_model(folder)
         if tokenizer is None:
             hub = None if Path(path_or_hub_id).expanduser().exists() else dict(
                 path_or_hub_id=path_or_hub_id, revision=revision, local_files_only=local_files_only)
             tokenizer = fitting_tokenizer(folder, model.config.vocab_size, model.config.max_position_embeddings, hub)
+        if settings:
+            model = load_quantized(folder, settings, inference.pick_device(device))
         gf = cls(model, tokenizer, device=device, dtype=dtype)
         gf.load_report = report
         return gf
@@ -330,8 +333,7 @@ class Geneformer:
         cut = CutCells(cells, self.max_length, self.tokenizer.eos)
         if cut.n_cut:
             warn(f"{cut.n_cut:,} of {len(cut):,} cells have more than {self.max_length:,} tokens, which is all that "
-                 f"this model "
-                 "reads; their least ranked genes were cut", stacklevel=4)
+                 "this model reads; their least ranked genes were cut", stacklevel=4)
         return cut
 
     def embed(self, data, *, emb_layer=-1, pool="auto", key_added="X_geneformer", layer=None, token_budget=16384,
@@ -354,15 +356,13 @@ class Geneformer:
                            token_budget=token_budget, copy=copy)
 
     def state_embeddings(self, data, *, state: str, groupby=None, statistic="mean", emb_layer=-1, pool="auto",
-                         layer=None,
-                         token_budget=16384) -> dict:
+                         layer=None, token_budget=16384) -> dict:
         """One vector [H] per value of obs[state] (within each group of obs[groupby]: a dict of dicts): 'mean' or
         exact 'median'."""
         from scellfm.geneformer.embedding import state_embeddings
 
         return state_embeddings(self, data, state=state, groupby=groupby, statistic=statistic, emb_layer=emb_layer,
-                                pool=pool,
-                                layer=layer, token_budget=token_budget)
+                                pool=pool, layer=layer, token_budget=token_budget)
 
     def pretrain(self, data, **settings) -> "Geneformer":
         """Train by masked-gene modelling on cells (see `scellfm.geneformer.pretraining.pretrain`); returns the model

@@ -34,7 +34,7 @@ def check_probabilities(probabilities, n: int, n_classes: int) -> np.ndarray:
                         "over the classes (negative, or not adding to 1); apply a softmax to logits first")
     return values
 
-
+# %% ../../nbs/scores/labels.ipynb #49808f86
 def check_classes(classes) -> np.ndarray:
     "The classes as an array of at least two different labels."
     classes = np.asarray(classes)
@@ -59,7 +59,7 @@ def check_truth(truth, classes: np.ndarray) -> np.ndarray:
                         "need cells of at least two classes: hold out other donors, or more cells")
     return codes.astype(np.int64)
 
-
+# %% ../../nbs/scores/labels.ipynb #daa5f661
 def check_groups(groups, n: int) -> np.ndarray | None:
     "The group of each cell as codes (int64) in the order of their names; None stays None."
     if groups is None:

@@ -58,15 +58,30 @@ def _is_stale(text: str, age: float) -> bool:
     return _started(holder["pid"]) != holder["started"]
 
 # %% ../../nbs/store/shards.ipynb #c6c020d4
+def _unlink_once(path: Path, text: str) -> None:
+    "Delete a stale lock with this content. One process at a time, and only if no other has put its own lock there since."
+    claim = path.with_name(".part-clearing")
+    try:
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        if time.time() - claim.stat().st_mtime > 10:  # its maker died at it
+            claim.unlink(missing_ok=True)
+        time.sleep(0.1)
+        return
+    try:
+        if path.read_text() == text:
+            path.unlink()
+    finally:
+        claim.unlink(missing_ok=True)
+
+
 def _clear_stale(path: Path) -> None:
     "Remove the lock of a process that is gone, wait for one that is just being made; StoreError when its holder lives."
     try:
         text, age = path.read_text(), time.time() - path.stat().st_mtime
         if _is_stale(text, age):
             logger.info("clearing the lock of a process that is gone: %s", text)
-            aside = path.with_name(f".part-{secrets.token_hex(4)}-lock")
-            os.replace(path, aside)
-            aside.unlink()
+            _unlink_once(path, text)
         elif not text:
             time.sleep(0.1)
         else:
