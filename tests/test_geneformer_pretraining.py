@@ -14,7 +14,7 @@ from scellfm.core import OptionError, ScellfmWarning, StoreError, keyed_generato
 from scellfm.data.cells import simulate_cells
 from scellfm.data.splits import hold_out
 from scellfm.geneformer.model import Geneformer
-from scellfm.geneformer.pretraining import IGNORED, MaskedCells, frequency_losses, mask_genes, masked_loss, pretrain, token_rows
+from scellfm.geneformer.pretraining import IGNORED, MaskedCells, count_tokens, frequency_losses, mask_genes, masked_loss, pretrain, token_rows
 from scellfm.geneformer.tokenizer import RankTokenizer
 
 GENES = np.arange(4, 60)
@@ -107,7 +107,7 @@ def test_frequency_loss_is_the_cross_entropy_of_the_frequencies(adata, tokenizer
     counts = np.bincount(np.concatenate([cells[i] for i in train]), minlength=gf.model.config.vocab_size)[source.genes] + 1
     chance = dict(zip(source.genes, counts / counts.sum()))
     expected = np.mean([-np.log(chance[t]) for i in judged for t in source.cell(i, 0)[1] if t != IGNORED])
-    assert frequency_losses(source, train, judged, gf.model.config.vocab_size)["gene frequency"] == pytest.approx(expected)
+    assert frequency_losses(source, count_tokens(source.sequences, train, gf.model.config.vocab_size), judged)["gene frequency"] == pytest.approx(expected)
 
 
 def test_a_model_that_learned_nothing_is_called_so(adata, tokenizer):

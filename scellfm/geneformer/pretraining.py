@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import OptionError, keyed_generator, warn
+from ..core import OptionError, keyed_generator, progress, warn
 from ..data.splits import Split, check_fractions, deal_cells
 from .corpus import CellNames, Corpus
 from .quantize import refuse_quantized
@@ -79,16 +79,15 @@ def rank_bins(length: int) -> np.ndarray:
 def count_tokens(sequences, rows: np.ndarray, vocabulary: int) -> np.ndarray:
     "How often each token stands in each bin of rank [BINS, vocabulary]."
     counts = np.zeros((BINS, vocabulary))
-    for i in rows:
+    for i in progress(rows, desc="counting genes", unit="cell"):
         tokens = np.asarray(sequences[int(i)])
         np.add.at(counts, (rank_bins(len(tokens)), tokens), 1)
     return counts
 
 
-def frequency_losses(cells: MaskedCells, train: np.ndarray, judged: np.ndarray, vocabulary: int) -> dict[str, float]:
-    "Mean cross-entropy (nats) of the two guessers on the places asked in epoch 0 of the judged cells."
-    counts = count_tokens(cells.sequences, train, vocabulary)
-    overall = np.zeros(vocabulary)
+def frequency_losses(cells: MaskedCells, counts: np.ndarray, judged: np.ndarray) -> dict[str, float]:
+    "Mean cross-entropy (nats) of the two guessers, who know `counts`, on the places asked in epoch 0 of the judged cells."
+    overall = np.zeros(counts.shape[1])
     overall[cells.genes] = counts.sum(0)[cells.genes] + 1
     overall /= overall.sum()
     by_rank = counts * (overall > 0) + len(cells.genes) * overall
@@ -137,14 +136,12 @@ def pretraining_split(cells, names: CellNames, split: Split | None, held_out: fl
     return [names.sort(one) for one in rows]
 
 # %% ../../nbs/geneformer/pretraining.ipynb #c50be362
-def start_from_frequencies(model, sequences, rows: np.ndarray) -> None:
-    "Set an untrained (all-zero) output bias of a masked-gene model to the log-frequency of each token in the cells `rows`."
+def start_from_frequencies(model, counts: np.ndarray) -> None:
+    "Set an untrained (all-zero) output bias of a masked-gene model to each token's log-frequency, given their `counts`."
     bias = model.cls.predictions.bias
     if bool(bias.any()):
         return
-    counts = np.ones(len(bias))
-    for i in rows:
-        counts += np.bincount(np.asarray(sequences[int(i)], dtype=np.int64), minlength=len(counts))
+    counts = counts + 1.0
     with torch.no_grad():
         bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
 
@@ -189,7 +186,8 @@ def pretrain(
     masked = MaskedCells(sequences, names, genes, tokenizer.mask, tokenizer.pad, mask_share, seed)
     rows, valid = masked.rows(train), {"valid": masked.rows(judged)} if len(judged) else None
     gf.model.float()  # weights learn in float32; bfloat16 is for the products
-    start_from_frequencies(gf.model, sequences, train)
+    counts = count_tokens(sequences, train, vocabulary)
+    start_from_frequencies(gf.model, counts.sum(0))
     history = fit(
         gf.model, masked_loss, rows.n, rows.batch, lengths=rows.lengths, valid=valid, epochs=epochs,
         learning_rate=learning_rate, batch_size=batch_size, warmup=warmup, weight_decay=weight_decay,
@@ -199,7 +197,7 @@ def pretrain(
         **recipe)
     gf.model.to(gf.dtype)
     gf.device = gf.model.device
-    history.baselines = frequency_losses(masked, train, judged if len(judged) else train, vocabulary)
+    history.baselines = frequency_losses(masked, counts, judged if len(judged) else train)
     gf.history = history
     tell_if_useless(history)
     return history
