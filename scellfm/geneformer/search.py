@@ -187,6 +187,8 @@ def search(
 ) -> Search:
     "Search settings of `finetune` inside each fold's training cells; train with the best, judge on the held-out ones."
     optional("optuna", "tuning")
+    if not isinstance(label, str):
+        raise OptionError(f"label={label!r}: a search is for one label; name one column of obs")
     space = default_space(gf.n_layers, fixed.get("lora")) if space is None else dict(space)
     check_search(space, trials, metric, inner)
     prepared, options = prepare(gf, data, label, split, layer), with_defaults(fixed, seed)
