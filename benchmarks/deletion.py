@@ -1,11 +1,11 @@
 """Deletion of every gene of a cell, against BertForMaskedLM with all hidden states on the same batches, on one thread.
 
-    python benchmarks/deletion.py [--cells 1] [--genes 300] [--pairs 5] [--quick]
+    python benchmarks/deletion.py [--kind delete] [--cells 1] [--genes 300] [--pairs 5] [--quick]
 
-The shape of Geneformer V1-10M (6 layers, hidden size 256, 25,426 tokens, random weights), the second to last layer.
-Both
+The shape of Geneformer V1-10M (6 layers, hidden size 256, 25,426 tokens, random weights), the second to last layer. Both
 sides make the same edits in batches of the same size, in turns, in one process. Printed: median seconds, the ratio, the
-peak memory of each side in a process of its own, and the largest difference of the shifts.
+peak memory of each side in a process of its own, and the largest difference of the shifts. overexpression.py is the same
+with --kind overexpress.
 """
 import os
 
@@ -44,23 +44,24 @@ def problem(args) -> tuple[Geneformer, TokenizedCells]:
     return gf, TokenizedCells(np.concatenate(tokens).astype(np.uint16), offsets, obs, np.arange(args.cells))
 
 
-def ours(gf: Geneformer, cells: TokenizedCells) -> np.ndarray:
-    "scellfm: 1 - mean cosine of the remaining genes, per deletion."
-    return perturb(gf, cells, token_budget=BUDGET).shifts["shift"].to_numpy()
+def ours(gf: Geneformer, cells: TokenizedCells, kind: str) -> np.ndarray:
+    "scellfm: 1 - mean cosine of the genes that were not edited, per edit."
+    return perturb(gf, cells, kind=kind, token_budget=BUDGET).shifts["shift"].to_numpy()
 
 
 @torch.inference_mode()
-def masked_lm(gf: Geneformer, cells: TokenizedCells) -> np.ndarray:
+def masked_lm(gf: Geneformer, cells: TokenizedCells, kind: str) -> np.ndarray:
     "The reference: the whole BertForMaskedLM with all hidden states."
-    shifts = []
+    shifts, moved = [], int(kind == "overexpress")
     for i in range(len(cells)):
         ids = torch.from_numpy(cells[i])
         before = gf.model(ids[None], output_hidden_states=True).hidden_states[-2][0]
-        kept = ~torch.eye(len(ids), dtype=torch.bool)
-        for batch in plan_batches(np.full(len(ids), len(ids) - 1), BUDGET, spread=0):
-            source = torch.arange(len(ids)).expand(len(batch), -1)[kept[batch]].view(len(batch), -1)
-            after = gf.model(ids[source], output_hidden_states=True).hidden_states[-2]
-            shifts.append(1 - torch.cosine_similarity(after, before[source], dim=-1).mean(1).numpy())
+        genes = torch.arange(moved, len(ids))  # the top gene cannot be moved further up
+        others = torch.arange(len(ids)).expand(len(genes), -1)[torch.arange(len(ids)) != genes[:, None]].view(len(genes), -1)
+        edited = torch.cat([genes[:, None], others], 1) if moved else others
+        for batch in plan_batches(np.full(len(genes), edited.shape[1]), BUDGET, spread=0):
+            after = gf.model(ids[edited[batch]], output_hidden_states=True).hidden_states[-2][:, moved:]
+            shifts.append(1 - torch.cosine_similarity(after, before[others[batch]], dim=-1).mean(1).numpy())
     return np.concatenate(shifts)
 
 
@@ -75,12 +76,14 @@ def peak_memory() -> float:
 
 def memory(side: str, args) -> float:
     "MB by which the peak memory of one side grows while it runs, in a process of its own."
-    command = [sys.executable, __file__, "--side", side, "--cells", str(args.cells), "--genes", str(args.genes)]
+    command = [sys.executable, __file__, "--side", side, "--kind", args.kind, "--cells", str(args.cells), "--genes",
+               str(args.genes)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["mb"]
 
 
-def main():
+def main(kind: str = "delete"):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=("delete", "overexpress"), default=kind)
     parser.add_argument("--cells", type=int, default=1)
     parser.add_argument("--genes", type=int, default=300)
     parser.add_argument("--pairs", type=int, default=5)
@@ -92,25 +95,25 @@ def main():
     gf, cells = problem(args)
     if args.side:
         before = peak_memory()
-        SIDES[args.side](gf, cells)
+        SIDES[args.side](gf, cells, args.kind)
         print(json.dumps({"mb": peak_memory() - before}))
         return
     small = cells[:1]
     for side in SIDES.values():  # warm up
-        side(gf, TokenizedCells(small.tokens[:20], np.array([0, 20]), small.obs, small.cell_index))
+        side(gf, TokenizedCells(small.tokens[:20], np.array([0, 20]), small.obs, small.cell_index), args.kind)
     seconds, results = {name: [] for name in SIDES}, {}
     for _ in range(args.pairs):
         for name, side in SIDES.items():
             start = time.perf_counter()
-            results[name] = side(gf, cells)
+            results[name] = side(gf, cells, args.kind)
             seconds[name].append(time.perf_counter() - start)
     ratio = np.median(np.array(seconds["BertForMaskedLM"]) / np.array(seconds["scellfm"]))
     difference = np.abs(results["scellfm"] - results["BertForMaskedLM"]).max()
     for name, times in seconds.items():
         rate = len(results[name]) / np.median(times)
-        print(f"{name:16s} {np.median(times):8.2f} s  {rate:8.1f} deletions/s  peak memory "
+        print(f"{name:16s} {np.median(times):8.2f} s  {rate:8.1f} edits/s  peak memory "
               f"+{memory(name, args):,.0f} MB")
-    print(f"ratio {ratio:.2f} (floor {FLOOR}), median of {args.pairs} pairs; {args.cells} cells of {args.genes} genes; "
+    print(f"ratio {ratio:.2f} (floor {FLOOR}), median of {args.pairs} pairs; {args.kind}, {args.cells} cells of {args.genes} genes; "
           f"shifts up to {np.abs(results['scellfm']).max():.1e}, largest difference {difference:.1e} (limit 1e-5)")
     sys.exit(0 if ratio >= FLOOR and difference <= 1e-5 else 1)
 

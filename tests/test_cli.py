@@ -305,6 +305,20 @@ def test_a_joint_perturbation_by_a_plain_model(place, tmp_path, capsys):
     assert set(Screen.load(tmp_path / "screen").shifts["gene"]) == {"+".join(genes)}
 
 
+def spoiled(cells, tmp_path, how):
+    "The path of the cells with centred values, or with genes that nobody knows."
+    import anndata
+
+    adata = anndata.read_h5ad(cells)
+    if how == "scaled":
+        adata.X = adata.X.toarray() - adata.X.toarray().mean(0)
+    else:
+        adata.var_names = [f"X{i}" for i in range(adata.n_vars)]
+        adata.var = adata.var[[]]
+    adata.write_h5ad(tmp_path / f"{how}.h5ad")
+    return str(tmp_path / f"{how}.h5ad")
+
+
 def wrong(place, tmp_path):
     "Command lines with something that a user can mend, and words of the sentence."
     import anndata
@@ -331,6 +345,8 @@ def wrong(place, tmp_path):
         (["embed", cells, *scgpt, *out, "--emb-layer", "0"], "--emb-layer is an option of Geneformer"),
         ([*embed, *out, "--overlong", "top"], "--overlong is an option of scGPT"), (["embed", tokens, *scgpt, *out], "tokens for Geneformer"),
         (["embed", cells, *scgpt, *out, "--pool", "cell"], "pool='cell'"), (["embed", cells, "--model", str(tmp_path / "half"), *out], "args.json"),
+        (["embed", spoiled(cells, tmp_path, "scaled"), *scgpt, *out], "scaled values cannot be binned"),
+        (["embed", spoiled(cells, tmp_path, "strange"), *scgpt, *out], "vocabulary"),
         (["finetune", cells, *scgpt, "--label", "cell_type", "--out", str(tmp_path / "clf")], "works with Geneformer"),
         ([*finetune, "--label", "celltype"], "celltype"), ([*finetune, "--label", "cell_type", "--by", "dono"], "donor"),
         ([*finetune, "--label", "cell_type", "--fractions", ".5", ".5", ".5"], "sum"), (finetune, "--label"),

@@ -13,7 +13,7 @@ from scipy import sparse
 
 from scellfm.core import StoreError
 from scellfm.data import hold_out
-from scellfm.geneformer import CellClassifier, GeneClassifier, Geneformer, RankTokenizer, Screen, TokenizedCells
+from scellfm.geneformer import CellClassifier, GeneClassifier, Geneformer, RankTokenizer, Screen, TaskClassifier, TokenizedCells
 from scellfm.scgpt import ReferenceMap, ScGPT
 
 resource = pytest.importorskip("resource")
@@ -35,6 +35,8 @@ def made(tmp_path_factory):
     gf = Geneformer.from_config("tiny", tok, device="cpu")
     clf = gf.finetune(adata, "cell_type", split=hold_out(adata, fractions=(0.5, 0, 0.5)), epochs=1, n_boot=0)
     of_genes = gf.finetune_genes(adata, {"a": GENES[:10], "b": GENES[10:]}, folds=2, epochs=1, n_boot=0)
+    adata.obs["side"] = ["left", "right", "right", "left"] * 6
+    of_tasks = gf.finetune(adata, ["cell_type", "side"], split=hold_out(adata, fractions=(0.5, 0, 0.5)), epochs=1, n_boot=0)
     screen = clf.perturb(adata, state="cell_type", start="B", goal="T", genes=GENES[:3])
     scgpt = ScGPT.from_config("tiny", GENES, device="cpu")
     adata.obsm["X"] = np.random.default_rng(0).normal(size=(24, 4))
@@ -47,6 +49,7 @@ def made(tmp_path_factory):
         "Geneformer": (gf.save_pretrained, lambda path: Geneformer.from_pretrained(path, device="cpu")),
         "cell classifier": (clf.save_pretrained, lambda path: CellClassifier.from_pretrained(path, device="cpu")),
         "gene classifier": (of_genes.save_pretrained, lambda path: GeneClassifier.from_pretrained(path, device="cpu")),
+        "classifier of several labels": (of_tasks.save_pretrained, lambda path: TaskClassifier.from_pretrained(path, device="cpu")),
         "screen": (screen.save, Screen.load),
         "scGPT": (scgpt.save_pretrained, lambda path: ScGPT.from_pretrained(path, device="cpu")),
         "reference map": (ReferenceMap(adata, "X", k=3).save, ReferenceMap.load),
@@ -62,7 +65,7 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-THINGS = ["tokenizer", "tokenized cells", "tokenized file", "Geneformer", "cell classifier", "gene classifier", "screen", "scGPT", "reference map"]
+THINGS = ["tokenizer", "tokenized cells", "tokenized file", "Geneformer", "cell classifier", "gene classifier", "classifier of several labels", "screen", "scGPT", "reference map"]
 
 
 @pytest.mark.parametrize("thing", THINGS)

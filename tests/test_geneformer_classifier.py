@@ -297,7 +297,7 @@ def test_the_advice_is_whole_and_tells_what_was_followed(by, epochs, frozen):
     for argument in ("split=", "epochs=1", f"freeze_layers={min(6, frozen + 2)}", "genes='all'", "emb_layer=-1"):
         assert sum(argument in text for text in advice) == 1, argument
     followed = advice[-1] if advice[-1].startswith("already followed") else ""
-    assert ("split= by 'patient'" in followed) == (by == "patient") and ("epochs=1" in followed) == (epochs == 1)
+    assert ("split= by='patient'" in followed) == (by == "patient") and ("epochs=1" in followed) == (epochs == 1)
     assert ("freeze_layers=6" in followed) == (frozen == 6)
     if epochs == 10:
         assert "epochs=1 instead of 10" in " ".join(advice)

@@ -40,6 +40,7 @@ def clf(gf, adata, split):
 
 def test_each_label_has_its_scores_and_baselines(clf):
     assert list(clf.scores) == LABELS
+    assert f"{clf.history.learned:,} parameters learned" in repr(clf)
     for label, n in (("cell_type", 119), ("condition", 80)):
         scores = clf.scores[label]
         assert {HELD_OUT, TRAINED, "PCA + kNN", "majority class"} <= set(scores.table.index)
@@ -162,3 +163,5 @@ def test_bad_labels_and_weights_are_named(gf, adata, split):
     for weights in ({"condition": 0}, {"conditions": 1.0}):
         with pytest.raises(OptionError, match="task_weights.*'cell_type', 'condition'"):
             gf.finetune(adata, LABELS, split=split, task_weights=weights, **QUICK)
+    with pytest.raises(OptionError, match="class_weights of label='conditions'.*Did you mean 'condition'"):
+        gf.finetune(adata, LABELS, split=split, class_weights={"conditions": "balanced"}, **QUICK)

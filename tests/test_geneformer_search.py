@@ -125,6 +125,11 @@ def test_bad_questions_are_named(gf, adata, split, ask, words):
         gf.search(adata, "cell_type", split=split, **{**ASK, **ask})
 
 
+def test_a_search_is_for_one_label(gf, adata, split):
+    with pytest.raises(OptionError, match="one label"):
+        gf.search(adata, ["cell_type", "condition"], split=split, **ASK)
+
+
 def test_without_optuna_the_extra_is_named(gf, adata, split, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ExtraError, match=r"scellfm\[tuning\]"):

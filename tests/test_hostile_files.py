@@ -15,7 +15,7 @@ from scipy import sparse
 
 from scellfm.core import AssetError, DataError, StoreError
 from scellfm.data.splits import hold_out
-from scellfm.geneformer import CellClassifier, GeneClassifier, Geneformer, RankTokenizer, Screen, TokenizedCells
+from scellfm.geneformer import CellClassifier, GeneClassifier, Geneformer, RankTokenizer, Screen, TaskClassifier, TokenizedCells
 from scellfm.geneformer import genes as genes_module
 from scellfm.geneformer.classifier import CELLS, RECORD
 from scellfm.scgpt import ReferenceMap, ScGPT
@@ -54,6 +54,8 @@ def geneformer(tmp_path_factory):
     clf.models[0].tokenizer.save_pretrained(folder / "theirs")
     of_genes = gf.finetune_genes(adata, {"a": GENES[:10], "b": GENES[10:]}, folds=2, epochs=1, n_boot=0)
     of_genes.save_pretrained(folder / "genes")
+    adata.obs["side"] = ["left", "right", "right", "left"] * 6
+    gf.finetune(adata, ["cell_type", "side"], split=hold_out(adata, fractions=(0.5, 0, 0.5)), epochs=1, n_boot=0).save_pretrained(folder / "tasks")
     clf.perturb(adata, state="cell_type", start="B", goal="T", genes=GENES[:3]).save(folder / "screen")
     return folder
 
@@ -180,6 +182,16 @@ def test_the_gene_classifier_reads_no_hostile_names_of_classes(place, name):
     where = folder / ("genes" if name == genes_module.RECORD else "lone")
     put_pickle(where / name, canary, {0: "a", 1: "b"})
     refused(lambda: GeneClassifier.from_pretrained(where, device="cpu"), canary, words=f"{name} is a pickle that asks for")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "tasks.json", CELLS])
+def test_the_classifier_of_several_labels_reads_nothing_hostile(place, name):
+    folder, canary = place
+    if name in ("tasks.json", CELLS):
+        put_pickle(folder / "tasks" / name, canary)
+    else:
+        put_torch(folder / "tasks" / "fold0", name, canary)
+    refused(lambda: TaskClassifier.from_pretrained(folder / "tasks", device="cpu"), canary, words=name)
 
 
 @pytest.mark.parametrize("name", ["screen.json", "shifts.parquet", "genes.parquet"])

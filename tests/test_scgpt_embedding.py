@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import golden, real_data
 from scipy import sparse
+from sklearn.preprocessing import scale
 
 from scellfm.core import AssetError, DataError, OptionError, ScellfmWarning
 from scellfm.scgpt import ScGPT, Vocabulary
@@ -365,6 +366,8 @@ BAD = {
                  "1 negative values; the first: cell 'CELL4', gene 'GENE7' holds -1.5"),
     "NaN": (lambda a: spoiled(a, np.nan), {}, DataError,
             "1 NaN or infinite values; the first: cell 'CELL4', gene 'GENE7'"),
+    "scaled": (lambda a: anndata.AnnData(scale(a.X.toarray().astype(float)), obs=a.obs, var=a.var), {}, DataError,
+               "negative values; the first: cell 'CELL0'.*scaled values cannot be binned: pass raw or log-normalised counts"),
     "no gene": (lambda a: renamed(a, [f"X{i}" for i in range(60)]), {}, DataError,
                 "only 0 of 60 genes .* are in the vocabulary"),
     "mouse": (lambda a: renamed(a, [f"ENSMUSG{i:011d}" for i in range(60)]), {}, DataError, "another species: mouse"),

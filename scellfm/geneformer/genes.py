@@ -154,7 +154,8 @@ class GeneClassifier:
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} ({(self.genes['class'] == name).sum()} genes)" for name in self.classes)
-        return f"GeneClassifier({sizes}; {len(self.models)} model(s), {self.models[0]!r})"
+        learned = f"; {self.history.learned:,} parameters learned" if self.history else ""
+        return f"GeneClassifier({sizes}; {len(self.models)} model(s), {self.models[0]!r}{learned})"
 
     def _repr_html_(self) -> str:
         table = "" if self.scores is None else self.scores._repr_html_()

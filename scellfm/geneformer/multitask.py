@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from ..assets import find, read_dictionary
-from ..core import AssetError, DataError, OptionError, warn
+from ..core import AssetError, DataError, OptionError, one_of, warn
 from ..data.splits import Folds, Split, column_of
 from scellfm.geneformer.classifier import (
     CellClassifier, calls, classifier_from, counts_for, gather, known_cells, load_fold, prepare_cells, record_of,
@@ -78,8 +78,10 @@ def check_labels(labels) -> tuple[str, ...]:
     return labels
 
 # %% ../../nbs/geneformer/multitask.ipynb #a8c56b50
-def weights_of_tasks(task_weights: Mapping | None, labels: Sequence[str]) -> torch.Tensor:
+def weights_of_tasks(task_weights: Mapping | None, labels: Sequence[str], class_weights=None) -> torch.Tensor:
     "One weight per label (1 where none is given); OptionError for an unknown label or a weight that is not positive."
+    for label in class_weights if isinstance(class_weights, Mapping) else ():
+        one_of("class_weights of label", label, labels)
     given = dict(task_weights or {})
     for label, weight in given.items():
         if label not in labels or not weight > 0:
@@ -149,7 +151,8 @@ class TaskClassifier:
 
     def __repr__(self) -> str:
         heads = "; ".join(f"{label!r}: {', '.join(map(str, task.classes))}" for label, task in self.tasks.items())
-        return f"TaskClassifier({heads}; {len(self.models)} model(s), {self.models[0]!r})"
+        learned = f"; {self.history.learned:,} parameters learned" if self.history else ""
+        return f"TaskClassifier({heads}; {len(self.models)} model(s), {self.models[0]!r}{learned})"
 
     def _repr_html_(self) -> str:
         return "".join(task._repr_html_() for task in self.tasks.values())
@@ -254,7 +257,7 @@ def finetune_tasks(
 ) -> TaskClassifier:
     "Fine-tune one encoder per fold on several labels; judge each label on cells held out. DataError, OptionError."
     labels = check_labels(labels)
-    of_tasks = weights_of_tasks(task_weights, labels)
+    of_tasks = weights_of_tasks(task_weights, labels, class_weights)
     if hasattr(data, "obs_names"):
         tasks_of(data.obs, labels)  # before the work of tokenizing
     obs, cells, parts, groups = prepare_cells(gf, data, split, layer, labels)

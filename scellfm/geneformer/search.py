@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..assets import read_dictionary
 from ..core import DataError, OptionError, keyed_seed, one_of, optional, progress
 from ..data.splits import Folds, Split, hold_out
 from .classifier import CellClassifier, finetune, prepare, train_and_judge
@@ -101,7 +102,7 @@ class Notes:
 
     def __init__(self, folder):
         self.path = None if folder is None else Path(folder) / "trials.json"
-        self.found = json.loads(self.path.read_text()) if self.path and self.path.exists() else {}
+        self.found = read_dictionary(self.path) if self.path and self.path.exists() else {}
 
     def score(self, key: str, make) -> float:
         "The noted score, or the one that `make()` gives, which is noted."
@@ -186,6 +187,8 @@ def search(
 ) -> Search:
     "Search settings of `finetune` inside each fold's training cells; train with the best, judge on the held-out ones."
     optional("optuna", "tuning")
+    if not isinstance(label, str):
+        raise OptionError(f"label={label!r}: a search is for one label; name one column of obs")
     space = default_space(gf.n_layers, fixed.get("lora")) if space is None else dict(space)
     check_search(space, trials, metric, inner)
     prepared, options = prepare(gf, data, label, split, layer), with_defaults(fixed, seed)
