@@ -246,6 +246,25 @@ def test_fit_over_files_equals_fit_in_memory(small, tmp_path):
     assert fitted(tmp_path).dictionaries == fitted(small).dictionaries == fitted([small[:11], small[11:]]).dictionaries
 
 
+def test_medians_of_files_that_do_not_fit_into_memory_are_the_same(small, tmp_path, monkeypatch):
+    from functools import partial
+
+    from scellfm.geneformer import tokenizer as module
+
+    expected, read, readings = fitted(small).dictionaries, module.source_levels, []
+
+    def counted(source, tokens):
+        readings.append(source.name)
+        return read(source, tokens)
+
+    for i in range(3):
+        small[10 * i:10 * i + 10].write_h5ad(tmp_path / f"{i}.h5ad")
+    monkeypatch.setattr(module, "source_levels", counted)
+    monkeypatch.setattr(module, "exact_medians", partial(module.exact_medians, budget=30))  # of 260 values
+    assert fitted(tmp_path).dictionaries == expected
+    assert len(readings) >= 3 * 3 and len(set(readings)) == 3
+
+
 def test_special_tokens_frame_every_cell(small):
     tok = fitted(small, special=True, max_length=6)
     with pytest.warns(ScellfmWarning, match="1 of 30 cells"):
