@@ -305,6 +305,28 @@ def test_a_joint_perturbation_by_a_plain_model(place, tmp_path, capsys):
     assert set(Screen.load(tmp_path / "screen").shifts["gene"]) == {"+".join(genes)}
 
 
+def test_pairs_of_chosen_cells_have_a_table_of_combinations(place, tmp_path, capsys):
+    import anndata
+
+    adata = anndata.read_h5ad(place / "cells.h5ad")
+    genes = list(adata.var_names[np.argsort(-np.asarray((adata.X > 0).sum(0)).ravel(), kind="stable")[:2]])
+    chosen = adata.obs["donor"].astype(str).unique()[:2]
+    given = ["perturb", str(place / "cells.h5ad"), "--model", str(place / "model"), "--genes", *genes, "--combine", "pairs", "--donor",
+             "donor", "--where", f"donor={','.join(chosen)}", "--device", "cpu", "--out", str(tmp_path)]
+    code, _, err = call(given, capsys)
+    assert code == 0, err
+    screen, table = Screen.load(tmp_path / "screen"), pd.read_csv(tmp_path / "combinations.csv")
+    assert set(screen.shifts["donor"]) == set(chosen) and table["gene"].tolist() == ["+".join(genes)]
+
+
+def test_a_gradient_screen_from_the_command_line(place, tmp_path, capsys):
+    given = ["perturb", str(place / "cells.h5ad"), "--model", str(place / "clf"), "--state", "cell_type", "--start", "B", "--goal", "T",
+             "--max-cells", "4", "--screen", "gradient", "--top", "5", "--check-cells", "2", "--device", "cpu", "--out", str(tmp_path)]
+    code, _, err = call(given, capsys)
+    assert code == 0, err
+    assert "estimate" in Screen.load(tmp_path / "screen").shifts and pd.read_csv(tmp_path / "table.csv")["exact"].any()
+
+
 def spoiled(cells, tmp_path, how):
     "The path of the cells with centred values, or with genes that nobody knows."
     import anndata
@@ -366,6 +388,8 @@ def wrong(place, tmp_path):
         (["perturb", cells, *model, *out, "--kind", "delet"], "delete"),
         (["perturb", cells, *model, *out, "--state", "cell_type"], "start"),
         (["perturb", cells, *model, *out, "--method", "ttest"], "goal_state_shift"),
+        (["perturb", cells, *model, *out, "--where", "donor"], "sex=female"), (["perturb", cells, *model, *out, "--where", "lab=x"], "lab"),
+        (["perturb", cells, *model, *out, "--top", "5"], "screen='gradient'"),
         (["tokenize", cells, *out], "--tokenizer"), (["tokenize", cells, "--tokenizer", str(tmp_path), *out], "dictionar"),
         (["tokenize", str(tmp_path), "--fit", str(tmp_path / "t"), *out], "h5ad"),
     ]

@@ -316,7 +316,7 @@ def test_the_table_names_genes_and_their_fold_change(pbmc):
     table = screen.table()
     assert {"gene", "symbol", "mean_shift", "effect", "p", "fdr", "rank", "detection", "log2fc", "status"} <= set(table)
     counts = pd.DataFrame(adata.X.toarray(), columns=adata.var_names)
-    rates = counts.div(counts.sum(1), axis=0) * 1e4
+    rates = counts.div(counts.sum(axis=1), axis=0) * 1e4
     monocyte = (adata.obs["cell_type"] == "CD14+ Monocyte").to_numpy()
     for gene in table["gene"].head(3):
         by_donor = rates[gene].groupby([monocyte, adata.obs["donor"].to_numpy()]).mean()

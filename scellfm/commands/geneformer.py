@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['geneformer_from', 'demo', 'demo_options', 'tokenize', 'tokenize_options', 'split_from', 'gene_classes', 'finetune',
-           'finetune_options', 'perturb', 'perturb_options']
+           'finetune_options', 'perturb', 'where_of', 'perturb_options']
 
 # %% ../../nbs/commands/geneformer.ipynb #27772908
 import argparse
@@ -171,9 +171,10 @@ def perturb(options: argparse.Namespace) -> str:
     one_of("method", options.method, METHODS)
     cells = cells_from(options.cells)
     names = ("kind", "anchor", "state", "start", "goal", "alt", "groupby", "emb_layer", "max_cells", "seed", "layer",
-             "token_budget", "folder")
+             "token_budget", "folder", "combine", "matched", "screen", "top", "check_cells")
     ask = {name: getattr(options, name) for name in names}
     ask["genes"] = "all" if options.genes == ["all"] else options.genes
+    ask["where"] = where_of(options.where)
     ask |= {name: getattr(options, name) for name in ("donor", "quartiles") if getattr(options, name) is not None}
     out, report = Path(options.out), begin(f"What does the cell do without it? ({options.kind})", options)
     with report.recording():
@@ -187,8 +188,20 @@ def perturb(options: argparse.Namespace) -> str:
         table = screen.table(method=options.method)
     screen.save(out / "screen")
     write_table(table.set_index("gene"), str(out / "table.csv"))
+    if options.combine == "pairs":
+        write_table(screen.combinations().set_index("gene"), str(out / "combinations.csv"))
     add_screen(report, screen, table)
     return f"{out / 'screen'}\n{out / 'table.csv'}\n{report.save(out)}"
+
+
+def where_of(conditions: list[str] | None) -> dict | None:
+    "`sex=female batch=1,2` as {'sex': ['female'], 'batch': ['1', '2']}; OptionError where one has no =."
+    if not conditions:
+        return None
+    for condition in conditions:
+        if not all(condition.partition("=")[::2]):
+            raise OptionError(f"--where {condition}: write a column of obs, = and the values, as in sex=female batch=1,2")
+    return {name: values.split(",") for name, _, values in (condition.partition("=") for condition in conditions)}
 
 
 def perturb_options(parsers) -> None:
@@ -200,9 +213,14 @@ def perturb_options(parsers) -> None:
     add_model(parser, required=True)
     add(parser, "--out", "folder of the screen and of table.csv", required=True)
     add(parser, "--kind", "delete, overexpress or another kind that perturb() knows", default="delete")
-    add(parser, "--genes", "all (each by itself), or ids or symbols that are perturbed together", nargs="+",
+    add(parser, "--genes", "all (each by itself), or ids or symbols: see --combine", nargs="+",
         default=["all"])
     for name, kind, value, about in (
+        ("combine", str, None, "a list of genes: joint (together, the default), each, or pairs"),
+        ("matched", int, None, "a list of genes, each by itself: also test them against so many genes like each"),
+        ("screen", str, "exact", "exact, or gradient: estimate all deletions and compute the leading genes"),
+        ("top", int, None, "with gradient: how many genes are computed exactly (100)"),
+        ("check-cells", int, None, "with gradient: in how many cells all genes are computed (20)"),
         ("anchor", str, None, "with all: each gene is deleted together with this one"),
         ("quartiles", int, None, "how far the kinds that shift a gene's rank shift it, 1 to 3"),
         ("state", str, None, "column of obs that holds states"), ("goal", str, None, "state to move to"),
@@ -216,4 +234,5 @@ def perturb_options(parsers) -> None:
     ):
         add(parser, f"--{name}", about, type=kind, default=value)
     add(parser, "--alt", "other states to compare with", nargs="+")
+    add(parser, "--where", "the cells that take part: columns of obs and values, as in sex=female batch=1,2", nargs="+")
     add(parser, "--emb-layer", "0 or last, -1 or second_to_last, and so on down", type=layer_number, default=-1)

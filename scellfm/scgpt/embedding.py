@@ -183,6 +183,12 @@ class ScGPT:
 
         return continue_pretraining(self, adata, label=label, **settings)
 
+    def finetune(self, adata: AnnData | str | Path, label: str, **settings):
+        "Fine-tune an annotator of cells, one model per fold (see `scellfm.scgpt.annotation.finetune`)."
+        from scellfm.scgpt.annotation import finetune
+
+        return finetune(self, adata, label, **settings)
+
     def gene_embeddings(self, genes: Iterable[str] | None = None) -> pd.DataFrame:
         "The model's own vector of each gene [genes, d], out of any cell (None: all tokens, special ones included)."
         return gene_embeddings(self, genes)

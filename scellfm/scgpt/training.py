@@ -30,23 +30,31 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['PARTS', 'MODEL', 'learner', 'start_at_mean', 'binned_cells', 'HiddenGenes', 'pretraining_loss', 'mean_parts',
-           'known_values', 'guessers', 'class_probabilities', 'learning_cells', 'by_name', 'continue_pretraining',
-           'check_shares', 'label_scores', 'report_losses']
+__all__ = ['PARTS', 'MODEL', 'learner', 'with_head', 'start_at_mean', 'binned_cells', 'HiddenGenes', 'pretraining_loss',
+           'mean_parts', 'known_values', 'guessers', 'class_probabilities', 'learning_cells', 'by_name',
+           'continue_pretraining', 'check_shares', 'label_scores', 'report_losses']
 
 # %% ../../nbs/scgpt/training.ipynb #8812c123
-def learner(gpt: ScGPT, classes: list[str], seed: int) -> ScGPT:
+def learner(gpt: ScGPT, classes: list[str], seed: int, decoders: bool = True) -> ScGPT:
     "A copy of `gpt` (float32) with both decoders and a head for `classes`; what it lacked is new and reported."
     config = gpt.model.config
+    if not decoders:
+        return with_head(gpt, replace(config, n_cls=len(classes)), classes, seed)
     if config.n_batches or config.explicit_zero or config.adversary:
         raise OptionError("this model was fine-tuned for integration: its decoders take batch labels or tell zeros apart, "
                           "which the published recipe of continual pretraining does not; begin with a pretrained model")
-    lacks = {"decoder.": not config.decoder, "mvc_decoder.": not config.mvc,
+    return with_head(gpt, replace(config, decoder=True, mvc=True, n_cls=len(classes)), classes, seed)
+
+
+def with_head(gpt: ScGPT, config, classes: list[str], seed: int) -> ScGPT:
+    "A copy of `gpt` (float32) of another `config`: its tensors where it has them, new heads where it has not."
+    had = gpt.model.config
+    lacks = {"decoder.": not had.decoder, "mvc_decoder.": not had.mvc,
              "cls_decoder.": not classes or gpt.cell_types != classes}
     fresh = tuple(head for head, missing in lacks.items() if missing)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "heads") % 2**63)
-        model = ScGPTModel(replace(config, decoder=True, mvc=True, n_cls=len(classes)))
+        model = ScGPTModel(config)
     kept = {name: value for name, value in gpt.model.state_dict().items() if not name.startswith(fresh)}
     report = load_state(model, kept, fresh=fresh)
     args = {name: value for name, value in gpt.args.items() if name != "cell_types"}
