@@ -115,7 +115,7 @@ ERRORS = {
     "cells of one name learn": (lambda g, c, s, d: tuned(g, renamed(["twin"] * 24)), DataError, ["'twin'", "obs_names_make_unique()"]),
     "no such state": (lambda g, c, s, d: c.perturb(cells(), **STATES | {"goal": "NK"}), DataError, ["type='NK'", "B, T"]),
     "no such column of states": (lambda g, c, s, d: c.perturb(cells(), **STATES | {"state": "illness"}), DataError, ["'illness'", "'type'"]),
-    "a gene that nobody knows": (lambda g, c, s, d: g.perturb(cells(), genes=[GENES[3] + "9"]), DataError, [GENES[3] + "9", "did you mean"]),
+    "a gene that nobody knows": (lambda g, c, s, d: g.perturb(cells(), genes=[GENES[3] + "9"]), DataError, [GENES[3] + "9", "40 genes", "give an id or symbol"]),
     "no genes are asked for": (lambda g, c, s, d: g.perturb(cells(), genes=[]), OptionError, ["genes=[]", "'all'"]),
     "a layer that there is not": (lambda g, c, s, d: g.embed(cells(), emb_layer=-9), OptionError, ["-9", "'second_to_last'"]),
     "too many frozen layers": (lambda g, c, s, d: tuned(g, cells(), freeze_layers=4), OptionError, ["freeze_layers=4", "3"]),
