@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'listeners', 'settings', 'ScellfmError', 'DataError', 'AssetError', 'OptionError', 'StoreError',
-           'ExtraError', 'ScellfmWarning', 'warn', 'one_of', 'optional', 'Settings', 'progress', 'keyed_seed',
+           'ExtraError', 'ScellfmWarning', 'warn', 'one_of', 'optional', 'Settings', 'progress', 'tell', 'keyed_seed',
            'keyed_generator']
 
 # %% ../nbs/core.ipynb #7fa33fd6
@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import logging
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -89,6 +90,15 @@ def progress(iterable=None, *, desc: str, total: int | None = None, unit: str = 
     from tqdm.auto import tqdm
 
     return tqdm(iterable, desc=desc, total=total, unit=unit, delay=2.0, disable=not settings.progress, dynamic_ncols=True)
+
+# %% ../nbs/core.ipynb #6b1d7c21
+def tell(message: str) -> None:
+    "Log `message`, and show it where the bars are."
+    from tqdm.auto import tqdm
+
+    logger.info(message)
+    if settings.progress:
+        tqdm.write(f"scellfm: {message}", file=sys.stderr)
 
 # %% ../nbs/core.ipynb #85875d74
 def keyed_seed(seed: int, *keys) -> int:

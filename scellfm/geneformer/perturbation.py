@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import DataError, logger, progress
+from ..core import DataError, progress, tell
 from .edits import Edits, edit_labels, make_edits, run_edits
 from .embedding import embed_cells, summarize
 from .gradient import agreement, asked_gradient, choose_exact, estimate_block, judge_estimates
@@ -221,7 +221,7 @@ def perturb(
 def compute(bench: Bench, jobs: list[Job], gradient: tuple | None, names: np.ndarray, seed: int, store: Store | None):
     "The rows of all jobs, and what happened while they were computed."
     for group in cost(jobs).itertuples():
-        logger.info("group %r: %s edits of %s cells", group.group, f"{group.edits:,}", f"{group.cells:,}")
+        tell(f"group {group.group!r}: {group.edits:,} edits of {group.cells:,} cells")
     bench.store = store
     try:
         if gradient is None:
