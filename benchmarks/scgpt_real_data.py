@@ -76,10 +76,10 @@ def mapping(title: str, ref, query, reps: list[str], label: str, by: str | None)
     table = Scores(pd.DataFrame(rows).T[MAPPING], title=f"{title}: {query.n_obs:,} cells named by {ref.n_obs:,}")
     print(f"**{table.title}**\n\n{table.to_markdown()}\n", flush=True)
     reference = ReferenceMap(ref, reps[-1], label)
-    reference.calibrate(accuracy=0.9, by=by)
+    levels = reference.calibrate(accuracy=0.9, by=by).set_index("min_confidence")["accuracy"]
     told = reference.evaluate(query, baselines=False).table.iloc[0]
-    print(f"calibrated for 90 % ({'each cell' if by is None else by + 's'} held out in turn): {told['called']:.0%} of the cells are named, "
-          f"{told['accuracy_called']:.0%} of them rightly\n", flush=True)
+    print(f"calibrated for 90 % ({'each cell' if by is None else by + 's'} held out in turn), {levels[reference.min_confidence]:.0%} reached on the "
+          f"reference: {told['called']:.0%} of the cells are named, {told['accuracy_called']:.0%} of them rightly\n", flush=True)
     return table
 
 
