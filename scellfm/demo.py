@@ -65,9 +65,10 @@ def journey(adata: AnnData, *, pretrain_epochs: int = PRETRAIN_EPOCHS, finetune_
 
     cells = two_states(adata)
     model = Geneformer.from_config("tiny", RankTokenizer.fit(adata, special=True), seed=seed)
-    model.pretrain(adata, epochs=pretrain_epochs, learning_rate=3e-3, seed=seed)
-    classifier = model.finetune(cells, label="state", split=folds(cells, k=3, stratify="state", seed=seed),
-                                epochs=finetune_epochs, learning_rate=2e-3, seed=seed)
+    with one_thread():
+        model.pretrain(adata, epochs=pretrain_epochs, learning_rate=3e-3, seed=seed)
+        classifier = model.finetune(cells, label="state", split=folds(cells, k=3, stratify="state", seed=seed),
+                                    epochs=finetune_epochs, learning_rate=2e-3, seed=seed)
     screen = classifier.perturb(cells, kind="delete", genes="all", state="state", start="monocyte", goal="T cell",
                                 max_cells=max_cells, seed=seed)
     return model, classifier, screen
@@ -132,7 +133,7 @@ def run_demo(out="runs/demo", *, pretrain_epochs: int = PRETRAIN_EPOCHS, finetun
     folder.mkdir(parents=True, exist_ok=True)
     report = Report("Which gene's loss moves a monocyte towards a T cell?",
                     "A small Geneformer, trained and judged on 700 blood cells that ship with scanpy (Zheng et al. 2017).")
-    with report.recording(), one_thread():
+    with report.recording():
         model, classifier, screen = journey(adata, pretrain_epochs=pretrain_epochs, finetune_epochs=finetune_epochs,
                                             max_cells=max_cells, seed=seed)
         table = screen.table()
