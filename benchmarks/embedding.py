@@ -15,6 +15,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "MK
 os.environ["SCELLFM_PROGRESS"] = "0"
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import pandas as pd
 import torch
 
 from scellfm.geneformer import Geneformer, RankTokenizer, TokenizedCells
-from scellfm.geneformer.model import layer_index, lower_layers, pool_cells
+from scellfm.geneformer.model import layer_index, pool_cells
 from scellfm.inference import pad
 
 VOCABULARY, BATCH, FLOOR = 25_426, 16, 1.5
@@ -54,7 +55,8 @@ def ours(gf: Geneformer, cells: TokenizedCells) -> np.ndarray:
 @torch.inference_mode()
 def random_batches(gf: Geneformer, cells: TokenizedCells) -> np.ndarray:
     "The reference: the same encoder on random batches padded to their longest."
-    encoder = lower_layers(gf.model.bert, layer_index(-1, gf.n_layers))
+    encoder = copy.deepcopy(gf.model.bert)
+    encoder.encoder.layer = encoder.encoder.layer[: layer_index(-1, gf.n_layers)]
     order, out = np.random.default_rng(1).permutation(len(cells)), np.empty((len(cells),
                                                                              gf.model.config.hidden_size), np.float32)
     for start in range(0, len(cells), BATCH):

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import inference
 from ..core import OptionError, one_of, warn
 from .edits import Edits, similarity
+from .encoder import finish_layer, split_heads
 from .model import CutCells, Geneformer
 from .question import draw
 
@@ -49,15 +50,13 @@ def weighted_layer(layer, hidden: torch.Tensor, log_weight: torch.Tensor) -> tor
 
     def split(values, extra):
         "[b, L, H] as [b, heads, L, width + 1], the last dimension being `extra`."
-        values = values.view(batch, length, heads, width).transpose(1, 2)
-        return torch.cat([values, extra.expand(batch, heads, length, 1)], -1)
+        return torch.cat([split_heads(layer, values), extra.expand(batch, heads, length, 1)], -1)
 
     one = hidden.new_ones(1)
     query, value = split(attention.query(hidden), one), split(attention.value(hidden), one * 0)
     key = split(attention.key(hidden), log_weight[:, None, :, None] * width**0.5)
     read = F.scaled_dot_product_attention(query, key, value, scale=width**-0.5)[..., :width]
-    hidden = layer.attention.output(read.transpose(1, 2).reshape(batch, length, size), hidden)
-    return layer.output(layer.intermediate(hidden), hidden)
+    return finish_layer(layer, read, hidden)
 
 
 def weighted_hidden(bert, inputs: torch.Tensor, log_weight: torch.Tensor, index: int) -> torch.Tensor:
