@@ -107,7 +107,7 @@ def test_hidden_states_are_those_of_transformers_at_every_layer():
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_neither_layers_above_the_one_read_nor_the_head_are_run(layer):
     gf, ran = model("v1"), []
-    hooks = [block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(gf.model.bert.encoder.layer)]
+    hooks = [block.output.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(gf.model.bert.encoder.layer)]
     hooks.append(gf.model.cls.register_forward_hook(lambda *_: ran.append("head")))
     gf.hidden(torch.tensor([[5, 6, 7]]), None, layer)
     for hook in hooks:
