@@ -59,10 +59,10 @@ CACHED_TOKENS = 2048
 
 
 def row_slices(n: int, length: int, device: torch.device) -> list[slice]:
-    "The rows of a batch [n, length] in slices of about 2,048 tokens per thread on a processor, else all in one."
+    "The rows of a batch [n, length] in slices of at most 2,048 tokens (or one row) on a processor, else all in one."
     if device.type != "cpu":
         return [slice(0, n)]
-    step = max(1, CACHED_TOKENS * torch.get_num_threads() // max(length, 1))
+    step = max(1, CACHED_TOKENS // max(length, 1))
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 # %% ../nbs/inference.ipynb #9f4223e3
