@@ -10,11 +10,12 @@ import torch
 from scellfm.core import AssetError, DataError, OptionError, ScellfmWarning, StoreError
 from scellfm.data.cells import simulate_cells
 from scellfm.data.splits import Folds, Split, folds, hold_out
-from scellfm.geneformer.classifier import NEW, SEEN, CellClassifier, KnownCells, finetune
-from scellfm.geneformer.evaluation import HELD_OUT, TRAINED, advice_for, judge
+from scellfm.geneformer.classifier import CellClassifier, finetune
+from scellfm.geneformer.evaluation import HELD_OUT, TRAINED, advice_for
 from scellfm.geneformer.finetuning import Part, probabilities, weights_of
 from scellfm.geneformer.model import Geneformer
 from scellfm.geneformer.tokenizer import RankTokenizer
+from scellfm.scores.heldout import NEW, SEEN, KnownCells, judge
 from scellfm.scores.table import Scores
 
 QUICK = dict(epochs=2, learning_rate=2e-3, n_boot=20)

@@ -10,7 +10,7 @@ from test_geneformer_lists import common, pbmc  # noqa: F401  (a fixture)
 from test_geneformer_perturbation import QUESTION
 
 from scellfm.core import DataError, OptionError
-from scellfm.geneformer import Geneformer, Screen
+from scellfm.geneformer import Screen
 from scellfm.geneformer.combinations import combination_table, pair_rows
 
 

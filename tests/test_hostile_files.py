@@ -17,8 +17,9 @@ from scellfm.core import AssetError, DataError, StoreError
 from scellfm.data.splits import hold_out
 from scellfm.geneformer import CellClassifier, GeneClassifier, Geneformer, RankTokenizer, Screen, TaskClassifier, TokenizedCells
 from scellfm.geneformer import genes as genes_module
-from scellfm.geneformer.classifier import CELLS, RECORD
+from scellfm.geneformer.classifier import RECORD
 from scellfm.scgpt import ReferenceMap, ScGPT
+from scellfm.scores.classifiers import CELLS
 from scellfm.store import Store, sha256
 from scellfm.training import CHECKPOINT, fit
 

@@ -13,10 +13,10 @@ from scellfm.core import ScellfmWarning
 from scellfm.data.genes import gene_ids
 from scellfm.data.reading import check_counts, read
 from scellfm.data.splits import folds
-from scellfm.geneformer.classifier import SEEN
 from scellfm.geneformer.evaluation import HELD_OUT, TRAINED
 from scellfm.geneformer.model import Geneformer
 from scellfm.geneformer.tokenizer import RankTokenizer
+from scellfm.scores.heldout import SEEN
 
 CD4, MONOCYTES = "CD4 T cells", "CD14+ Monocytes"
 TESTABLE = ["JAK1", "STAT1", "IRF7", "IRF9"]

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 
 from ..scores import heldout
-from ..scores.heldout import Gathered, Verdict, baseline_probabilities, judge, row_names
+from ..scores.heldout import row_names
 
 # %% ../../nbs/geneformer/evaluation.ipynb #538529b1
 HELD_OUT, TRAINED = row_names("Geneformer")

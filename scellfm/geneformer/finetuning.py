@@ -18,7 +18,7 @@ from ..assets import load_state
 from ..core import OptionError, keyed_seed, one_of
 from ..data.splits import Split
 from .lora import add_adapters, config_text, lora_config, merge_adapters
-from .model import CutCells, Geneformer
+from .model import Geneformer
 from .quantize import refuse_quantized
 from ..store import fingerprint
 from ..training import Rows, fit

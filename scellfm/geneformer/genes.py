@@ -9,9 +9,8 @@ __all__ = ['HEAD', 'RECORD', 'TRAINED_GENES', 'new_gene_model', 'has_any', 'gene
 
 # %% ../../nbs/geneformer/genes.ipynb #c0068912
 import copy as copying
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +21,20 @@ from .. import inference
 from ..assets import find, load_state, read_dictionary, read_tensors, save_model
 from ..core import AssetError, DataError, OptionError, keyed_seed, warn
 from ..data.splits import Split, folds as deal_folds
-from .classifier import class_names
+from .classifier import class_names, with_head
 from .embedding import gene_means
-from .evaluation import HELD_OUT, TRAINED, Gathered, Verdict, score_table
+from .evaluation import HELD_OUT, TRAINED, score_table
 from .finetuning import choose_learners, weights_of
 from .genesets import LEVELS, UNTUNED, check_classes, gene_levels, labelled_genes, simple_methods
 from .lora import merge_adapters
-from .model import Geneformer, fitting_tokenizer, layer_index, translate
+from .model import Geneformer, layer_index, translate
 from .pretraining import IGNORED, by_name
 from .quantize import refuse_quantized
+from ..scores.classifiers import Judged, judgement_of, write_record
+from ..scores.heldout import Gathered, Verdict
 from ..scores.table import Scores
-from ..store import atomic_write, fingerprint
-from ..training import History, Rows, fit
+from ..store import fingerprint
+from ..training import Rows, fit
 
 # %% ../../nbs/geneformer/genes.ipynb #3e23290c
 HEAD = ("classifier.",)
@@ -137,34 +138,20 @@ RECORD = "gene_classifier.json"
 TRAINED_GENES = TRAINED.replace("cells", "genes")
 
 
-@dataclass
-class GeneClassifier:
-    """Fine-tuned models, one per fold of genes, with what they were judged by (`scores`: None for one from elsewhere).
+@dataclass(repr=False)
+class GeneClassifier(Judged):
+    """Fine-tuned models, one per fold of genes, with what they were judged by (see `Judged`).
 
-    `genes` has one row per labelled gene: class, fold (whose model was not told its class). `verdict` says whether the
-    models have memorised their genes, `settings` how they were made, with the genes left out."""
+    `genes` has one row per labelled gene: class, fold (whose model was not told its class); `settings` also names the
+    genes left out."""
 
     models: list[Geneformer]
     classes: np.ndarray
     genes: pd.DataFrame
-    scores: Scores | None = None
-    histories: list[History] = field(default_factory=list)
-    verdict: Verdict | None = None
-    settings: dict = field(default_factory=dict)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{name} ({(self.genes['class'] == name).sum()} genes)" for name in self.classes)
-        learned = f"; {self.history.learned:,} parameters learned" if self.history else ""
-        return f"GeneClassifier({sizes}; {len(self.models)} model(s), {self.models[0]!r}{learned})"
-
-    def _repr_html_(self) -> str:
-        table = "" if self.scores is None else self.scores._repr_html_()
-        return f"{table}<p>{self.verdict or ''}</p>"
-
-    @property
-    def history(self) -> History | None:
-        "The curves of the first fold."
-        return self.histories[0] if self.histories else None
+        return f"GeneClassifier({sizes}; {len(self.models)} model(s), {self.models[0]!r}{self.learned})"
 
     def predict(self, data, *, genes=None, layer: str | None = None, token_budget: int = 16384) -> pd.DataFrame:
         """One row per gene that the cells have: symbol, class (as given, else missing), predicted, confidence, one
@@ -216,12 +203,8 @@ class GeneClassifier:
             save_model(model.model, folder / f"fold{k}")
         self.models[0].tokenizer.save_pretrained(folder)
         record = {"classes": list(map(str, self.classes)), "folds": len(self.models),
-                  "genes": self.genes.to_dict("split"),
-                  "scores": None if self.scores is None else self.scores.to_dict(),
-                  "verdict": None if self.verdict is None else vars(self.verdict),
-                  "histories": [history.to_dict() for history in self.histories], "settings": self.settings}
-        with atomic_write(folder / RECORD) as part:
-            Path(part).write_text(json.dumps(record, indent=1, default=str))
+                  "genes": self.genes.to_dict("split"), **self.judgement()}
+        write_record(folder / RECORD, record)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, *, subfolder=None, revision=None, local_files_only=False, tokenizer=None,
@@ -235,14 +218,12 @@ class GeneClassifier:
         record = read_dictionary(folder / RECORD)
         models = [load_gene_model(folder / f"fold{k}", tokenizer, device, dtype) for k in range(record["folds"])]
         return cls(models, np.array(record["classes"]), pd.DataFrame(**record["genes"]).rename_axis("gene"),
-                   record["scores"] and Scores.from_dict(record["scores"]),
-                   [History.from_dict(history) for history in record["histories"]],
-                   record["verdict"] and Verdict(**record["verdict"]), record["settings"])
+                   **judgement_of(record))
 
 
 def load_gene_model(folder: Path, tokenizer, device, dtype) -> Geneformer:
     "A BertForTokenClassification from a folder in the official layout, every tensor accounted for."
-    from transformers import AutoModelForTokenClassification, BertConfig
+    from transformers import AutoModelForTokenClassification
 
     config, tensors = read_dictionary(folder / "config.json"), translate(read_tensors(folder))
     kind = (config.get("architectures") or ["unnamed"])[0]
@@ -250,19 +231,7 @@ def load_gene_model(folder: Path, tokenizer, device, dtype) -> Geneformer:
     if of_cells or "classifier.weight" not in tensors or tensors["classifier.weight"].ndim != 2:
         raise AssetError(f"{folder} holds no gene classifier (config.json says {kind}, which gives no class to each "
                          f"gene); load it with {'CellClassifier' if of_cells else 'Geneformer'}.from_pretrained")
-    n_classes = len(tensors["classifier.weight"])
-    if len(config.get("id2label") or {}) != n_classes:
-        config["id2label"] = {i: f"LABEL_{i}" for i in range(n_classes)}
-        config["label2id"] = {name: i for i, name in config["id2label"].items()}
-    dropped = ("torch_dtype", "dtype", "architectures", "_name_or_path", "transformers_version", "model_type")
-    values = {key: value for key, value in config.items() if key not in dropped}
-    model = AutoModelForTokenClassification.from_config(BertConfig(**values), attn_implementation="sdpa")
-    report = load_state(model, tensors, ignore=("bert.embeddings.position_ids", "bert.pooler."))
-    if tokenizer is None:
-        tokenizer = fitting_tokenizer(folder, model.config.vocab_size, model.config.max_position_embeddings)
-    gf = Geneformer(model, tokenizer, device=device, dtype=dtype)
-    gf.load_report = report
-    return gf
+    return with_head(AutoModelForTokenClassification, config, tensors, folder, tokenizer, device, dtype, ignore=("bert.pooler.",))
 
 # %% ../../nbs/geneformer/genes.ipynb #46fe7ae6
 def finetune_genes(
@@ -312,7 +281,8 @@ def finetune_genes(
     verdict = judge_genes(scores, epochs, freeze_layers, gf.n_layers)
     if verdict.overfitted:
         warn(str(verdict))
-    return GeneClassifier(models, names, genes.astype({"fold": int}), scores, histories, verdict, settings)
+    return GeneClassifier(models, names, genes.astype({"fold": int}), scores=scores, histories=histories, verdict=verdict,
+                          settings=settings)
 
 
 def prepare_genes(gf: Geneformer, data, classes, folds: int, layer, max_cells, seed: int):

@@ -15,7 +15,7 @@ import pandas as pd
 from ..core import DataError, OptionError
 from ..data.genes import plain_id
 from ..data.splits import Split
-from .evaluation import Gathered
+from ..scores.heldout import Gathered
 
 # %% ../../nbs/geneformer/genesets.ipynb #9e937584
 FEWEST = 5  # genes of a class, as in the original

@@ -8,7 +8,6 @@ __all__ = ['RECORD', 'Task', 'tasks_of', 'check_labels', 'weights_of_tasks', 'ta
 
 # %% ../../nbs/geneformer/multitask.ipynb #3ba4d7a0
 import copy as copying
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,16 +21,15 @@ from ..assets import find, read_dictionary
 from ..core import AssetError, DataError, OptionError, one_of, warn
 from ..data.splits import Folds, Split, column_of
 from scellfm.geneformer.classifier import (
-    CellClassifier, calls, classifier_from, counts_for, gather, known_cells, load_fold, prepare_cells, record_of,
-    save_models, write_calls,
+    CellClassifier, classifier_from, counts_for, gather, load_fold, prepare_cells, record_of, save_models,
 )
 from .evaluation import advice_for, score_table
 from .finetuning import Part, probabilities, train_fold, weights_of
 from .model import Geneformer
 from .pretraining import IGNORED
+from ..scores.classifiers import calls, load_known, warn_of_seen, write_calls, write_record
 from ..scores.heldout import Gathered, KnownCells, baseline_probabilities, check_folds, classes_of, judge
 from ..scores.table import Scores
-from ..store import atomic_write
 from ..training import History
 
 # %% ../../nbs/geneformer/multitask.ipynb #3c4f7910
@@ -176,7 +174,7 @@ class TaskClassifier:
         "For each label, class probabilities as in `CellClassifier.probabilities`; the cells are read once for all."
         cells = self.models[0].cells(data, layer=layer)
         fold = self.first.known.fold_of(cells.obs.index)
-        self.first.tell_of_seen(fold)
+        warn_of_seen(fold)
         sizes = [len(task.classes) for task in self.tasks.values()]
         values = np.split(gather(self.models, cells, fold, sizes, token_budget), np.cumsum(sizes)[:-1], axis=1)
         return {label: pd.DataFrame(block, index=cells.obs.index, columns=task.classes)
@@ -190,7 +188,7 @@ class TaskClassifier:
             return pd.concat(tables, axis=1)
         data = data.copy() if copy else data
         for table in tables:
-            write_calls(data, cells, table, {"model": repr(self), "counts": "X" if layer is None else layer})
+            write_calls(data, cells.cell_index, table, {"model": repr(self), "counts": "X" if layer is None else layer})
         return data if copy else None
 
     def embed(self, data, **settings):
@@ -207,8 +205,7 @@ class TaskClassifier:
         save_models(folder, self.models, self.first.known)
         record = {"folds": len(self.models), "histories": [history.to_dict() for history in self.histories],
                   "tasks": [{**record_of(task), "histories": []} for task in self.tasks.values()]}
-        with atomic_write(folder / RECORD) as part:
-            Path(part).write_text(json.dumps(record, indent=1, default=str))
+        write_record(folder / RECORD, record)
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, *, subfolder=None, revision=None, local_files_only=False, tokenizer=None,
@@ -220,7 +217,7 @@ class TaskClassifier:
                              "one with CellClassifier.from_pretrained")
         record = read_dictionary(folder / RECORD)
         models = [load_fold(folder / f"fold{k}", tokenizer, device, dtype) for k in range(record["folds"])]
-        tasks = [classifier_from(task, [], known_cells(folder)) for task in record["tasks"]]
+        tasks = [classifier_from(task, [], load_known(folder)) for task in record["tasks"]]
         return assemble(models, tasks, [History.from_dict(history) for history in record["histories"]])
 
 
@@ -308,4 +305,4 @@ def judge_task(task: Task, own: Gathered, known: KnownCells, counts, parts, grou
     verdict = judge(scores, advice)
     if verdict.overfitted:
         warn(f"{task.label}: {verdict}", stacklevel=5)
-    return CellClassifier([], task.label, task.classes, known, scores, [], verdict, settings)
+    return CellClassifier([], task.label, task.classes, known, scores=scores, verdict=verdict, settings=settings)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import AssetError, DataError, OptionError, progress
+from ..core import DataError, OptionError, progress
 from ..data.genes import gene_ids, match_genes, plain_id
 from .dictionaries import FILES, Dictionaries, check_dictionaries, read_dictionaries, write_dictionaries
 from .medians import exact_medians, levels

@@ -5,8 +5,7 @@
 # %% ../../nbs/scgpt/annotation.ipynb #a4e41173
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +13,22 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..assets import find, read_dictionary, read_tensors, save_tensors
-from ..core import DataError, OptionError, keyed_seed, warn
+from ..assets import find, read_dictionary
+from ..core import OptionError, keyed_seed, warn
 from ..data.reading import count_matrix, read
 from ..data.splits import Folds, Split, check_leakage, column_of
 from .embedding import ScGPT
 from .training import HiddenGenes, binned_cells, by_name, class_probabilities, label_scores, learner
-from ..scores.heldout import SEEN, Gathered, KnownCells, Verdict, check_folds, classes_of, judge
-from ..scores.table import Scores
-from ..store import atomic_write, fingerprint
-from ..training import History, fit
+from scellfm.scores.classifiers import (
+    Judged, calls, check_cells, judgement_of, load_known, save_known, warn_of_seen, write_calls, write_record,
+)
+from ..scores.heldout import Gathered, KnownCells, check_folds, classes_of, judge
+from ..store import fingerprint
+from ..training import fit
 
 # %% auto #0
-__all__ = ['RECORD', 'CELLS', 'class_loss', 'freeze', 'CellAnnotator', 'save_annotator', 'load_annotator', 'folds_of',
-           'advice_for', 'finetune', 'train_fold']
+__all__ = ['RECORD', 'class_loss', 'freeze', 'CellAnnotator', 'save_annotator', 'load_annotator', 'folds_of', 'advice_for',
+           'finetune', 'train_fold']
 
 # %% ../../nbs/scgpt/annotation.ipynb #3bc25751
 def class_loss(model, batch: dict) -> tuple[torch.Tensor, int]:
@@ -46,31 +47,22 @@ def freeze(model, n: int) -> None:
             part.requires_grad_(False)
 
 # %% ../../nbs/scgpt/annotation.ipynb #3efe3c0d
-@dataclass
-class CellAnnotator:
-    "Fine-tuned models, one per fold, with what they were judged by: `scores`, `histories`, `verdict`, `settings`."
+@dataclass(repr=False)
+class CellAnnotator(Judged):
+    "Fine-tuned models, one per fold, with what they were judged by (see `Judged`)."
 
     models: list[ScGPT]
     label: str
     classes: np.ndarray
     known: KnownCells
-    scores: Scores | None = None
-    histories: list[History] = field(default_factory=list)
-    verdict: Verdict | None = None
-    settings: dict = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"CellAnnotator({self.label!r}: {', '.join(map(str, self.classes))}; {len(self.models)} model(s), {self.models[0]!r})"
-
-    def _repr_html_(self) -> str:
-        return ("" if self.scores is None else self.scores._repr_html_()) + f"<p>{self.verdict or ''}</p>"
+        return f"CellAnnotator({self.label!r}: {', '.join(map(str, self.classes))}; {len(self.models)} model(s), {self.models[0]!r}{self.learned})"
 
     def probabilities(self, adata, *, layer: str | None = None, column=None, mapping=None, symbols=None) -> pd.DataFrame:
         "Class probabilities [cells, classes] from the fold that has not seen a cell, else the mean; NaN without a known gene."
         fold = self.known.fold_of(adata.obs_names)
-        if (fold == SEEN).any():
-            warn(f"{(fold == SEEN).sum():,} of {len(fold):,} cells were trained on by every model: what is said of them is "
-                 "memory, not judgement; with split=folds(...) each cell is judged by a model that has not seen it", stacklevel=4)
+        warn_of_seen(fold)
         index = self.models[0].match(adata, column=column, mapping=mapping, symbols=symbols).index
         gathered = Gathered(adata.n_obs, len(self.classes))
         for k, model in enumerate(self.models):
@@ -82,14 +74,10 @@ class CellAnnotator:
 
     def predict(self, adata, *, layer: str | None = None, column=None, mapping=None, symbols=None, copy: bool = False):
         "Writes obs['{label}_predicted'] (categorical), obs['{label}_confidence'] (its probability), settings in uns."
-        table = self.probabilities(adata, layer=layer, column=column, mapping=mapping, symbols=symbols).to_numpy()
-        adata, lost = adata.copy() if copy else adata, np.isnan(table).any(1)
-        if lost.any():
-            warn(f"{lost.sum():,} of {adata.n_obs:,} cells have no gene the model knows: no prediction")
-        codes = np.where(lost, -1, np.nan_to_num(table).argmax(1))
-        adata.obs[f"{self.label}_predicted"] = pd.Categorical.from_codes(codes, self.classes)
-        adata.obs[f"{self.label}_confidence"] = table.max(1)
-        adata.uns[f"{self.label}_predicted"] = {"params": {"model": repr(self), "counts": "X" if layer is None else layer}}
+        table = self.probabilities(adata, layer=layer, column=column, mapping=mapping, symbols=symbols)
+        adata, known = adata.copy() if copy else adata, table.notna().all(axis=1).to_numpy()
+        write_calls(adata, np.flatnonzero(known), calls(table[known], self.label),
+                    {"model": repr(self), "counts": "X" if layer is None else layer})
         return adata if copy else None
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -102,39 +90,28 @@ class CellAnnotator:
         return load_annotator(Path(find(path_or_hub_id, **where)), device, dtype)
 
 # %% ../../nbs/scgpt/annotation.ipynb #ab6125fe
-RECORD, CELLS = "annotator.json", "cells.safetensors"
+RECORD = "annotator.json"
 
 
 def save_annotator(annotator: CellAnnotator, folder: Path) -> None:
     "See `CellAnnotator.save_pretrained`."
     for k, model in enumerate(annotator.models):
         model.save_pretrained(folder / f"fold{k}")
-    save_tensors(folder / CELLS, {"keys": torch.as_tensor(annotator.known.keys), "fold": torch.as_tensor(annotator.known.fold)})
-    record = {"label": annotator.label, "classes": list(map(str, annotator.classes)), "folds": len(annotator.models),
-              "scores": annotator.scores and annotator.scores.to_dict(), "verdict": annotator.verdict and vars(annotator.verdict),
-              "histories": [history.to_dict() for history in annotator.histories], "settings": annotator.settings}
-    with atomic_write(folder / RECORD) as part:
-        Path(part).write_text(json.dumps(record, indent=1, default=str))
+    save_known(folder, annotator.known)
+    write_record(folder / RECORD, {"label": annotator.label, "classes": list(map(str, annotator.classes)),
+                                   "folds": len(annotator.models), **annotator.judgement()})
 
 
 def load_annotator(folder: Path, device, dtype) -> CellAnnotator:
     "An annotator that `save_annotator` wrote."
     record = read_dictionary(folder / RECORD)
     models = [ScGPT.from_pretrained(folder / f"fold{k}", device=device, dtype=dtype) for k in range(record["folds"])]
-    cells = {name: tensor.numpy() for name, tensor in read_tensors(folder / CELLS).items()}
-    scores, verdict = record["scores"], record["verdict"]
-    return CellAnnotator(models, record["label"], np.array(record["classes"]), KnownCells(cells["keys"], cells["fold"]),
-                         scores and Scores.from_dict(scores), [History.from_dict(history) for history in record["histories"]],
-                         verdict and Verdict(**verdict), record["settings"])
+    return CellAnnotator(models, record["label"], np.array(record["classes"]), load_known(folder), **judgement_of(record))
 
 # %% ../../nbs/scgpt/annotation.ipynb #e5d5003a
 def folds_of(adata, lengths: np.ndarray, split) -> tuple[list[Split], np.ndarray | None]:
     "The folds without cells that have no known gene, in the order of names, and the donors (or None). DataError."
-    if not adata.obs_names.is_unique:
-        raise DataError(f"obs_names repeat (e.g. {adata.obs_names[adata.obs_names.duplicated()][0]!r}), and a cell's name tells "
-                        "which models have seen it; call adata.obs_names_make_unique()")
-    if split.folds()[0].n != adata.n_obs:
-        raise DataError(f"the split is of {split.folds()[0].n:,} cells and the data have {adata.n_obs:,}; make the split from these")
+    check_cells(adata.obs_names, split, adata.n_obs)
     full = lengths > 1
     if not full.all():
         warn(f"{(~full).sum():,} of {adata.n_obs:,} cells have no gene that the model knows and are left out", stacklevel=5)
@@ -197,7 +174,8 @@ def finetune(
     verdict = judge(scores, advice_for(split.by, epochs, freeze_layers, gpt.model.config.n_layers))
     if verdict.overfitted:
         warn(str(verdict), stacklevel=4)
-    return CellAnnotator(models, label, classes, KnownCells.of(adata.obs_names, parts), scores, histories, verdict, settings)
+    return CellAnnotator(models, label, classes, KnownCells.of(adata.obs_names, parts), scores=scores, histories=histories,
+                         verdict=verdict, settings=settings)
 
 
 def train_fold(gpt: ScGPT, hiding: HiddenGenes, part: Split, k: int, classes, freeze_layers: int, folder, options: dict) -> ScGPT:

@@ -24,7 +24,7 @@ from .tokenizer import BinnedCells, survey, tokenize
 from ..scores.heldout import Gathered, baseline_probabilities, check_folds, classes_of, row_names, score_table
 from ..scores.table import Scores
 from ..store import fingerprint
-from ..training import History, Rows, fit
+from ..training import Rows, fit
 
 if TYPE_CHECKING:
     from anndata import AnnData
