@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# notebooks run two at a time, one thread each; bars would only clutter a log
+# notebooks and files of tests run two at a time, one thread each; bars would only clutter a log
 QUIET := SCELLFM_PROGRESS=0 OMP_NUM_THREADS=1 MPLBACKEND=agg
 
 .PHONY: help demo test export clean notebooks tutorials docs benchmarks
@@ -24,7 +24,7 @@ test: $(READY)  ## everything that must hold
 	$(QUIET) $(BIN)/python tools/check_notebooks.py
 	$(QUIET) SCELLFM_QUICK=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	$(QUIET) $(BIN)/python tools/build_site.py --check
-	$(QUIET) $(BIN)/python -m pytest
+	$(QUIET) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 export: $(READY)  ## write scellfm/ from the notebooks
 	$(BIN)/nbdev_export
