@@ -233,6 +233,8 @@ def test_map_names_cells_as_the_python_does_and_judges_them(place, tmp_path, cap
     np.testing.assert_allclose(labels["cell_type_confidence"], named.obs["cell_type_confidence"])
     np.testing.assert_allclose(pd.read_csv(tmp_path / "out" / "scores.csv", index_col=0).to_numpy(), scores.table.to_numpy())
     assert list(pd.read_csv(tmp_path / "out" / "classes.csv")["class"]) == ["B", "T"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [section["kind"] for section in report["sections"]] == ["scores", "figure", "table"] and set(report["inputs"]) == {"ref", "query"}
     code, out, err = call(["map", str(tmp_path / "saved"), query, "--out", str(tmp_path / "again")], capsys)
     assert code == 0 and "without counts" in err and "HVG + PCA" not in out
     assert (tmp_path / "again" / "labels.csv").read_bytes() == (tmp_path / "out" / "labels.csv").read_bytes()
@@ -248,7 +250,9 @@ def test_map_embeds_both_with_one_model(place, tmp_path, capsys, model, key):
     unlabelled.write_h5ad(tmp_path / "new.h5ad")
     given = ["map", ref, str(tmp_path / "new.h5ad"), "--model", str(place / model), "--device", "cpu", "--out", str(tmp_path / "out")]
     code, out, _ = call([*given, "--save", str(tmp_path / "saved")], capsys)
-    assert code == 0 and key in out and out.count("\n") == 3 and not (tmp_path / "out" / "scores.csv").exists()
+    assert code == 0 and key in out and out.count("\n") == 4 and not (tmp_path / "out" / "scores.csv").exists()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [section["kind"] for section in report["sections"]] == ["table"] and str(tmp_path) not in json.dumps(report)
     assert call(["map", str(tmp_path / "saved"), *given[2:-1], str(tmp_path / "again")], capsys)[0] == 0
     assert (tmp_path / "again" / "labels.csv").read_bytes() == (tmp_path / "out" / "labels.csv").read_bytes()
     assert call([*given, "--truth", "donor"], capsys)[0] == 0 and (tmp_path / "out" / "scores.csv").exists()
@@ -264,7 +268,9 @@ def test_integrate_prints_and_draws_the_scores_with_their_baselines(place, tmp_p
     scores = integration(anndata.read_h5ad(cells), ["X_own"], batch="donor", label="cell_type")
     assert code == 0 and scores.to_markdown() in out and {"X_own", "HVG + PCA"} <= set(scores.table.index)
     np.testing.assert_allclose(pd.read_csv(tmp_path / "scores.csv", index_col=0).to_numpy(), scores.table.to_numpy())
-    assert (tmp_path / "umap.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "umap.png").read_bytes().startswith(b"\x89PNG") and out.split()[-1] == str(tmp_path / "report.html")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [section["kind"] for section in report["sections"]] == ["scores", "figure"] and report["settings"]["batch"] == "donor"
 
 
 def test_finetune_prints_held_out_scores_beside_simple_methods(place, tmp_path, capsys):

@@ -10,6 +10,7 @@ __all__ = ['MAP', 'CALIBRATE', 'given', 'reference_map', 'whole_cells', 'judged'
 import argparse
 from pathlib import Path
 
+from .reports import add_map, begin
 from .shared import add, add_cells, add_command, add_layer, add_model
 from .shared import cells_from, embed_into, model_from, write_table
 from ..core import OptionError, warn
@@ -69,11 +70,14 @@ def map(options: argparse.Namespace) -> str:
     if options.model is not None and options.use_rep is not None:
         raise OptionError("--use-rep names an embedding that is there already, --model makes one; give one of the two")
     model = None if options.model is None else model_from(options)
-    reference, query = reference_map(options, model), whole_cells(options.query)
-    if model is not None:
-        embed_into(model, query, options, key_added=reference.use_rep)
-    reference.transfer(query)
-    columns, scores = [f"{reference.label}_transferred", f"{reference.label}_confidence"], judged(options, reference, query)
+    report = begin("Cells named by a reference", options)
+    with report.recording():
+        reference, query = reference_map(options, model), whole_cells(options.query)
+        if model is not None:
+            embed_into(model, query, options, key_added=reference.use_rep)
+        reference.transfer(query)
+        scores = judged(options, reference, query)
+    columns = [f"{reference.label}_transferred", f"{reference.label}_confidence"]
     folder, lines = Path(options.out), []
     tables = {"labels.csv": query.obs[columns].rename_axis("cell")}
     if scores is not None:
@@ -83,9 +87,10 @@ def map(options: argparse.Namespace) -> str:
         write_table(table, folder / name)
     if options.save is not None:
         reference.save(options.save)
-    called = query.obs[columns[0]].astype(str)
+    add_map(report, reference, tables["labels.csv"], scores)
+    page, called = report.save(folder), query.obs[columns[0]].astype(str)
     lines.append(f"{len(called):,} cells, {(called == 'unknown').sum():,} of them unknown: {reference!r}")
-    return "\n".join([*lines, *(str(folder / name) for name in tables), *([options.save] if options.save else [])])
+    return "\n".join([*lines, *(str(folder / name) for name in tables), str(page), *([options.save] if options.save else [])])
 
 # %% ../../nbs/commands/scgpt.ipynb #6a363a24
 def map_options(parsers) -> None:
@@ -96,7 +101,7 @@ def map_options(parsers) -> None:
     add(parser, "query", "cells to be named (h5ad and other files, or demo-query)")
     add_layer(parser)
     add_model(parser)
-    add(parser, "--out", "folder of labels.csv, and of scores.csv and classes.csv where the query has labels", required=True)
+    add(parser, "--out", "folder of labels.csv and of a report, and of scores.csv and classes.csv where the query has labels", required=True)
     add(parser, "--save", "keep the map in this folder, to be given as the reference later")
     add(parser, "--truth", "column of the query to judge by; that of --label where the query has it")
     add(parser, "--calibrate", "set --min-confidence and --max-distance on held-out reference cells", action="store_true")
@@ -126,16 +131,20 @@ def integrate(options: argparse.Namespace) -> str:
 
     if (options.model is None) == (options.reps is None):
         raise OptionError("give --reps for embeddings that are there already, or --model to make one")
-    cells = whole_cells(options.cells)
-    reps = options.reps or [embed_into(model_from(options), cells, options)[1]]
+    report = begin("How an embedding keeps types and mixes batches", options)
     ask = dict(batch=options.batch, label=options.label, layer=options.layer, seed=options.seed)
-    scores, folder = integration(cells, reps, **ask), Path(options.out)
+    with report.recording():
+        cells = whole_cells(options.cells)
+        reps = options.reps or [embed_into(model_from(options), cells, options)[1]]
+        scores, figure = integration(cells, reps, **ask), umaps(cells, reps, **ask)
+    folder = Path(options.out)
     write_table(scores.table.rename_axis("method"), folder / "scores.csv")
-    figure = umaps(cells, reps, **ask)
     with atomic_write(folder / "umap.png") as part:
         part.write_bytes(png(figure))
+    report.add_scores(scores, "Kept apart and mixed, beside simple methods")
+    report.add_figure(figure, "The same cells by each embedding, coloured by batch and by label.", "Pictures")
     plt.close(figure)
-    return f"{scores!r}\n\n{folder / 'scores.csv'}\n{folder / 'umap.png'}"
+    return f"{scores!r}\n\n{folder / 'scores.csv'}\n{folder / 'umap.png'}\n{report.save(folder)}"
 
 
 def integrate_options(parsers) -> None:
