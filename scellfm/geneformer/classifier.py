@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'CellClassifier', 'gather', 'names_of', 'save_models', 'save_classifier', 'record_of', 'load_classifier',
-           'known_cells', 'classifier_from', 'load_fold', 'with_head', 'class_names', 'finetune', 'train_and_judge',
-           'prepare', 'prepare_cells', 'counts_for']
+           'classifier_from', 'load_fold', 'with_head', 'class_names', 'finetune', 'train_and_judge', 'prepare',
+           'prepare_cells', 'counts_for']
 
 # %% ../../nbs/geneformer/classifier.ipynb #10556432
 from dataclasses import dataclass
@@ -143,12 +143,6 @@ def load_classifier(folder: Path, tokenizer, device, dtype) -> CellClassifier:
     record = read_dictionary(folder / RECORD)
     models = [load_fold(folder / f"fold{k}", tokenizer, device, dtype) for k in range(record["folds"])]
     return classifier_from(record, models, load_known(folder))
-
-
-def known_cells(folder: Path) -> KnownCells:
-    "Who has seen whom, from cells.safetensors."
-    cells = {name: tensor.numpy() for name, tensor in read_tensors(folder / CELLS).items()}
-    return KnownCells(cells["keys"], cells["fold"])
 
 
 def classifier_from(record: dict, models: list[Geneformer], known: KnownCells) -> CellClassifier:
