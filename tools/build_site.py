@@ -8,7 +8,6 @@ _quarto.yml. Every link and image of the finished site is followed: a broken one
 """
 import argparse
 import html
-import json
 import logging
 import re
 import shutil

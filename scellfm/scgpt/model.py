@@ -10,7 +10,7 @@ __all__ = ['POOLS', 'UNUSED', 'KEY_STYLES', 'ScGPTConfig', 'LabelEncoder', 'Valu
 # %% ../../nbs/scgpt/model.ipynb #92a02584
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F

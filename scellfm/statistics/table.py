@@ -83,7 +83,7 @@ def check_shifts(shifts: pd.DataFrame) -> Shifts:
             f"{nameless.sum()} rows have no gene or no cell name; drop them: shifts.dropna(subset=['gene', 'cell'])"
         )
     rank, shift = finite_numbers(shifts, "rank", 0.0), finite_numbers(shifts, "shift", -np.inf)
-    (gene, genes), (cell, cells) = pd.factorize(shifts["gene"]), pd.factorize(shifts["cell"])
+    (gene, genes), cell = pd.factorize(shifts["gene"]), pd.factorize(shifts["cell"])[0]
     donor, donors = pd.factorize(shifts["donor"]) if known else (np.zeros(len(shifts), np.int64), [None])
     cell = pd.factorize(cell.astype(np.int64) * len(donors) + donor)[0]
     pair = cell * len(genes) + gene
@@ -92,8 +92,7 @@ def check_shifts(shifts: pd.DataFrame) -> Shifts:
         row = shifts.iloc[np.flatnonzero(twice)[0]]
         raise DataError(
             f"{twice.sum()} rows repeat a (gene, cell) pair, the first {row['gene']!r} in cell {row['cell']!r}; if "
-            f"these are several "
-            "cells, give each its own name; if repeats, keep one: shifts.drop_duplicates(['gene', 'cell', 'donor'])"
+            "these are several cells, give each its own name; if repeats, keep one: shifts.drop_duplicates(['gene', 'cell', 'donor'])"
         )
     size = len(genes)
     keys = exact_sums(rank, gene, size), np.bincount(gene, minlength=size), exact_sums(shift, gene, size)
