@@ -149,8 +149,7 @@ class TaskClassifier:
 
     def __repr__(self) -> str:
         heads = "; ".join(f"{label!r}: {', '.join(map(str, task.classes))}" for label, task in self.tasks.items())
-        learned = f"; {self.history.learned:,} parameters learned" if self.history else ""
-        return f"TaskClassifier({heads}; {len(self.models)} model(s), {self.models[0]!r}{learned})"
+        return f"TaskClassifier({heads}; {len(self.models)} model(s), {self.models[0]!r}{self.first.learned})"
 
     def _repr_html_(self) -> str:
         return "".join(task._repr_html_() for task in self.tasks.values())
@@ -163,7 +162,7 @@ class TaskClassifier:
     @property
     def history(self) -> History | None:
         "The curves of the first fold."
-        return self.histories[0] if self.histories else None
+        return self.first.history
 
     @cached_property
     def first(self) -> CellClassifier:
