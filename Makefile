@@ -22,8 +22,8 @@ demo: $(READY)  ## the main job on real cells: train, classify, screen, report
 
 test: $(READY)  ## everything that must hold
 	$(QUIET) $(BIN)/python tools/check_notebooks.py
-	$(QUIET) SCELLFM_QUICK=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	$(QUIET) $(BIN)/python tools/build_site.py --check
+	$(QUIET) SCELLFM_QUICK=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	$(QUIET) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 export: $(READY)  ## write scellfm/ from the notebooks

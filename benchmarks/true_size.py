@@ -1,8 +1,8 @@
 """Geneformer at its true size: load, embed and perturb real cells with checkpoints of the published names and shapes.
 
-    python benchmarks/true_size.py --data FOLDER [--cells 8] [--genes 300] [--quick] [--full]
+    SCELLFM_DATA=<folder> python benchmarks/true_size.py [--cells 8] [--genes 300] [--quick] [--full]
 
-FOLDER holds geneformer-configs (config.json of each published model), geneformer-v1 and -v2 (the official dictionaries) and
+The folder holds geneformer-configs (config.json of each published model), geneformer-v1 and -v2 (the official dictionaries) and
 kang18/kang18_2000.h5ad (blood cells). The weights are random, saved in the official layout, and every tensor is accounted for
 at loading. Each model runs in a process of its own, on one thread: the seconds to load, cells embedded per second, deletions
 per second (the first genes of one cell, each by itself, at the second to last layer), and the memory at its peak in all and
@@ -23,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+DATA = Path(os.environ.get("SCELLFM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 MODELS = {"V1-10M": "geneformer-v1", "V2-104M": "geneformer-v2", "V2-104M classifier": "geneformer-v2", "V2-316M": "geneformer-v2"}
 TIED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")  # one with the embeddings; not in the files
 
@@ -33,14 +34,14 @@ def memory() -> float:
     return int(line.split()[1]) / 1024
 
 
-def checkpoint(data: Path, name: str, folder: Path) -> Path:
+def checkpoint(name: str, folder: Path) -> Path:
     "A random checkpoint in the official layout: its folder, with the dictionaries in a folder beside it."
     import torch
     from safetensors.torch import save_file
     from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
     base, classifier = name.split()[0], name.endswith("classifier")
-    config = json.loads((data / "geneformer-configs" / f"{base}_config.json").read_text())
+    config = json.loads((DATA / "geneformer-configs" / f"{base}_config.json").read_text())
     kind = BertForSequenceClassification if classifier else BertForMaskedLM
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in kind(BertConfig(**config)).state_dict().items() if key not in TIED}
@@ -51,11 +52,11 @@ def checkpoint(data: Path, name: str, folder: Path) -> Path:
     place.mkdir(parents=True)
     save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
     (place / "config.json").write_text(json.dumps(config | {"architectures": [kind.__name__]}))
-    shutil.copytree(data / MODELS[name], folder / "gene_dictionaries")
+    shutil.copytree(DATA / MODELS[name], folder / "gene_dictionaries")
     return place
 
 
-def measure(data: Path, place: Path, n_cells: int, n_genes: int) -> dict:
+def measure(place: Path, n_cells: int, n_genes: int) -> dict:
     "What one model takes; runs in a process of its own."
     import anndata
     import torch
@@ -63,7 +64,7 @@ def measure(data: Path, place: Path, n_cells: int, n_genes: int) -> dict:
     from scellfm.geneformer import CellClassifier, Geneformer, edits, perturbation  # noqa: F401
 
     torch.set_num_threads(1)
-    adata, before, start = anndata.read_h5ad(data / "kang18" / "kang18_2000.h5ad")[:n_cells].copy(), memory(), time.perf_counter()
+    adata, before, start = anndata.read_h5ad(DATA / "kang18" / "kang18_2000.h5ad")[:n_cells].copy(), memory(), time.perf_counter()
     classifier = place.name.endswith("classifier")
     gf = CellClassifier.from_pretrained(place, device="cpu").models[0] if classifier else Geneformer.from_pretrained(place, device="cpu")
     figures = {"load, s": time.perf_counter() - start, "tensors": len(gf.load_report.loaded), "unused": len(gf.load_report.unused),
@@ -87,7 +88,6 @@ def main() -> None:
     import pandas as pd
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--cells", type=int, default=8)
     parser.add_argument("--genes", type=int, default=300)
     parser.add_argument("--quick", action="store_true")
@@ -95,14 +95,16 @@ def main() -> None:
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     ask = parser.parse_args()
     if ask.measure:
-        print(json.dumps(measure(ask.data, ask.measure, ask.cells, ask.genes)))
+        print(json.dumps(measure(ask.measure, ask.cells, ask.genes)))
+        return
+    if not DATA.exists():
+        print(f"real data are not here (SCELLFM_DATA={DATA}): nothing to do")
         return
     rows = {}
     for name in list(MODELS)[:1 if ask.quick else 4 if ask.full else 3]:
         with tempfile.TemporaryDirectory() as folder:
-            place = checkpoint(ask.data, name, Path(folder))
-            command = [sys.executable, __file__, "--data", str(ask.data), "--cells", str(ask.cells), "--genes", str(ask.genes),
-                       "--measure", str(place)]
+            place = checkpoint(name, Path(folder))
+            command = [sys.executable, __file__, "--cells", str(ask.cells), "--genes", str(ask.genes), "--measure", str(place)]
             size = (place / "model.safetensors").stat().st_size / 2**20
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             rows[name] = {"file, MB": size, **json.loads(done.stdout.splitlines()[-1])}
