@@ -76,7 +76,7 @@ class LabelEncoder(nn.Module):
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
         return self.enc_norm(self.embedding(labels))
 
-
+# %% ../../nbs/scgpt/model.ipynb #628faefb
 class ValueEncoder(nn.Module):
     "A two-layer network from a value (cut at 512) to a vector."
 
@@ -191,7 +191,7 @@ class ExpressionDecoder(nn.Module):
         seen = None if self.zero_logit is None else torch.sigmoid(self.zero_logit(states).squeeze(-1))
         return self.fc(states).squeeze(-1), seen
 
-
+# %% ../../nbs/scgpt/model.ipynb #e0f6c8dc
 class FromCellDecoder(nn.Module):
     """Cells [b, d_in] and gene vectors [b, L, d] -> values [b, L], and the probabilities that they are not zero (or
     None)."""
@@ -207,7 +207,7 @@ class FromCellDecoder(nn.Module):
         seen = None if self.W_zero_logit is None else torch.sigmoid((self.W_zero_logit(queries) @ cells).squeeze(-1))
         return (self.W(queries) @ cells).squeeze(-1), seen
 
-
+# %% ../../nbs/scgpt/model.ipynb #ad71e818
 class Classifier(nn.Module):
     "Cells [b, d] -> logits [b, n]: (linear, activation, norm) repeated, then linear."
 
@@ -223,7 +223,7 @@ class Classifier(nn.Module):
             cells = step(cells)
         return self.out_layer(cells)
 
-
+# %% ../../nbs/scgpt/model.ipynb #b91d7a73
 class ReverseGradient(torch.autograd.Function):
     "The identity, whose gradient has the other sign (Ganin and Lempitsky 2015)."
 
@@ -355,7 +355,7 @@ def published_name(name: str) -> str:
     and without it."""
     return name.replace("self_attn.in_proj_", "self_attn.Wqkv.")
 
-
+# %% ../../nbs/scgpt/model.ipynb #34fc8361
 def heads_of(tensors: Mapping[str, torch.Tensor]) -> dict:
     "Which heads a checkpoint has, as values of ScGPTConfig, told from the names and shapes of its tensors."
     shapes = {our_name(name): tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -373,7 +373,7 @@ def heads_of(tensors: Mapping[str, torch.Tensor]) -> dict:
         "explicit_zero": has("decoder.zero_logit."), "batch_norm": has("bn."),
     }
 
-
+# %% ../../nbs/scgpt/model.ipynb #e8b27052
 def load_model(tensors: Mapping[str, torch.Tensor], args: Mapping, n_tokens: int,
                pad_id: int) -> tuple[ScGPTModel, LoadReport]:
     "The model of a checkpoint's tensors and args.json; AssetError where a tensor is missing, unknown or misfit."

@@ -41,14 +41,14 @@ def row_blocks(rows, size: int = BLOCK) -> Iterator[tuple[int, np.ndarray]]:
     for start in range(0, len(rows), size):
         yield start, np.array(rows[start:start + size], dtype=np.float32)
 
-
+# %% ../../nbs/scgpt/neighbours.ipynb #10d44192
 def merge(best: tuple, distances: np.ndarray, positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     "The k smallest of two sets of (distances, positions) [queries, ...], by distance, then position."
     distances, positions = (np.concatenate(pair, 1) for pair in zip(best, (distances, positions)))
     order = np.lexsort((positions, distances))[:, :k]
     return np.take_along_axis(distances, order, 1), np.take_along_axis(positions, order, 1)
 
-
+# %% ../../nbs/scgpt/neighbours.ipynb #27a7afa3
 def rough_distances(queries: np.ndarray, block: np.ndarray) -> torch.Tensor:
     "Squared distances [queries, rows] in float32, by one matrix product."
     query, rows = torch.from_numpy(queries), torch.from_numpy(block)
@@ -69,7 +69,7 @@ def candidates(blocks, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndar
         best = merge(best, near.numpy(), where.numpy() + start, k)
     return *best, largest
 
-
+# %% ../../nbs/scgpt/neighbours.ipynb #18bb320a
 def within_reach(blocks, queries: np.ndarray, limits: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
     "Per query its k nearest (distances float64, positions) among all rows whose rough distance is within its limit."
     best = [(np.empty((1, 0)), np.empty((1, 0), np.int64)) for _ in queries]
@@ -80,7 +80,7 @@ def within_reach(blocks, queries: np.ndarray, limits: np.ndarray, k: int) -> lis
             best[i] = merge(best[i], exact_distances(block, query, near)[None], near[None] + start, k)
     return [(distances[0], positions[0]) for distances, positions in best]
 
-
+# %% ../../nbs/scgpt/neighbours.ipynb #9c01a8bf
 def nearest_of_few(rows, queries: np.ndarray, k: int, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
     "See `nearest`, for as many queries as go through at a time."
     rough, found, largest = candidates(row_blocks(rows, block), queries, min(k + EXTRA, len(rows)))
@@ -111,7 +111,7 @@ def nearest(rows, queries: np.ndarray, k: int, *, block: int = BLOCK) -> tuple[n
     parts = parts or [(np.empty((0, k), np.float32), np.empty((0, k), np.int64))]
     return tuple(np.concatenate(column) for column in zip(*parts))
 
-
+# %% ../../nbs/scgpt/neighbours.ipynb #c32f5374
 def nearest_faiss(rows, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     "As `nearest`, by faiss's IndexFlatL2, as scGPT's tutorials do; the whole reference is copied into memory, ties as they fall."
     faiss = optional("faiss", "search")
