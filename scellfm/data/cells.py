@@ -22,9 +22,6 @@ __all__ = ['LEAK', 'BLOCK', 'Design', 'simulate_genes', 'simulate_obs', 'Rates',
            'log_likelihood', 'activities', 'prior_log_odds', 'case_log_odds', 'ceiling', 'assemble', 'simulate_cells']
 
 # %% ../../nbs/data/cells.ipynb #648f134f
-LEAK = 0.05  # a regulator's expression in a control cell, as a share of its mean where it is on
-
-
 @dataclass(frozen=True)
 class Design:
     "What `simulate_cells` was asked for; its fields are described there."
@@ -160,7 +157,7 @@ class Rates:
         "The shift of each cell, [cells, 1]."
         return (self.size[rows] * self.shift[self.batch_of[rows]])[:, None]
 
-
+# %% ../../nbs/data/cells.ipynb #6aead62c
 def draw_rates(design: Design, genes: pd.DataFrame, by_type: np.ndarray, obs: pd.DataFrame) -> Rates:
     "Draw the effects of donors and batches."
     rng = keyed_generator(design.seed, "effects")
@@ -172,6 +169,9 @@ def draw_rates(design: Design, genes: pd.DataFrame, by_type: np.ndarray, obs: pd
     number = obs["donor"].str.removeprefix("donor").astype(int).to_numpy() - 1
     return Rates(design.depth * weight / weight.sum() * np.exp(by_type), donor, batch, scale, shift,
                  obs["cell_type"].cat.codes.to_numpy(), number, number % design.batches, obs["size"].to_numpy())
+
+# %% ../../nbs/data/cells.ipynb #7e62e0d3
+LEAK = 0.05  # a regulator's expression in a control cell, as a share of its mean where it is on
 
 
 def response(genes: pd.DataFrame, activity: np.ndarray) -> np.ndarray:
@@ -209,13 +209,13 @@ def log_likelihood(counts: np.ndarray, mean: np.ndarray, dispersion: float) -> n
         return counts * np.log(mean) - mean
     return counts * np.log(mean) - (counts + 1 / dispersion) * np.log(mean + 1 / dispersion)
 
-
+# %% ../../nbs/data/cells.ipynb #c846443c
 def activities(nodes: int) -> tuple[np.ndarray, np.ndarray]:
     "Points and log weights that stand for an exponential distribution; dense near 0, where cells are ambiguous."
     edges = np.linspace(0.0, 4.0, nodes + 1) ** 2
     return (edges[:-1] + edges[1:]) / 2, np.log(np.exp(-edges[:-1]) - np.exp(-edges[1:]))
 
-
+# %% ../../nbs/data/cells.ipynb #88497725
 def prior_log_odds(design: Design) -> float:
     "Log odds of case before anything is seen; infinite where there is one state only."
     with np.errstate(divide="ignore"):

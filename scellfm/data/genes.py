@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['SPECIES', 'GENOME', 'STABLE_ID', 'RODENT_SYMBOL', 'VERSION', 'MONTH', 'EXCEL_DATE', 'ROUTES', 'gene_ids',
-           'species_of', 'plain_id', 'GeneMatch', 'Lookup', 'find_genes', 'foreign_genes', 'refuse_other_species',
-           'describe_unknown', 'warn_of_names', 'match_report', 'match_genes']
+           'species_of', 'plain_id', 'Lookup', 'find_genes', 'foreign_genes', 'refuse_other_species',
+           'describe_unknown', 'warn_of_names', 'match_report', 'GeneMatch', 'match_genes']
 
 # %% ../../nbs/data/genes.ipynb #9e798010
 def gene_ids(adata: AnnData, column: str | None = None) -> np.ndarray:
@@ -73,33 +73,6 @@ def plain_id(gene: str) -> str:
     gene = GENOME.sub("", gene).upper() if "_" in gene else gene.upper()
     versioned = VERSION.match(gene) if "." in gene else None
     return versioned[1] if versioned else gene
-
-# %% ../../nbs/data/genes.ipynb #f831c392
-@dataclass(repr=False)
-class GeneMatch:
-    "Which entry of a vocabulary each gene is, and a report of how that went."
-
-    index: np.ndarray  # int64 [n_genes]: position in the vocabulary, -1 where there is none
-    report: dict  # n_genes, n_matched, n_mapped, n_duplicated, share_of_counts, n_dropped, dropped, routes
-
-    def __repr__(self) -> str:
-        return f"GeneMatch({self.report['n_matched']} of {self.report['n_genes']} genes known)"
-
-    def _repr_html_(self) -> str:
-        "The report as a small table."
-        report = self.report
-        share = "not asked" if report["share_of_counts"] is None else f"{report['share_of_counts']:.1%}"
-        examples = f", e.g. {html.escape(', '.join(report['dropped']))}" if report["n_dropped"] else ""
-        rows = {
-            "genes in the data": f"{report['n_genes']:,}",
-            "known to the vocabulary": f"{report['n_matched']:,} ({report['n_matched'] / report['n_genes']:.1%})",
-            **{f"&ensp;{route}": f"{n:,}" for route, n in report["routes"].items() if n},
-            "share of all counts kept": share,
-            "second names of a gene, to be summed": f"{report['n_duplicated']:,}",
-            "dropped": f"{report['n_dropped']:,}{examples}",
-        }
-        cells = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows.items())
-        return f"<table><caption>Gene match</caption>{cells}</table>"
 
 # %% ../../nbs/data/genes.ipynb #4165a32d
 ROUTES = ("as written", "another version or case", "through the mapping", "through its symbol")
@@ -215,6 +188,33 @@ def match_report(names: list[str], index: np.ndarray, routes: np.ndarray, counts
         "n_dropped": len(dropped), "dropped": [names[i] or "(no id)" for i in dropped[:8]],
         "routes": {route: int((routes == i).sum()) for i, route in enumerate(ROUTES)},
     }
+
+# %% ../../nbs/data/genes.ipynb #f831c392
+@dataclass(repr=False)
+class GeneMatch:
+    "Which entry of a vocabulary each gene is, and a report of how that went."
+
+    index: np.ndarray  # int64 [n_genes]: position in the vocabulary, -1 where there is none
+    report: dict  # n_genes, n_matched, n_mapped, n_duplicated, share_of_counts, n_dropped, dropped, routes
+
+    def __repr__(self) -> str:
+        return f"GeneMatch({self.report['n_matched']} of {self.report['n_genes']} genes known)"
+
+    def _repr_html_(self) -> str:
+        "The report as a small table."
+        report = self.report
+        share = "not asked" if report["share_of_counts"] is None else f"{report['share_of_counts']:.1%}"
+        examples = f", e.g. {html.escape(', '.join(report['dropped']))}" if report["n_dropped"] else ""
+        rows = {
+            "genes in the data": f"{report['n_genes']:,}",
+            "known to the vocabulary": f"{report['n_matched']:,} ({report['n_matched'] / report['n_genes']:.1%})",
+            **{f"&ensp;{route}": f"{n:,}" for route, n in report["routes"].items() if n},
+            "share of all counts kept": share,
+            "second names of a gene, to be summed": f"{report['n_duplicated']:,}",
+            "dropped": f"{report['n_dropped']:,}{examples}",
+        }
+        cells = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows.items())
+        return f"<table><caption>Gene match</caption>{cells}</table>"
 
 # %% ../../nbs/data/genes.ipynb #12b98297
 def match_genes(

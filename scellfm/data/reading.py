@@ -302,7 +302,7 @@ def warn_of_oddities(adata: AnnData, layer: str | None, faults: CountFaults, ine
         warn(f"cell names repeat, e.g. {name!r}, so they name no cell: call adata.obs_names_make_unique()",
              stacklevel=4)
 
-
+# %% ../../nbs/data/reading.ipynb #ce0d4101
 def check_counts(adata: AnnData, layer: str | None = None) -> None:
     """Raise a DataError unless the matrix that `layer` names holds raw counts: finite, non-negative, whole numbers.
 

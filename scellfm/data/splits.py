@@ -92,7 +92,7 @@ def column_of(obs: pd.DataFrame, name: str, use: str) -> np.ndarray:
                         f"leave them out: adata[adata.obs[{name!r}].notna()]")
     return obs[name].astype(str).to_numpy(dtype=object)
 
-
+# %% ../../nbs/data/splits.ipynb #b0ed4b80
 def labels_of(obs: pd.DataFrame, stratify: str | None) -> np.ndarray:
     "The labels whose composition the parts shall share, as numbers 0..n_labels-1 in order of name, and the names."
     labels = np.full(len(obs), "all", dtype=object) if stratify is None else column_of(obs, stratify, "stratify")
@@ -102,7 +102,7 @@ def labels_of(obs: pd.DataFrame, stratify: str | None) -> np.ndarray:
                         "nothing to stratify or to learn; choose another column")
     return names, codes
 
-
+# %% ../../nbs/data/splits.ipynb #e0d521e3
 def check_fractions(fractions) -> np.ndarray:
     "The fractions of train, valid and test as an array; OptionError unless they are three, not negative, and sum to 1."
     three = isinstance(fractions, (tuple, list, np.ndarray)) and len(fractions) == 3
@@ -122,7 +122,7 @@ def whole_numbers(wanted: np.ndarray, total: int) -> np.ndarray:
     sizes[np.argsort(sizes - wanted, kind="stable")[: total - sizes.sum()]] += 1
     return sizes
 
-
+# %% ../../nbs/data/splits.ipynb #2bb36e0c
 def deal_cells(names, labels: np.ndarray, codes: np.ndarray, fractions: np.ndarray, seed: int) -> np.ndarray:
     "The part (0, 1, ...) of each cell, cells being the unit: by label, in the order of keyed draws."
     keys = np.fromiter((keyed_seed(seed, "split", name) for name in names), np.uint64, len(codes))
@@ -147,7 +147,7 @@ def all_deals(n_groups: int, n_parts: int) -> np.ndarray:
     number = np.arange(n_parts**n_groups)[:, None]
     return (number // n_parts ** np.arange(n_groups) % n_parts).astype(np.int8)
 
-
+# %% ../../nbs/data/splits.ipynb #4ed87b7e
 def greedy_deals(sizes: np.ndarray, fractions: np.ndarray, draws: np.ndarray) -> np.ndarray:
     "Per row of `draws` [n, n_groups] one assignment: groups, large ones first, go to the part that lacks most."
     n, n_groups = draws.shape
@@ -164,7 +164,7 @@ def greedy_deals(sizes: np.ndarray, fractions: np.ndarray, draws: np.ndarray) ->
         empty[rows, part] = False
     return deals
 
-
+# %% ../../nbs/data/splits.ipynb #2148878a
 def deal_groups(names: list[str], table: np.ndarray, fractions: np.ndarray, seed: int) -> np.ndarray:
     "The part of each group; `table` [n_groups, n_labels] holds the cells of each label in each group."
     n_groups, n_parts = len(names), len(fractions)
@@ -196,7 +196,7 @@ def deal_by(obs: pd.DataFrame, by: str, codes: np.ndarray, fractions: np.ndarray
     dealt = deal_groups(list(groups), table, fractions, seed)
     return dealt[member], np.bincount(dealt, minlength=len(fractions))
 
-
+# %% ../../nbs/data/splits.ipynb #4a46fe6f
 def deal(adata, by: str | None, fractions: np.ndarray, stratify: str | None, seed: int) -> tuple:
     "The part of each cell, and a table of what each part holds."
     import pandas as pd
