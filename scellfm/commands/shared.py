@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'OWN', 'KEYS', 'EMBED', 'demonstration', 'cells_from', 'out_format', 'write_table', 'add_command', 'add',
            'add_cells', 'add_layer', 'add_model', 'is_classifier', 'system_of', 'refuse_options_of_others',
-           'model_from', 'embed_into', 'embed_tokens', 'write_vectors', 'embed', 'layer_number', 'embed_options']
+           'model_from', 'embed_into', 'embed_tokens', 'write_vectors', 'layer_number', 'embed_options', 'embed']
 
 # %% ../../nbs/commands/shared.ipynb #8236b7a4
 import argparse
@@ -37,7 +37,7 @@ def cells_from(name: str):
 
     return read(path)
 
-
+# %% ../../nbs/commands/shared.ipynb #11d012ee
 def out_format(out: str, known: Sequence[str]) -> str:
     "The suffix of the file to be written; OptionError unless it is one of `known`."
     suffix = Path(out).suffix.lower()
@@ -74,7 +74,7 @@ def add(parser, name: str, about: str, **more) -> None:
         about += " (default: %(default)s)" if more.get("default") is not None else ""
     parser.add_argument(name, help=about, **more)
 
-
+# %% ../../nbs/commands/shared.ipynb #658924ce
 def add_cells(parser) -> None:
     "The cells to work on, and where their counts are."
     add(parser, "cells", "h5ad, 10x h5 or mtx folder, loom, zarr, a saved tokenized data set, or the word demo")
@@ -147,7 +147,7 @@ def embed_into(model, cells, options: argparse.Namespace, **more):
     made = model.embed(cells, **{name: value for name, value in given.items() if value is not None})
     return cells if made is None else made, given["key_added"] or KEYS[system]
 
-
+# %% ../../nbs/commands/shared.ipynb #88884bb5
 def embed_tokens(options: argparse.Namespace, path: str):
     "The vectors and names of the cells of a saved tokenized data set."
     from scellfm.geneformer import TokenizedCells
@@ -166,30 +166,7 @@ def write_vectors(vectors, names, key: str, out: str) -> None:
     columns = [f"{key}_{i}" for i in range(vectors.shape[1])]
     write_table(pd.DataFrame(vectors, index=pd.Index(names, name="cell"), columns=columns), out)
 
-
-def embed(options: argparse.Namespace) -> str:
-    "Write embeddings of cells; the path."
-    suffix = out_format(options.out, (".h5ad", ".csv", ".parquet"))
-    refuse_options_of_others(options)
-    streams = suffix != ".h5ad" and options.cells.endswith(".h5ad") and system_of(options.model, options.subfolder) == "scgpt"
-    cells = Path(options.cells).expanduser() if streams else cells_from(options.cells)
-    if isinstance(cells, str) and suffix == ".h5ad":
-        raise OptionError(f"--out {options.out}: a tokenized data set has no counts to write into an h5ad; "
-                          "end the name in .csv or .parquet")
-    if isinstance(cells, str):
-        write_vectors(*embed_tokens(options, cells), options.key_added or "X_geneformer", options.out)
-        return options.out
-    cells, key = embed_into(model_from(options), cells, options)
-    if suffix != ".h5ad":
-        write_vectors(cells.obsm[key], cells.obs_names, key, options.out)
-        return options.out
-    from scellfm.store import atomic_write
-
-    with atomic_write(options.out) as part:
-        cells.write_h5ad(part)
-    return options.out
-
-
+# %% ../../nbs/commands/shared.ipynb #b54e31ae
 def layer_number(text: str) -> int | str:
     "An emb_layer: a whole number, or a name."
     return int(text) if text.lstrip("-").isdigit() else text
@@ -211,3 +188,26 @@ def embed_options(parsers) -> None:
     add(parser, "--overlong", "scGPT: genes of a longer cell: sample or top (default: sample)")
     add(parser, "--seed", "scGPT: seed of every random draw (default: 0)", type=int)
     add(parser, "--column", "scGPT: column of var that names the genes")
+
+# %% ../../nbs/commands/shared.ipynb #dfc9f656
+def embed(options: argparse.Namespace) -> str:
+    "Write embeddings of cells; the path."
+    suffix = out_format(options.out, (".h5ad", ".csv", ".parquet"))
+    refuse_options_of_others(options)
+    streams = suffix != ".h5ad" and options.cells.endswith(".h5ad") and system_of(options.model, options.subfolder) == "scgpt"
+    cells = Path(options.cells).expanduser() if streams else cells_from(options.cells)
+    if isinstance(cells, str) and suffix == ".h5ad":
+        raise OptionError(f"--out {options.out}: a tokenized data set has no counts to write into an h5ad; "
+                          "end the name in .csv or .parquet")
+    if isinstance(cells, str):
+        write_vectors(*embed_tokens(options, cells), options.key_added or "X_geneformer", options.out)
+        return options.out
+    cells, key = embed_into(model_from(options), cells, options)
+    if suffix != ".h5ad":
+        write_vectors(cells.obsm[key], cells.obs_names, key, options.out)
+        return options.out
+    from scellfm.store import atomic_write
+
+    with atomic_write(options.out) as part:
+        cells.write_h5ad(part)
+    return options.out

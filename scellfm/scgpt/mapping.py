@@ -38,7 +38,7 @@ def vectors_of(adata, key: str, what: str) -> tuple[np.ndarray, np.ndarray]:
                         f"(row {broken[0]}); embed these cells again")
     return values, finite
 
-
+# %% ../../nbs/scgpt/mapping.ipynb #090ab740
 def label_codes(obs: pd.DataFrame, label: str, what: str) -> tuple[np.ndarray, np.ndarray]:
     "obs[label] as (codes int64 [cells], -1 where it is missing; classes: categories in their order, else sorted by name)."
     if label not in obs:
@@ -50,7 +50,7 @@ def label_codes(obs: pd.DataFrame, label: str, what: str) -> tuple[np.ndarray, n
         values = values.where(values.isna(), values.astype(str)).astype("category")
     return values.cat.codes.to_numpy().astype(np.int64), values.cat.categories.astype(str).to_numpy().astype(object)
 
-
+# %% ../../nbs/scgpt/mapping.ipynb #4c08bbd4
 def usable_cells(adata, key: str, label: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "(vectors, codes, classes) of the reference cells that have both; a warning counts those without."
     values, finite = vectors_of(adata, key, "reference")
@@ -82,7 +82,7 @@ def held_out_neighbours(rows, chosen: np.ndarray, k: int, groups: np.ndarray | N
         positions[here] = others[found]
     return distances, positions
 
-
+# %% ../../nbs/scgpt/mapping.ipynb #ab9f7218
 def confidence_table(confidence: np.ndarray, right: np.ndarray) -> pd.DataFrame:
     "For each confidence that occurs: the cells called at it or above, their share, and the accuracy among them."
     levels, inverse = np.unique(confidence.round(9), return_inverse=True)
@@ -117,7 +117,7 @@ def save_map(path: str | Path, vectors: np.ndarray, codes: np.ndarray, record: d
             raise OSError(str(error)) from error
         (Path(folder) / "index.json").write_text(json.dumps(record, indent=1), encoding="utf8")
 
-
+# %% ../../nbs/scgpt/mapping.ipynb #553956d3
 def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
     "(vectors mapped from the file, codes, record) of a saved map. AssetError: missing, damaged, or of another kind."
     file, described = Path(path) / "index.safetensors", Path(path) / "index.json"
@@ -300,7 +300,7 @@ def label_scores(truth: np.ndarray, called: np.ndarray) -> tuple[dict, dict]:
     confusion = pd.DataFrame(confusion_matrix(truth, called, labels=names), per_class.index.rename("true"), per_class.index.rename("called"))
     return metrics, {"per_class": per_class, "confusion": confusion}
 
-
+# %% ../../nbs/scgpt/mapping.ipynb #88e2a5f4
 def pca_pair(ref, query, layer: str | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
     "HVG + PCA learnt on the reference's counts, for both; genes that both have. DataError: no counts, no gene in common."
     from scellfm.baselines import count_features
@@ -316,7 +316,7 @@ def pca_pair(ref, query, layer: str | None, seed: int) -> tuple[np.ndarray, np.n
     features = count_features(seed).fit(counts[0])
     return features.transform(counts[0]), features.transform(counts[1])
 
-
+# %% ../../nbs/scgpt/mapping.ipynb #169f646b
 def baseline_map(reference: ReferenceMap, query, layer: str | None, seed: int):
     "The same map on HVG + PCA, without thresholds, and the query with that embedding."
     import anndata
