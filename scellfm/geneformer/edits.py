@@ -117,7 +117,7 @@ def cell_edits(tokens: np.ndarray, kind: str, genes: np.ndarray | None, anchor: 
     each = each[each != at] if at >= 0 else each[:0]
     return np.stack([np.full(len(each), at), each], axis=1), None
 
-
+# %% ../../nbs/geneformer/edits.ipynb #db8a4264
 def shifted_ranks(rank: np.ndarray, n_genes: np.ndarray, quartiles: int) -> np.ndarray:
     """New ranks [k, m] of genes moved down by `quartiles` (up if negative) in cells of n_genes [k].
 
@@ -143,7 +143,7 @@ def with_targets(edits: Edits, quartiles: int) -> Edits:
     changes = (targets != edits.positions).any(1)
     return replace(edits, targets=targets)[np.flatnonzero(changes)]
 
-
+# %% ../../nbs/geneformer/edits.ipynb #3b7a40b3
 def make_edits(cells, kind: str, genes: np.ndarray | None, anchor: int | None, special: bool, max_length: int,
                quartiles: int = 1) -> Edits:
     """All edits of `cells` (token ids by position), cell by cell; edits that would leave no token are left out.
@@ -224,7 +224,7 @@ def edited_batch(block: Block, edits: Edits) -> tuple[np.ndarray, np.ndarray, np
         ids = np.where(source < 0, np.take_along_axis(edits.tokens, np.clip(-1 - source, 0, None), axis=1), ids)
     return np.where(mask, ids, 0), source, mask
 
-
+# %% ../../nbs/geneformer/edits.ipynb #cb05de89
 def compared(edits: Edits, source: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Which tokens of the edited cells are genes that are compared with the original [k, L]: neither edited, special
     nor cut."""
@@ -299,7 +299,7 @@ def plan_blocks(edits: Edits, estimated: bool = False) -> list[np.ndarray]:
         used += need
     return [*blocks, np.concatenate(current)] if current else []
 
-
+# %% ../../nbs/geneformer/edits.ipynb #6bbaaa7c
 def run_edits(gf: Geneformer, cells, edits: Edits, index: int, pool: str, states: torch.Tensor | None, *,
               token_budget=16384, store=None, label: str = "", bar=None, record=None, estimate=None) -> np.ndarray:
     """The effects of all edits of `cells`, block by block; blocks that `store` has are read from it.

@@ -36,7 +36,7 @@ def class_loss(model, batch: dict) -> tuple[torch.Tensor, int]:
     states = model.encode(batch["genes"], batch["values"], batch["mask"], cell_only=True)
     return F.cross_entropy(model.cls_decoder(states[:, 0]).float(), batch["codes"], reduction="sum"), len(batch["codes"])
 
-
+# %% ../../nbs/scgpt/annotation.ipynb #189f749e
 def freeze(model, n: int) -> None:
     "Keep the decoders and the lowest `n` layers as they are; the gene vectors below still learn."
     layers = model.transformer_encoder.layers
@@ -123,7 +123,7 @@ def folds_of(adata, lengths: np.ndarray, split) -> tuple[list[Split], np.ndarray
         parts.append(Split(*rows, one.by, one.n))
     return parts, groups
 
-
+# %% ../../nbs/scgpt/annotation.ipynb #1094ff01
 def advice_for(by: str | None, epochs: int, freeze_layers: int, n_layers: int) -> list[str]:
     "The remedies against overfitting that these settings leave untried."
     more = min(n_layers, freeze_layers + max(1, n_layers // 3))
@@ -132,7 +132,7 @@ def advice_for(by: str | None, epochs: int, freeze_layers: int, n_layers: int) -
                 (freeze_layers < n_layers, f"freeze more layers (freeze_layers={more} of {n_layers}, not {freeze_layers})")]
     return [text for untried, text in remedies if untried]
 
-
+# %% ../../nbs/scgpt/annotation.ipynb #7034e8fb
 def finetune(
     gpt: ScGPT,  # stays as it is
     adata,  # AnnData or the path of a file, raw or log-normalised counts

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SHAPES', 'as_vocabulary', 'default_budget', 'planned', 'in_order', 'tell', 'AttentionMap', 'ScGPT', 'opened',
-           'columns_of', 'make_batch', 'cell_vectors', 'over_cells', 'embed', 'gene_embeddings', 'attention']
+__all__ = ['SHAPES', 'as_vocabulary', 'default_budget', 'planned', 'in_order', 'tell', 'ScGPT', 'opened', 'columns_of',
+           'make_batch', 'cell_vectors', 'over_cells', 'embed', 'gene_embeddings', 'AttentionMap', 'attention']
 
 # %% ../../nbs/scgpt/embedding.ipynb #5b4636d4
 SHAPES = {
@@ -83,14 +83,7 @@ def tell(totals: dict, n_cells: int, max_length: int, overlong: str, key: str) -
              f"{max_length - 1:,} {how[overlong]}. Choose variable genes beforehand to decide yourself "
              "which", stacklevel=5)
 
-# %% ../../nbs/scgpt/embedding.ipynb #7f313d41
-class AttentionMap(NamedTuple):
-    "Who looks at whom in one cell."
-    cell: str
-    genes: list[str]  # the tokens of the cell, <cls> first
-    weights: np.ndarray  # [heads, tokens, tokens], rows sum to 1
-
-
+# %% ../../nbs/scgpt/embedding.ipynb #c3bd6401
 class ScGPT:
     """A scGPT model with its vocabulary on a device.
 
@@ -214,7 +207,7 @@ def opened(data: AnnData | str | Path) -> tuple[AnnData, AnnData | Path]:
         stored.file.close()
     return result, Path(data) if is_h5ad else stored
 
-
+# %% ../../nbs/scgpt/embedding.ipynb #3ec96ad1
 def columns_of(result: AnnData, source: AnnData | Path, layer: str | None) -> AnnData:
     "An AnnData whose var describes the columns of the counts: those of raw may be others than those of X."
     if layer != "raw" or "raw" in result.layers:
@@ -264,7 +257,7 @@ def over_cells(gpt: ScGPT, source, obs_names, index: np.ndarray, function, width
         seen = {name: seen[name] + cells.report[name] for name in seen}
     return rows, seen, record
 
-
+# %% ../../nbs/scgpt/embedding.ipynb #3d2ff024
 def embed(gpt: ScGPT, data, *, pool, layer, names: dict, how: dict, token_budget, key_added, copy):
     "See `ScGPT.embed`; `names` says how genes are named, `how` how cells become tokens."
     one_of("pool", pool, POOLS)
@@ -296,6 +289,13 @@ def gene_embeddings(gpt: ScGPT, genes: Iterable[str] | None = None) -> pd.DataFr
     with torch.inference_mode():
         vectors = gpt.model.encoder(ids).float().cpu().numpy()
     return pd.DataFrame(vectors, index=pd.Index(chosen, name="gene"))
+
+# %% ../../nbs/scgpt/embedding.ipynb #7f313d41
+class AttentionMap(NamedTuple):
+    "Who looks at whom in one cell."
+    cell: str
+    genes: list[str]  # the tokens of the cell, <cls> first
+    weights: np.ndarray  # [heads, tokens, tokens], rows sum to 1
 
 
 def attention(gpt: ScGPT, adata: AnnData, head_layer: int, layer, names: dict, how: dict) -> Iterator[AttentionMap]:

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['PARTS', 'MODEL', 'learner', 'with_head', 'start_at_mean', 'binned_cells', 'HiddenGenes', 'pretraining_loss',
-           'mean_parts', 'known_values', 'guessers', 'class_probabilities', 'learning_cells', 'by_name',
-           'continue_pretraining', 'check_shares', 'label_scores', 'report_losses']
+__all__ = ['PARTS', 'MODEL', 'learner', 'with_head', 'start_at_mean', 'binned_cells', 'HiddenGenes', 'check_shares',
+           'pretraining_loss', 'mean_parts', 'known_values', 'guessers', 'class_probabilities', 'label_scores',
+           'learning_cells', 'by_name', 'report_losses', 'continue_pretraining']
 
 # %% ../../nbs/scgpt/training.ipynb #8812c123
 def learner(gpt: ScGPT, classes: list[str], seed: int, decoders: bool = True) -> ScGPT:
@@ -62,7 +62,7 @@ def with_head(gpt: ScGPT, config, classes: list[str], seed: int) -> ScGPT:
     made.load_report = report
     return made
 
-
+# %% ../../nbs/scgpt/training.ipynb #c4a7aa1a
 def start_at_mean(model: ScGPTModel, mean: float, largest: float) -> None:
     "Let an untrained model guess `mean` everywhere from place and from cell, and tell values up to `largest` apart."
     d, offset = model.config.d_model, 0.5
@@ -120,6 +120,15 @@ class HiddenGenes:
             return batch if self.codes is None else batch | {"codes": torch.as_tensor(self.codes[which[rows]])}
 
         return Rows(len(which), batch, np.minimum(self.cells.lengths[which], self.max_length))
+
+# %% ../../nbs/scgpt/training.ipynb #1ce082ea
+def check_shares(mask_share) -> tuple[float, ...]:
+    "The shares of genes to hide, one of which is drawn for each cell; OptionError unless all lie between 0 and 1."
+    shares = tuple(np.atleast_1d(mask_share).tolist())
+    if not shares or not all(isinstance(share, float) and 0 < share < 1 for share in shares):
+        raise OptionError(f"mask_share={mask_share!r}: give a share of genes to hide between 0 and 1, or several to draw "
+                          "from, such as (0.25, 0.5, 0.75)")
+    return shares
 
 # %% ../../nbs/scgpt/training.ipynb #f33aeeaf
 PARTS = ("hidden_gene_mse", "from_cell_mse", "label_loss")
@@ -186,6 +195,19 @@ def class_probabilities(gpt: ScGPT, adata, index: np.ndarray, *, layer=None, max
     return over_cells(gpt, adata, adata.obs_names, index, one_batch, gpt.model.config.n_cls, layer=layer, how=how,
                       token_budget=token_budget, desc="classifying")[0]
 
+# %% ../../nbs/scgpt/training.ipynb #c72b7d05
+MODEL = "scGPT"
+
+
+def label_scores(values: list[np.ndarray], parts: list[Split], counts, codes, classes, groups, n_boot: int, settings) -> Scores:
+    "The table of held-out classes: probabilities [cells, classes] of each fold's model, beside simple methods."
+    own = Gathered(len(codes), len(classes))
+    for table, part in zip(values, parts):
+        for rows, seen in ((part.test, False), (part.train, True)):
+            own.add(rows, table[rows], seen)
+    simple = baseline_probabilities(counts, codes, parts, len(classes), settings["seed"])
+    return score_table(own, simple, codes, classes, groups, model=MODEL, n_boot=n_boot, seed=settings["seed"], origin=settings)
+
 # %% ../../nbs/scgpt/training.ipynb #69dfed02
 def learning_cells(adata, cells: BinnedCells, split: Split | None, held_out: float, seed: int) -> Split:
     "The cells to train on and (as test) to judge by, without those that have no known gene. DataError, OptionError."
@@ -215,10 +237,24 @@ def by_name(rows: np.ndarray, names) -> np.ndarray:
     "Positions in the order of the cells' names, so that training does not depend on how a file is sorted."
     return rows[np.argsort(np.asarray(names)[rows].astype(str), kind="stable")]
 
+# %% ../../nbs/scgpt/training.ipynb #5d8fc8e5
+def report_losses(model: ScGPT, hiding: HiddenGenes, part: Split, batch_size: int) -> None:
+    "Set model.losses and the baselines of its history; warn where the network guesses no better than gene means."
+    judged = part.test if len(part.test) else part.train
+    n_classes = model.model.config.n_cls
+    rows = dict(zip(row_names(MODEL), (part.test, part.train)))
+    found = {name: mean_parts(model, hiding.rows(which), batch_size) for name, which in rows.items() if len(which)}
+    simple = guessers(hiding, part.train, judged, n_classes)
+    columns = list(PARTS[:2 + bool(n_classes)])
+    model.losses = Scores(pd.DataFrame(found | simple, index=columns).T, title="hidden values (in bins) and cell types",
+                          origin={"recipe": model.history.recipe, "held_out_by": part.by})
+    model.history.baselines = {name: float(parts.sum()) for name, parts in simple.items()}
+    own, gene_means = next(iter(found.values()))[0], simple["gene means"][0]
+    if own >= gene_means:
+        warn(f"hidden values are missed by {own:.1f} squared bins, and by {gene_means:.1f} when each gene's mean is guessed: "
+             "the model has learned no more than that; train longer, on more cells, or at another learning_rate", stacklevel=5)
+
 # %% ../../nbs/scgpt/training.ipynb #e01d1a6e
-MODEL = "scGPT"
-
-
 def continue_pretraining(
     gpt: ScGPT,  # stays as it is
     adata: AnnData | str | Path,  # raw or log-normalised counts
@@ -275,39 +311,3 @@ def continue_pretraining(
     model.dtype = gpt.dtype
     model.model.to(gpt.dtype)
     return model
-
-
-def check_shares(mask_share) -> tuple[float, ...]:
-    "The shares of genes to hide, one of which is drawn for each cell; OptionError unless all lie between 0 and 1."
-    shares = tuple(np.atleast_1d(mask_share).tolist())
-    if not shares or not all(isinstance(share, float) and 0 < share < 1 for share in shares):
-        raise OptionError(f"mask_share={mask_share!r}: give a share of genes to hide between 0 and 1, or several to draw "
-                          "from, such as (0.25, 0.5, 0.75)")
-    return shares
-
-
-def label_scores(values: list[np.ndarray], parts: list[Split], counts, codes, classes, groups, n_boot: int, settings) -> Scores:
-    "The table of held-out classes: probabilities [cells, classes] of each fold's model, beside simple methods."
-    own = Gathered(len(codes), len(classes))
-    for table, part in zip(values, parts):
-        for rows, seen in ((part.test, False), (part.train, True)):
-            own.add(rows, table[rows], seen)
-    simple = baseline_probabilities(counts, codes, parts, len(classes), settings["seed"])
-    return score_table(own, simple, codes, classes, groups, model=MODEL, n_boot=n_boot, seed=settings["seed"], origin=settings)
-
-
-def report_losses(model: ScGPT, hiding: HiddenGenes, part: Split, batch_size: int) -> None:
-    "Set model.losses and the baselines of its history; warn where the network guesses no better than gene means."
-    judged = part.test if len(part.test) else part.train
-    n_classes = model.model.config.n_cls
-    rows = dict(zip(row_names(MODEL), (part.test, part.train)))
-    found = {name: mean_parts(model, hiding.rows(which), batch_size) for name, which in rows.items() if len(which)}
-    simple = guessers(hiding, part.train, judged, n_classes)
-    columns = list(PARTS[:2 + bool(n_classes)])
-    model.losses = Scores(pd.DataFrame(found | simple, index=columns).T, title="hidden values (in bins) and cell types",
-                          origin={"recipe": model.history.recipe, "held_out_by": part.by})
-    model.history.baselines = {name: float(parts.sum()) for name, parts in simple.items()}
-    own, gene_means = next(iter(found.values()))[0], simple["gene means"][0]
-    if own >= gene_means:
-        warn(f"hidden values are missed by {own:.1f} squared bins, and by {gene_means:.1f} when each gene's mean is guessed: "
-             "the model has learned no more than that; train longer, on more cells, or at another learning_rate", stacklevel=5)
