@@ -61,7 +61,7 @@ class Edits:
             return self.length - self.positions.shape[1]
         return self.length + self.inserted - self.overflow
 
-
+# %% ../../nbs/geneformer/edits.ipynb #5a1819e9
 def sources(edits: Edits) -> np.ndarray:
     "Where each token of the edited cells comes from [k, L]; all cells must have one length and lack as many genes."
     k, n, first = len(edits), int(edits.length[0]), int(edits.special)
