@@ -61,6 +61,11 @@ class Edits:
             return self.length - self.positions.shape[1]
         return self.length + self.inserted - self.overflow
 
+    @property
+    def others(self) -> np.ndarray:
+        "How many genes of each cell are left that are neither edited nor cut off [k]."
+        return self.length - 2 * int(self.special) - (self.positions >= 0).sum(1) - self.overflow
+
 # %% ../../nbs/geneformer/edits.ipynb #5a1819e9
 def sources(edits: Edits) -> np.ndarray:
     "Where each token of the edited cells comes from [k, L]; all cells must have one length and lack as many genes."
@@ -146,7 +151,8 @@ def with_targets(edits: Edits, quartiles: int) -> Edits:
 # %% ../../nbs/geneformer/edits.ipynb #3b7a40b3
 def make_edits(cells, kind: str, genes: np.ndarray | None, anchor: int | None, special: bool, max_length: int,
                quartiles: int = 1) -> Edits:
-    """All edits of `cells` (token ids by position), cell by cell; edits that would leave no token are left out.
+    """All edits of `cells` (token ids by position), cell by cell; an edit that spares no gene of
+    its cell is left out: there is nothing that it could have moved.
 
     genes: None for every gene, or sets of m genes [s, m], the genes of a set being edited together."""
     made = [cell_edits(np.asarray(cells[i]), kind, genes, anchor, special) for i in range(len(cells))]
@@ -157,7 +163,7 @@ def make_edits(cells, kind: str, genes: np.ndarray | None, anchor: int | None, s
     tokens = None if genes is None else genes[np.concatenate([*(which for _, which in made), np.empty(0, np.int64)])]
     edits = Edits(kind, np.repeat(np.arange(len(number)), number), np.repeat(lengths, number), positions, tokens, special,
                   max_length)
-    edits = edits[np.flatnonzero(edits.lengths > 0)]
+    edits = edits[np.flatnonzero(edits.others > 0)]
     return with_targets(edits, quartiles) if kind in ("inhibit", "activate") else edits
 
 

@@ -29,11 +29,14 @@ def finite_numbers(shifts: pd.DataFrame, column: str, lowest: float) -> np.ndarr
     values = pd.to_numeric(shifts[column], errors="coerce").to_numpy(float, na_value=np.nan)
     bad = np.flatnonzero(~np.isfinite(values) | (values < lowest))
     if len(bad):
-        row = shifts.iloc[bad[0]]
-        what = "finite numbers" if lowest == -np.inf else f"finite numbers of at least {lowest:g}"
+        signed = lowest == -np.inf
+        what = "finite numbers" if signed else f"finite numbers of at least {lowest:g}"
+        where = ", ".join(f"{name} {str(shifts[name].iloc[bad[0]])!r}" for name in ("gene", "cell") if name in shifts)
+        good = ".abs() < np.inf" if signed else f".between({lowest:g}, np.inf, inclusive='left')"
         raise DataError(
-            f"{len(bad)} of {len(values)} values of column {column!r} are not {what}; the first is {row[column]!r} "
-            f"(gene {row['gene']!r}, cell {row['cell']!r}). Drop these rows: shifts[np.isfinite(shifts[{column!r}])]"
+            f"{len(bad)} of {len(values)} values of column {column!r} are not {what}; the first is "
+            f"{shifts[column].tolist()[bad[0]]!r} ({where}). Drop these rows: "
+            f"shifts[pd.to_numeric(shifts[{column!r}], errors='coerce'){good}]"
         )
     return values
 
