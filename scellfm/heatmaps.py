@@ -21,7 +21,7 @@ def leaves(values: np.ndarray, metric: str) -> np.ndarray:
 
     return leaves_list(linkage(values, "average", metric=metric)) if len(values) > 2 else np.arange(len(values))
 
-
+# %% ../nbs/heatmaps.ipynb #a787f019
 def drawn_cells(adata, basis: str, max_cells: int, seed: int) -> np.ndarray:
     "The positions of at most `max_cells` cells that have an embedding, by lots keyed by name; DataError if none has."
     if basis not in adata.obsm:
@@ -34,7 +34,7 @@ def drawn_cells(adata, basis: str, max_cells: int, seed: int) -> np.ndarray:
     lots = np.array([keyed_seed(seed, "heatmap", name) for name in adata.obs_names[rows]], dtype=np.uint64)
     return rows[np.sort(np.argsort(lots, kind="stable")[:max_cells])]
 
-
+# %% ../nbs/heatmaps.ipynb #dcffdcf4
 def ordered(values: np.ndarray, labels: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     "The order of cells (by label, then like beside like) and of dimensions (like beside like; constant ones last)."
     cells = np.concatenate([rows[leaves(values[rows], "euclidean")] for rows in

@@ -237,7 +237,7 @@ def roc_points(result, column: int) -> tuple[np.ndarray, np.ndarray]:
     rates = [np.r_[0, np.cumsum(side[order])[last] / max(side.sum(), 1)] for side in (~positive, positive)]
     return rates[0], rates[1]
 
-
+# %% ../nbs/plotting.ipynb #7154e1d0
 @styled(4.4, 5.0)
 def roc(source, *, ax: Axes | None = None) -> Axes:
     "ROC curves: of each method (two classes: the second class; more: the mean over classes), or of each class of a single result."

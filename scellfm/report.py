@@ -182,7 +182,7 @@ def figure_html(png: bytes, caption: str) -> str:
     alt, data = html.escape(caption, quote=True), base64.b64encode(png).decode()
     return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>'
 
-
+# %% ../nbs/report.ipynb #fe05d6ef
 def scores_section(scores: Scores) -> str:
     "The table of scores, its picture and where it came from."
     import matplotlib.pyplot as plt

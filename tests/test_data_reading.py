@@ -469,3 +469,13 @@ def test_real_cells_of_a_published_study_are_counts():
     adata = read(path)
     check_counts(adata)
     assert (sum(block.sum() for _, block in count_blocks(path)) == adata.X.sum(dtype=np.float64))
+
+
+def test_a_file_without_the_layer_is_closed_again(tmp_path):
+    adata, _ = cells()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    with pytest.raises(DataError, match="layer='nope'") as caught:  # the traceback keeps what was open alive
+        list(count_blocks(tmp_path / "cells.h5ad", "nope"))
+    with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
+        assert "X" in file
+    assert "there is: ['X (layer=None)']" in str(caught.value)

@@ -209,6 +209,19 @@ def test_class_names_of_another_model_are_refused(clf, tmp_path):
         CellClassifier.from_pretrained(tmp_path, device="cpu")
 
 
+def test_of_several_class_names_those_of_the_run_are_taken(clf, adata, tmp_path):
+    for prefix in ("a", "run_b"):
+        clf.models[0].model.save_pretrained(tmp_path / f"250101_geneformer_cellClassifier_{prefix}" / "ksplit1")
+        (tmp_path / f"{prefix}_id_class_dict.pkl").write_bytes(pickle.dumps({0: f"B of {prefix}", 1: f"T of {prefix}"}))
+        clf.models[0].tokenizer.save_pretrained(tmp_path / f"250101_geneformer_cellClassifier_{prefix}")
+    for prefix in ("a", "run_b"):
+        loaded = CellClassifier.from_pretrained(tmp_path / f"250101_geneformer_cellClassifier_{prefix}" / "ksplit1", device="cpu")
+        assert list(loaded.classes) == [f"B of {prefix}", f"T of {prefix}"]
+    (tmp_path / "run_b_id_class_dict.pkl").rename(tmp_path / "c_id_class_dict.pkl")
+    with pytest.raises(AssetError, match="a_id_class_dict.pkl, c_id_class_dict.pkl.*beside its config.json"):
+        CellClassifier.from_pretrained(tmp_path / "250101_geneformer_cellClassifier_run_b" / "ksplit1", device="cpu")
+
+
 def test_tokenized_cells_do_as_well_as_anndata(clf, gf, adata, split, tmp_path):
     cells = gf.tokenizer(adata, columns=("cell_type", "donor"))
     cells.save(tmp_path / "cells.dataset")

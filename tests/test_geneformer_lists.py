@@ -4,6 +4,7 @@ import logging
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.sparse import csr_matrix
 from test_geneformer_perturbation import QUESTION
 
 from scellfm import statistics
@@ -42,6 +43,18 @@ def test_each_gene_of_a_list_gives_the_rows_of_the_screen_of_all(pbmc):
     merged = each.merge(whole, on=["gene", "cell", "rank"])
     assert set(each["gene"]) == set(genes) and len(merged) == len(each) == whole["gene"].isin(genes).sum()
     np.testing.assert_allclose(merged["shift_x"], merged["shift_y"], atol=1e-6)
+
+
+def test_a_cell_that_has_no_other_gene_is_left_out(pbmc):
+    adata, gf = pbmc
+    cell = adata[:2].copy()
+    counts = cell.X.toarray()
+    counts[0] = [5] * 3 + [0] * (cell.n_vars - 3)
+    counts[1, :3] = 5
+    cell.X = csr_matrix(counts)
+    for kind in ("delete", "overexpress"):
+        rows = gf.perturb(cell, kind=kind, genes=list(cell.var_names[:3]), combine="joint").shifts
+        assert list(rows["cell"]) == [cell.obs_names[1]] * len(rows) and rows["shift"].notna().all()
 
 
 def test_a_list_without_company_has_effects_and_no_p(pbmc):

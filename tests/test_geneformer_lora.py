@@ -2,6 +2,7 @@
 import sys
 
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -120,6 +121,17 @@ def test_a_rank_that_is_none_is_refused(lora):
 def test_nothing_to_adapt_is_said():
     with pytest.raises(OptionError, match="freeze_layers=3.*all layers"):
         lora_config(8, 3, 3)
+
+
+@pytest.mark.parametrize("asked, left", [([0, 2], [2]), (1, [1]), ([0], None)])
+def test_a_frozen_layer_gets_no_adapter_even_if_it_is_asked_for(asked, left):
+    given = peft.LoraConfig(r=4, target_modules=["query"], layers_to_transform=asked)
+    if left:
+        assert lora_config(given, 1, 3).layers_to_transform == left
+    else:
+        with pytest.raises(OptionError, match="freeze_layers=1.*all layers"):
+            lora_config(given, 1, 3)
+    assert given.layers_to_transform == asked
 
 
 def test_other_adapters_do_not_go_on_from_a_checkpoint(gf, adata, tmp_path):

@@ -2,6 +2,7 @@
 hand, and what bad tables get."""
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -437,6 +438,21 @@ def test_a_gene_seen_in_all_cells_of_all_is_no_trouble():
 def test_bad_tables_get_a_plain_sentence(shifts, change, message):
     with pytest.raises(DataError, match=message):
         screen_test(change(shifts))
+
+
+@pytest.mark.parametrize("column, value", [("shift", np.nan), ("shift", -np.inf), ("shift", "many"), ("rank", -1.0), ("rank", "many")])
+def test_the_line_that_drops_bad_values_drops_them(shifts, column, value):
+    broken = shifts.assign(**{column: shifts[column].astype(object).where(shifts.index != 5, value)})
+    with pytest.raises(DataError, match=re.escape(f"the first is {value!r} (gene")) as caught:
+        screen_test(broken)
+    mended = eval(str(caught.value).partition("Drop these rows: ")[2], {"shifts": broken, "pd": pd, "np": np})
+    assert len(mended) == len(shifts) - 1
+    screen_test(mended)
+
+
+def test_the_rank_sum_test_names_a_bad_value_without_cells():
+    with pytest.raises(DataError, match="gene 'A'"):
+        rank_sum_test(pd.DataFrame({"gene": ["A", "B"], "shift": [np.nan, 1.0]}))
 
 
 def test_rows_without_donor_are_left_out_aloud(shifts, table):

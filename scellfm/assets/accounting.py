@@ -84,7 +84,7 @@ def raise_if_any(module, problems: dict[str, list[str]]) -> None:
             " Is it the right model, size and vocabulary?"
         )
 
-
+# %% ../../nbs/assets/accounting.ipynb #f68d7ba9
 def misfits(tensors: Mapping, target: Mapping, names: Mapping[str, str]) -> dict[str, list[str]]:
     "What keeps tensors from being copied, by kind of trouble."
     pairs = [(new, tensors[old], target[new]) for new, old in names.items() if new in target]
@@ -115,7 +115,7 @@ def left_over(tensors: Mapping, target: Mapping, names: Mapping[str, str], ignor
         )
     ]
 
-
+# %% ../../nbs/assets/accounting.ipynb #ed4c9871
 def copy_all(tensors: Mapping, target: Mapping, names: Mapping[str, str]) -> dict[str, int]:
     "Copy, and count the conversions from one type of number to another."
     import torch

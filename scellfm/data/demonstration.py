@@ -55,7 +55,7 @@ def evidence(counts: sparse.csr_matrix, deviation: np.ndarray, unit: np.ndarray,
                 "recovered counts over those totals",
     }
 
-
+# %% ../../nbs/data/demonstration.ipynb #298871cf
 def demo() -> AnnData:
     """700 real PBMC (Zheng 2017, scanpy's `pbmc68k_reduced`) with recovered integer counts of 765 genes in X.
 

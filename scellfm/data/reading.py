@@ -172,6 +172,8 @@ def open_counts(path: Path, layer: str | None):
     key = "X" if layer is None else "raw/X" if layer == "raw" and "layers/raw" not in file else f"layers/{layer}"
     if key not in file:
         there = ["X (layer=None)", *file.get("layers", {}), *(["raw"] if "raw/X" in file else [])]
+        if hasattr(file, "close"):
+            file.close()
         raise DataError(f"{path} has no {key!r} (layer={layer!r}); there is: {there}")
     stored = file[key]
     return (anndata.io.sparse_dataset(stored) if hasattr(stored, "keys") else stored), file

@@ -14,8 +14,8 @@ from ..core import AssetError, one_of
 from ..store import atomic_write
 
 # %% auto #0
-__all__ = ['FILES', 'WRITTEN', 'PLACES', 'Dictionaries', 'check_dictionaries', 'dictionary_files', 'companion', 'choose_tokens',
-           'read_dictionaries', 'write_dictionaries']
+__all__ = ['FILES', 'WRITTEN', 'PLACES', 'Dictionaries', 'check_dictionaries', 'write_dictionaries', 'dictionary_files',
+           'companion', 'choose_tokens', 'read_dictionaries']
 
 # %% ../../nbs/geneformer/dictionaries.ipynb #fbd2b942
 FILES = {"tokens": "token_dictionary", "medians": "gene_median", "mapping": "ensembl_mapping", "gene_names": "gene_name_id"}
@@ -59,6 +59,15 @@ def check_dictionaries(found: Dictionaries) -> Dictionaries:
         raise AssetError(f"the median of {bad[0]} is {medians[bad[0]]} ({len(bad)} such genes); a typical level is above 0")
     return Dictionaries(tokens, medians, found.mapping, found.gene_names)
 
+# %% ../../nbs/geneformer/dictionaries.ipynb #eafb7e5a
+def write_dictionaries(found: Dictionaries, folder: str | Path) -> None:
+    "Write the dictionaries as JSON files into `folder`."
+    for kind, name in WRITTEN.items():
+        content = getattr(found, kind)
+        if content is not None:
+            with atomic_write(Path(folder) / name) as path:
+                Path(path).write_text(json.dumps(content, indent=0, ensure_ascii=False), encoding="utf8")
+
 # %% ../../nbs/geneformer/dictionaries.ipynb #373a6ed0
 PLACES = (".", "geneformer", "geneformer/gene_dictionaries_30m", "gene_dictionaries_30m")
 
@@ -85,7 +94,7 @@ def companion(folder: Path, kind: str, tail: str) -> Path | None:
                          "dictionary; keep one, or give the dictionaries themselves")
     return next(iter(found.values()), None)
 
-
+# %% ../../nbs/geneformer/dictionaries.ipynb #cc056210
 def choose_tokens(folder: Path, version: str | None) -> tuple[Path, str, dict]:
     "The folder, ending and content of the token dictionary of `version` (None: of the only one there is)."
     from scellfm.assets import read_dictionary
@@ -108,7 +117,7 @@ def choose_tokens(folder: Path, version: str | None) -> tuple[Path, str, dict]:
     path, tail, tokens = choices[0]
     return path.parent, tail, tokens
 
-
+# %% ../../nbs/geneformer/dictionaries.ipynb #41056174
 def read_dictionaries(folder: str | Path, version: str | None = None) -> Dictionaries:
     "Read and check the dictionaries in `folder`, the official ones or ours; `version` chooses where there are two."
     from scellfm.assets import read_dictionary
@@ -119,12 +128,3 @@ def read_dictionaries(folder: str | Path, version: str | None = None) -> Diction
     if paths["medians"] is None:
         raise AssetError(f"{place} has a token dictionary and no gene_median*.json or .pkl; rank value encoding needs both")
     return check_dictionaries(Dictionaries(tokens, **{k: read_dictionary(p) if p else None for k, p in paths.items()}))
-
-# %% ../../nbs/geneformer/dictionaries.ipynb #eafb7e5a
-def write_dictionaries(found: Dictionaries, folder: str | Path) -> None:
-    "Write the dictionaries as JSON files into `folder`."
-    for kind, name in WRITTEN.items():
-        content = getattr(found, kind)
-        if content is not None:
-            with atomic_write(Path(folder) / name) as path:
-                Path(path).write_text(json.dumps(content, indent=0, ensure_ascii=False), encoding="utf8")

@@ -61,7 +61,12 @@ class Edits:
             return self.length - self.positions.shape[1]
         return self.length + self.inserted - self.overflow
 
+    @property
+    def others(self) -> np.ndarray:
+        "How many genes of each cell are left that are neither edited nor cut off [k]."
+        return self.length - 2 * int(self.special) - (self.positions >= 0).sum(1) - self.overflow
 
+# %% ../../nbs/geneformer/edits.ipynb #5a1819e9
 def sources(edits: Edits) -> np.ndarray:
     "Where each token of the edited cells comes from [k, L]; all cells must have one length and lack as many genes."
     k, n, first = len(edits), int(edits.length[0]), int(edits.special)
@@ -117,7 +122,7 @@ def cell_edits(tokens: np.ndarray, kind: str, genes: np.ndarray | None, anchor: 
     each = each[each != at] if at >= 0 else each[:0]
     return np.stack([np.full(len(each), at), each], axis=1), None
 
-
+# %% ../../nbs/geneformer/edits.ipynb #db8a4264
 def shifted_ranks(rank: np.ndarray, n_genes: np.ndarray, quartiles: int) -> np.ndarray:
     """New ranks [k, m] of genes moved down by `quartiles` (up if negative) in cells of n_genes [k].
 
@@ -143,10 +148,11 @@ def with_targets(edits: Edits, quartiles: int) -> Edits:
     changes = (targets != edits.positions).any(1)
     return replace(edits, targets=targets)[np.flatnonzero(changes)]
 
-
+# %% ../../nbs/geneformer/edits.ipynb #3b7a40b3
 def make_edits(cells, kind: str, genes: np.ndarray | None, anchor: int | None, special: bool, max_length: int,
                quartiles: int = 1) -> Edits:
-    """All edits of `cells` (token ids by position), cell by cell; edits that would leave no token are left out.
+    """All edits of `cells` (token ids by position), cell by cell; an edit that spares no gene of
+    its cell is left out: there is nothing that it could have moved.
 
     genes: None for every gene, or sets of m genes [s, m], the genes of a set being edited together."""
     made = [cell_edits(np.asarray(cells[i]), kind, genes, anchor, special) for i in range(len(cells))]
@@ -157,7 +163,7 @@ def make_edits(cells, kind: str, genes: np.ndarray | None, anchor: int | None, s
     tokens = None if genes is None else genes[np.concatenate([*(which for _, which in made), np.empty(0, np.int64)])]
     edits = Edits(kind, np.repeat(np.arange(len(number)), number), np.repeat(lengths, number), positions, tokens, special,
                   max_length)
-    edits = edits[np.flatnonzero(edits.lengths > 0)]
+    edits = edits[np.flatnonzero(edits.others > 0)]
     return with_targets(edits, quartiles) if kind in ("inhibit", "activate") else edits
 
 
@@ -224,7 +230,7 @@ def edited_batch(block: Block, edits: Edits) -> tuple[np.ndarray, np.ndarray, np
         ids = np.where(source < 0, np.take_along_axis(edits.tokens, np.clip(-1 - source, 0, None), axis=1), ids)
     return np.where(mask, ids, 0), source, mask
 
-
+# %% ../../nbs/geneformer/edits.ipynb #cb05de89
 def compared(edits: Edits, source: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Which tokens of the edited cells are genes that are compared with the original [k, L]: neither edited, special
     nor cut."""
@@ -299,7 +305,7 @@ def plan_blocks(edits: Edits, estimated: bool = False) -> list[np.ndarray]:
         used += need
     return [*blocks, np.concatenate(current)] if current else []
 
-
+# %% ../../nbs/geneformer/edits.ipynb #6bbaaa7c
 def run_edits(gf: Geneformer, cells, edits: Edits, index: int, pool: str, states: torch.Tensor | None, *,
               token_budget=16384, store=None, label: str = "", bar=None, record=None, estimate=None) -> np.ndarray:
     """The effects of all edits of `cells`, block by block; blocks that `store` has are read from it.

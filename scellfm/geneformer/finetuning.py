@@ -43,7 +43,7 @@ def new_classifier(gf: Geneformer, classes: np.ndarray, seed: int):
     gf.model.to(gf.dtype)
     return model, report
 
-
+# %% ../../nbs/geneformer/finetuning.ipynb #cfb49fb7
 def freeze(model, n: int) -> None:
     "Keep the lowest `n` layers of the encoder as they are; the embeddings below stay free, as in the original."
     layers = model.bert.encoder.layer
@@ -75,7 +75,7 @@ def weights_of(class_weights, classes: np.ndarray, codes: np.ndarray) -> torch.T
                           "each a weight")
     return torch.tensor([by_name[name] for name in classes])
 
-
+# %% ../../nbs/geneformer/finetuning.ipynb #a4d5043d
 def labelled_rows(sequences, codes: np.ndarray, which: np.ndarray, pad_id: int) -> Rows:
     "Cells with their classes, as the training loop takes them."
 
@@ -98,7 +98,7 @@ def class_loss(weights: torch.Tensor):
 
     return loss
 
-
+# %% ../../nbs/geneformer/finetuning.ipynb #10b8616d
 class Part:
     "Some of a sequence of cells, by position."
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'RECORD', 'TRAINED_GENES', 'new_gene_model', 'has_any', 'gene_rows', 'gene_loss', 'gene_probabilities',
-           'train_gene_fold', 'GeneClassifier', 'load_gene_model', 'finetune_genes', 'prepare_genes', 'named_for_genes',
-           'judge_genes']
+           'train_gene_fold', 'load_gene_model', 'GeneClassifier', 'prepare_genes', 'named_for_genes', 'judge_genes',
+           'finetune_genes']
 
 # %% ../../nbs/geneformer/genes.ipynb #c0068912
 import copy as copying
@@ -54,7 +54,7 @@ def new_gene_model(gf: Geneformer, classes: np.ndarray, seed: int):
     tensors = {name: value.detach().float() for name, value in gf.model.state_dict().items()}
     return model, load_state(model.float(), tensors, ignore=("cls.", "bert.pooler.", *HEAD), fresh=HEAD)
 
-
+# %% ../../nbs/geneformer/genes.ipynb #ddef55f3
 def has_any(cells, wanted: np.ndarray) -> np.ndarray:
     "Which cells (bool) have a token that is `wanted` (bool by token)."
     hits = np.concatenate([[0], np.cumsum(wanted[cells.tokens.astype(np.int64)])])
@@ -71,7 +71,7 @@ def gene_rows(sequences, which: np.ndarray, label_of: np.ndarray, pad_id: int) -
 
     return Rows(len(which), batch, sequences.lengths[which])
 
-
+# %% ../../nbs/geneformer/genes.ipynb #10f26e88
 def gene_loss(weights: torch.Tensor):
     "The loss: weighted sum of the cross-entropies of the asked places, and the sum of the weights."
 
@@ -85,7 +85,7 @@ def gene_loss(weights: torch.Tensor):
 
     return loss
 
-
+# %% ../../nbs/geneformer/genes.ipynb #b8f3581b
 def gene_probabilities(gf: Geneformer, sequences, wanted: np.ndarray, token_budget: int = 16384) -> tuple:
     "Mean class probabilities over the occurrences of each wanted token [vocabulary, classes] (or NaN); their number."
     asked = torch.from_numpy(wanted).to(gf.device)
@@ -132,6 +132,19 @@ def train_gene_fold(gf: Geneformer, cells, sequences, labels: pd.Series, codes, 
     fold = Geneformer(model, gf.tokenizer, device=model.device, dtype=gf.dtype)
     fold.load_report = report
     return fold, history
+
+# %% ../../nbs/geneformer/genes.ipynb #a16ad2b9
+def load_gene_model(folder: Path, tokenizer, device, dtype) -> Geneformer:
+    "A BertForTokenClassification from a folder in the official layout, every tensor accounted for."
+    from transformers import AutoModelForTokenClassification
+
+    config, tensors = read_dictionary(folder / "config.json"), translate(read_tensors(folder))
+    kind = (config.get("architectures") or ["unnamed"])[0]
+    of_cells = kind == "BertForSequenceClassification"
+    if of_cells or "classifier.weight" not in tensors or tensors["classifier.weight"].ndim != 2:
+        raise AssetError(f"{folder} holds no gene classifier (config.json says {kind}, which gives no class to each "
+                         f"gene); load it with {'CellClassifier' if of_cells else 'Geneformer'}.from_pretrained")
+    return with_head(AutoModelForTokenClassification, config, tensors, folder, tokenizer, device, dtype, ignore=("bert.pooler.",))
 
 # %% ../../nbs/geneformer/genes.ipynb #7c63e77d
 RECORD = "gene_classifier.json"
@@ -220,18 +233,57 @@ class GeneClassifier(Judged):
         return cls(models, np.array(record["classes"]), pd.DataFrame(**record["genes"]).rename_axis("gene"),
                    **judgement_of(record))
 
+# %% ../../nbs/geneformer/genes.ipynb #411560fb
+def prepare_genes(gf: Geneformer, data, classes, folds: int, layer, max_cells, seed: int):
+    "(cells that have a labelled gene, class by token, the genes left out and why), all checked."
+    labels, unknown = labelled_genes(gf.tokenizer, classes)
+    if isinstance(folds, bool) or folds != int(folds) or folds < 2:
+        raise OptionError(f"folds={folds!r}: give a whole number of folds, at least 2 (5 is usual)")
+    check_classes(labels, classes, unknown, folds)  # before the work of tokenizing
+    with_counts = hasattr(data, "obs_names")
+    cells = gf.tokenizer(data, layer=layer, keep_counts=True) if with_counts else gf.cells(data, layer=layer)
+    wanted = np.isin(np.arange(len(gf.tokenizer.genes)), labels.index)
+    sequences = gf.readable(cells)  # checks that the cells are of this dictionary
+    if max_cells is not None and len(cells) > max_cells:
+        lots = np.array([keyed_seed(seed, "gene classes", name) for name in cells.obs.index], dtype=np.uint64)
+        cells = cells[np.sort(np.argsort(lots, kind="stable")[:max_cells])]
+    cells = cells[has_any(cells, wanted)]
+    read = np.zeros(len(wanted), dtype=bool)
+    sequences = gf.readable(cells)
+    for i in range(len(cells)):
+        read[sequences[i]] = True
+    silent = [gf.tokenizer.genes[token] for token in labels.index if not read[token]]
+    labels = labels[read[labels.index]]
+    if unknown or silent:
+        warn(f"{len(unknown):,} genes of the classes are not in the vocabulary ({', '.join(unknown[:5]) or '-'}) and "
+             f"{len(silent):,} are in no cell ({', '.join(silent[:5]) or 'none'}); they are left out")
+    check_classes(labels, classes, [*unknown, *silent], folds)
+    return cells, labels, {"not in the vocabulary": unknown, "in no cell": silent}
 
-def load_gene_model(folder: Path, tokenizer, device, dtype) -> Geneformer:
-    "A BertForTokenClassification from a folder in the official layout, every tensor accounted for."
-    from transformers import AutoModelForTokenClassification
+# %% ../../nbs/geneformer/genes.ipynb #4ac2b02b
+def named_for_genes(scores: Scores) -> Scores:
+    "The same scores with the row of the training score named for what it is: of training genes."
+    names = {TRAINED: TRAINED_GENES}
+    table, low, high = (frame.rename(index=names) for frame in (scores.table, scores.low, scores.high))
+    details = {names.get(name, name): result for name, result in scores.details.items()}
+    return Scores(table, low, high, details, scores.title, scores.origin)
 
-    config, tensors = read_dictionary(folder / "config.json"), translate(read_tensors(folder))
-    kind = (config.get("architectures") or ["unnamed"])[0]
-    of_cells = kind == "BertForSequenceClassification"
-    if of_cells or "classifier.weight" not in tensors or tensors["classifier.weight"].ndim != 2:
-        raise AssetError(f"{folder} holds no gene classifier (config.json says {kind}, which gives no class to each "
-                         f"gene); load it with {'CellClassifier' if of_cells else 'Geneformer'}.from_pretrained")
-    return with_head(AutoModelForTokenClassification, config, tensors, folder, tokenizer, device, dtype, ignore=("bert.pooler.",))
+
+def judge_genes(scores: Scores, epochs: int, freeze_layers: int, n_layers: int) -> Verdict:
+    "Whether the models have memorised the genes they were told, and the remedies untried."
+    column, low, high = (table["balanced_accuracy"] for table in (scores.table, scores.low, scores.high))
+    held, trained, simple = column[HELD_OUT], column[TRAINED_GENES], column.drop([HELD_OUT, TRAINED_GENES])
+    overfitted = trained - held > 0.1 and not trained <= high[HELD_OUT]
+    bounds = f" ({low[HELD_OUT]:.3f} to {high[HELD_OUT]:.3f})" if np.isfinite(low[HELD_OUT]) else ""
+    text = (f"Balanced accuracy is {held:.3f}{bounds} on held-out genes and "
+            f"{trained:.3f} on training genes{': the model has memorised its training genes' if overfitted else ''}. "
+            f"The best simple method ({simple.idxmax()}) has {simple.max():.3f} on the same held-out genes.")
+    more = min(n_layers, freeze_layers + max(1, n_layers // 3))
+    remedies = [
+        (epochs > 1, f"train for one epoch (epochs=1 instead of {epochs})"),
+        (freeze_layers < n_layers, f"freeze more layers (freeze_layers={more} of {n_layers}, not {freeze_layers})"),
+        (True, "name more genes per class")]
+    return Verdict(bool(overfitted), float(trained - held), text, [advice for untried, advice in remedies if untried])
 
 # %% ../../nbs/geneformer/genes.ipynb #46fe7ae6
 def finetune_genes(
@@ -283,55 +335,3 @@ def finetune_genes(
         warn(str(verdict))
     return GeneClassifier(models, names, genes.astype({"fold": int}), scores=scores, histories=histories, verdict=verdict,
                           settings=settings)
-
-
-def prepare_genes(gf: Geneformer, data, classes, folds: int, layer, max_cells, seed: int):
-    "(cells that have a labelled gene, class by token, the genes left out and why), all checked."
-    labels, unknown = labelled_genes(gf.tokenizer, classes)
-    if isinstance(folds, bool) or folds != int(folds) or folds < 2:
-        raise OptionError(f"folds={folds!r}: give a whole number of folds, at least 2 (5 is usual)")
-    check_classes(labels, classes, unknown, folds)  # before the work of tokenizing
-    with_counts = hasattr(data, "obs_names")
-    cells = gf.tokenizer(data, layer=layer, keep_counts=True) if with_counts else gf.cells(data, layer=layer)
-    wanted = np.isin(np.arange(len(gf.tokenizer.genes)), labels.index)
-    sequences = gf.readable(cells)  # checks that the cells are of this dictionary
-    if max_cells is not None and len(cells) > max_cells:
-        lots = np.array([keyed_seed(seed, "gene classes", name) for name in cells.obs.index], dtype=np.uint64)
-        cells = cells[np.sort(np.argsort(lots, kind="stable")[:max_cells])]
-    cells = cells[has_any(cells, wanted)]
-    read = np.zeros(len(wanted), dtype=bool)
-    sequences = gf.readable(cells)
-    for i in range(len(cells)):
-        read[sequences[i]] = True
-    silent = [gf.tokenizer.genes[token] for token in labels.index if not read[token]]
-    labels = labels[read[labels.index]]
-    if unknown or silent:
-        warn(f"{len(unknown):,} genes of the classes are not in the vocabulary ({', '.join(unknown[:5]) or '-'}) and "
-             f"{len(silent):,} are in no cell ({', '.join(silent[:5]) or 'none'}); they are left out")
-    check_classes(labels, classes, [*unknown, *silent], folds)
-    return cells, labels, {"not in the vocabulary": unknown, "in no cell": silent}
-
-
-def named_for_genes(scores: Scores) -> Scores:
-    "The same scores with the row of the training score named for what it is: of training genes."
-    names = {TRAINED: TRAINED_GENES}
-    table, low, high = (frame.rename(index=names) for frame in (scores.table, scores.low, scores.high))
-    details = {names.get(name, name): result for name, result in scores.details.items()}
-    return Scores(table, low, high, details, scores.title, scores.origin)
-
-
-def judge_genes(scores: Scores, epochs: int, freeze_layers: int, n_layers: int) -> Verdict:
-    "Whether the models have memorised the genes they were told, and the remedies untried."
-    column, low, high = (table["balanced_accuracy"] for table in (scores.table, scores.low, scores.high))
-    held, trained, simple = column[HELD_OUT], column[TRAINED_GENES], column.drop([HELD_OUT, TRAINED_GENES])
-    overfitted = trained - held > 0.1 and not trained <= high[HELD_OUT]
-    bounds = f" ({low[HELD_OUT]:.3f} to {high[HELD_OUT]:.3f})" if np.isfinite(low[HELD_OUT]) else ""
-    text = (f"Balanced accuracy is {held:.3f}{bounds} on held-out genes and "
-            f"{trained:.3f} on training genes{': the model has memorised its training genes' if overfitted else ''}. "
-            f"The best simple method ({simple.idxmax()}) has {simple.max():.3f} on the same held-out genes.")
-    more = min(n_layers, freeze_layers + max(1, n_layers // 3))
-    remedies = [
-        (epochs > 1, f"train for one epoch (epochs=1 instead of {epochs})"),
-        (freeze_layers < n_layers, f"freeze more layers (freeze_layers={more} of {n_layers}, not {freeze_layers})"),
-        (True, "name more genes per class")]
-    return Verdict(bool(overfitted), float(trained - held), text, [advice for untried, advice in remedies if untried])

@@ -46,7 +46,7 @@ def labelled_genes(tokenizer, classes: Mapping[str, Iterable[str]]) -> tuple[pd.
     order = sorted(found, key=lambda token: tokenizer.genes[token])
     return pd.Series({token: found[token] for token in order}, dtype=object), unknown
 
-
+# %% ../../nbs/geneformer/genesets.ipynb #33d431ff
 def check_classes(labels: pd.Series, given: Mapping, absent: list[str], k: int) -> None:
     "DataError for fewer than two classes, or a class with fewer than max(5, folds) genes that the cells have."
     if len(given) < 2:
@@ -78,7 +78,7 @@ def gene_levels(cells, vocabulary: int) -> np.ndarray:
         columns.append(np.bincount(tokens, np.log1p(cells.counts, dtype=np.float64), vocabulary) / max(len(cells), 1))
     return np.stack(columns, axis=1)
 
-
+# %% ../../nbs/geneformer/genesets.ipynb #b70c48db
 def simple_methods(features: Mapping[str, np.ndarray], codes: np.ndarray, parts: list[Split], n_classes: int) -> dict:
     "Gathered held-out probabilities of logistic regressions on tables of features [genes, ...], and of the majority."
     from sklearn.dummy import DummyClassifier

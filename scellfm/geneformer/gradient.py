@@ -75,7 +75,7 @@ def slopes(bert, inputs: torch.Tensor, log_weight: torch.Tensor, index: int, poo
     return [torch.autograd.grad(value, (inputs, log_weight), retain_graph=True)
             for value in similarity(cell, states).sum(0)]
 
-
+# %% ../../nbs/geneformer/gradient.ipynb #3069ebdb
 def deletion_estimates(gf: Geneformer, ids: torch.Tensor, mask: torch.Tensor, index: int, pool: str,
                        states: torch.Tensor) -> torch.Tensor:
     "The estimated shift to each state when each token of the cells [b, L] is deleted: [b, L, s]."
@@ -98,7 +98,7 @@ def deletion_estimates(gf: Geneformer, ids: torch.Tensor, mask: torch.Tensor, in
         estimates.append(below - by_weight.float())
     return torch.stack(estimates, -1).detach()
 
-
+# %% ../../nbs/geneformer/gradient.ipynb #cae02f59
 def estimate_block(gf: Geneformer, cells, edits: Edits, index: int, pool: str, states, token_budget: int, bar=None,
                    record=None) -> np.ndarray:
     "The estimated effects of one block of deletions of single genes; takes and gives what `edits.block_effects` does."
@@ -139,7 +139,7 @@ def choose_exact(rows: pd.DataFrame, names: np.ndarray, top: int, check_cells: i
         exact[at] = checked[at] | part["gene"].isin(leading_genes(part, "estimate", top))
     return exact, checked
 
-
+# %% ../../nbs/geneformer/gradient.ipynb #f51b6523
 def agreement(rows: pd.DataFrame, top: int) -> dict:
     "How well `estimate` finds what `exact` says; rows: gene, cell, estimate, exact of cells with all genes computed."
     ranks = rows.groupby("cell", observed=True)[["estimate", "exact"]].rank()

@@ -26,11 +26,13 @@ def lora_config(lora, freeze_layers: int, n_layers: int):
     else:
         raise OptionError(f"lora={lora!r}: give the rank of the adapters, a whole number such as 8, or a "
                           "peft.LoraConfig; None trains the weights themselves")
-    if freeze_layers and config.layers_to_transform is None:
-        if freeze_layers >= n_layers:
-            raise OptionError(f"freeze_layers={freeze_layers} freezes all layers of this model, and lora={lora!r} has "
-                              "none left to adapt; freeze fewer, or leave lora out to train the head alone")
-        config.layers_to_transform, config.layers_pattern = list(range(freeze_layers, n_layers)), "layer"
+    if freeze_layers:
+        wanted = range(n_layers) if config.layers_to_transform is None else np.atleast_1d(config.layers_to_transform)
+        config.layers_to_transform = [int(layer) for layer in wanted if layer >= freeze_layers]
+        config.layers_pattern = config.layers_pattern or "layer"
+        if not config.layers_to_transform:
+            raise OptionError(f"freeze_layers={freeze_layers} freezes all layers that lora={lora!r} would adapt (the model has "
+                              f"{n_layers}); freeze fewer, or leave lora out to train the head alone")
     return config
 
 

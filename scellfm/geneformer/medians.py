@@ -50,7 +50,7 @@ def narrow(low: np.ndarray, place: np.ndarray, shift: int, blocks: Iterator) -> 
     skipped = np.take_along_axis(before, part[..., None], axis=2)[..., 0] - held
     return low + (part.astype(np.int64) << shift), place - skipped, held
 
-
+# %% ../../nbs/geneformer/medians.ipynb #37590ad0
 def collect(low: np.ndarray, place: np.ndarray, width: int, blocks: Iterator) -> np.ndarray:
     "Collect the values in the ranges [low, low + width) and read off the places: float64 [2, n_genes], nan where none."
     found = np.full(low.shape, np.nan)

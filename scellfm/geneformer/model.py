@@ -182,7 +182,7 @@ def dictionary_places(folder: Path, hub: dict | None) -> list[tuple]:
     beside = [p for place in (folder, folder.parent) for p in sorted(place.iterdir()) if p.is_dir() and p != folder]
     return [(place, {}) for place in dict.fromkeys((folder, folder.parent, *beside))]
 
-
+# %% ../../nbs/geneformer/model.ipynb #6ffecf47
 def fitting_tokenizer(folder: Path, vocabulary: int, positions: int, hub: dict | None = None):
     """The RankTokenizer in or next to a checkpoint folder that has `vocabulary` tokens; AssetError naming what was
     found."""

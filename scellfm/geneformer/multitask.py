@@ -87,7 +87,7 @@ def weights_of_tasks(task_weights: Mapping | None, labels: Sequence[str], class_
                               f"{', '.join(map(repr, labels))}")
     return torch.tensor([float(given.get(label, 1.0)) for label in labels])
 
-
+# %% ../../nbs/geneformer/multitask.ipynb #7c52e067
 def task_loss(tasks: Sequence[Task], class_weights: Sequence[torch.Tensor], task_weights: torch.Tensor):
     "The loss function: per label the weighted sum of cross-entropies over cells that have it, and the sum of weights."
     sizes = [len(task.classes) for task in tasks]

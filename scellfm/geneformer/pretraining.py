@@ -59,7 +59,7 @@ class MaskedCells:
 
         return Rows(len(which), batch, self.sequences.lengths[which])
 
-
+# %% ../../nbs/geneformer/pretraining.ipynb #cc70686e
 def masked_loss(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     "Sum of the cross-entropies (nats) of the asked places and their number; the head runs on these places only."
     hidden = model.bert(input_ids=batch["ids"], attention_mask=batch["mask"]).last_hidden_state
@@ -84,7 +84,7 @@ def count_tokens(sequences, rows: np.ndarray, vocabulary: int) -> np.ndarray:
         np.add.at(counts, (rank_bins(len(tokens)), tokens), 1)
     return counts
 
-
+# %% ../../nbs/geneformer/pretraining.ipynb #6d316442
 def frequency_losses(cells: MaskedCells, counts: np.ndarray, judged: np.ndarray) -> dict[str, float]:
     "Mean cross-entropy (nats) of the two guessers, who know `counts`, on the places asked in epoch 0 of the judged cells."
     overall = np.zeros(counts.shape[1])
@@ -121,7 +121,7 @@ def by_name(rows: np.ndarray, names) -> np.ndarray:
     names = np.asarray(names).astype(str)
     return rows[np.argsort(names[rows], kind="stable")]
 
-
+# %% ../../nbs/geneformer/pretraining.ipynb #6e75a089
 def pretraining_split(cells, names: CellNames, split: Split | None, held_out: float, seed: int) -> list[np.ndarray]:
     "Positions of the cells to train on and of those to judge by, in the order of the cells' names."
     if split is not None:

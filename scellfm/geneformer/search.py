@@ -113,7 +113,7 @@ class Notes:
                     Path(part).write_text(json.dumps(self.found, indent=1))
         return self.found[key]
 
-
+# %% ../../nbs/geneformer/search.ipynb #4dd40bc1
 def judge_of(gf: Geneformer, prepared, part: Split, k: int, options: dict, metric: str, notes: Notes):
     "The function that trains on the inner training cells of fold k with given settings and scores the inner test cells."
     codes, classes, cells = prepared[:3]
@@ -132,7 +132,7 @@ def judge_of(gf: Geneformer, prepared, part: Split, k: int, options: dict, metri
 
     return score
 
-
+# %% ../../nbs/geneformer/search.ipynb #8cd5992c
 def search_fold(score, space: Mapping, start: Mapping, trials: int, best_is_small: bool, seed: int, tick) -> list[dict]:
     "The trials of one fold in order, each {**settings, score, best}; `score(settings)` judges one."
     optuna = optional("optuna", "tuning")

@@ -100,7 +100,7 @@ def stored_rows(path: Path, kind: str, key: str, rows: int, n_genes: int) -> Ite
             plain = block.dtype.kind in "iuf" and block.dtype != np.float16
             yield start, block if plain and block.has_canonical_format and block.data.all() else canonical_csr(block)
 
-
+# %% ../../nbs/geneformer/sources.ipynb #6b842b25
 def texts_of(stored):
     "The values of a column of text on disk: anndata 0.13 keeps texts that may be missing in a group, beside a mask."
     return stored["values"] if hasattr(stored, "keys") else stored

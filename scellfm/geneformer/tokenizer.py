@@ -49,7 +49,7 @@ def source_levels(source: CellSource, tokens: np.ndarray):
             block, totals = block[inside], totals[inside]
         yield levels(block, totals, tokens)
 
-
+# %% ../../nbs/geneformer/tokenizer.ipynb #8eaf819a
 def fit_dictionaries(sources: list[CellSource], column: str | None, mapping, special: bool) -> Dictionaries:
     "Vocabulary and medians of all genes that are detected in `sources`."
     ids = [fitted_ids(source, column, mapping) for source in sources]

@@ -74,7 +74,7 @@ class Tally:
         figures = {name: int(getattr(self, name)) for name in ("n_cells", "n_filtered", "n_empty", "n_kept", "n_truncated")}
         return {"file": self.file, **figures, "genes": {**self.genes, "share_of_counts": share}}
 
-
+# %% ../../nbs/geneformer/tokenizing.ipynb #867d6e6b
 def merge_reports(reports: list[dict], max_length: int) -> dict:
     "One report for several files: sums, and the gene match of the file where it went worst."
     keys = ("n_cells", "n_filtered", "n_empty", "n_kept", "n_truncated")

@@ -35,7 +35,7 @@ def embedding_of(adata, key: str) -> np.ndarray:
                         f"(row {broken[0]}); cells without a known gene have no place: leave them out, adata[np.isfinite(adata.obsm[{key!r}]).all(1)]")
     return values if np.issubdtype(values.dtype, np.floating) else values.astype(np.float64)
 
-
+# %% ../../nbs/scores/batches.ipynb #a7307dde
 def groups_of(adata, column: str, role: str) -> np.ndarray:
     "obs[column] as text [cells]. DataError: not there, or missing for some cells."
     if column not in adata.obs:
@@ -110,7 +110,7 @@ def graph_connectivity(graph: sparse.csr_matrix, labels: np.ndarray) -> float:
         shares.append(np.bincount(pieces).max() / len(here))
     return float(np.mean(shares))
 
-
+# %% ../../nbs/scores/batches.ipynb #ebc9b524
 def explained_by(matrix, batches: np.ndarray, n_components: int = 50) -> float:
     "The share of the variance in the first principal components of `matrix` [cells, features] that batches explain."
     from sklearn.decomposition import PCA
@@ -133,7 +133,7 @@ def pcr(before, after: np.ndarray, batches: np.ndarray) -> float:
     first = explained_by(before, batches)
     return max(0.0, (first - explained_by(after, batches)) / first) if first > 0 else np.nan
 
-
+# %% ../../nbs/scores/batches.ipynb #dceeed2e
 def knn_accuracy(values: np.ndarray, labels: np.ndarray, k: int = 15) -> float:
     "The share of cells whose label is the most frequent among their k nearest other cells (ties: the first by name)."
     from sklearn.neighbors import NearestNeighbors
@@ -164,7 +164,7 @@ def one_embedding(values: np.ndarray, labels, batches, before) -> tuple[dict, di
     scores["avg_batch"] = np.mean([scores[name] for name in ("graph_connectivity", "asw_batch")])
     return {name: float(value) for name, value in scores.items()}, details
 
-
+# %% ../../nbs/scores/batches.ipynb #9651d523
 def baseline_embeddings(adata, batches: np.ndarray | None, layer: str | None = None, seed: int = 0) -> dict[str, np.ndarray]:
     """
     'HVG + PCA': log-normalised counts, 2,000 variable genes, 50 components; 'HVG + PCA + Harmony' where harmonypy is installed.
@@ -199,7 +199,7 @@ def matrix_before(adata, layer: str | None):
         raise DataError(f"{'X' if layer is None else layer} has {(~np.isfinite(matrix.data)).sum()} values that are NaN or infinite; repair them first")
     return matrix
 
-
+# %% ../../nbs/scores/batches.ipynb #2806e961
 def integration(adata, reps, batch: str | None = None, label: str | None = None, *, layer: str | None = None,
                 baselines: bool = True, seed: int = 0) -> Scores:
     """

@@ -74,7 +74,7 @@ def check_cells(names: pd.Index, split: Split | Folds, n: int) -> None:
     if of != n:
         raise DataError(f"the split is of {of:,} cells and the data have {n:,}; make the split from these cells")
 
-
+# %% ../../nbs/scores/classifiers.ipynb #06909c23
 def warn_of_seen(fold: np.ndarray) -> None:
     "Warn where every model was trained on a cell (`fold` from `KnownCells.fold_of`)."
     if (fold == SEEN).any():
@@ -104,13 +104,13 @@ def write_calls(adata, rows: np.ndarray, table: pd.DataFrame, parameters: dict) 
     adata.uns[predicted] = {"params": parameters}
 
 # %% ../../nbs/scores/classifiers.ipynb #38c51b78
-CELLS = "cells.safetensors"
-
-
 def write_record(path: Path, record: dict) -> None:
     "Write a classifier's JSON, whole or not at all."
     with atomic_write(path) as part:
         Path(part).write_text(json.dumps(record, indent=1, default=str))
+
+# %% ../../nbs/scores/classifiers.ipynb #c078118a
+CELLS = "cells.safetensors"
 
 
 def save_known(folder: Path, known: KnownCells) -> None:

@@ -30,7 +30,7 @@ def classes_of(labels: np.ndarray, label: str) -> tuple[np.ndarray, np.ndarray]:
                         "learn from and one to judge by. Leave it out or join it with another")
     return classes, codes
 
-
+# %% ../../nbs/scores/heldout.ipynb #c55fcfba
 def check_folds(parts: list[Split], classes: np.ndarray, codes: np.ndarray, label: str) -> None:
     "DataError where a fold has no cells to judge by, or a class is missing from a fold's training cells."
     for k, part in enumerate(parts):
@@ -97,7 +97,7 @@ class Gathered:
         rows = np.flatnonzero(self.times[seen])
         return rows, self.sums[seen][rows] / self.times[seen][rows, None]
 
-
+# %% ../../nbs/scores/heldout.ipynb #90cc3b44
 def baseline_probabilities(counts, codes: np.ndarray, parts: list[Split], n_classes: int, seed: int) -> dict:
     "Each simple method's Gathered probabilities, trained and judged on the cells of the same folds; `counts` is csr."
     from scellfm.baselines import count_classifiers
@@ -111,7 +111,7 @@ def baseline_probabilities(counts, codes: np.ndarray, parts: list[Split], n_clas
             found[name].add(part.test, full, False)
     return found
 
-
+# %% ../../nbs/scores/heldout.ipynb #d79eb0bf
 def row_names(model: str) -> tuple[str, str]:
     "The rows of a model in a table of scores: judged on held-out cells, and on its training cells."
     return f"{model} (held out)", f"{model} (training cells)"

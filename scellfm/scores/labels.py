@@ -171,7 +171,7 @@ def draws(codes: np.ndarray, probabilities: np.ndarray, groups: np.ndarray | Non
     for _ in range(n_boot):
         yield np.bincount(generator.integers(n, size=n), minlength=n)[groups].astype(float)
 
-
+# %% ../../nbs/scores/labels.ipynb #24aeaac1
 def bounds(weighted: Weighted, probabilities: np.ndarray, groups: np.ndarray | None, n_boot: int, seed: int) -> tuple[dict, dict]:
     "The 2.5 % and 97.5 % points of each score over the draws; NaN where a score could not be computed in half of them."
     names = list(weighted.metrics(np.ones(len(weighted.codes))))

@@ -54,7 +54,7 @@ def changed_genes(condition: str, given: Mapping | None, move: np.ndarray, genes
         raise DataError(f"changed[{condition!r}] names {list(given[condition])[int(np.flatnonzero(found < 0)[0])]!r}, which is not among the genes")
     return found
 
-
+# %% ../../nbs/scores/profiles.ipynb #4f4725f9
 def perturbation(predicted, observed, control, conditions: Sequence[str], genes: Sequence[str], *, changed: Mapping | None = None,
                  n_top: int = 20) -> Scores:
     """

@@ -15,7 +15,7 @@ from ..core import DataError, one_of
 
 # %% auto #0
 __all__ = ['SMALL_IS_GOOD', 'STYLE', 'smaller_is_better', 'metric_name', 'is_aside', 'plain', 'plain_number', 'table_from',
-           'short', 'interval', 'Scores', 'scores_html', 'scores_markdown']
+           'short', 'interval', 'Scores', 'scores_markdown', 'scores_html']
 
 # %% ../../nbs/scores/table.ipynb #5fdc0a3f
 SMALL_IS_GOOD = {"error", "loss", "mse", "mae", "rmse", "perplexity", "distance"}
@@ -154,6 +154,18 @@ class Scores:
         "The Scores of a record that `to_dict` made."
         return cls(**{**record, **{name: table_from(record[name]) for name in ("table", "low", "high")}})
 
+# %% ../../nbs/scores/table.ipynb #5b17452d
+def scores_markdown(scores: Scores) -> str:
+    "The table in Markdown."
+    def safe(text) -> str:
+        return str(text).replace("|", "\\|").replace("\n", " ")
+
+    lines = ["| method | " + " | ".join(safe(metric) for metric in scores.table) + " |", "|---|" + "---:|" * scores.table.shape[1]]
+    for method, cells in scores._cells():
+        shown = [(f"**{value}**" if best else value) + (f" ({bounds})" if bounds else "") for value, bounds, best in cells]
+        lines.append(f"| {safe(method)} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
 # %% ../../nbs/scores/table.ipynb #45757c95
 def scores_html(scores: Scores) -> str:
     "The table in HTML: best per column bold, intervals small, rows that do not compete in grey."
@@ -169,15 +181,3 @@ def scores_html(scores: Scores) -> str:
         rows.append(f"<tr>{''.join(row)}</tr>")
     caption = f"<caption style='text-align:left'><b>{html.escape(scores.title)}</b></caption>" if scores.title else ""
     return f"<table class='scores'>{caption}<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
-def scores_markdown(scores: Scores) -> str:
-    "The table in Markdown."
-    def safe(text) -> str:
-        return str(text).replace("|", "\\|").replace("\n", " ")
-
-    lines = ["| method | " + " | ".join(safe(metric) for metric in scores.table) + " |", "|---|" + "---:|" * scores.table.shape[1]]
-    for method, cells in scores._cells():
-        shown = [(f"**{value}**" if best else value) + (f" ({bounds})" if bounds else "") for value, bounds, best in cells]
-        lines.append(f"| {safe(method)} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)

@@ -185,7 +185,7 @@ def offset_trend(features: np.ndarray, deviation: np.ndarray, se2: np.ndarray) -
         value[1:] = np.clip(value[1:], -1.5, 1.5)
     return value[1:]
 
-
+# %% ../../nbs/statistics/screen.ipynb #4cafb396
 def between_gene_variance(deviation: np.ndarray, se2: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """tau2 of each gene from its neighbours: their deviations, error variances and tau2 relative to the gene's
     (`scale`), all [genes, k]."""
@@ -210,7 +210,7 @@ def percentile(value: np.ndarray, others: np.ndarray) -> np.ndarray:
     below = (others < value[:, None]).mean(1) + 0.5 * (others == value[:, None]).mean(1)
     return np.where(np.isnan(value), np.nan, 100 * below)
 
-
+# %% ../../nbs/statistics/screen.ipynb #bf501845
 def judge(summary: Mapping[str, np.ndarray], features: np.ndarray, tested: np.ndarray) -> dict[str, np.ndarray]:
     """Expected effect, tau and percentile of every gene; se, z, df and p of the `tested` ones (positions).
     `summary`: see `donor_means`."""
@@ -241,6 +241,9 @@ def judge(summary: Mapping[str, np.ndarray], features: np.ndarray, tested: np.nd
     )
 
 # %% ../../nbs/statistics/screen.ipynb #48444131
+MIN_GENES, TAIL_WARNING = 100, 2.8
+
+
 def why_exploratory(n_donors: int, n_genes: int, n_testable: int) -> str:
     "Why no p-value can be given ('' if it can)."
     if n_donors == 0:
@@ -253,7 +256,7 @@ def why_exploratory(n_donors: int, n_genes: int, n_testable: int) -> str:
         return f"{n_testable} genes have {MIN_CELLS} cells in {MIN_DONORS} donors, {MIN_MATCHED + 1} are needed"
     return ""
 
-
+# %% ../../nbs/statistics/screen.ipynb #8a9ef305
 def explore(effect: np.ndarray, n_cells: np.ndarray, features: np.ndarray) -> dict[str, np.ndarray]:
     "Expected effect, percentile, spread among matched genes (tau) and deviation in units of it (z); no p-values."
     nothing = np.full(len(effect), np.nan)
@@ -278,7 +281,20 @@ def explore(effect: np.ndarray, n_cells: np.ndarray, features: np.ndarray) -> di
     )
 
 # %% ../../nbs/statistics/screen.ipynb #91996f96
-MIN_GENES, TAIL_WARNING = 100, 2.8
+def _tail_ratio(z: np.ndarray) -> float:
+    "q90/q50 of |z|; warns where it is far above that of a normal variable."
+    middle, high = np.quantile(np.abs(z), [0.5, 0.9])
+    ratio = float(high / middle) if middle > 0 else np.nan
+    if ratio > TAIL_WARNING:
+        warn(
+            f"heavy tails: q90/q50 of |z| is {ratio:.2f}, 2.44 if effects of genes were normal. Either many genes "
+            f"are drivers, or a called gene "
+            "may be the extreme of an ordinary spread; look at the percentiles and at replication",
+            stacklevel=4,
+        )
+    return ratio
+
+# %% ../../nbs/statistics/screen.ipynb #38e6d835
 COLUMNS = (
     "gene",
     "effect",
@@ -301,20 +317,6 @@ COLUMNS = (
 )
 
 
-def _tail_ratio(z: np.ndarray) -> float:
-    "q90/q50 of |z|; warns where it is far above that of a normal variable."
-    middle, high = np.quantile(np.abs(z), [0.5, 0.9])
-    ratio = float(high / middle) if middle > 0 else np.nan
-    if ratio > TAIL_WARNING:
-        warn(
-            f"heavy tails: q90/q50 of |z| is {ratio:.2f}, 2.44 if effects of genes were normal. Either many genes "
-            f"are drivers, or a called gene "
-            "may be the extreme of an ordinary spread; look at the percentiles and at replication",
-            stacklevel=4,
-        )
-    return ratio
-
-# %% ../../nbs/statistics/screen.ipynb #38e6d835
 def screen_test(shifts: pd.DataFrame, *, log2fc: Mapping | pd.Series | None = None) -> pd.DataFrame:
     """Is each gene an outlier among genes like it, beyond its donors' spread? One row per gene, most significant first.
 

@@ -56,38 +56,6 @@ def _sparse_parts(matrix):
             yield indices[start:start + BLOCK].astype("<i8").data
     yield from _array_parts(matrix.data)
 
-# %% ../../nbs/store/fingerprints.ipynb #8925c0b9
-def _table_parts(table):
-    "The bytes of a pandas object: index, then each column with its name."
-    import pandas as pd
-
-    if isinstance(table, pd.DataFrame):
-        yield f"table {table.shape}".encode()
-        yield from _table_parts(table.index)
-        for position, name in enumerate(table.columns):
-            yield from _parts(name)
-            yield from _table_parts(table.iloc[:, position].array)
-    elif isinstance(table, pd.Series):
-        yield from _parts(table.name)
-        yield from _table_parts(table.index)
-        yield from _table_parts(table.array)
-    else:
-        values = np.asarray(table)
-        if values.dtype.kind not in "biufcMm":
-            values = values.astype(object)
-            values[pd.isna(values)] = None
-        yield from _array_parts(values)
-
-
-def _adata_parts(adata):
-    "The bytes of an AnnData's counts and annotation, or of its file when it is backed."
-    if adata.isbacked:
-        yield from _parts(Path(adata.filename))
-        return
-    raw = None if adata.raw is None else (adata.raw.X, adata.raw.var)
-    layers = {name: layer for name, layer in adata.layers.items() if name is not None}  # anndata 0.13 has X there too
-    yield from _parts([adata.X, raw, layers, adata.obs, adata.var, dict(adata.obsm)])
-
 # %% ../../nbs/store/fingerprints.ipynb #5d891378
 def _path_parts(path: Path):
     "The content of a file, or of a folder's files with their names inside it."
@@ -137,7 +105,39 @@ def _parts(value):
     else:
         yield from _library_parts(value)
 
+# %% ../../nbs/store/fingerprints.ipynb #8925c0b9
+def _table_parts(table):
+    "The bytes of a pandas object: index, then each column with its name."
+    import pandas as pd
+
+    if isinstance(table, pd.DataFrame):
+        yield f"table {table.shape}".encode()
+        yield from _table_parts(table.index)
+        for position, name in enumerate(table.columns):
+            yield from _parts(name)
+            yield from _table_parts(table.iloc[:, position].array)
+    elif isinstance(table, pd.Series):
+        yield from _parts(table.name)
+        yield from _table_parts(table.index)
+        yield from _table_parts(table.array)
+    else:
+        values = np.asarray(table)
+        if values.dtype.kind not in "biufcMm":
+            values = values.astype(object)
+            values[pd.isna(values)] = None
+        yield from _array_parts(values)
+
 # %% ../../nbs/store/fingerprints.ipynb #76feea6b
+def _adata_parts(adata):
+    "The bytes of an AnnData's counts and annotation, or of its file when it is backed."
+    if adata.isbacked:
+        yield from _parts(Path(adata.filename))
+        return
+    raw = None if adata.raw is None else (adata.raw.X, adata.raw.var)
+    layers = {name: layer for name, layer in adata.layers.items() if name is not None}  # anndata 0.13 has X there too
+    yield from _parts([adata.X, raw, layers, adata.obs, adata.var, dict(adata.obsm)])
+
+
 def _library_parts(value):
     "The pieces for dataclasses and objects of scipy, pandas, anndata, torch, dask: told by looks, not imported."
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
