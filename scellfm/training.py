@@ -327,9 +327,9 @@ def close_epoch(run: Run, epoch: int, valid: Mapping[str, Rows], metrics: Callab
     if stop is None:
         return False
     one_of("stop", stop, [name for name in row if name != "epoch"])
-    earlier = [past[stop] for past in run.history.epoch_rows[:-1]]
     sign = 1 if run.recipe.greater_is_better else -1
-    if not earlier or sign * row[stop] > max(sign * value for value in earlier):
+    earlier = [sign * past[stop] for past in run.history.epoch_rows[:-1] if not math.isnan(past[stop])]
+    if sign * row[stop] > max(earlier, default=-math.inf):
         run.history.best, run.position["waited"] = epoch, 0
         run.best = {name: value.detach().cpu().clone() for name, value in model_tensors(run.model).items()}
     else:
@@ -358,8 +358,9 @@ def fit(
     for name in recipe:
         one_of("option", name, tuple(Recipe.__dataclass_fields__))
     recipe, valid = Recipe(**recipe), {name: Rows(*data) for name, data in (valid or {}).items()}
-    if n < 1:
-        raise DataError("there are 0 rows to train on; check the split and the filters")
+    for name, rows in {"train on": n, **{f"judge by as {name!r}": data.n for name, data in valid.items()}}.items():
+        if rows < 1:
+            raise DataError(f"there are 0 rows to {name}; check the split and the filters")
     if recipe.stop and not metrics:
         one_of("stop", recipe.stop, ["train_loss", *(f"{name}_loss" for name in valid)])
     identity = {"rows": n, "weights": fingerprint(model_tensors(model)), **asdict(recipe), **(inputs or {})}

@@ -62,6 +62,26 @@ def test_a_folder_replaces_a_folder(tmp_path):
     assert contents(tmp_path / "model" / "inner") == {"two": b"two"}
 
 
+def test_an_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    with atomic_write(tmp_path / "model") as path:
+        path.mkdir()
+        (path / "weights").write_text("old")
+    rename, calls = os.replace, []
+
+    def second_fails(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(StoreError, match="No space left"), atomic_write(tmp_path / "model") as path:
+        path.mkdir()
+        (path / "weights").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert contents(tmp_path / "model") == {"weights": b"old"}
+
+
 def test_the_suffix_survives_in_the_temporary_name(tmp_path):
     frame = pd.DataFrame({"gene": ["JAK3"]})
     with atomic_write(tmp_path / "table.csv.gz") as path:
@@ -382,6 +402,19 @@ def test_a_lock_that_was_made_while_the_old_one_was_judged_stays(tmp_path, monke
     monkeypatch.setattr(shards, "_is_stale", meanwhile)
     shards._clear_stale(lock)
     assert contents(tmp_path) == {"lock": live.encode()}
+
+
+@pytest.mark.parametrize("text", ["", '{"host": "a", "pi', "123"])
+def test_a_lock_that_is_not_filled_is_waited_for_and_then_cleared(tmp_path, text):
+    from scellfm.store import shards
+
+    (tmp_path / "lock").write_text(text)
+    shards._clear_stale(tmp_path / "lock")
+    assert set(contents(tmp_path)) == {"lock"}
+    os.utime(tmp_path / "lock", (time.time() - 60, time.time() - 60))
+    with Store(tmp_path, {}) as store:
+        store.write("a", x=np.zeros(1))
+    assert set(contents(tmp_path)) == {"a.npz", "manifest.json"}
 
 
 def test_a_claim_to_clear_of_a_process_that_died_does_not_stay(tmp_path):

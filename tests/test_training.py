@@ -290,6 +290,19 @@ def test_early_stopping_keeps_the_best_epoch(tmp_path):
     assert same(weights(again), kept[1])
 
 
+@pytest.mark.parametrize("scores, best", [([np.nan, 0.5, 0.7], 2), ([0.5, np.nan, 0.4], 0), ([np.nan] * 3, None)])
+def test_an_epoch_without_a_score_is_never_the_best(scores, best):
+    left, kept = iter(scores), []
+
+    def metrics(model):
+        kept.append([value.clone() for value in weights(model).values()])
+        return {"auroc": next(left)}
+
+    history = fit(model := make(), loss, 93, batch, **{**options, "epochs": 3}, metrics=metrics, stop="auroc", greater_is_better=True, patience=3)
+    assert history.best == best
+    assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), kept[-1 if best is None else best]))
+
+
 def test_held_out_loss_is_the_mean_over_terms_without_dropout():
     model = make(0.5)
     later = Rows(13, lambda rows, epoch: batch(rows + 80, epoch))
@@ -342,6 +355,8 @@ def test_a_wrong_option_is_named(wrong, word):
 def test_what_cannot_be_trained_is_refused():
     with pytest.raises(DataError, match="0 rows"):
         fit(make(), loss, 0, batch, **options)
+    with pytest.raises(DataError, match="0 rows to judge by as 'donor7'"):
+        fit(make(), loss, 93, batch, **options, valid={"donor7": Rows(0, batch)})
     with pytest.raises(OptionError, match="frozen"):
         fit(make().requires_grad_(False), loss, 93, batch, **options)
     with pytest.raises(OptionError, match="valid_los.*train_loss"):

@@ -53,7 +53,11 @@ def _replace(new: Path, path: Path) -> None:
     if path.is_dir():
         old = path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
         os.replace(path, old)
-        os.replace(new, path)
+        try:
+            os.replace(new, path)
+        except BaseException:
+            os.replace(old, path)
+            raise
         _remove(old)
     else:
         os.replace(new, path)

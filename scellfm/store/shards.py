@@ -47,11 +47,19 @@ def _me() -> dict:
     return {"host": socket.gethostname(), "pid": pid, "started": started, "token": secrets.token_hex(8)}
 
 
+def _holder(text: str) -> dict | None:
+    "Who wrote a lock file; None where it is not filled yet, or its writer died at that."
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and {"host", "pid", "started"} <= set(found) else None
+
+
 def _is_stale(text: str, age: float) -> bool:
     "Does a lock file with this content, this old (seconds), belong to a process that is gone?"
-    try:
-        holder = json.loads(text)
-    except ValueError:  # its writer is between creating and filling it, or died there
+    holder = _holder(text)
+    if holder is None:
         return age > 10
     if holder["host"] != socket.gethostname() or os.name == "nt":
         return False
@@ -82,10 +90,9 @@ def _clear_stale(path: Path) -> None:
         if _is_stale(text, age):
             logger.info("clearing the lock of a process that is gone: %s", text)
             _unlink_once(path, text)
-        elif not text:
+        elif (holder := _holder(text)) is None:
             time.sleep(0.1)
         else:
-            holder = json.loads(text)
             raise StoreError(
                 f"{path.parent} is being written by process {holder['pid']} on {holder['host']}; wait for it or choose"
                 f" another folder. If you know that it runs no more, delete {path}"
