@@ -358,9 +358,8 @@ def fit(
     for name in recipe:
         one_of("option", name, tuple(Recipe.__dataclass_fields__))
     recipe, valid = Recipe(**recipe), {name: Rows(*data) for name, data in (valid or {}).items()}
-    for name, rows in {"train on": n, **{f"judge by as {name!r}": data.n for name, data in valid.items()}}.items():
-        if rows < 1:
-            raise DataError(f"there are 0 rows to {name}; check the split and the filters")
+    if 0 in (rows := {"train": n, **{name: data.n for name, data in valid.items()}}).values():
+        raise DataError(f"there are 0 rows in a part of {rows}; check the split and the filters")
     if recipe.stop and not metrics:
         one_of("stop", recipe.stop, ["train_loss", *(f"{name}_loss" for name in valid)])
     identity = {"rows": n, "weights": fingerprint(model_tensors(model)), **asdict(recipe), **(inputs or {})}

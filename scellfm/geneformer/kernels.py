@@ -17,9 +17,9 @@ __all__ = ['compiled', 'gather_row', 'radix_sort', 'settle_ties', 'rank_rows']
 def compiled(function: Callable) -> Callable:
     "`function` compiled at its first call; kept on disk where numba finds a folder that it can write to."
     try:
-        return njit(nogil=True, cache=True)(function)
+        return njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # no such folder
-        return njit(nogil=True)(function)
+        return njit(nogil=True, error_model="numpy")(function)
 
 # %% ../../nbs/geneformer/kernels.ipynb #f28d5b46
 @compiled
@@ -35,13 +35,15 @@ def gather_row(data, indices, start, stop, tokens, medians, slot, collapse, toke
             place = slot[t]
             if place >= 0:
                 count[place] += data[k]
-                value[place] = count[place] / medians[column]
+                value[place] = medians[column]
                 continue
             slot[t] = n
         token[n] = t
         count[n] = data[k]
-        value[n] = count[n] / medians[column]
+        value[n] = medians[column]
         n += 1
+    for i in range(n):
+        value[i] = count[i] / value[i]
     if collapse:
         for i in range(n):
             slot[token[i]] = -1
@@ -54,22 +56,23 @@ def radix_sort(value, n, single, bits, packed, spare, bins):
     bins[:] = 0
     for i in range(n):
         single[i] = value[i]
+    for i in range(n):
         key = np.int64(0x7FFFFFFF - bits[i]) >> 9
         packed[i] = key << 32 | i
         bins[0, key & 2047] += 1
-        bins[1, key >> 11] += 1
-    low = high = 0
-    for b in range(2048):
-        here, there = bins[0, b], bins[1, b]
-        bins[0, b], bins[1, b] = low, high
-        low += here
-        high += there
+        bins[1, key >> 11 & 2047] += 1
+    for digit in range(2):
+        before = 0
+        for b in range(2048):
+            here = bins[digit, b]
+            bins[digit, b] = before
+            before += here
     for i in range(n):
         b = packed[i] >> 32 & 2047
         spare[bins[0, b]] = packed[i]
         bins[0, b] += 1
     for i in range(n):
-        b = spare[i] >> 43
+        b = spare[i] >> 43 & 2047
         packed[bins[1, b]] = spare[i]
         bins[1, b] += 1
 
@@ -78,14 +81,17 @@ def radix_sort(value, n, single, bits, packed, spare, bins):
 def settle_ties(packed, n, limit, value, token):
     "Within runs of equal keys that begin before `limit`, order by exact value descending, then token ascending."
     first = 0
-    while first < n and first < limit:
+    while first < n - 1 and first < limit:
         last = first + 1
+        if packed[last] >> 32 != packed[first] >> 32:
+            first = last
+            continue
         while last < n and packed[last] >> 32 == packed[first] >> 32:
             last += 1
         gap = 1
         while gap < (last - first) // 3:
             gap = 3 * gap + 1
-        while gap > 0 and last - first > 1:
+        while gap > 0:
             for i in range(first + gap, last):
                 entry = packed[i]
                 p = entry & 0xFFFFFFFF
@@ -115,11 +121,12 @@ def rank_rows(data, indices, indptr, tokens, medians, slot, collapse, limit, out
         n = gather_row(data, indices, indptr[row], indptr[row + 1], tokens, medians, slot, collapse, token, count, value)
         radix_sort(value, n, single, bits, packed, spare, bins)
         settle_ties(packed, n, limit, value, token)
-        detected[row], lengths[row], known[row] = n, min(n, limit), count[:n].sum()
-        for i in range(lengths[row]):
-            p = packed[i] & 0xFFFFFFFF
-            out_tokens[at + i] = token[p]
-            if len(out_counts):
-                out_counts[at + i] = count[p]
-        at += lengths[row]
+        kept = min(n, limit)
+        detected[row], lengths[row], known[row] = n, kept, count[:n].sum()
+        for i in range(kept):
+            out_tokens[at + i] = token[packed[i] & 0xFFFFFFFF]
+        if len(out_counts):
+            for i in range(kept):
+                out_counts[at + i] = count[packed[i] & 0xFFFFFFFF]
+        at += kept
     return at
