@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['geneformer_from', 'demo', 'demo_options', 'tokenize', 'tokenize_options', 'split_from', 'gene_classes', 'finetune',
-           'finetune_options', 'perturb', 'where_of', 'perturb_options']
+           'finetune_options', 'where_of', 'perturb', 'perturb_options']
 
 # %% ../../nbs/commands/geneformer.ipynb #27772908
 import argparse
@@ -86,7 +86,7 @@ def tokenize_options(parsers) -> None:
     add(parser, "--empty", "cells without any known gene: drop, keep or error", default="drop")
     add(parser, "--gene-column", "column of var that holds gene ids")
 
-# %% ../../nbs/commands/geneformer.ipynb #84b0d612
+# %% ../../nbs/commands/geneformer.ipynb #1d7df4f8
 def split_from(options: argparse.Namespace, cells):
     "The Split (with --fractions) or Folds of the cells that the options ask for."
     from scellfm.data import folds, hold_out
@@ -100,7 +100,7 @@ def split_from(options: argparse.Namespace, cells):
         return folds(cells, k=options.k, **ask)
     return hold_out(cells, fractions=tuple(options.fractions), **ask)
 
-
+# %% ../../nbs/commands/geneformer.ipynb #e6247112
 def gene_classes(path: str) -> dict:
     "Classes of genes from a JSON file, {name: [gene, ...]}."
     wanted = '{"name of a class": ["gene", "gene"], "another": ["gene", "gene"]}'
@@ -112,7 +112,7 @@ def gene_classes(path: str) -> dict:
         raise DataError(f"{path} is no dictionary of lists; write it as {wanted}")
     return found
 
-
+# %% ../../nbs/commands/geneformer.ipynb #84b0d612
 def finetune(options: argparse.Namespace) -> str:
     "Fine-tune a classifier, save it; its scores and its folder."
     classes = None if options.classes is None else gene_classes(options.classes)
@@ -133,7 +133,7 @@ def finetune(options: argparse.Namespace) -> str:
     report.save(options.out)
     return f"{classifier.scores.to_markdown()}\n{classifier.verdict}\n{options.out}"
 
-
+# %% ../../nbs/commands/geneformer.ipynb #7c3bbfda
 def finetune_options(parsers) -> None:
     "The options of `scellfm finetune`."
     parser = add_command(parsers, "finetune", "a classifier of cells or of genes, judged on those held out",
@@ -162,6 +162,16 @@ def finetune_options(parsers) -> None:
         ("n-boot", int, 200, "resamples for the intervals"), ("folder", str, None, "keeps checkpoints, to resume"),
     ):
         add(parser, f"--{name}", about, type=kind, default=value)
+
+# %% ../../nbs/commands/geneformer.ipynb #d4d1410e
+def where_of(conditions: list[str] | None) -> dict | None:
+    "`sex=female batch=1,2` as {'sex': ['female'], 'batch': ['1', '2']}; OptionError where one has no =."
+    if not conditions:
+        return None
+    for condition in conditions:
+        if not all(condition.partition("=")[::2]):
+            raise OptionError(f"--where {condition}: write a column of obs, = and the values, as in sex=female batch=1,2")
+    return {name: values.split(",") for name, _, values in (condition.partition("=") for condition in conditions)}
 
 # %% ../../nbs/commands/geneformer.ipynb #2e7e8361
 def perturb(options: argparse.Namespace) -> str:
@@ -193,17 +203,7 @@ def perturb(options: argparse.Namespace) -> str:
     add_screen(report, screen, table)
     return f"{out / 'screen'}\n{out / 'table.csv'}\n{report.save(out)}"
 
-
-def where_of(conditions: list[str] | None) -> dict | None:
-    "`sex=female batch=1,2` as {'sex': ['female'], 'batch': ['1', '2']}; OptionError where one has no =."
-    if not conditions:
-        return None
-    for condition in conditions:
-        if not all(condition.partition("=")[::2]):
-            raise OptionError(f"--where {condition}: write a column of obs, = and the values, as in sex=female batch=1,2")
-    return {name: values.split(",") for name, _, values in (condition.partition("=") for condition in conditions)}
-
-
+# %% ../../nbs/commands/geneformer.ipynb #fe430eb0
 def perturb_options(parsers) -> None:
     "The options of `scellfm perturb`."
     parser = add_command(parsers, "perturb", "delete or overexpress genes in silico, cell by cell",
