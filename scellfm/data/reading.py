@@ -10,6 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -159,24 +160,24 @@ def refuse_pickled(path: Path) -> None:
                             "file; nothing was run. Take the store from its publisher, or use h5ad")
 
 # %% ../../nbs/data/reading.ipynb #85591893
+@contextmanager
 def open_counts(path: Path, layer: str | None):
-    "The stored matrix of an h5ad or zarr file without reading it: (matrix on disk, what to close)."
+    "The stored matrix of an h5ad or zarr file, on disk and not read; the file is closed when the block ends."
     import anndata
     import h5py
 
     if path.is_dir():
         refuse_pickled(path)
-        file = optional("zarr", "zarr").open_group(path, mode="r")
+        opened = nullcontext(optional("zarr", "zarr").open_group(path, mode="r"))
     else:
-        file = h5py.File(path, "r")
-    key = "X" if layer is None else "raw/X" if layer == "raw" and "layers/raw" not in file else f"layers/{layer}"
-    if key not in file:
-        there = ["X (layer=None)", *file.get("layers", {}), *(["raw"] if "raw/X" in file else [])]
-        if hasattr(file, "close"):
-            file.close()
-        raise DataError(f"{path} has no {key!r} (layer={layer!r}); there is: {there}")
-    stored = file[key]
-    return (anndata.io.sparse_dataset(stored) if hasattr(stored, "keys") else stored), file
+        opened = h5py.File(path, "r")
+    with opened as file:
+        key = "X" if layer is None else "raw/X" if layer == "raw" and "layers/raw" not in file else f"layers/{layer}"
+        if key not in file:
+            there = ["X (layer=None)", *file.get("layers", {}), *(["raw"] if "raw/X" in file else [])]
+            raise DataError(f"{path} has no {key!r} (layer={layer!r}); there is: {there}")
+        stored = file[key]
+        yield anndata.io.sparse_dataset(stored) if hasattr(stored, "keys") else stored
 
 # %% ../../nbs/data/reading.ipynb #c3b1bc23
 def count_blocks(
@@ -197,18 +198,14 @@ def count_blocks(
     if path.suffix not in (".h5ad", ".zarr"):
         yield from count_blocks(read(path), layer, rows)
         return
-    file = None
     try:
-        stored, file = open_counts(path, layer)
-        for start, block in slices(stored, rows):
-            yield start, canonical_csr(block)
+        with open_counts(path, layer) as stored:
+            for start, block in slices(stored, rows):
+                yield start, canonical_csr(block)
     except DataError:
         raise
     except DAMAGE as error:
         raise unreadable(path, error) from error
-    finally:
-        if hasattr(file, "close"):
-            file.close()
 
 # %% ../../nbs/data/reading.ipynb #fc2cb643
 def count_matrix(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:

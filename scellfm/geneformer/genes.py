@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'RECORD', 'TRAINED_GENES', 'new_gene_model', 'has_any', 'gene_rows', 'gene_loss', 'gene_probabilities',
-           'train_gene_fold', 'load_gene_model', 'GeneClassifier', 'prepare_genes', 'named_for_genes', 'judge_genes',
+           'train_gene_fold', 'load_gene_model', 'GeneClassifier', 'prepare_genes', 'advice_for_genes',
            'finetune_genes']
 
 # %% ../../nbs/geneformer/genes.ipynb #c0068912
@@ -23,7 +23,7 @@ from ..core import AssetError, DataError, OptionError, keyed_seed, warn
 from ..data.splits import Split, folds as deal_folds
 from .classifier import class_names, with_head
 from .embedding import gene_means
-from .evaluation import HELD_OUT, TRAINED, score_table
+from .evaluation import score_table
 from .finetuning import choose_learners, weights_of
 from .genesets import LEVELS, UNTUNED, check_classes, gene_levels, labelled_genes, simple_methods
 from .lora import merge_adapters
@@ -31,8 +31,7 @@ from .model import Geneformer, layer_index, translate
 from .pretraining import IGNORED, by_name
 from .quantize import refuse_quantized
 from ..scores.classifiers import Judged, judgement_of, write_record
-from ..scores.heldout import Gathered, Verdict
-from ..scores.table import Scores
+from ..scores.heldout import Gathered, judge, row_names
 from ..store import fingerprint
 from ..training import Rows, fit
 
@@ -148,7 +147,7 @@ def load_gene_model(folder: Path, tokenizer, device, dtype) -> Geneformer:
 
 # %% ../../nbs/geneformer/genes.ipynb #7c63e77d
 RECORD = "gene_classifier.json"
-TRAINED_GENES = TRAINED.replace("cells", "genes")
+TRAINED_GENES = row_names("Geneformer", "genes")[1]
 
 
 @dataclass(repr=False)
@@ -261,29 +260,14 @@ def prepare_genes(gf: Geneformer, data, classes, folds: int, layer, max_cells, s
     return cells, labels, {"not in the vocabulary": unknown, "in no cell": silent}
 
 # %% ../../nbs/geneformer/genes.ipynb #4ac2b02b
-def named_for_genes(scores: Scores) -> Scores:
-    "The same scores with the row of the training score named for what it is: of training genes."
-    names = {TRAINED: TRAINED_GENES}
-    table, low, high = (frame.rename(index=names) for frame in (scores.table, scores.low, scores.high))
-    details = {names.get(name, name): result for name, result in scores.details.items()}
-    return Scores(table, low, high, details, scores.title, scores.origin)
-
-
-def judge_genes(scores: Scores, epochs: int, freeze_layers: int, n_layers: int) -> Verdict:
-    "Whether the models have memorised the genes they were told, and the remedies untried."
-    column, low, high = (table["balanced_accuracy"] for table in (scores.table, scores.low, scores.high))
-    held, trained, simple = column[HELD_OUT], column[TRAINED_GENES], column.drop([HELD_OUT, TRAINED_GENES])
-    overfitted = trained - held > 0.1 and not trained <= high[HELD_OUT]
-    bounds = f" ({low[HELD_OUT]:.3f} to {high[HELD_OUT]:.3f})" if np.isfinite(low[HELD_OUT]) else ""
-    text = (f"Balanced accuracy is {held:.3f}{bounds} on held-out genes and "
-            f"{trained:.3f} on training genes{': the model has memorised its training genes' if overfitted else ''}. "
-            f"The best simple method ({simple.idxmax()}) has {simple.max():.3f} on the same held-out genes.")
+def advice_for_genes(epochs: int, freeze_layers: int, n_layers: int) -> list[str]:
+    "The remedies against memorising the genes told that these settings leave untried, and more genes."
     more = min(n_layers, freeze_layers + max(1, n_layers // 3))
     remedies = [
         (epochs > 1, f"train for one epoch (epochs=1 instead of {epochs})"),
         (freeze_layers < n_layers, f"freeze more layers (freeze_layers={more} of {n_layers}, not {freeze_layers})"),
         (True, "name more genes per class")]
-    return Verdict(bool(overfitted), float(trained - held), text, [advice for untried, advice in remedies if untried])
+    return [advice for untried, advice in remedies if untried]
 
 # %% ../../nbs/geneformer/genes.ipynb #46fe7ae6
 def finetune_genes(
@@ -329,8 +313,8 @@ def finetune_genes(
     features = {LEVELS: gene_levels(cells, len(wanted))[labels.index],
                 UNTUNED: gene_means(gf, cells, layer_index(-1, gf.n_layers))[0][labels.index]}
     simple = simple_methods(features, codes, parts, len(names))
-    scores = named_for_genes(score_table(own, simple, codes, names, None, n_boot=n_boot, seed=seed, origin=settings))
-    verdict = judge_genes(scores, epochs, freeze_layers, gf.n_layers)
+    scores = score_table(own, simple, codes, names, None, n_boot=n_boot, seed=seed, origin=settings, unit="genes")
+    verdict = judge(scores, advice_for_genes(epochs, freeze_layers, gf.n_layers), unit="genes")
     if verdict.overfitted:
         warn(str(verdict))
     return GeneClassifier(models, names, genes.astype({"fold": int}), scores=scores, histories=histories, verdict=verdict,

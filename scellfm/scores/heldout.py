@@ -112,17 +112,17 @@ def baseline_probabilities(counts, codes: np.ndarray, parts: list[Split], n_clas
     return found
 
 # %% ../../nbs/scores/heldout.ipynb #d79eb0bf
-def row_names(model: str) -> tuple[str, str]:
-    "The rows of a model in a table of scores: judged on held-out cells, and on its training cells."
-    return f"{model} (held out)", f"{model} (training cells)"
+def row_names(model: str, unit: str = "cells") -> tuple[str, str]:
+    "The rows of a model in a table of scores: judged on what was held out, and on its training cells (or genes)."
+    return f"{model} (held out)", f"{model} (training {unit})"
 
 
 def score_table(own: Gathered, simple: dict, codes, classes, groups, *, model: str, n_boot: int, seed: int,
-                origin: dict) -> Scores:
-    "The table: the model held out and on its training cells, then each simple method on the held-out cells."
+                origin: dict, unit: str = "cells") -> Scores:
+    "The table: the model held out and on its training cells (`unit`), then each simple method on the held-out ones."
     from scellfm.scores.labels import classification
 
-    judged = dict(zip(row_names(model), (own.of(False), own.of(True))))
+    judged = dict(zip(row_names(model, unit), (own.of(False), own.of(True))))
     judged |= {name: method.of(False) for name, method in simple.items()}
     results = {
         name: classification(classes[codes[rows]], values, classes, groups=None if groups is None else groups[rows],
@@ -146,14 +146,14 @@ class Verdict:
         return self.text + (" What helps: " + "; ".join(self.advice) + "." if self.overfitted else "")
 
 
-def judge(scores: Scores, advice: list[str]) -> Verdict:
-    "The verdict from a table that `score_table` made."
+def judge(scores: Scores, advice: list[str], unit: str = "cells") -> Verdict:
+    "The verdict from a table that `score_table` made of `unit`."
     column, low, high = (table["balanced_accuracy"] for table in (scores.table, scores.low, scores.high))
-    rows = row_names(next(name for name in column.index if name.endswith(row_names("")[0])).rpartition(" (")[0])
+    rows = row_names(next(name for name in column.index if name.endswith(row_names("")[0])).rpartition(" (")[0], unit)
     held, trained, simple = *column[list(rows)], column.drop(list(rows))
     overfitted = trained - held > 0.1 and not trained <= high[rows[0]]
     bounds = f" ({low[rows[0]]:.3f} to {high[rows[0]]:.3f})" if np.isfinite(low[rows[0]]) else ""
-    text = (f"Balanced accuracy is {held:.3f}{bounds} on held-out cells and "
-            f"{trained:.3f} on training cells{': the model has memorised its training cells' if overfitted else ''}. "
-            f"The best simple method ({simple.idxmax()}) has {simple.max():.3f} on the same held-out cells.")
+    text = (f"Balanced accuracy is {held:.3f}{bounds} on held-out {unit} and "
+            f"{trained:.3f} on training {unit}{f': the model has memorised its training {unit}' if overfitted else ''}. "
+            f"The best simple method ({simple.idxmax()}) has {simple.max():.3f} on the same held-out {unit}.")
     return Verdict(bool(overfitted), float(trained - held), text, advice)
