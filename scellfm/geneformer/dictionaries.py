@@ -119,7 +119,7 @@ def choose_tokens(folder: Path, version: str | None) -> tuple[Path, str, dict]:
 
 # %% ../../nbs/geneformer/dictionaries.ipynb #41056174
 def read_dictionaries(folder: str | Path, version: str | None = None) -> Dictionaries:
-    "Read and check the dictionaries in `folder`, the official ones or ours; `version` chooses where there are two."
+    "Read the dictionaries in `folder`, the official ones or ours; `version` chooses where there are two."
     from scellfm.assets import read_dictionary
 
     one_of("version", version, (None, "V1", "V2"))
@@ -127,4 +127,4 @@ def read_dictionaries(folder: str | Path, version: str | None = None) -> Diction
     paths = {kind: companion(place, kind, tail) for kind in ("medians", "mapping", "gene_names")}
     if paths["medians"] is None:
         raise AssetError(f"{place} has a token dictionary and no gene_median*.json or .pkl; rank value encoding needs both")
-    return check_dictionaries(Dictionaries(tokens, **{k: read_dictionary(p) if p else None for k, p in paths.items()}))
+    return Dictionaries(tokens, **{k: read_dictionary(p) if p else None for k, p in paths.items()})
