@@ -150,7 +150,7 @@ def describe_unknown(names: list[str], columns: Iterable[str]) -> str:
             f"current}}; or name the column of var that holds ids (var has {list(columns)})")
 
 # %% ../../nbs/data/genes.ipynb #981741ff
-def warn_of_names(names: list[str], report: dict, advice: str, vocabulary: list[str]) -> None:
+def warn_of_names(names: list[str], report: dict, columns: list[str], vocabulary: list[str]) -> None:
     "DataError under 10 % known genes; warnings under 50 %, for spreadsheet dates and for lower case."
     n_known = sum(not gene.startswith("<") for gene in vocabulary)
     share = report["n_matched"] / min(report["n_genes"], n_known)  # a small vocabulary can know few genes of many
@@ -158,9 +158,9 @@ def warn_of_names(names: list[str], report: dict, advice: str, vocabulary: list[
     found = f"{report['n_matched']:,} of {report['n_genes']:,} genes ({share:.1%}{of}) are in the vocabulary"
     if share < 0.1:
         raise DataError(f"only {found}: the data has e.g. {report['dropped'][:3]}, the vocabulary e.g. "
-                        f"{vocabulary[-3:]}. {advice}")
+                        f"{vocabulary[-3:]}. {describe_unknown(names, columns)}")
     if share < 0.5:
-        warn(f"only {found}; dropped are e.g. {report['dropped'][:5]}. {advice}", stacklevel=4)
+        warn(f"only {found}; dropped are e.g. {report['dropped'][:5]}. {describe_unknown(names, columns)}", stacklevel=4)
     dates = [name for name in names if EXCEL_DATE.match(name)]
     if dates:
         warn(f"{len(dates)} genes look like dates, e.g. {dates[:3]}: a spreadsheet changed their names "
@@ -245,5 +245,5 @@ def match_genes(
     index, routes = np.array(found[0], dtype=np.int64), np.array(found[1])
     refuse_other_species(names, (routes == 0) | (routes == 2), vocabulary)
     report = match_report(names, index, routes, counts)
-    warn_of_names(names, report, describe_unknown(names, columns), vocabulary)
+    warn_of_names(names, report, columns, vocabulary)
     return GeneMatch(index, report)

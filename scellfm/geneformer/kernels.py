@@ -24,13 +24,14 @@ def compiled(function: Callable) -> Callable:
 # %% ../../nbs/geneformer/kernels.ipynb #f28d5b46
 @compiled
 def gather_row(data, indices, start, stop, tokens, medians, slot, collapse, token, count, value):
-    "Fill token, count and value (count / median) with the known, expressed genes of one row; returns how many."
-    n = 0
+    "Fill token, count and value (count / median) with the known, expressed genes of one row; returns their number and sum."
+    n, total = 0, 0.0
     for k in range(start, stop):
         column = indices[k]
         t = tokens[column]
         if t < 0 or data[k] == 0:
             continue
+        total += data[k]
         if collapse:
             place = slot[t]
             if place >= 0:
@@ -47,32 +48,41 @@ def gather_row(data, indices, start, stop, tokens, medians, slot, collapse, toke
     if collapse:
         for i in range(n):
             slot[token[i]] = -1
-    return n
+    return n, total
 
 # %% ../../nbs/geneformer/kernels.ipynb #0d501c1d
 @compiled
 def radix_sort(value, n, single, bits, packed, spare, bins):
     "Order positions 0..n-1 by the leading bits of their values, descending, into `packed` (key << 32 | position)."
-    bins[:] = 0
+    if n == 0:
+        return
     for i in range(n):
         single[i] = value[i]
+    top = bottom = bits[0]
     for i in range(n):
-        key = np.int64(0x7FFFFFFF - bits[i]) >> 9
+        top, bottom = max(top, bits[i]), min(bottom, bits[i])
+    width = 1
+    while (np.int64(top) - bottom) >> 9 >> 2 * width:
+        width += 1
+    size = 1 << width
+    bins[:, :size] = 0
+    for i in range(n):
+        key = (np.int64(top) - bits[i]) >> 9
         packed[i] = key << 32 | i
-        bins[0, key & 2047] += 1
-        bins[1, key >> 11 & 2047] += 1
+        bins[0, key & size - 1] += 1
+        bins[1, key >> width & 2047] += 1
     for digit in range(2):
         before = 0
-        for b in range(2048):
+        for b in range(size):
             here = bins[digit, b]
             bins[digit, b] = before
             before += here
     for i in range(n):
-        b = packed[i] >> 32 & 2047
+        b = packed[i] >> 32 & size - 1
         spare[bins[0, b]] = packed[i]
         bins[0, b] += 1
     for i in range(n):
-        b = spare[i] >> 43 & 2047
+        b = spare[i] >> 32 + width & 2047
         packed[bins[1, b]] = spare[i]
         bins[1, b] += 1
 
@@ -118,11 +128,11 @@ def rank_rows(data, indices, indptr, tokens, medians, slot, collapse, limit, out
     bits, bins = single.view(np.int32), np.zeros((2, 2048), np.int32)
     at = 0
     for row in range(len(indptr) - 1):
-        n = gather_row(data, indices, indptr[row], indptr[row + 1], tokens, medians, slot, collapse, token, count, value)
+        n, known[row] = gather_row(data, indices, indptr[row], indptr[row + 1], tokens, medians, slot, collapse, token, count, value)
         radix_sort(value, n, single, bits, packed, spare, bins)
         settle_ties(packed, n, limit, value, token)
         kept = min(n, limit)
-        detected[row], lengths[row], known[row] = n, kept, count[:n].sum()
+        detected[row], lengths[row] = n, kept
         for i in range(kept):
             out_tokens[at + i] = token[packed[i] & 0xFFFFFFFF]
         if len(out_counts):
