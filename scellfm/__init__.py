@@ -25,6 +25,7 @@ __getattr__, __dir__ = _lazy(__name__, {
         "plotting", "report", "scgpt", "scores", "statistics", "store", "training",
     )},
     **{name: "core" for name in (
-        "settings", "ScellfmError", "DataError", "AssetError", "OptionError", "StoreError", "ExtraError", "ScellfmWarning",
+        "settings", "ScellfmError", "DataError", "DivergedError", "AssetError", "OptionError", "StoreError", "ExtraError",
+        "ScellfmWarning",
     )},
 })

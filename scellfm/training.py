@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .core import DataError, OptionError, StoreError, keyed_generator, keyed_seed, one_of, progress
+from .core import DataError, DivergedError, OptionError, StoreError, keyed_generator, keyed_seed, one_of, progress
 from .inference import pick_device
 from .store import atomic_write, fingerprint
 
@@ -294,14 +294,14 @@ class Run:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         loss, sums = self.sums(data, rows, epoch)
-        mean = mean_of(sums)
-        if not math.isfinite(mean):
-            raise DataError(f"the training loss became {mean} at step {step}; lower learning_rate ({rate:.3g}) or "
-                            "look for rows with unusual values")
         self.accelerator.backward(loss)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip or math.inf).item()
+        mean = mean_of(sums)
+        if not math.isfinite(mean + norm):
+            raise DivergedError(f"the training loss became {mean:.3g} (gradient {norm:.3g}) at step {step}; lower "
+                                f"learning_rate ({rate:.3g}) or look for rows with unusual values")
         self.optimizer.step()
-        self.history.step_rows.append((step, epoch, mean, rate, norm.item()))
+        self.history.step_rows.append((step, epoch, mean, rate, norm))
         self.position["step"] += 1
 
 # %% ../nbs/training.ipynb #858a14bb

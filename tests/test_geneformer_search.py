@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from scellfm.core import DataError, ExtraError, OptionError
+from scellfm.core import DataError, DivergedError, ExtraError, OptionError, ScellfmWarning
 from scellfm.data.cells import simulate_cells
 from scellfm.data.splits import Split, folds, hold_out
 from scellfm.geneformer import Geneformer, RankTokenizer
@@ -94,6 +94,23 @@ def test_an_interrupted_search_goes_on(found, gf, adata, split, tmp_path, monkey
     assert len(json.loads((tmp_path / "trials.json").read_text())) == 3
     again = gf.search(adata, "cell_type", split=split, folder=tmp_path, **ASK)
     assert len(count) == 4 + 3 and again.trials.equals(found.trials)
+
+
+def test_a_trial_that_diverges_has_no_score_and_the_others_go_on(gf, adata, split, tmp_path):
+    ask = dict(trials=4, space={"learning_rate": [1e30, 1e-3]}, n_boot=0, batch_size=24, folder=tmp_path, learning_rate=1e30)
+    with pytest.warns(ScellfmWarning, match=r"\d of 8 trials diverged .*first with .*1e\+30") as caught:
+        found = gf.search(adata, "cell_type", split=split, **ask)
+    assert caught[0].filename == __file__
+    lost = found.trials["learning_rate"] == 1e30
+    assert lost.iloc[0] and not lost.all() and (found.trials["score"].isna() == lost).all()
+    assert [best["learning_rate"] for best in found.best] == [1e-3, 1e-3]
+    again = gf.search(adata, "cell_type", split=split, **ask)  # a noted trial without a score is not tried again
+    assert again.trials.equals(found.trials)
+
+
+def test_a_search_in_which_every_trial_diverges_says_so(gf, adata, split):
+    with pytest.raises(DivergedError, match=r"every trial .*2 of 2.*1e\+30"):
+        gf.search(adata, "cell_type", split=split, trials=2, space={"learning_rate": [1e30, 1e31]}, batch_size=24)
 
 
 def test_the_first_trial_is_the_default(gf, adata, split):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from scellfm.core import DataError, OptionError, StoreError
+from scellfm.core import DataError, DivergedError, OptionError, StoreError
 from scellfm.training import CHECKPOINT, History, Recipe, Rows, batches, fit, model_tensors
 
 SETUP = textwrap.dedent("""
@@ -361,9 +361,17 @@ def test_what_cannot_be_trained_is_refused():
         fit(make().requires_grad_(False), loss, 93, batch, **options)
     with pytest.raises(OptionError, match="valid_los.*train_loss"):
         fit(make(), loss, 93, batch, **options, stop="valid_los")
-    broken = lambda model, batch: (model(batch["x"]).sum() * float("nan"), 1)  # noqa: E731
-    with pytest.raises(DataError, match="nan at step 0"):
-        fit(make(), broken, 93, batch, **options)
+
+
+def test_a_step_with_an_infinite_loss_or_gradient_is_not_taken():
+    not_a_number = lambda model, batch: (model(batch["x"]).sum() * float("nan"), 1)  # noqa: E731
+    steep = lambda model, batch: ((model(batch["x"]) * 0).abs().sqrt().sum(), 1)  # noqa: E731
+    for broken, words in ((not_a_number, "loss became nan"), (steep, r"loss became 0 \(gradient nan\)")):
+        model = make()
+        before = weights(model)
+        with pytest.raises(DivergedError, match=words + r".* at step 0; lower learning_rate"):
+            fit(model, broken, 93, batch, **options)
+        assert all(torch.equal(before[name], value) for name, value in weights(model).items())
 
 
 def test_bfloat16_learns_as_well():

@@ -68,7 +68,7 @@ def remember(source: str, digests: dict[str, str], fixed: bool) -> None:
             f" hub's cache and fetch it again, or from {path} if you trust the new one"
         )
     if changed:
-        warn(f"{source} has changed since its first use: {', '.join(changed)}; pin a revision", stacklevel=5)
+        warn(f"{source} has changed since its first use: {', '.join(changed)}; pin a revision")
     today = datetime.date.today().isoformat()
     fresh = {name: [digest, today] for name, digest in digests.items() if known.get(name, [None])[0] != digest}
     if fresh:
@@ -157,7 +157,7 @@ def find_on_hub(
     from huggingface_hub.utils import filter_repo_objects
 
     if revision is None:
-        warn(f"{hub_id}: no revision is pinned, its files may change; give revision='<commit hash>'", stacklevel=4)
+        warn(f"{hub_id}: no revision is pinned, its files may change; give revision='<commit hash>'")
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     filters = {"allow_patterns": [prefix + pattern for pattern in patterns or ("*",)],
                "ignore_patterns": None if patterns else [f"{prefix}*/*"]}

@@ -160,15 +160,15 @@ def warn_of_names(names: list[str], report: dict, columns: list[str], vocabulary
         raise DataError(f"only {found}: the data has e.g. {report['dropped'][:3]}, the vocabulary e.g. "
                         f"{vocabulary[-3:]}. {describe_unknown(names, columns)}")
     if share < 0.5:
-        warn(f"only {found}; dropped are e.g. {report['dropped'][:5]}. {describe_unknown(names, columns)}", stacklevel=4)
+        warn(f"only {found}; dropped are e.g. {report['dropped'][:5]}. {describe_unknown(names, columns)}")
     dates = [name for name in names if EXCEL_DATE.match(name)]
     if dates:
         warn(f"{len(dates)} genes look like dates, e.g. {dates[:3]}: a spreadsheet changed their names "
-             "(MARCH1 -> 1-Mar); take the names from the original file", stacklevel=4)
+             "(MARCH1 -> 1-Mar); take the names from the original file")
     lower = sum(name.islower() for name in names)
     if lower > len(names) / 2:
         warn(f"{lower:,} gene names are in lower case and were matched as upper case; zebrafish symbols are in lower "
-             "case: if these are not human cells, they are the wrong genes", stacklevel=4)
+             "case: if these are not human cells, they are the wrong genes")
 
 # %% ../../nbs/data/genes.ipynb #391b509c
 def match_report(names: list[str], index: np.ndarray, routes: np.ndarray, counts: np.ndarray | None) -> dict:

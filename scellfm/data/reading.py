@@ -286,20 +286,18 @@ def warn_of_oddities(adata: AnnData, layer: str | None, faults: CountFaults, ine
     "Warn of counts that float32 cannot hold, of integers that may be rounded logarithms, and of repeated cell names."
     if faults.inexact.n:
         warn(f"{faults.inexact.n} counts above 2**24 are in float32, which cannot hold them exactly; the "
-             f"first: {inexact}. Store them as float64 or int64", stacklevel=4)
+             f"first: {inexact}. Store them as float64 or int64")
     if layer is None and "log1p" in adata.uns:
-        warn("X holds integers, yet uns['log1p'] says that it was log-transformed; make sure that X holds raw counts",
-             stacklevel=4)
+        warn("X holds integers, yet uns['log1p'] says that it was log-transformed; make sure that X holds raw counts")
     if layer is None and faults.largest <= 20:
         others = ((name, judge(adata, name)) for name in places(adata))
         larger = [(name, other.largest) for name, other in others if other.counts and other.largest > faults.largest]
         for name, largest in larger[:1]:
             warn(f"X holds integers up to {faults.largest:g} and layer={name!r} integers up to {largest:g}: if X was "
-                 f"transformed and rounded, pass layer={name!r}", stacklevel=4)
+                 f"transformed and rounded, pass layer={name!r}")
     if not adata.obs_names.is_unique:
         name = str(adata.obs_names[adata.obs_names.duplicated()][0])
-        warn(f"cell names repeat, e.g. {name!r}, so they name no cell: call adata.obs_names_make_unique()",
-             stacklevel=4)
+        warn(f"cell names repeat, e.g. {name!r}, so they name no cell: call adata.obs_names_make_unique()")
 
 # %% ../../nbs/data/reading.ipynb #ce0d4101
 def check_counts(adata: AnnData, layer: str | None = None) -> None:

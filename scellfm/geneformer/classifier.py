@@ -290,7 +290,7 @@ def train_and_judge(gf: Geneformer, data, prepared, options: list[dict], setting
     frozen = min(ask["freeze_layers"] for ask in options)
     verdict = judge(scores, advice_for(parts[0].by, epochs, frozen, gf.n_layers))
     if verdict.overfitted:
-        warn(str(verdict), stacklevel=4)
+        warn(str(verdict))
     known = KnownCells.of(cells.obs.index, parts)
     return CellClassifier(models, settings["label"], classes, known, scores=scores, histories=histories, verdict=verdict,
                           settings=settings)

@@ -159,4 +159,4 @@ def judge_estimates(reports: list[dict]) -> None:
         if report["recall"] < 0.8:
             warn(f"group {report['group']!r}: the gradient estimate found {report['recall']:.0%} of the {report['top']} "
                  f"leading genes of the {report['cells']} checked cells ({report['by_chance']:.0%} by chance); raise top= "
-                 "or use screen='exact'", stacklevel=6)
+                 "or use screen='exact'")

@@ -308,7 +308,7 @@ class Geneformer:
         cut = CutCells(cells, self.max_length, self.tokenizer.eos)
         if cut.n_cut:
             warn(f"{cut.n_cut:,} of {len(cut):,} cells have more than {self.max_length:,} tokens, which is all that "
-                 "this model reads; their least ranked genes were cut", stacklevel=4)
+                 "this model reads; their least ranked genes were cut")
         return cut
 
     def embed(self, data, *, emb_layer=-1, pool="auto", key_added="X_geneformer", layer=None, token_budget=16384,

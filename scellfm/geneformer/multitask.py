@@ -303,5 +303,5 @@ def judge_task(task: Task, own: Gathered, known: KnownCells, counts, parts, grou
                          seed=settings["seed"], origin=settings)
     verdict = judge(scores, advice)
     if verdict.overfitted:
-        warn(f"{task.label}: {verdict}", stacklevel=5)
+        warn(f"{task.label}: {verdict}")
     return CellClassifier([], task.label, task.classes, known, scores=scores, verdict=verdict, settings=settings)

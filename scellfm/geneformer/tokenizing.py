@@ -90,7 +90,7 @@ def warn_of_empty(report: dict, empty: str) -> None:
                         f"marked by filter_pass; the gene match: {report['genes']}")
     if report["n_empty"]:
         what = "were dropped; cell_index tells which rows remain" if empty == "drop" else "stay, without any gene token"
-        warn(f"{report['n_empty']:,} of {report['n_cells']:,} cells have no count in any known gene and {what}", stacklevel=4)
+        warn(f"{report['n_empty']:,} of {report['n_cells']:,} cells have no count in any known gene and {what}")
 
 # %% ../../nbs/geneformer/tokenizing.ipynb #5990ea15
 RESERVED = ("input_ids", "length", "counts")
@@ -139,7 +139,7 @@ def tokenize_blocks(source: CellSource, medians: np.ndarray, tokens: np.ndarray,
     for start, block in source.blocks(rows):
         if vet_counts(source, start, block, stored) and not fractions:
             fractions = True
-            warn(f"{source.name}: the counts are not whole numbers; they are ranked as linear values", stacklevel=4)
+            warn(f"{source.name}: the counts are not whole numbers; they are ranked as linear values")
         totals = cell_totals(source, start, block, stored)
         index = np.arange(start, start + block.shape[0])
         tally.n_cells += len(index)

@@ -114,7 +114,7 @@ def folds_of(adata, lengths: np.ndarray, split) -> tuple[list[Split], np.ndarray
     check_cells(adata.obs_names, split, adata.n_obs)
     full = lengths > 1
     if not full.all():
-        warn(f"{(~full).sum():,} of {adata.n_obs:,} cells have no gene that the model knows and are left out", stacklevel=5)
+        warn(f"{(~full).sum():,} of {adata.n_obs:,} cells have no gene that the model knows and are left out")
     groups = column_of(adata.obs, split.by, "split.by") if split.by else None
     parts = []
     for one in split.folds():
@@ -173,7 +173,7 @@ def finetune(
     scores = label_scores(values, parts, count_matrix(adata, layer), codes, classes, groups, n_boot, settings)
     verdict = judge(scores, advice_for(split.by, epochs, freeze_layers, gpt.model.config.n_layers))
     if verdict.overfitted:
-        warn(str(verdict), stacklevel=4)
+        warn(str(verdict))
     return CellAnnotator(models, label, classes, KnownCells.of(adata.obs_names, parts), scores=scores, histories=histories,
                          verdict=verdict, settings=settings)
 

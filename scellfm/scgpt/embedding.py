@@ -70,18 +70,15 @@ def tell(totals: dict, n_cells: int, max_length: int, overlong: str, key: str) -
     "Warn about cells that are empty, constant or too long."
     if totals["n_empty"]:
         warn(f"{totals['n_empty']:,} of {n_cells:,} cells have no gene that the model knows; their rows of "
-             f"obsm[{key!r}] are NaN",
-             stacklevel=5)
+             f"obsm[{key!r}] are NaN")
     if totals["n_constant"]:
         warn(f"{totals['n_constant']:,} of {n_cells:,} cells have one and the same value in all their genes: binning "
-             "cannot order them and their bins are draws; raw counts of a deeper cell, or fewer filters, would help",
-             stacklevel=5)
+             "cannot order them and their bins are draws; raw counts of a deeper cell, or fewer filters, would help")
     if totals["n_overlong"]:
         how = {"sample": "were sampled (the same in every run)", "top": "with the highest values were kept",
                "first": "were kept"}
         warn(f"{totals['n_overlong']:,} of {n_cells:,} cells express more than the {max_length - 1:,} genes that fit; "
-             f"{max_length - 1:,} {how[overlong]}. Choose variable genes beforehand to decide yourself "
-             "which", stacklevel=5)
+             f"{max_length - 1:,} {how[overlong]}. Choose variable genes beforehand to decide yourself which")
 
 # %% ../../nbs/scgpt/embedding.ipynb #c3bd6401
 class ScGPT:

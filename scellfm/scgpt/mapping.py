@@ -57,7 +57,8 @@ def usable_cells(adata, key: str, label: str) -> tuple[np.ndarray, np.ndarray, n
     codes, classes = label_codes(adata.obs, label, "reference")
     kept = finite & (codes >= 0)
     if not kept.all():
-        warn(f"{(~kept).sum()} of {len(kept)} reference cells are left out: {(~finite).sum()} have no embedding, {(codes < 0).sum()} no {label!r}", stacklevel=4)
+        warn(f"{(~kept).sum()} of {len(kept)} reference cells are left out: {(~finite).sum()} have no embedding, "
+             f"{(finite & (codes < 0)).sum()} of the others no {label!r}")
         values, codes = values[kept], codes[kept]
         present = np.unique(codes)
         codes, classes = np.searchsorted(present, codes), classes[present]
@@ -96,7 +97,7 @@ def lowest_threshold(table: pd.DataFrame, accuracy: float, enough: int = 20) -> 
     reached = judged[judged["accuracy"] >= accuracy]
     if reached.empty:
         warn(f"no threshold reaches an accuracy of {accuracy:.0%}: at a confidence of {judged['min_confidence'].iloc[-1]:.2f} or more it is "
-             f"{judged['accuracy'].iloc[-1]:.1%}; that one is set", stacklevel=4)
+             f"{judged['accuracy'].iloc[-1]:.1%}; that one is set")
         return float(judged["min_confidence"].iloc[-1])
     return float(reached["min_confidence"].iloc[0])
 
@@ -337,7 +338,7 @@ def score_map(reference: ReferenceMap, query, truth: np.ndarray) -> tuple[dict, 
         known = reference.is_known(votes)
         metrics.update(called=known.mean(), accuracy_called=(called == truth)[known].mean() if known.any() else np.nan)
     if (votes.near == 0).mean() > 0.5:
-        warn("more than half of the query cells lie exactly on a reference cell: are they in the reference? Then the scores are too good", stacklevel=5)
+        warn("more than half of the query cells lie exactly on a reference cell: are they in the reference? Then the scores are too good")
     return metrics, details
 
 
@@ -345,7 +346,7 @@ def evaluate(reference: ReferenceMap, query, label: str, layer: str | None, base
     "See `ReferenceMap.evaluate`."
     codes, names = label_codes(query.obs, label, "query")
     if (codes < 0).any():
-        warn(f"{(codes < 0).sum()} of {len(codes)} query cells have no {label!r} and are not judged", stacklevel=4)
+        warn(f"{(codes < 0).sum()} of {len(codes)} query cells have no {label!r} and are not judged")
         query, codes = query[codes >= 0], codes[codes >= 0]
     if not len(codes):
         raise DataError(f"no query cell has a {label!r} to judge by")
@@ -353,7 +354,7 @@ def evaluate(reference: ReferenceMap, query, label: str, layer: str | None, base
     strange = np.isin(truth, reference.classes.astype(str), invert=True)
     if strange.any():
         warn(f"{strange.sum()} of {len(truth)} query cells are of types that the reference does not hold ({', '.join(np.unique(truth[strange])[:5])}): "
-             "they count as wrong", stacklevel=4)
+             "they count as wrong")
     results = {reference.use_rep: score_map(reference, query, truth)}
     if baselines:
         results["HVG + PCA"] = score_map(*baseline_map(reference, query, layer, seed), truth)

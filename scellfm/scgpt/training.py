@@ -229,7 +229,7 @@ def learning_cells(adata, cells: BinnedCells, split: Split | None, held_out: flo
     if not len(parts[0]):
         raise DataError(f"none of the {len(split.train):,} cells to train on has a gene that the model knows")
     if not full.all():
-        warn(f"{(~full).sum():,} of {adata.n_obs:,} cells have no gene that the model knows and are left out", stacklevel=5)
+        warn(f"{(~full).sum():,} of {adata.n_obs:,} cells have no gene that the model knows and are left out")
     return Split(parts[0], nobody, parts[1], split.by, split.n)
 
 
@@ -252,7 +252,7 @@ def report_losses(model: ScGPT, hiding: HiddenGenes, part: Split, batch_size: in
     own, gene_means = next(iter(found.values()))[0], simple["gene means"][0]
     if own >= gene_means:
         warn(f"hidden values are missed by {own:.1f} squared bins, and by {gene_means:.1f} when each gene's mean is guessed: "
-             "the model has learned no more than that; train longer, on more cells, or at another learning_rate", stacklevel=5)
+             "the model has learned no more than that; train longer, on more cells, or at another learning_rate")
 
 # %% ../../nbs/scgpt/training.ipynb #e01d1a6e
 def continue_pretraining(

@@ -187,7 +187,7 @@ def baseline_embeddings(adata, batches: np.ndarray | None, layer: str | None = N
 def tell_if_one(groups: np.ndarray | None, column: str | None, lost: str) -> None:
     "Warn where all cells are of one group."
     if groups is not None and len(set(groups)) == 1:
-        warn(f"all cells have obs[{column!r}] {groups[0]!r}: {lost} cannot be told, its scores are NaN", stacklevel=4)
+        warn(f"all cells have obs[{column!r}] {groups[0]!r}: {lost} cannot be told, its scores are NaN")
 
 
 def matrix_before(adata, layer: str | None):

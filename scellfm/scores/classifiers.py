@@ -78,10 +78,8 @@ def check_cells(names: pd.Index, split: Split | Folds, n: int) -> None:
 def warn_of_seen(fold: np.ndarray) -> None:
     "Warn where every model was trained on a cell (`fold` from `KnownCells.fold_of`)."
     if (fold == SEEN).any():
-        warn(f"{(fold == SEEN).sum():,} of {len(fold):,} cells were trained on by every model: what is said of "
-             "them is memory, not judgement; with split=folds(...) each cell is judged by a model that "
-             "has not seen it",
-             stacklevel=4)
+        warn(f"{(fold == SEEN).sum():,} of {len(fold):,} cells were trained on by every model: what is said of them is "
+             "memory, not judgement; with split=folds(...) each cell is judged by a model that has not seen it")
 
 # %% ../../nbs/scores/classifiers.ipynb #e4a51617
 def calls(table: pd.DataFrame, label: str) -> pd.DataFrame:
@@ -94,8 +92,7 @@ def calls(table: pd.DataFrame, label: str) -> pd.DataFrame:
 def write_calls(adata, rows: np.ndarray, table: pd.DataFrame, parameters: dict) -> None:
     "Put `calls` of the cells `rows` into obs and what made them into uns; the other cells get none, with a warning."
     if len(rows) < adata.n_obs:
-        warn(f"{adata.n_obs - len(rows):,} of {adata.n_obs:,} cells have no gene the model knows: no prediction",
-             stacklevel=4)
+        warn(f"{adata.n_obs - len(rows):,} of {adata.n_obs:,} cells have no gene the model knows: no prediction")
     predicted, confidence = table.columns
     codes, sure = np.full(adata.n_obs, -1), np.full(adata.n_obs, np.nan)
     codes[rows], sure[rows] = table[predicted].cat.codes, table[confidence]

@@ -177,7 +177,7 @@ def bounds(weighted: Weighted, probabilities: np.ndarray, groups: np.ndarray | N
     names = list(weighted.metrics(np.ones(len(weighted.codes))))
     if n_boot == 0 or (groups is not None and groups.max() == 0):
         if n_boot:
-            warn("all cells come from one group: how much the scores vary between groups cannot be told, the intervals are NaN", stacklevel=4)
+            warn("all cells come from one group: how much the scores vary between groups cannot be told, the intervals are NaN")
         return dict.fromkeys(names, np.nan), dict.fromkeys(names, np.nan)
     drawn = pd.DataFrame([weighted.metrics(w) for w in draws(weighted.codes, probabilities, groups, n_boot, seed)], columns=names)
     drawn.loc[:, drawn.isna().mean() > 0.5] = np.nan

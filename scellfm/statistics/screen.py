@@ -286,12 +286,8 @@ def _tail_ratio(z: np.ndarray) -> float:
     middle, high = np.quantile(np.abs(z), [0.5, 0.9])
     ratio = float(high / middle) if middle > 0 else np.nan
     if ratio > TAIL_WARNING:
-        warn(
-            f"heavy tails: q90/q50 of |z| is {ratio:.2f}, 2.44 if effects of genes were normal. Either many genes "
-            f"are drivers, or a called gene "
-            "may be the extreme of an ordinary spread; look at the percentiles and at replication",
-            stacklevel=4,
-        )
+        warn(f"heavy tails: q90/q50 of |z| is {ratio:.2f}, 2.44 if effects of genes were normal. Either many genes are drivers, "
+             "or a called gene may be the extreme of an ordinary spread; look at the percentiles and at replication")
     return ratio
 
 # %% ../../nbs/statistics/screen.ipynb #38e6d835

@@ -47,7 +47,7 @@ def _with_donors(shifts: pd.DataFrame) -> tuple[pd.DataFrame, bool]:
     if missing.all():
         return shifts, False
     if missing.any():
-        warn(f"{missing.sum()} of {len(shifts)} rows have no donor and are left out", stacklevel=5)
+        warn(f"{missing.sum()} of {len(shifts)} rows have no donor and are left out")
     return shifts[~missing], True
 
 # %% ../../nbs/statistics/table.ipynb #80b3eddf

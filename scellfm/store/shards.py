@@ -199,7 +199,7 @@ def _check_same_run(folder: Path, manifest: dict, inputs: dict, settings: dict) 
     now, then = _versions(), manifest["versions"]
     known = now.keys() & then.keys()
     if differing := _changes({name: then[name] for name in known}, {name: now[name] for name in known}):
-        warn(f"{folder} was begun with other versions: {differing}; last digits may differ in new parts", stacklevel=4)
+        warn(f"{folder} was begun with other versions: {differing}; last digits may differ in new parts")
 
 # %% ../../nbs/store/shards.ipynb #1ed35ac0
 def _shard_file(folder: Path, name: str) -> Path:
