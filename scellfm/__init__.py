@@ -5,7 +5,7 @@ from importlib import import_module
 
 
 def _lazy(package: str, names: dict):
-    "`__getattr__` and `__dir__` (PEP 562) that import `names` = {public name: module below `package`} on first use."
+    "`__getattr__`, `__dir__` (PEP 562) and `__all__` that import `names` = {public name: module below `package`} on first use."
 
     def __getattr__(name):
         if name not in names:
@@ -16,10 +16,10 @@ def _lazy(package: str, names: dict):
     def __dir__():
         return sorted(names)
 
-    return __getattr__, __dir__
+    return __getattr__, __dir__, sorted(names)
 
 
-__getattr__, __dir__ = _lazy(__name__, {
+__getattr__, __dir__, __all__ = _lazy(__name__, {
     **{module: module for module in (
         "assets", "baselines", "cli", "commands", "core", "data", "demo", "geneformer", "heatmaps", "inference",
         "plotting", "report", "scgpt", "scores", "statistics", "store", "training",

@@ -97,6 +97,9 @@ ERRORS = {
     "an infinite count is classified": (lambda g, c, s, d: c.predict(cells(put(np.inf))), DataError, ["'cell20'", "inf", "layer="]),
     "no such layer": (lambda g, c, s, d: g.embed(cells(), layer="raw_counts"), DataError, ["'raw_counts'"]),
     "no cells": (lambda g, c, s, d: g.embed(cells()[:0]), DataError, ["no cells", "filters"]),
+    "a table for cells": (lambda g, c, s, d: g.embed(pd.DataFrame({"G1": [1, 2]})), DataError, ["a DataFrame holds no cells", "give an AnnData"]),
+    "nothing for cells": (lambda g, c, s, d: c.perturb(None), DataError, ["a NoneType holds no cells", "give an AnnData"]),
+    "a file for a data set": (lambda g, c, s, d: (cells().write_h5ad(d / "c.h5ad"), g.embed(d / "c.h5ad")), DataError, ["c.h5ad", "scellfm.data.read("]),
     "no cells to train on": (lambda g, c, s, d: g.pretrain(cells()[:0]), DataError, ["no cells", "filters"]),
     "no genes": (lambda g, c, s, d: g.tokenizer(cells()[:, :0]), DataError, ["0 genes"]),
     "nothing but empty cells": (lambda g, c, s, d: g.embed(cells(lambda x: x * 0)), DataError, ["no cell is left of 24"]),
@@ -220,6 +223,19 @@ def test_reading_and_learning_change_neither_a_view_nor_its_parent(gf, clf):
     tuned(gf, view, split=hold_out(view, by="donor", fractions=(0.5, 0, 0.5)), epochs=1)
     clf.predict(view, copy=True), clf.perturb(view, genes=[GENES[0]], **STATES)
     assert view.is_view and fingerprint(parent) == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_cells_left_on_disk_are_read_and_copied_into_memory(gf, clf, tmp_path):
+    cells().write_h5ad(tmp_path / "cells.h5ad")
+    backed, whole = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r"), cells()
+    embedded = gf.embed(backed, copy=True)
+    assert not embedded.isbacked and (embedded.X != whole.X).nnz == 0 and "X_geneformer" not in backed.obsm
+    gf.embed(backed), gf.embed(whole), clf.predict(backed), clf.predict(whole)
+    assert (backed.obsm["X_geneformer"] == whole.obsm["X_geneformer"]).all() and (embedded.obsm["X_geneformer"] == whole.obsm["X_geneformer"]).all()
+    assert backed.obs["type_predicted"].tolist() == whole.obs["type_predicted"].tolist()
+    assert gf.embed_genes(backed, copy=True).varm["X_geneformer"].shape == (40, 64)
+    backed.file.close()
 
 
 def test_the_number_of_threads_changes_no_embedding(gf):

@@ -217,3 +217,19 @@ def test_a_filter_that_chooses_nothing_is_an_error(pbmc, where, error, message):
     adata, gf = pbmc
     with pytest.raises(error, match=message):
         gf.perturb(adata, where=where, **QUESTION)
+
+
+def test_genes_that_cells_lack_are_overexpressed_and_tested(pbmc):
+    adata, gf = pbmc
+    cells = gf.cells(adata)
+    tokens, _, detection = rank_and_detection(cells, False)
+    genes = list(gf.tokenizer.genes[tokens[np.argsort(abs(detection - 0.4), kind="stable")[:3]]])
+    read = {name: list(gf.tokenizer.genes[cells[i]]) for i, name in enumerate(adata.obs_names)}
+    for settings in (dict(combine="each"), dict(combine="pairs"), dict(matched=50)):
+        screen = gf.perturb(adata, kind="overexpress", genes=genes, max_cells=20, **settings, **QUESTION)
+        rows = screen.shifts[screen.shifts["gene"].isin(genes)]
+        wanted = [read[cell].index(gene) if gene in read[cell] else len(read[cell]) for cell, gene in zip(rows["cell"], rows["gene"])]
+        lacking = np.array([gene not in read[cell] for cell, gene in zip(rows["cell"], rows["gene"])])
+        assert rows["rank"].tolist() == wanted and 0 < lacking.sum() < len(rows) == 60
+        table = screen.table().set_index("gene").loc[genes]
+        assert table["mean_shift"].notna().all() and (table["n_cells"] == 20).all()

@@ -17,6 +17,7 @@ PACKAGES = ["scellfm", *(f"scellfm.{p.parent.name}" for p in (ROOT / "scellfm").
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_name_can_be_imported(package):
     module = importlib.import_module(package)
+    assert sorted(module.__all__) == dir(module)
     for name in dir(module):
         assert getattr(module, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):

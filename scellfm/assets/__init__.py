@@ -1,7 +1,7 @@
 """Checkpoints and dictionaries in: found, verified, read without executing anything, accounted for tensor by tensor."""
 from scellfm import _lazy
 
-__getattr__, __dir__ = _lazy(__name__, {
+__getattr__, __dir__, __all__ = _lazy(__name__, {
     "find": "hub", "sha256": "files", "kind_of": "files", "read_dictionary": "dictionaries",
     "read_tensors": "tensors", "save_tensors": "tensors", "save_model": "tensors", "Tensors": "tensors",
     "load_state": "accounting", "LoadReport": "accounting",

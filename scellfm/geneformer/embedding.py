@@ -36,13 +36,12 @@ def embed(gf: Geneformer, data, *, emb_layer=-1, pool="auto", key_added="X_genef
     embeddings = embed_cells(gf, cells, index, mode, token_budget, record)
     if cells is data or isinstance(data, (str, Path)):
         return embeddings
-    data = data.copy() if copy else data
+    data = data.to_memory(copy=True) if copy else data
     full = np.full((data.n_obs, embeddings.shape[1]), np.nan, dtype=np.float32)
     full[cells.cell_index] = embeddings
     if len(cells) < data.n_obs:
         warn(f"{data.n_obs - len(cells):,} of {data.n_obs:,} cells have no gene that the model knows (or a "
-             f"filter_pass that is "
-             f"not 1); their rows of obsm[{key_added!r}] are NaN")
+             f"filter_pass that is not 1); their rows of obsm[{key_added!r}] are NaN")
     data.obsm[key_added] = full
     data.uns[key_added] = {"params": parameters(gf, emb_layer, index, layer, record) | {"pool": mode}}
     return data if copy else None
@@ -85,7 +84,7 @@ def embed_genes(gf: Geneformer, data, *, emb_layer=-1, key_added="X_geneformer",
     if cells is data or isinstance(data, (str, Path)):
         present = counts > 0
         return pd.DataFrame(means[present], index=pd.Index(np.asarray(gf.tokenizer.genes)[present], name="gene"))
-    data = data.copy() if copy else data
+    data = data.to_memory(copy=True) if copy else data
     tokens = gf.tokenizer.match(data).index
     data.varm[key_added] = np.where((tokens >= 0)[:, None], means[tokens], np.nan).astype(np.float32)
     data.uns[key_added] = data.uns.get(key_added, {}) | {"gene_params": parameters(gf, emb_layer, index, layer, record)}

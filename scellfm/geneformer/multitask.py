@@ -185,7 +185,7 @@ class TaskClassifier:
         tables = [calls(table, label) for label, table in self.probabilities(cells, token_budget=token_budget).items()]
         if not hasattr(data, "obs_names"):
             return pd.concat(tables, axis=1)
-        data = data.copy() if copy else data
+        data = data.to_memory(copy=True) if copy else data
         for table in tables:
             write_calls(data, cells.cell_index, table, {"model": repr(self), "counts": "X" if layer is None else layer})
         return data if copy else None

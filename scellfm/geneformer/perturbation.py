@@ -28,12 +28,13 @@ from ..store import Store, fingerprint
 
 # %% ../../nbs/geneformer/perturbation.ipynb #683fd390
 def effect_rows(edits: Edits, effects: np.ndarray, labels: np.ndarray, states: list, name: str = "shift") -> pd.DataFrame:
-    "The rows of edits: gene, cell (position), rank, `name` and the columns of the states, in the order of the edits."
+    """The rows of edits: gene, cell (position), rank, `name` and the columns of the states, in the order of the edits.
+
+    The rank of several genes is their mean; a gene that the cell lacks (overexpression) stands behind its last one."""
     first = int(edits.special)
-    present = np.where(edits.positions >= 0, edits.positions - first, np.nan).astype(float)
-    own = present[:, -1] if edits.tokens is None else np.divide(
-        np.nansum(present, 1), (present >= 0).sum(1), out=np.full(len(edits), np.nan), where=(present >= 0).any(1))
-    rank = own.astype(np.int64) if edits.tokens is None else own
+    behind = (edits.length - 2 * first)[:, None]
+    ranks = np.where(edits.positions >= 0, edits.positions - first, behind)
+    rank = ranks[:, -1] if edits.tokens is None else ranks.mean(1)
     rows = {"gene": labels, "cell": edits.cell, "rank": rank}
     if states:
         rows[name] = effects[:, 0]
@@ -170,7 +171,7 @@ def open_store(folder, models: list, cells, tasks: list[Task], settings: dict) -
 def compute(bench: Bench, jobs: list[Job], gradient: tuple | None, names: np.ndarray, seed: int, store: Store | None):
     "The rows of all jobs, and what happened while they were computed."
     for group in cost(jobs).itertuples():
-        tell(f"group {group.group!r}: {group.edits:,} edits of {group.cells:,} cells")
+        tell(f"group {str(group.group)!r}: {group.edits:,} edits of {group.cells:,} cells")
     bench.store = store
     try:
         if gradient is None:

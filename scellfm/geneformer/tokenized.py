@@ -251,6 +251,8 @@ def read_table(folder: Path) -> pyarrow.Table:
 
     from scellfm.assets import read_dictionary
 
+    if folder.is_file():
+        raise DataError(f"{folder} is a file and no saved data set; read its cells first: adata = scellfm.data.read({str(folder)!r})")
     if not (folder / "state.json").exists():
         raise DataError(f"{folder} is not a saved data set (no state.json in it); name the folder that was written by "
                         "save(), tokenize_files() or the original Geneformer (prefix.dataset)")

@@ -1,7 +1,7 @@
 """scGPT: value binning, cell embedding, reference mapping, integration and continual pretraining."""
 from scellfm import _lazy
 
-__getattr__, __dir__ = _lazy(__name__, {
+__getattr__, __dir__, __all__ = _lazy(__name__, {
     "Vocabulary": "vocabulary", "BinnedCells": "tokenizer",
     "ScGPT": "embedding", "ReferenceMap": "mapping", "CellAnnotator": "annotation", "ScGPTModel": "model", "ScGPTConfig": "model",
 })

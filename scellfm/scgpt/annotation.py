@@ -75,7 +75,7 @@ class CellAnnotator(Judged):
     def predict(self, adata, *, layer: str | None = None, column=None, mapping=None, symbols=None, copy: bool = False):
         "Writes obs['{label}_predicted'] (categorical), obs['{label}_confidence'] (its probability), settings in uns."
         table = self.probabilities(adata, layer=layer, column=column, mapping=mapping, symbols=symbols)
-        adata, known = adata.copy() if copy else adata, table.notna().all(axis=1).to_numpy()
+        adata, known = adata.to_memory(copy=True) if copy else adata, table.notna().all(axis=1).to_numpy()
         write_calls(adata, np.flatnonzero(known), calls(table[known], self.label),
                     {"model": repr(self), "counts": "X" if layer is None else layer})
         return adata if copy else None

@@ -259,7 +259,7 @@ def embed(gpt: ScGPT, data, *, pool, layer, names: dict, how: dict, token_budget
     "See `ScGPT.embed`; `names` says how genes are named, `how` how cells become tokens."
     one_of("pool", pool, POOLS)
     result, source = opened(data)
-    result = result.copy() if copy and result is data else result
+    result = result.to_memory(copy=True) if copy and result is data else result
     columns = columns_of(result, source, layer)
     totals, whole = survey(source, result.obs_names, columns.var_names, layer)
     match = gpt.match(columns, counts=totals, **names)

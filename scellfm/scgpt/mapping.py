@@ -224,7 +224,7 @@ class ReferenceMap:
 
         Returns None, or with copy=True the copy. 'unknown': below the thresholds, or no embedding (confidence NaN).
         """
-        query = query.copy() if copy else query
+        query = query.to_memory(copy=True) if copy else query
         votes = self.votes(query)
         known, unmapped = self.is_known(votes), int((votes.code < 0).sum())
         if unmapped:

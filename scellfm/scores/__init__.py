@@ -1,7 +1,7 @@
 """Every score, defined once, with its source; and the table that shows a model beside its baselines."""
 from scellfm import _lazy
 
-__getattr__, __dir__ = _lazy(__name__, {
+__getattr__, __dir__, __all__ = _lazy(__name__, {
     "Scores": "table", "classification": "labels", "ClassificationResult": "labels", "integration": "batches", "umaps": "pictures",
     "perturbation": "profiles",
     "Verdict": "heldout",

@@ -1,6 +1,6 @@
 """Results that survive: atomic writes, fingerprints of inputs, and long runs that resume where they stopped."""
 from scellfm import _lazy
 
-__getattr__, __dir__ = _lazy(__name__, {
+__getattr__, __dir__, __all__ = _lazy(__name__, {
     "sha256": "files", "atomic_write": "files", "atomic_files": "files", "fingerprint": "fingerprints", "Store": "shards",
 })
