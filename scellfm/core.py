@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['logger', 'listeners', 'settings', 'ScellfmError', 'DataError', 'DivergedError', 'AssetError', 'OptionError',
-           'StoreError', 'ExtraError', 'ScellfmWarning', 'warn', 'one_of', 'optional', 'Settings', 'progress', 'tell',
-           'keyed_seed', 'keyed_generator']
+           'StoreError', 'ExtraError', 'ScellfmWarning', 'warn', 'one_of', 'at_least', 'optional', 'Settings',
+           'progress', 'tell', 'keyed_seed', 'keyed_generator']
 
 # %% ../nbs/core.ipynb #7fa33fd6
 import difflib
@@ -16,6 +16,7 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 # %% ../nbs/core.ipynb #31597864
 logger = logging.getLogger("scellfm")
@@ -73,6 +74,13 @@ def one_of(name: str, value, choices) -> None:
     close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise OptionError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.{hint}")
+
+# %% ../nbs/core.ipynb #a27d5b90
+def at_least(name: str, value, least, whole: bool = True) -> None:
+    "Raise an OptionError unless `value` is a finite number of at least `least`; a whole one, if not told otherwise."
+    number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not (number and least <= value < float("inf")):
+        raise OptionError(f"{name}={value!r} must be a {'whole ' * whole}number of at least {least}")
 
 # %% ../nbs/core.ipynb #5529b52a
 def optional(module: str, extra: str):

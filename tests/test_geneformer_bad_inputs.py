@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import sparse
 
-from scellfm.core import AssetError, DataError, OptionError, ScellfmError, ScellfmWarning, StoreError
+from scellfm.core import AssetError, DataError, DivergedError, OptionError, ScellfmError, ScellfmWarning, StoreError
 from scellfm.data import Split, folds, hold_out
 from scellfm.geneformer import CellClassifier, Geneformer, RankTokenizer
 from scellfm.geneformer.corpus import Corpus
@@ -115,8 +115,19 @@ ERRORS = {
     "one class": (lambda g, c, s, d: tuned(g, cells(type="B")), DataError, ["single class, 'B'", "choose another column"]),
     "a class of one cell": (lambda g, c, s, d: tuned(g, cells(type=["NK", *["B", "T"] * 11, "B"])), DataError, ["'NK'", "1 cell"]),
     "a cell in training and test": (lambda g, c, s, d: tuned(g, cells(), split=leaky()), DataError, ["both train and test", "deal the cells again"]),
+    "a number for a split": (lambda g, c, s, d: tuned(g, cells(), split=5), OptionError, ["type int", "scellfm.data.folds(adata"]),
+    "folds to pretrain by": (lambda g, c, s, d: g.pretrain(cells(), split=folds(cells(), k=2)), OptionError, ["type Folds", "one Split"]),
+    "half an epoch": (lambda g, c, s, d: tuned(g, cells(), epochs=1.5), OptionError, ["epochs=1.5", "whole number of at least 1"]),
+    "a word for a rate": (lambda g, c, s, d: tuned(g, cells(), learning_rate="5e-5"), OptionError, ["learning_rate='5e-5'", "number of at least 0"]),
+    "a rate beyond reason": (lambda g, c, s, d: Geneformer.from_config("tiny", g.tokenizer, device="cpu").pretrain(cells(), learning_rate=1e30),
+                             DivergedError, ["lower learning_rate", "make it, anew"]),
+    "no room for a gene": (lambda g, c, s, d: RankTokenizer.fit(cells(), special=True, max_length=2), OptionError, ["max_length=2", "at least 3"]),
     "cells of one name learn": (lambda g, c, s, d: tuned(g, renamed(["twin"] * 24)), DataError, ["'twin'", "obs_names_make_unique()"]),
     "no such state": (lambda g, c, s, d: c.perturb(cells(), **STATES | {"goal": "NK"}), DataError, ["type='NK'", "B, T"]),
+    "all cells but one": (lambda g, c, s, d: c.perturb(cells(), max_cells=-1, **STATES), OptionError, ["max_cells=-1", "at least 1"]),
+    "half a cell": (lambda g, c, s, d: c.perturb(cells(), max_cells=1.5, **STATES), OptionError, ["max_cells=1.5", "whole number"]),
+    "two columns of groups": (lambda g, c, s, d: c.perturb(cells(), groupby=["type", "donor"], **STATES), OptionError, ["groupby=['type', 'donor']", "one column"]),
+    "a goal that is the start": (lambda g, c, s, d: c.perturb(cells(), **STATES | {"goal": "B"}), OptionError, ["goal='B'", "must differ"]),
     "no such column of states": (lambda g, c, s, d: c.perturb(cells(), **STATES | {"state": "illness"}), DataError, ["'illness'", "'type'"]),
     "a gene that nobody knows": (lambda g, c, s, d: g.perturb(cells(), genes=[GENES[3] + "9"]), DataError, [GENES[3] + "9", "40 genes", "give an id or symbol"]),
     "no genes are asked for": (lambda g, c, s, d: g.perturb(cells(), genes=[]), OptionError, ["genes=[]", "'all'"]),
@@ -187,6 +198,15 @@ def tokens(gf, adata):
     with warnings.catch_warnings():
         warnings.simplefilter("error", ScellfmWarning)
         return [cell.tolist() for cell in map(gf.tokenizer(adata).__getitem__, range(adata.n_obs))]
+
+
+def test_states_that_are_numbers_may_be_given_as_numbers_or_words(gf):
+    "A classifier shows its classes, and the command line takes all values, as text."
+    ask = dict(genes=GENES[:3], combine="each", state="ill", donor="donor")
+    adata = cells(ill=[0, 1, 1, 0] * 6)
+    number, word = gf.perturb(adata, start=1, goal=0, **ask), gf.perturb(adata, start="1", goal="0", **ask)
+    pd.testing.assert_frame_equal(number.shifts, word.shifts)
+    assert number.genes["log2fc"].notna().all() and number.genes.equals(word.genes) and number.groups == ["all"]
 
 
 def test_a_cell_of_one_gene_is_a_cell_like_others(gf):

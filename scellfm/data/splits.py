@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import DataError, OptionError, keyed_generator, keyed_seed, warn
+from ..core import DataError, OptionError, at_least, keyed_generator, keyed_seed, warn
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['PARTS', 'Split', 'Folds', 'column_of', 'labels_of', 'check_fractions', 'whole_numbers', 'deal_cells', 'all_deals',
-           'greedy_deals', 'deal_groups', 'deal_by', 'deal', 'hold_out', 'folds', 'check_leakage']
+__all__ = ['PARTS', 'Split', 'Folds', 'check_split', 'column_of', 'labels_of', 'check_fractions', 'whole_numbers', 'deal_cells',
+           'all_deals', 'greedy_deals', 'deal_groups', 'deal_by', 'deal', 'hold_out', 'folds', 'check_leakage']
 
 # %% ../../nbs/data/splits.ipynb #8cd931d0
 PARTS = ("train", "valid", "test")
@@ -77,6 +77,13 @@ class Folds:
         title = f"<p>{len(self)} folds of {self.splits[0].n:,} cells by {unit}; the test parts:</p>"
         rows = {f"fold {i}": split.table.loc["test"] for i, split in enumerate(self.splits) if split.table is not None}
         return title + pd.DataFrame(rows).T.to_html()
+
+# %% ../../nbs/data/splits.ipynb #63d7a9fe
+def check_split(split, one: bool = False) -> None:
+    "OptionError for what is neither a Split nor Folds; with `one`, Folds are refused too."
+    if not isinstance(split, Split if one else (Split, Folds)):
+        wanted = "one Split: hold_out(adata, by='donor')" if one else "Folds or a Split: scellfm.data.folds(adata, by='donor')"
+        raise OptionError(f"split is of the type {type(split).__name__}; give {wanted}")
 
 # %% ../../nbs/data/splits.ipynb #5526fcc2
 def column_of(obs: pd.DataFrame, name: str, use: str) -> np.ndarray:
@@ -250,8 +257,7 @@ def folds(adata, by: str | None = None, k: int = 5, stratify: str | None = None,
     import pandas as pd
 
     obs = getattr(adata, "obs", adata)
-    if k < 2 or k != int(k):
-        raise OptionError(f"k={k!r}: cross-fitting needs a whole number of folds, at least 2")
+    at_least("k", k, 2)
     if by is not None and len(obs):
         n_groups = len(np.unique(column_of(obs, by, "by").astype(str)))
         if n_groups < 2:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from ..assets import find, load_state, read_dictionary, read_tensors, save_model
 from ..core import AssetError, OptionError, warn
-from ..data.splits import Folds, Split, check_leakage, column_of
+from ..data.splits import Folds, Split, check_leakage, check_split, column_of
 from .evaluation import advice_for, counts_of_tokens, score_table
 from .finetuning import Part, probabilities, train_fold
 from .model import Geneformer, fitting_tokenizer, translate
@@ -213,6 +213,7 @@ def prepare(gf: Geneformer, data, label: str, split, layer: str | None):
 
 def prepare_cells(gf: Geneformer, data, split, layer: str | None, labels: tuple[str, ...]):
     "(obs, tokenized cells, folds in the positions of these cells, donors or None), checked."
+    check_split(split)
     with_counts = hasattr(data, "obs_names")
     cells = gf.cells(data, layer=layer, columns=(*labels, *((split.by,) if split.by else ())))
     obs = data.obs.iloc[cells.cell_index] if with_counts else cells.obs

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import DataError, progress, tell
+from ..core import DataError, at_least, progress, tell
 from .edits import Edits, edit_labels, make_edits, run_edits
 from .embedding import embed_cells, summarize
 from .gradient import agreement, asked_gradient, choose_exact, estimate_block, judge_estimates
@@ -171,7 +171,7 @@ def open_store(folder, models: list, cells, tasks: list[Task], settings: dict) -
 def compute(bench: Bench, jobs: list[Job], gradient: tuple | None, names: np.ndarray, seed: int, store: Store | None):
     "The rows of all jobs, and what happened while they were computed."
     for group in cost(jobs).itertuples():
-        tell(f"group {str(group.group)!r}: {group.edits:,} edits of {group.cells:,} cells")
+        tell(f"group {group.group!r}: {group.edits:,} edits of {group.cells:,} cells")
     bench.store = store
     try:
         if gradient is None:
@@ -249,6 +249,8 @@ def perturb(
     models = [models] if isinstance(models, Geneformer) else list(models)
     gf, alt = models[0], (alt,) if isinstance(alt, str) else tuple(alt or ())
     genes = genes if isinstance(genes, str) and genes == "all" else [genes] if isinstance(genes, str) else list(genes)
+    if max_cells is not None:
+        at_least("max_cells", max_cells, 1)
     question = Question(state, start, goal, alt, groupby, donor, asked_filter(where))
     combine = asked_combination(genes, combine, matched)
     sets, anchor_token = asked_genes(gf.tokenizer, kind, genes, anchor, combine)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..core import OptionError, keyed_generator, progress, warn
-from ..data.splits import Split, check_fractions, deal_cells
+from ..core import DivergedError, OptionError, keyed_generator, progress, warn
+from ..data.splits import Split, check_fractions, check_split, deal_cells
 from .corpus import CellNames, Corpus
 from .quantize import refuse_quantized
 from ..inference import pad
@@ -125,6 +125,7 @@ def by_name(rows: np.ndarray, names) -> np.ndarray:
 def pretraining_split(cells, names: CellNames, split: Split | None, held_out: float, seed: int) -> list[np.ndarray]:
     "Positions of the cells to train on and of those to judge by, in the order of the cells' names."
     if split is not None:
+        check_split(split, one=True)
         judged = split.valid if len(split.valid) else split.test
         rows = token_rows(cells, split.train, split.n), token_rows(cells, judged, split.n)
     elif held_out == 0:
@@ -188,13 +189,15 @@ def pretrain(
     gf.model.float()  # weights learn in float32; bfloat16 is for the products
     counts = count_tokens(sequences, train, vocabulary)
     start_from_frequencies(gf.model, counts.sum(0))
-    history = fit(
-        gf.model, masked_loss, rows.n, rows.batch, lengths=rows.lengths, valid=valid, epochs=epochs,
-        learning_rate=learning_rate, batch_size=batch_size, warmup=warmup, weight_decay=weight_decay,
-        seed=seed, dtype=str(gf.dtype).removeprefix("torch."), device=gf.device, folder=folder, save_every=save_every,
-        desc="pretraining",
-        inputs={"cells": fingerprint(identity_of(names, sequences.lengths, (train, judged)), mask_share)},
-        **recipe)
+    inputs = {"cells": fingerprint(identity_of(names, sequences.lengths, (train, judged)), mask_share)}
+    try:
+        history = fit(
+            gf.model, masked_loss, rows.n, rows.batch, lengths=rows.lengths, valid=valid, epochs=epochs,
+            learning_rate=learning_rate, batch_size=batch_size, warmup=warmup, weight_decay=weight_decay,
+            seed=seed, dtype=str(gf.dtype).removeprefix("torch."), device=gf.device, folder=folder, save_every=save_every,
+            desc="pretraining", inputs=inputs, **recipe)
+    except DivergedError as error:
+        raise DivergedError(f"{error}. This model's weights are spoilt: load it, or make it, anew") from error
     gf.model.to(gf.dtype)
     gf.device = gf.model.device
     history.baselines = frequency_losses(masked, counts, judged if len(judged) else train)

@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, OptionError, keyed_seed, one_of, warn
+from ..core import DataError, OptionError, at_least, keyed_seed, one_of, warn
 from .edits import KINDS
 from .model import CutCells, Geneformer
 
@@ -30,6 +30,9 @@ class Question:
     where: dict | None = None
 
     def __post_init__(self):
+        for name in ("state", "groupby", "donor"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise OptionError(f"{name}={getattr(self, name)!r}: give the name of one column of obs")
         if (self.goal is not None or self.start is not None or self.alt) and self.state is None:
             raise OptionError("start, goal and alt are values of an obs column; name it: state='condition'")
         if self.state is not None and self.start is None:
@@ -37,8 +40,8 @@ class Question:
                               f"start='diseased'")
         if self.alt and self.goal is None:
             raise OptionError("alt states are measured beside a goal; name it: goal='healthy'")
-        if self.goal is not None and self.goal in (self.start, *self.alt):
-            raise OptionError(f"goal={self.goal!r} is also among start and alt; the states must differ")
+        if len(set(map(str, self.states))) < len(self.states):
+            raise OptionError(f"goal={self.goal!r}, start={self.start!r} and alt={list(self.alt)!r}: the states must differ")
 
     @property
     def columns(self) -> list[str]:
@@ -130,7 +133,7 @@ def plan_tasks(obs: pd.DataFrame, question: Question, model_of: np.ndarray, name
             if absent:
                 warn(f"group {group!r} has no cell of {question.state}={absent[0]!r} and is left out")
                 continue
-            tasks.append(Task(group, int(model), mine, members))
+            tasks.append(Task(str(group), int(model), mine, members))
     if not tasks:
         raise DataError("there is no cell to perturb: no group has cells of the start state and of every state asked "
                         "for")
@@ -185,9 +188,11 @@ def asked_combination(genes, combine: str | None, matched: int | None) -> str:
         return "each"
     combine = combine or ("joint" if matched is None else "each")
     one_of("combine", combine, COMBINATIONS)
-    if matched is not None and (combine != "each" or matched < 0):
-        raise OptionError(f"matched={matched} with combine={combine!r}: single genes are compared with so many others like "
-                          "them; use combine='each' and matched=50")
+    if matched is not None:
+        at_least("matched", matched, 0)
+        if combine != "each":
+            raise OptionError(f"matched={matched} with combine={combine!r}: single genes are compared with so many others like "
+                              "them; use combine='each'")
     if combine == "pairs" and len(dict.fromkeys(genes)) < 2:
         raise OptionError(f"genes={genes!r}, combine='pairs': name at least two genes")
     return combine

@@ -119,7 +119,7 @@ class Screen:
     @property
     def groups(self) -> list[str]:
         "The groups of cells that were screened apart."
-        return list(dict.fromkeys(self.shifts["group"].astype(str)))
+        return list(dict.fromkeys(map(str, self.shifts["group"])))
 
     @property
     def estimated(self) -> bool:
@@ -175,7 +175,7 @@ class Screen:
     def recover(self, known, group: str | None = None, **settings) -> pd.DataFrame:
         """How well `known` targets (gene ids or symbols) are ranked, beside |log2FC|, expression and rank:
         statistics.recovery."""
-        group = self._one_group(group)
+        group, known = self._one_group(group), [known] if isinstance(known, str) else known
         ids = self.genes.drop_duplicates("gene").set_index("symbol")["gene"]
         wanted = [ids.get(name, name) for name in known]
         return statistics.recovery(self.table(group=group), wanted, **settings)

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..assets import read_dictionary
-from ..core import DataError, DivergedError, OptionError, keyed_seed, logger, one_of, optional, progress, warn
+from ..core import DataError, DivergedError, OptionError, at_least, keyed_seed, logger, one_of, optional, progress, warn
 from ..data.splits import Folds, Split, hold_out
 from .classifier import CellClassifier, finetune, prepare, train_and_judge
 from .finetuning import Part, probabilities, train_fold
@@ -228,7 +228,7 @@ def search(
 def check_search(space: Mapping, trials: int, metric: str, inner: float) -> None:
     "OptionError for a space, a number of trials, a metric or a share that makes no search."
     check_space(space)
-    if isinstance(trials, bool) or not isinstance(trials, (int, np.integer)) or trials < 1 or not 0 < inner < 1:
-        raise OptionError(f"trials={trials!r}, inner={inner!r}: give a whole number of trials, at least 1, and a share "
-                          "of the training cells between 0 and 1")
+    at_least("trials", trials, 1)
+    if not 0 < inner < 1:
+        raise OptionError(f"inner={inner!r} is a share of the training cells: between 0 and 1, such as 0.25")
     one_of("metric", metric, ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "calibration_error"))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..assets import find, read_dictionary
 from ..core import OptionError, keyed_seed, warn
 from ..data.reading import count_matrix, read
-from ..data.splits import Folds, Split, check_leakage, column_of
+from ..data.splits import Folds, Split, check_leakage, check_split, column_of
 from .embedding import ScGPT
 from .training import HiddenGenes, binned_cells, by_name, class_probabilities, label_scores, learner
 from scellfm.scores.classifiers import (
@@ -111,6 +111,7 @@ def load_annotator(folder: Path, device, dtype) -> CellAnnotator:
 # %% ../../nbs/scgpt/annotation.ipynb #e5d5003a
 def folds_of(adata, lengths: np.ndarray, split) -> tuple[list[Split], np.ndarray | None]:
     "The folds without cells that have no known gene, in the order of names, and the donors (or None). DataError."
+    check_split(split)
     check_cells(adata.obs_names, split, adata.n_obs)
     full = lengths > 1
     if not full.all():

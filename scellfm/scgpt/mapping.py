@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import AssetError, DataError, OptionError, keyed_generator, one_of, warn
+from ..core import AssetError, DataError, OptionError, at_least, keyed_generator, one_of, warn
 from .neighbours import SEARCHES, TIES, VOTES, Subset, nearest, nearest_faiss, vote_shares, winners
 from ..scores.table import Scores
 from ..store import atomic_write
@@ -182,8 +182,7 @@ class ReferenceMap:
             one_of(name, settings[name], choices)
         one_of("search", search, SEARCHES)
         k = settings["k"]
-        if not isinstance(k, (int, np.integer)) or k < 1:
-            raise OptionError(f"k={k!r} must be a whole number of neighbours, 1 or more")
+        at_least("k", k, 1)
         if k > len(vectors):
             raise DataError(f"k={k} neighbours are asked for and the reference has {len(vectors)} cells; lower k")
         self.vectors, self.codes, self.classes, self.search, self.ref = vectors, codes, classes, search, None

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..assets import load_state
 from ..core import DataError, OptionError, keyed_generator, keyed_seed, warn
 from ..data.reading import count_matrix, read
-from ..data.splits import Split, check_leakage, column_of, hold_out
+from ..data.splits import Split, check_leakage, check_split, column_of, hold_out
 from .embedding import ScGPT, over_cells
 from .model import ScGPTModel
 from .tokenizer import BinnedCells, survey, tokenize
@@ -211,9 +211,8 @@ def label_scores(values: list[np.ndarray], parts: list[Split], counts, codes, cl
 # %% ../../nbs/scgpt/training.ipynb #69dfed02
 def learning_cells(adata, cells: BinnedCells, split: Split | None, held_out: float, seed: int) -> Split:
     "The cells to train on and (as test) to judge by, without those that have no known gene. DataError, OptionError."
-    if split is not None and not isinstance(split, Split):
-        raise OptionError(f"split={type(split).__name__}: continual pretraining makes one model and needs one Split, "
-                          "hold_out(adata, by=...)")
+    if split is not None:
+        check_split(split, one=True)  # continual pretraining makes one model
     if not adata.obs_names.is_unique:
         raise DataError(f"obs_names repeat (e.g. {adata.obs_names[adata.obs_names.duplicated()][0]!r}), and what is hidden "
                         "in a cell is drawn by its name; call adata.obs_names_make_unique()")

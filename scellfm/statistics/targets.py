@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, keyed_generator, one_of
+from ..core import DataError, keyed_generator, one_of, warn
 from .screen import percentile
 
 # %% ../../nbs/statistics/targets.ipynb #a86b541e
@@ -52,9 +52,9 @@ def log2_fold_change(
     chosen = np.ones(adata.n_obs, bool) if mask is None else np.asarray(mask, bool)
     means = []
     for value in (start, goal):
-        cells = chosen & (adata.obs[state] == value).to_numpy()
+        cells = chosen & (adata.obs[state].astype(str) == str(value)).to_numpy()  # 1 and "1" are one state, as in a screen
         if not cells.any():
-            there = ", ".join(map(repr, adata.obs[state][chosen].unique()))
+            there = ", ".join(repr(str(value)) for value in adata.obs[state][chosen].unique())
             raise DataError(f"no cell has {state} = {value!r} among the {chosen.sum()} chosen; there are: {there}")
         people = adata.obs[donor].where(cells) if donor else pd.Series(np.where(cells, 0, np.nan))
         codes, names = pd.factorize(people)
@@ -111,7 +111,7 @@ def recovery(
     testable targets.
     """
     one_of("by", by, ("z", "effect"))
-    known = list(dict.fromkeys(known))
+    known = list(dict.fromkeys([known] if isinstance(known, str) else known))
     testable = table[(table["status"] != "too few cells") & table["z"].notna()]
     label = testable["gene"].isin(known).to_numpy()
     targets = testable["gene"][label].tolist()
@@ -138,5 +138,8 @@ def recovery(
     note = f"{len(targets)} testable targets, {MIN_KNOWN} are needed for a score: percentiles only"
     status = dict(zip(table["gene"], table["status"]))
     missing = {gene: status.get(gene, "not screened") for gene in known if gene not in percentiles}
+    if missing:
+        some = ", ".join(f"{gene} ({why})" for gene, why in list(missing.items())[:5])
+        warn(f"{len(missing)} of {len(known)} known targets cannot be judged: {some}{', ...' * (len(missing) > 5)}")
     result.attrs.update(percentiles=percentiles, not_testable=missing, note=note if len(targets) < MIN_KNOWN else "")
     return result
