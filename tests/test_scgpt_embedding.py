@@ -380,6 +380,8 @@ BAD = {
     "length": (lambda a: a, {"max_length": 1}, OptionError, "max_length=1: a cell is <cls> and at least one gene"),
     "overlong": (lambda a: a, {"overlong": "random"}, OptionError, "overlong='random' is not known"),
     "budget": (lambda a: a, {"token_budget": -5}, OptionError, "token_budget=-5"),
+    "no budget": (lambda a: a, {"token_budget": 0}, OptionError, "token_budget=0"),
+    "no cells": (lambda a: None, {}, DataError, "a NoneType holds no cells; give an AnnData"),
     "file": (lambda a: "no_such_file.h5ad", {}, DataError, "there is no no_such_file.h5ad"),
 }
 

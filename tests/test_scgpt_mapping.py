@@ -387,7 +387,7 @@ def test_bad_cells_are_named(clouds, harm, error, message):
 
 @pytest.mark.parametrize("options, message", [
     ({"k": 0}, "k=0"), ({"k": 2.5}, "k=2.5"), ({"vote": "majorty"}, "Did you mean 'majority'"), ({"ties": "random"}, "ties='random'"),
-    ({"search": "annoy"}, "search='annoy'"),
+    ({"search": "annoy"}, "search='annoy'"), ({"min_confidence": 2}, "min_confidence=2 is a share"), ({"max_distance": -1}, "max_distance=-1"),
 ])
 def test_bad_options_are_named(clouds, options, message):
     with pytest.raises(OptionError, match=message):
@@ -398,6 +398,13 @@ def test_bad_options_are_named(clouds, options, message):
 def test_bad_targets_of_calibration_are_named(clouds, options):
     with pytest.raises(OptionError, match="shares of the held-out cells"):
         ReferenceMap(clouds[0]).calibrate(**options)
+
+
+def test_what_holds_no_cells_is_named(clouds):
+    with pytest.raises(DataError, match="the query is a NoneType; give an AnnData"):
+        ReferenceMap(clouds[0]).transfer(None)
+    with pytest.raises(OptionError, match="n_cells=-1"):
+        ReferenceMap(clouds[0]).calibrate(n_cells=-1)
 
 
 def test_one_donor_cannot_calibrate_by_donor(clouds):

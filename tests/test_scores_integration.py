@@ -244,6 +244,11 @@ def test_without_labels_only_the_regression_is_left(cells):
 
 # bad inputs
 
+def test_batches_and_labels_are_two_columns(cells):
+    with pytest.raises(OptionError, match="batch='cell_type'.*are two columns"):
+        integration(cells, ["X_scGPT"], batch="cell_type", label="cell_type")
+
+
 @pytest.mark.parametrize("harm, options, message", [
     (lambda c: c.obsm["X_scGPT"].__setitem__((5, 0), np.nan), {}, r"NaN or infinity in 1 of 150 cells, the first is 'cell5' \(row 5\)"),
     (lambda c: c.obsm["X_scGPT"].__setitem__((5, 0), np.inf), {}, "NaN or infinity"),

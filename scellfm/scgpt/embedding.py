@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from .. import inference
 from ..assets import find, read_dictionary, read_tensors, save_tensors
-from ..core import OptionError, one_of, warn
+from ..core import DataError, OptionError, one_of, warn
 from ..data.genes import GeneMatch
 from ..data.reading import counts_of, read
 from .model import POOLS, ScGPTConfig, ScGPTModel, load_model, pool_cells, published_name
@@ -194,6 +194,8 @@ def opened(data: AnnData | str | Path) -> tuple[AnnData, AnnData | Path]:
     """Where the result goes (the AnnData itself; for a file a new one with its obs and var), and where the counts
     are read."""
     if not isinstance(data, (str, Path)):
+        if not hasattr(data, "obs_names"):
+            raise DataError(f"a {type(data).__name__} holds no cells; give an AnnData or the path of a file of cells")
         return data, data
     import anndata
 
@@ -248,7 +250,7 @@ def over_cells(gpt: ScGPT, source, obs_names, index: np.ndarray, function, width
                                  cls_value=gpt.model.config.pad_value, **how):
         make, what = make_batch(gpt, cells), f"{desc} cells {start:,} to {start + len(cells):,}"
         plan = in_order(make, function, cells) if how.get("original") else planned(
-            make, function, cells, token_budget=token_budget or default_budget(gpt.device), desc=what, record=record)
+            make, function, cells, token_budget=default_budget(gpt.device) if token_budget is None else token_budget, desc=what, record=record)
         for positions, values in plan:
             rows[start + positions] = values
         seen = {name: seen[name] + cells.report[name] for name in seen}

@@ -25,6 +25,8 @@ __all__ = ['SAVED', 'vectors_of', 'label_codes', 'usable_cells', 'held_out_neigh
 # %% ../../nbs/scgpt/mapping.ipynb #5ca07103
 def vectors_of(adata, key: str, what: str) -> tuple[np.ndarray, np.ndarray]:
     "obsm[key] as float32 [cells, d], and which cells have one. DataError: not there, no matrix, NaN in part of a row."
+    if not hasattr(adata, "obsm"):
+        raise DataError(f"the {what} is a {type(adata).__name__}; give an AnnData with obsm[{key!r}]")
     if key not in adata.obsm:
         raise DataError(f"the {what} has no obsm[{key!r}]; it holds {', '.join(map(repr, adata.obsm.keys())) or 'nothing'}: embed it first")
     values = np.asarray(adata.obsm[key])
@@ -183,6 +185,9 @@ class ReferenceMap:
         one_of("search", search, SEARCHES)
         k = settings["k"]
         at_least("k", k, 1)
+        if not (0 <= settings["min_confidence"] <= 1 and settings["max_distance"] >= 0):
+            raise OptionError(f"min_confidence={settings['min_confidence']!r} is a share of the votes, 0 to 1, and "
+                              f"max_distance={settings['max_distance']!r} a squared distance, at least 0")
         if k > len(vectors):
             raise DataError(f"k={k} neighbours are asked for and the reference has {len(vectors)} cells; lower k")
         self.vectors, self.codes, self.classes, self.search, self.ref = vectors, codes, classes, search, None
@@ -247,6 +252,7 @@ class ReferenceMap:
         """
         if not 0 < accuracy <= 1 or not 0 <= far < 1:
             raise OptionError(f"accuracy={accuracy!r} must be above 0 and at most 1, far={far!r} at least 0 and below 1: shares of the held-out cells")
+        at_least("n_cells", n_cells, 1)
         n = len(self.vectors)
         chosen = np.sort(keyed_generator(seed, "calibration").choice(n, min(n, n_cells), replace=False))
         distances, positions = held_out_neighbours(self.vectors, chosen, self.k, self._groups(by))

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from ..core import DataError, optional, progress, warn
+from ..core import DataError, OptionError, optional, progress, warn
 from .table import Scores
 
 # %% auto #0
@@ -214,6 +214,8 @@ def integration(adata, reps, batch: str | None = None, label: str | None = None,
         raise DataError(f"{adata.n_obs} cells, batch={batch!r}, label={label!r}: name at least one of batch and label, and give three cells or more")
     found = {key: embedding_of(adata, key) for key in reps}
     labels = None if label is None else groups_of(adata, label, "labels")
+    if batch == label:
+        raise OptionError(f"batch={batch!r} and label={label!r}: what should mix and what should stay apart are two columns")
     batches = None if batch is None else groups_of(adata, batch, "batches")
     tell_if_one(labels, label, "how well types are kept")
     tell_if_one(batches, batch, "how well batches mix")
