@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# notebooks and files of tests run two at a time, one thread each; bars would only clutter a log
-QUIET := SCELLFM_PROGRESS=0 OMP_NUM_THREADS=1 MPLBACKEND=agg
+# notebooks and files of tests run two at a time, one thread each (numba, left alone, raises the number of torch too); bars
+# would only clutter a log
+QUIET := SCELLFM_PROGRESS=0 OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 MPLBACKEND=agg
 
 .PHONY: help demo test export clean notebooks tutorials docs benchmarks
 
