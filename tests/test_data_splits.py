@@ -211,6 +211,16 @@ def test_a_label_with_fewer_cells_than_parts_is_refused_or_warned_of():
         hold_out(obs, by="donor", stratify="rare")
 
 
+def test_fewer_cells_than_parts_are_refused_without_talk_of_labels():
+    refused(DataError, "there are 1 cells for 3 parts", "check the filters", obs=table()[:1])
+    refused(DataError, "there are 4 cells for 5 parts", obs=table()[:4], function=folds)
+
+
+def test_two_columns_are_no_column():
+    for name in ("by", "stratify"):
+        refused(DataError, f"{name}=['donor', 'cell_type'] is not a column", obs=table(), **{name: ["donor", "cell_type"]})
+
+
 def test_fewer_groups_than_parts_are_refused():
     refused(DataError, "2 groups (donor0, donor1) for 3 parts", "by=None", obs=table(n_donors=2), by="donor")
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -88,7 +89,7 @@ def check_split(split, one: bool = False) -> None:
 # %% ../../nbs/data/splits.ipynb #5526fcc2
 def column_of(obs: pd.DataFrame, name: str, use: str) -> np.ndarray:
     "The values of a column of obs as str; DataError for a missing column (with the nearest name) or a missing value."
-    if name not in obs:
+    if not isinstance(name, Hashable) or name not in obs:
         close = difflib.get_close_matches(str(name), list(map(str, obs.columns)), n=3)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise DataError(f"{use}={name!r} is not a column of obs; it has {list(obs.columns)}.{hint}")
@@ -140,6 +141,8 @@ def deal_cells(names, labels: np.ndarray, codes: np.ndarray, fractions: np.ndarr
     for label in range(len(labels)):
         members = np.flatnonzero(codes == label)
         if len(members) < used.sum():
+            if len(labels) == 1:
+                raise DataError(f"there are {len(members)} cells for {used.sum()} parts; ask for fewer parts or check the filters")
             raise DataError(f"label {str(labels[label])!r} has {len(members)} cells for {used.sum()} parts; leave "
                             "the label out, join it with another, or split without stratify")
         seen += len(members)
