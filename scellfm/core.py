@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['logger', 'listeners', 'settings', 'ScellfmError', 'DataError', 'DivergedError', 'AssetError', 'OptionError',
            'StoreError', 'ExtraError', 'ScellfmWarning', 'warn', 'one_of', 'at_least', 'optional', 'Settings',
-           'progress', 'tell', 'keyed_seed', 'keyed_generator']
+           'progress', 'tell', 'keyed_seed', 'keyed_generator', 'threads_kept']
 
 # %% ../nbs/core.ipynb #7fa33fd6
 import difflib
@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -127,3 +128,15 @@ def keyed_generator(seed: int, *keys):
     import numpy as np
 
     return np.random.Generator(np.random.Philox(keyed_seed(seed, *keys)))
+
+# %% ../nbs/core.ipynb #f3b8d6a5
+@contextmanager
+def threads_kept():
+    "Within the block, or the function that this decorates, torch's number of threads may change; it is restored."
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else None
+    try:
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(before)

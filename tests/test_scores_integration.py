@@ -1,6 +1,8 @@
 """Scores of integration: equal to scib's, and silent where there is nothing to tell."""
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import types
 
@@ -8,7 +10,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import golden, real_data
+from conftest import ROOT, golden, real_data
 from scipy import sparse
 
 from scellfm import DataError, OptionError, ScellfmWarning
@@ -323,3 +325,14 @@ def test_interferon_cells_are_scored_by_condition():
     table = integration(kang, "X_pca", batch="condition", label="cell_type_derived").table
     np.testing.assert_array_equal(table.loc["X_pca"], table.loc["HVG + PCA"])
     assert table.loc["X_pca", "knn_accuracy"] > 0.8 and 0.3 < table.loc["X_pca", "avg_bio"] < 1
+
+
+def test_a_picture_leaves_torch_its_threads():
+    "numba's first parallel function sets them to its own number; training after a UMAP is then not training before it."
+    code = ("import numpy as np, torch; from scellfm.scores.batches import neighbour_graph; from scellfm.scores.pictures import umap\n"
+            "values = np.random.default_rng(0).normal(size=(60, 5)); counts = [torch.get_num_threads()]\n"
+            "for make in (neighbour_graph, umap): make(values); counts.append(torch.get_num_threads())\n"
+            "print(counts)")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert out.split("\n")[-2] == "[1, 1, 1]"

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from ..core import DataError, OptionError, optional, progress, warn
+from ..core import DataError, OptionError, optional, progress, threads_kept, warn
 from .table import Scores
 
 # %% auto #0
@@ -50,6 +50,7 @@ def groups_of(adata, column: str, role: str) -> np.ndarray:
 RESOLUTIONS = tuple(round(0.2 * i, 1) for i in range(1, 11))
 
 
+@threads_kept()
 def neighbour_graph(values: np.ndarray, n_neighbors: int = 15) -> sparse.csr_matrix:
     "UMAP's weighted graph of exact nearest neighbours [cells, cells], as scanpy makes it."
     import anndata

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..core import OptionError, progress
+from ..core import OptionError, progress, threads_kept
 from .batches import baseline_embeddings, embedding_of, groups_of
 
 # %% auto #0
 __all__ = ['umap', 'umaps']
 
 # %% ../../nbs/scores/pictures.ipynb #b790fcd5
+@threads_kept()
 def umap(values: np.ndarray, *, n_neighbors: int = 15, seed: int = 0) -> np.ndarray:
     "Coordinates in the plane [cells, 2] of an embedding [cells, d]."
     import anndata
