@@ -121,6 +121,7 @@ ERRORS = {
     "a word for a rate": (lambda g, c, s, d: tuned(g, cells(), learning_rate="5e-5"), OptionError, ["learning_rate='5e-5'", "number of at least 0"]),
     "a rate beyond reason": (lambda g, c, s, d: Geneformer.from_config("tiny", g.tokenizer, device="cpu").pretrain(cells(), learning_rate=1e30),
                              DivergedError, ["lower learning_rate", "make it, anew"]),
+    "no length": (lambda g, c, s, d: RankTokenizer.fit(cells(), max_length=0), OptionError, ["max_length=0", "at least 1"]),
     "no room for a gene": (lambda g, c, s, d: RankTokenizer.fit(cells(), special=True, max_length=2), OptionError, ["max_length=2", "at least 3"]),
     "cells of one name learn": (lambda g, c, s, d: tuned(g, renamed(["twin"] * 24)), DataError, ["'twin'", "obs_names_make_unique()"]),
     "no such state": (lambda g, c, s, d: c.perturb(cells(), **STATES | {"goal": "NK"}), DataError, ["type='NK'", "B, T"]),

@@ -362,6 +362,7 @@ def test_recovery_takes_symbols_and_ids(pbmc):
     known = list(screen.table()["gene"].head(8))
     table = screen.recover(known)
     assert {"auroc", "average_precision"} <= set(table) and any("log2FC" in str(row) for row in table.index)
+    pd.testing.assert_frame_equal(screen.recover(known[0]), screen.recover(known[:1]))
 
 
 def test_a_screen_is_saved_and_comes_back(pbmc, tmp_path):
