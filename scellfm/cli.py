@@ -40,7 +40,7 @@ def with_hyphens(argument: str) -> str:
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else argument
 
-
+# %% ../nbs/cli.ipynb #4d5e7c08
 def plain_warning(message, category, *place, **more) -> None:
     "Show a warning of ours as one line; drop others."
     if issubclass(category, ScellfmWarning):
@@ -56,7 +56,7 @@ def file_error(error: OSError) -> str:
     "What went wrong with which file, in words."
     return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
 
-
+# %% ../nbs/cli.ipynb #60a3c5de
 def execute(options: argparse.Namespace) -> int:
     "Run a command; its exit code."
     try:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['logger', 'listeners', 'settings', 'ScellfmError', 'DataError', 'DivergedError', 'AssetError', 'OptionError',
-           'StoreError', 'ExtraError', 'ScellfmWarning', 'warn', 'one_of', 'at_least', 'optional', 'Settings',
+           'StoreError', 'ExtraError', 'ScellfmWarning', 'warn', 'one_of', 'check_number', 'optional', 'Settings',
            'progress', 'tell', 'keyed_seed', 'keyed_generator', 'threads_kept']
 
 # %% ../nbs/core.ipynb #7fa33fd6
@@ -77,11 +77,12 @@ def one_of(name: str, value, choices) -> None:
     raise OptionError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.{hint}")
 
 # %% ../nbs/core.ipynb #a27d5b90
-def at_least(name: str, value, least, whole: bool = True) -> None:
-    "Raise an OptionError unless `value` is a finite number of at least `least`; a whole one, if not told otherwise."
+def check_number(name: str, value, least, most=None, whole: bool = True) -> None:
+    "Raise an OptionError unless `value` is a finite number from `least` to `most`; a whole one, if not told otherwise."
     number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    if not (number and least <= value < float("inf")):
-        raise OptionError(f"{name}={value!r} must be a {'whole ' * whole}number of at least {least}")
+    if not (number and least <= value < float("inf") and (most is None or value <= most)):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise OptionError(f"{name}={value!r} must be a {'whole ' * whole}number {bounds}")
 
 # %% ../nbs/core.ipynb #5529b52a
 def optional(module: str, extra: str):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from .core import DataError, at_least, keyed_seed
+from .core import DataError, check_number, keyed_seed
 from .plotting import look, styled
 
 # %% auto #0
@@ -24,7 +24,7 @@ def leaves(values: np.ndarray, metric: str) -> np.ndarray:
 # %% ../nbs/heatmaps.ipynb #a787f019
 def drawn_cells(adata, basis: str, max_cells: int, seed: int) -> np.ndarray:
     "The positions of at most `max_cells` cells that have an embedding, by lots keyed by name; DataError if none has."
-    at_least("max_cells", max_cells, 1)
+    check_number("max_cells", max_cells, 1)
     if basis not in adata.obsm:
         raise DataError(f"obsm has no {basis!r}; it has {', '.join(map(repr, adata.obsm)) or 'nothing'}: embed the cells first")
     rows = np.flatnonzero(np.isfinite(np.asarray(adata.obsm[basis])).all(1))

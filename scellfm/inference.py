@@ -10,7 +10,7 @@ __all__ = ['CACHED_TOKENS', 'pick_device', 'pick_dtype', 'plan_batches', 'row_sl
 import numpy as np
 import torch
 
-from .core import DataError, OptionError, at_least, logger, one_of, progress, warn
+from .core import DataError, OptionError, check_number, logger, one_of, progress, warn
 
 # %% ../nbs/inference.ipynb #dcd8fe63
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -37,7 +37,7 @@ def pick_dtype(dtype: str | torch.dtype = "float32") -> torch.dtype:
 # %% ../nbs/inference.ipynb #3c24a5d0
 def plan_batches(lengths, token_budget: int = 16384, spread: float = 0.25) -> list[np.ndarray]:
     "Positions (int64) of the sequences of each batch: near-equal lengths, at most `token_budget` tokens with padding."
-    at_least("token_budget", token_budget, 1)
+    check_number("token_budget", token_budget, 1)
     lengths = np.asarray(lengths, dtype=np.int64)
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]

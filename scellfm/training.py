@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .core import DataError, DivergedError, OptionError, StoreError, at_least, keyed_generator, keyed_seed, one_of, progress
+from .core import DataError, DivergedError, OptionError, StoreError, check_number, keyed_generator, keyed_seed, one_of, progress
 from .inference import pick_device
 from .store import atomic_write, fingerprint
 
@@ -64,7 +64,7 @@ class Recipe:
         smallest = dict(epochs=1, steps=1, batch_size=1, learning_rate=0, weight_decay=0, warmup=0, patience=1)
         for name, least in smallest.items():
             if name != "steps" or self.steps is not None:
-                at_least(name, getattr(self, name), least, whole=least == 1)
+                check_number(name, getattr(self, name), least, whole=least == 1)
 
     def rate(self, step: int, total: int) -> float:
         "The learning rate of a step (counted from 0) among `total`."

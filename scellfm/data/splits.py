@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import DataError, OptionError, at_least, keyed_generator, keyed_seed, warn
+from ..core import DataError, OptionError, check_number, keyed_generator, keyed_seed, warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -260,7 +260,7 @@ def folds(adata, by: str | None = None, k: int = 5, stratify: str | None = None,
     import pandas as pd
 
     obs = getattr(adata, "obs", adata)
-    at_least("k", k, 2)
+    check_number("k", k, 2)
     if by is not None and len(obs):
         n_groups = len(np.unique(column_of(obs, by, "by").astype(str)))
         if n_groups < 2:

@@ -52,7 +52,7 @@ class CellClassifier(Judged):
 
     def model_of(self, data) -> np.ndarray:
         "For each cell the fold whose model has not seen it (0 if new to all); warns of cells that all have seen."
-        cells = data if hasattr(data, "obs") else self.models[0].cells(data, columns=(self.label,))
+        cells = data if hasattr(data, "obs") else self.models[0].cells(data, columns=(self.label,))  # refuses what has no obs
         fold = self.known.fold_of(cells.obs.index)
         warn_of_seen(fold)
         return np.maximum(fold, 0)

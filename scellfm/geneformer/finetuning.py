@@ -15,7 +15,7 @@ import torch
 
 from .. import inference
 from ..assets import load_state
-from ..core import OptionError, keyed_seed, one_of
+from ..core import OptionError, check_number, keyed_seed, one_of
 from ..data.splits import Split
 from .lora import add_adapters, config_text, lora_config, merge_adapters
 from .model import Geneformer
@@ -47,8 +47,7 @@ def new_classifier(gf: Geneformer, classes: np.ndarray, seed: int):
 def freeze(model, n: int) -> None:
     "Keep the lowest `n` layers of the encoder as they are; the embeddings below stay free, as in the original."
     layers = model.bert.encoder.layer
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 <= n <= len(layers):
-        raise OptionError(f"freeze_layers={n!r}: give a whole number from 0 to {len(layers)}, the layers of this model")
+    check_number("freeze_layers", n, 0, most=len(layers))
     layers[:n].requires_grad_(False)
 
 

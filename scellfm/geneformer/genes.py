@@ -19,7 +19,7 @@ import torch
 
 from .. import inference
 from ..assets import find, load_state, read_dictionary, read_tensors, save_model
-from ..core import AssetError, DataError, at_least, keyed_seed, warn
+from ..core import AssetError, DataError, check_number, keyed_seed, warn
 from ..data.splits import Split, folds as deal_folds
 from .classifier import class_names, with_head
 from .embedding import gene_means
@@ -236,9 +236,9 @@ class GeneClassifier(Judged):
 def prepare_genes(gf: Geneformer, data, classes, folds: int, layer, max_cells, seed: int):
     "(cells that have a labelled gene, class by token, the genes left out and why), all checked."
     labels, unknown = labelled_genes(gf.tokenizer, classes)
-    at_least("folds", folds, 2)
+    check_number("folds", folds, 2)
     if max_cells is not None:
-        at_least("max_cells", max_cells, 1)
+        check_number("max_cells", max_cells, 1)
     check_classes(labels, classes, unknown, folds)  # before the work of tokenizing
     with_counts = hasattr(data, "obs_names")
     cells = gf.tokenizer(data, layer=layer, keep_counts=True) if with_counts else gf.cells(data, layer=layer)

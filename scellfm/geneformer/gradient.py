@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .. import inference
-from ..core import OptionError, at_least, one_of, warn
+from ..core import OptionError, check_number, one_of, warn
 from .edits import Edits, similarity
 from .encoder import finish_layer, split_heads
 from .model import CutCells, Geneformer
@@ -36,7 +36,8 @@ def asked_gradient(screen: str, kind: str, genes, anchor, goal, top: int | None,
         raise OptionError("screen='gradient' needs a goal: the cosine of a cell with itself has no slope where nothing is "
                           "deleted; give state=, start= and goal=, or use screen='exact'")
     top, check_cells = 100 if top is None else top, 20 if check_cells is None else check_cells
-    at_least("top", top, 1), at_least("check_cells", check_cells, 2)
+    check_number("top", top, 1)
+    check_number("check_cells", check_cells, 2)
     return int(top), int(check_cells)
 
 # %% ../../nbs/geneformer/gradient.ipynb #7b10c008

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import DataError, at_least, progress, tell
+from ..core import DataError, check_number, progress, tell
 from .edits import Edits, edit_labels, make_edits, run_edits
 from .embedding import embed_cells, summarize
 from .gradient import agreement, asked_gradient, choose_exact, estimate_block, judge_estimates
@@ -250,7 +250,7 @@ def perturb(
     gf, alt = models[0], (alt,) if isinstance(alt, str) else tuple(alt or ())
     genes = genes if isinstance(genes, str) and genes == "all" else [genes] if isinstance(genes, str) else list(genes)
     if max_cells is not None:
-        at_least("max_cells", max_cells, 1)
+        check_number("max_cells", max_cells, 1)
     question = Question(state, start, goal, alt, groupby, donor, asked_filter(where))
     combine = asked_combination(genes, combine, matched)
     sets, anchor_token = asked_genes(gf.tokenizer, kind, genes, anchor, combine)

@@ -125,7 +125,6 @@ def by_name(rows: np.ndarray, names) -> np.ndarray:
 def pretraining_split(cells, names: CellNames, split: Split | None, held_out: float, seed: int) -> list[np.ndarray]:
     "Positions of the cells to train on and of those to judge by, in the order of the cells' names."
     if split is not None:
-        check_split(split, one=True)
         judged = split.valid if len(split.valid) else split.test
         rows = token_rows(cells, split.train, split.n), token_rows(cells, judged, split.n)
     elif held_out == 0:
@@ -174,6 +173,8 @@ def pretrain(
     "Masked-gene modelling; returns the curves and keeps them as gf.history. OptionError, DataError, StoreError."
     if not 0 < mask_share < 1:
         raise OptionError(f"mask_share={mask_share!r} is a share of genes: between 0 and 1, such as 0.15")
+    if split is not None:
+        check_split(split, one=True)
     refuse_quantized(gf.model)
     if not hasattr(gf.model, "cls"):
         raise OptionError("this model is a classifier and cannot guess genes; load the pretrained model instead")

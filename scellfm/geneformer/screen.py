@@ -119,7 +119,7 @@ class Screen:
     @property
     def groups(self) -> list[str]:
         "The groups of cells that were screened apart."
-        return list(dict.fromkeys(map(str, self.shifts["group"])))
+        return list(dict.fromkeys(self.shifts["group"].astype(str)))
 
     @property
     def estimated(self) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import DataError, OptionError, at_least, progress
+from ..core import DataError, OptionError, check_number, progress
 from ..data.genes import gene_ids, match_genes, plain_id
 from .dictionaries import FILES, Dictionaries, check_dictionaries, read_dictionaries, write_dictionaries
 from .medians import exact_medians, levels
@@ -96,7 +96,7 @@ class RankTokenizer:
             raise OptionError("special=True: this dictionary has no <cls> and <eos> (it is V1, or was fitted without)")
         self.version = version or ("V2" if self.dictionaries.special else "V1")
         self.max_length = (4096 if self.dictionaries.special else 2048) if max_length is None else max_length
-        at_least("max_length", self.max_length, 3 if self.special else 1)
+        check_number("max_length", self.max_length, 3 if self.special else 1)
         self.pad, self.mask = words["<pad>"], words["<mask>"]
         self.cls, self.eos = (words["<cls>"], words["<eos>"]) if self.special else (None, None)
         self.genes = np.full(max(words.values()) + 1, "", dtype=object)  # token id -> gene or special token

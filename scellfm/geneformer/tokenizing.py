@@ -128,7 +128,7 @@ def chosen_cells(source: CellSource) -> np.ndarray | None:
         return None
     return pd.to_numeric(source.obs("filter_pass"), errors="coerce").to_numpy(np.float64) == 1
 
-
+# %% ../../nbs/geneformer/tokenizing.ipynb #a8f0e3d5
 def tokenize_blocks(source: CellSource, medians: np.ndarray, tokens: np.ndarray, ask: Request, tally: Tally,
                     rows: int = 2048) -> Iterator[TokenizedCells]:
     "Tokenize a source block by block; `medians` and `tokens` are those of its columns. Fills `tally`."
@@ -171,7 +171,7 @@ def tokenize_block(source, block, totals, index, obs, medians, tokens, ask: Requ
     tally.n_kept += len(cells)
     return cells
 
-
+# %% ../../nbs/geneformer/tokenizing.ipynb #f2a95e61
 def join_cells(parts: list[TokenizedCells], report: dict, special: bool) -> TokenizedCells:
     "The blocks of one source as one."
     lengths = np.concatenate([part.lengths for part in parts])

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..assets import find, read_dictionary
-from ..core import OptionError, keyed_seed, warn
+from ..core import check_number, keyed_seed, warn
 from ..data.reading import count_matrix, read
 from ..data.splits import Folds, Split, check_leakage, check_split, column_of
 from .embedding import ScGPT
@@ -40,8 +40,7 @@ def class_loss(model, batch: dict) -> tuple[torch.Tensor, int]:
 def freeze(model, n: int) -> None:
     "Keep the decoders and the lowest `n` layers as they are; the gene vectors below still learn."
     layers = model.transformer_encoder.layers
-    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 <= n <= len(layers):
-        raise OptionError(f"freeze_layers={n!r}: give a whole number from 0 to {len(layers)}, the layers of this model")
+    check_number("freeze_layers", n, 0, most=len(layers))
     for part in (*layers[:n], model.decoder, model.mvc_decoder, model.batch_encoder, model.grad_reverse_discriminator):
         if part is not None:
             part.requires_grad_(False)
@@ -111,7 +110,6 @@ def load_annotator(folder: Path, device, dtype) -> CellAnnotator:
 # %% ../../nbs/scgpt/annotation.ipynb #e5d5003a
 def folds_of(adata, lengths: np.ndarray, split) -> tuple[list[Split], np.ndarray | None]:
     "The folds without cells that have no known gene, in the order of names, and the donors (or None). DataError."
-    check_split(split)
     check_cells(adata.obs_names, split, adata.n_obs)
     full = lengths > 1
     if not full.all():
@@ -156,6 +154,7 @@ def finetune(
     **recipe,  # further fields of scellfm.training.Recipe: stop="valid_loss", patience, schedule, ...
 ) -> CellAnnotator:
     "Fine-tune one annotator per fold; judge it on the cells held out, beside simple methods. DataError, OptionError."
+    check_split(split)
     adata = read(adata) if isinstance(adata, (str, Path)) else adata
     classes, codes = classes_of(column_of(adata.obs, label, "label"), label)
     cells, index = binned_cells(gpt, adata, layer=layer, names=dict(column=column, mapping=mapping, symbols=symbols), seed=seed)

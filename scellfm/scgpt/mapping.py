@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import AssetError, DataError, OptionError, at_least, keyed_generator, one_of, warn
+from ..core import AssetError, DataError, OptionError, check_number, keyed_generator, one_of, warn
 from .neighbours import SEARCHES, TIES, VOTES, Subset, nearest, nearest_faiss, vote_shares, winners
 from ..scores.table import Scores
 from ..store import atomic_write
@@ -184,7 +184,7 @@ class ReferenceMap:
             one_of(name, settings[name], choices)
         one_of("search", search, SEARCHES)
         k = settings["k"]
-        at_least("k", k, 1)
+        check_number("k", k, 1)
         if not (0 <= settings["min_confidence"] <= 1 and settings["max_distance"] >= 0):
             raise OptionError(f"min_confidence={settings['min_confidence']!r} is a share of the votes, 0 to 1, and "
                               f"max_distance={settings['max_distance']!r} a squared distance, at least 0")
@@ -252,7 +252,7 @@ class ReferenceMap:
         """
         if not 0 < accuracy <= 1 or not 0 <= far < 1:
             raise OptionError(f"accuracy={accuracy!r} must be above 0 and at most 1, far={far!r} at least 0 and below 1: shares of the held-out cells")
-        at_least("n_cells", n_cells, 1)
+        check_number("n_cells", n_cells, 1)
         n = len(self.vectors)
         chosen = np.sort(keyed_generator(seed, "calibration").choice(n, min(n, n_cells), replace=False))
         distances, positions = held_out_neighbours(self.vectors, chosen, self.k, self._groups(by))

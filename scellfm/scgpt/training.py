@@ -211,8 +211,6 @@ def label_scores(values: list[np.ndarray], parts: list[Split], counts, codes, cl
 # %% ../../nbs/scgpt/training.ipynb #69dfed02
 def learning_cells(adata, cells: BinnedCells, split: Split | None, held_out: float, seed: int) -> Split:
     "The cells to train on and (as test) to judge by, without those that have no known gene. DataError, OptionError."
-    if split is not None:
-        check_split(split, one=True)  # continual pretraining makes one model
     if not adata.obs_names.is_unique:
         raise DataError(f"obs_names repeat (e.g. {adata.obs_names[adata.obs_names.duplicated()][0]!r}), and what is hidden "
                         "in a cell is drawn by its name; call adata.obs_names_make_unique()")
@@ -279,6 +277,8 @@ def continue_pretraining(
     **recipe,  # further fields of scellfm.training.Recipe (stop="valid_loss", patience, ...), and save_every
 ) -> ScGPT:
     "A new model, trained further on these cells (Cui et al. 2024, scGPT_CP). DataError, OptionError, StoreError."
+    if split is not None:
+        check_split(split, one=True)
     adata = read(adata) if isinstance(adata, (str, Path)) else adata
     shares = check_shares(mask_share)
     labels = None if label is None else column_of(adata.obs, label, "label")

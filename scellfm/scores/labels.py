@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, at_least, keyed_generator, warn
+from ..core import DataError, check_number, keyed_generator, warn
 
 # %% auto #0
 __all__ = ['BINS', 'check_probabilities', 'check_classes', 'check_truth', 'check_groups', 'divide', 'class_scores',
@@ -224,7 +224,7 @@ def classification(truth, probabilities, classes, groups=None, n_boot: int = 200
     times for 95 % intervals. metrics: accuracy, balanced_accuracy, macro_f1, auroc, calibration_error (see above for sources).
     Raises DataError on NaN, lengths that differ, labels that are unknown or all the same; OptionError on a negative n_boot.
     """
-    at_least("n_boot", n_boot, 0)
+    check_number("n_boot", n_boot, 0)
     classes = check_classes(classes)
     codes = check_truth(truth, classes)
     values = check_probabilities(probabilities, len(codes), len(classes))
