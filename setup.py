@@ -1,4 +1,5 @@
 """The build recipe: everything it needs is read from settings.ini."""
+
 from configparser import ConfigParser
 from pathlib import Path
 

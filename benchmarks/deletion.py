@@ -7,6 +7,7 @@ sides make the same edits in batches of the same size, in turns, in one process.
 peak memory of each side in a process of its own, and the largest difference of the shifts. overexpression.py is the same
 with --kind overexpress.
 """
+
 import os
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -57,7 +58,9 @@ def masked_lm(gf: Geneformer, cells: TokenizedCells, kind: str) -> np.ndarray:
         ids = torch.from_numpy(cells[i])
         before = gf.model(ids[None], output_hidden_states=True).hidden_states[-2][0]
         genes = torch.arange(moved, len(ids))  # the top gene cannot be moved further up
-        others = torch.arange(len(ids)).expand(len(genes), -1)[torch.arange(len(ids)) != genes[:, None]].view(len(genes), -1)
+        others = (
+            torch.arange(len(ids)).expand(len(genes), -1)[torch.arange(len(ids)) != genes[:, None]].view(len(genes), -1)
+        )
         edited = torch.cat([genes[:, None], others], 1) if moved else others
         for batch in plan_batches(np.full(len(genes), edited.shape[1]), BUDGET, spread=0):
             after = gf.model(ids[edited[batch]], output_hidden_states=True).hidden_states[-2][:, moved:]
@@ -76,8 +79,18 @@ def peak_memory() -> float:
 
 def memory(side: str, args) -> float:
     "MB by which the peak memory of one side grows while it runs, in a process of its own."
-    command = [sys.executable, __file__, "--side", side, "--kind", args.kind, "--cells", str(args.cells), "--genes",
-               str(args.genes)]
+    command = [
+        sys.executable,
+        __file__,
+        "--side",
+        side,
+        "--kind",
+        args.kind,
+        "--cells",
+        str(args.cells),
+        "--genes",
+        str(args.genes),
+    ]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["mb"]
 
 
@@ -111,10 +124,11 @@ def main(kind: str = "delete"):
     difference = np.abs(results["scellfm"] - results["BertForMaskedLM"]).max()
     for name, times in seconds.items():
         rate = len(results[name]) / np.median(times)
-        print(f"{name:16s} {np.median(times):8.2f} s  {rate:8.1f} edits/s  peak memory "
-              f"+{memory(name, args):,.0f} MB")
-    print(f"ratio {ratio:.2f} (floor {FLOOR}), median of {args.pairs} pairs; {args.kind}, {args.cells} cells of {args.genes} genes; "
-          f"shifts up to {np.abs(results['scellfm']).max():.1e}, largest difference {difference:.1e} (limit 1e-5)")
+        print(f"{name:16s} {np.median(times):8.2f} s  {rate:8.1f} edits/s  peak memory +{memory(name, args):,.0f} MB")
+    print(
+        f"ratio {ratio:.2f} (floor {FLOOR}), median of {args.pairs} pairs; {args.kind}, {args.cells} cells of {args.genes} genes; "
+        f"shifts up to {np.abs(results['scellfm']).max():.1e}, largest difference {difference:.1e} (limit 1e-5)"
+    )
     sys.exit(0 if ratio >= FLOOR and difference <= 1e-5 else 1)
 
 

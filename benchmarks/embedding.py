@@ -8,6 +8,7 @@ batches of 16 cells with an attention mask, in turns, in one process. Printed: m
 memory of each
 side in a process of its own, and the largest difference of the embeddings.
 """
+
 import os
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -43,8 +44,9 @@ def problem(args) -> tuple[Geneformer, TokenizedCells]:
     lengths = np.clip(random.lognormal(np.log(1000 * args.scale), 0.55, args.cells), 50, 2048).astype(int)
     tokens = np.concatenate([random.permutation(VOCABULARY - 2)[:n] + 2 for n in lengths])
     obs = pd.DataFrame(index=[f"cell{i}" for i in range(args.cells)])
-    return gf, TokenizedCells(tokens.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]), obs,
-                              np.arange(args.cells))
+    return gf, TokenizedCells(
+        tokens.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]), obs, np.arange(args.cells)
+    )
 
 
 def ours(gf: Geneformer, cells: TokenizedCells) -> np.ndarray:
@@ -57,8 +59,10 @@ def random_batches(gf: Geneformer, cells: TokenizedCells) -> np.ndarray:
     "The reference: the same encoder on random batches padded to their longest."
     encoder = copy.deepcopy(gf.model.bert)
     encoder.encoder.layer = encoder.encoder.layer[: layer_index(-1, gf.n_layers)]
-    order, out = np.random.default_rng(1).permutation(len(cells)), np.empty((len(cells),
-                                                                             gf.model.config.hidden_size), np.float32)
+    order, out = (
+        np.random.default_rng(1).permutation(len(cells)),
+        np.empty((len(cells), gf.model.config.hidden_size), np.float32),
+    )
     for start in range(0, len(cells), BATCH):
         rows = order[start : start + BATCH]
         ids, mask = pad([cells[int(i)] for i in rows])
@@ -110,9 +114,11 @@ def main():
     for name, times in seconds.items():
         rate = len(cells) / np.median(times)
         print(f"{name:16s} {np.median(times):8.2f} s  {rate:8.1f} cells/s  peak memory +{memory(name, args):,.0f} MB")
-    print(f"ratio {ratio:.2f} (floor {FLOOR}), median of {args.pairs} pairs; {args.cells} cells, mean length "
-          f"{cells.lengths.mean():.0f}; "
-          f"largest difference of the embeddings {difference:.1e} (limit 1e-5)")
+    print(
+        f"ratio {ratio:.2f} (floor {FLOOR}), median of {args.pairs} pairs; {args.cells} cells, mean length "
+        f"{cells.lengths.mean():.0f}; "
+        f"largest difference of the embeddings {difference:.1e} (limit 1e-5)"
+    )
     sys.exit(0 if ratio >= FLOOR and difference <= 1e-5 else 1)
 
 

@@ -7,6 +7,7 @@ pools that share a half. In turns: all deletions exactly; all deletions estimate
 genes in every cell and all genes of two cells. Printed: median seconds, the ratios, and the correlation of the estimates with
 the exact shifts (median over cells). Random weights are the hard case: neighbouring positions have nothing in common.
 """
+
 import sys
 import time
 
@@ -17,7 +18,9 @@ from scellfm.geneformer.edits import make_edits
 from scellfm.geneformer.embedding import embed_cells
 from scellfm.geneformer.gradient import estimate_block
 
-FLOOR = 1 / 30  # of the estimate alone: 10 times with 300 genes, for its three readings do not become more with the genes
+FLOOR = (
+    1 / 30
+)  # of the estimate alone: 10 times with 300 genes, for its three readings do not become more with the genes
 ASKED = dict(state="state", start="ill", goal="well")
 
 
@@ -47,11 +50,16 @@ def main():
         seconds["estimates"].append(estimate_alone(gf, cells))
     middle = {name: np.median(times) for name, times in seconds.items()}
     exact, estimated = results["exact"].shifts, results["gradient screen"].shifts
-    within = [np.corrcoef(exact["shift"][rows], estimated["estimate"][rows])[0, 1] for rows in exact.groupby("cell").indices.values()]
+    within = [
+        np.corrcoef(exact["shift"][rows], estimated["estimate"][rows])[0, 1]
+        for rows in exact.groupby("cell").indices.values()
+    ]
     for name, value in middle.items():
         print(f"{name:16s} {value:8.2f} s  {middle['exact'] / value:6.1f} times as fast as exact")
-    print(f"{len(exact):,} deletions in {args.cells // 2} cells of {args.genes} genes; correlation of estimate and exact "
-          f"{np.median(within):.3f}; estimates alone: floor {floor:.1f} times")
+    print(
+        f"{len(exact):,} deletions in {args.cells // 2} cells of {args.genes} genes; correlation of estimate and exact "
+        f"{np.median(within):.3f}; estimates alone: floor {floor:.1f} times"
+    )
     sys.exit(0 if middle["exact"] / middle["estimates"] >= floor else 1)
 
 

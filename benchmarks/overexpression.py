@@ -1,7 +1,8 @@
 """Overexpression of every gene of a cell, against BertForMaskedLM with all hidden states: see deletion.py.
 
-    python benchmarks/overexpression.py [--cells 1] [--genes 300] [--pairs 5] [--quick]
+python benchmarks/overexpression.py [--cells 1] [--genes 300] [--pairs 5] [--quick]
 """
+
 from deletion import main
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ and of 25 to 200 genes by name in 4 cells. Printed: seconds, and milliseconds pe
 one another; and by how much the peak memory of a process grows while it screens 8 or 32 cells of
 100 genes, enough for full batches, which may differ by a tenth.
 """
+
 import json
 import os
 import subprocess
@@ -66,7 +67,9 @@ def main():
     cells = series("cells", [n for n in (2, 4, 8, 16) if n <= most], lambda n: screen(n, genes))
     names = series("genes", [genes // 8, genes // 4, genes // 2, genes], lambda n: screen(4, genes, n))
     few, many = growth(most // 2, 100), growth(2 * most, 100)
-    print(f"peak memory +{few:,.0f} MB with {most // 2} cells, +{many:,.0f} MB with {2 * most} (limit {MORE_MEMORY:.1f} times)")
+    print(
+        f"peak memory +{few:,.0f} MB with {most // 2} cells, +{many:,.0f} MB with {2 * most} (limit {MORE_MEMORY:.1f} times)"
+    )
     sys.exit(0 if cells and names and many <= MORE_MEMORY * few else 1)
 
 

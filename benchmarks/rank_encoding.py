@@ -6,6 +6,7 @@ Both sides encode the same synthetic counts (about 9 % of the genes of a cell ar
 in one process. Printed: median seconds, the ratio, the peak memory of each side in a process of its own, and the largest
 difference of the tokens (0 = identical).
 """
+
 import os
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
@@ -106,13 +107,19 @@ def main():
             seconds[side].append(time.perf_counter() - wall)
             cpu[side].append(time.process_time() - busy)
     x = given[0]
-    print(f"{x.shape[0]:,} cells x {x.shape[1]:,} genes, {x.nnz / x.shape[0]:,.0f} genes per cell, one thread, median of {args.pairs} pairs")
+    print(
+        f"{x.shape[0]:,} cells x {x.shape[1]:,} genes, {x.nnz / x.shape[0]:,.0f} genes per cell, one thread, median of {args.pairs} pairs"
+    )
     for side in SIDES:
         wall, busy = np.median(seconds[side]), np.median(cpu[side])
-        print(f"{side:14s} {wall:7.3f} s wall, {busy:7.3f} s CPU, {x.shape[0] / busy:8,.0f} cells per CPU s, "
-              f"peak memory above its input {memory(side, args):5.0f} MB")
-    print(f"ratio {np.median(np.array(seconds['argsort loop']) / seconds['scellfm']):.1f}x wall, "
-          f"{np.median(np.array(cpu['argsort loop']) / cpu['scellfm']):.1f}x CPU (floor 5x)")
+        print(
+            f"{side:14s} {wall:7.3f} s wall, {busy:7.3f} s CPU, {x.shape[0] / busy:8,.0f} cells per CPU s, "
+            f"peak memory above its input {memory(side, args):5.0f} MB"
+        )
+    print(
+        f"ratio {np.median(np.array(seconds['argsort loop']) / seconds['scellfm']):.1f}x wall, "
+        f"{np.median(np.array(cpu['argsort loop']) / cpu['scellfm']):.1f}x CPU (floor 5x)"
+    )
     a, b = (results[side].astype(np.int64) for side in SIDES)
     print(f"largest difference of tokens: {np.abs(a - b).max() if a.shape == b.shape else 'another number of tokens'}")
 

@@ -5,6 +5,7 @@
 1,000,000 x 512 float32 vectors of length 1 (2 GB on disk; --quick: 100,000), 200 labels, 1,000 query cells, k=10, one thread.
 A sample of queries is checked against all distances in float64. Where faiss is installed, its IndexFlatL2 runs beside it.
 """
+
 import argparse
 import importlib.util
 import json
@@ -32,17 +33,32 @@ def simulate(folder: Path, n: int) -> None:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     size = n * DIM * 4
-    header = json.dumps({"embedding": {"dtype": "F32", "shape": [n, DIM], "data_offsets": [0, size]},
-                         "codes": {"dtype": "I64", "shape": [n], "data_offsets": [size, size + n * 8]}}).encode()
+    header = json.dumps(
+        {
+            "embedding": {"dtype": "F32", "shape": [n, DIM], "data_offsets": [0, size]},
+            "codes": {"dtype": "I64", "shape": [n], "data_offsets": [size, size + n * 8]},
+        }
+    ).encode()
     header += b" " * (-len(header) % 8)
     with open(folder / "index.safetensors", "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for start in range(0, n, 20_000):
-            file.write(cells(codes[start:start + 20_000]).tobytes())
+            file.write(cells(codes[start : start + 20_000]).tobytes())
         file.write(codes.astype("<i8").tobytes())
-    (folder / "index.json").write_text(json.dumps({
-        "classes": [f"type {i:03d}" for i in range(N_LABELS)], "use_rep": "X_scGPT", "label": "cell_type", "k": K, "vote": "majority",
-        "ties": "first", "min_confidence": 0.0, "max_distance": None}))
+    (folder / "index.json").write_text(
+        json.dumps(
+            {
+                "classes": [f"type {i:03d}" for i in range(N_LABELS)],
+                "use_rep": "X_scGPT",
+                "label": "cell_type",
+                "k": K,
+                "vote": "majority",
+                "ties": "first",
+                "min_confidence": 0.0,
+                "max_distance": None,
+            }
+        )
+    )
     truth = rng.integers(0, N_LABELS, N_QUERY)
     np.savez(folder / "query.npz", vectors=cells(truth), truth=truth)
 
@@ -93,13 +109,36 @@ def measure(folder: Path) -> dict:
     reference = ReferenceMap.load(folder)
     opened = time.perf_counter() - start
     _, took, peak = watched(lambda: reference.transfer(query))
-    result = {"opened": opened, "took": took, "memory": peak - base,
-              "accuracy": float((query.obs["cell_type_transferred"].astype(str) == [f"type {i:03d}" for i in truth]).mean())}
+    result = {
+        "opened": opened,
+        "took": took,
+        "memory": peak - base,
+        "accuracy": float((query.obs["cell_type_transferred"].astype(str) == [f"type {i:03d}" for i in truth]).mean()),
+    }
     chosen = np.arange(0, N_QUERY, N_QUERY // 10)
-    distances = np.concatenate([((reference.vectors[start:start + 20_000][None].astype(np.float64) - vectors[chosen, None]) ** 2).sum(-1)
-                                for start in range(0, len(reference.vectors), 20_000)], 1) if len(reference.vectors) <= 10**5 else \
-        np.stack([np.concatenate([((reference.vectors[start:start + 20_000].astype(np.float64) - vectors[i]) ** 2).sum(1)
-                                  for start in range(0, len(reference.vectors), 20_000)]) for i in chosen])
+    distances = (
+        np.concatenate(
+            [
+                ((reference.vectors[start : start + 20_000][None].astype(np.float64) - vectors[chosen, None]) ** 2).sum(
+                    -1
+                )
+                for start in range(0, len(reference.vectors), 20_000)
+            ],
+            1,
+        )
+        if len(reference.vectors) <= 10**5
+        else np.stack(
+            [
+                np.concatenate(
+                    [
+                        ((reference.vectors[start : start + 20_000].astype(np.float64) - vectors[i]) ** 2).sum(1)
+                        for start in range(0, len(reference.vectors), 20_000)
+                    ]
+                )
+                for i in chosen
+            ]
+        )
+    )
     found = reference.neighbours(query[chosen].copy())[1]
     result["exact"] = bool((np.argsort(distances, axis=1, kind="stable")[:, :K] == found).all())
     if importlib.util.find_spec("faiss"):
@@ -122,14 +161,20 @@ def main() -> int:
     n = 100_000 if options.quick else 1_000_000
     with tempfile.TemporaryDirectory() as folder:
         simulate(Path(folder), n)
-        done = subprocess.run([sys.executable, __file__, "--measure", folder], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, "--measure", folder], capture_output=True, text=True, check=True
+        )
     found = json.loads(done.stdout.splitlines()[-1])
-    print(f"reference mapping: {N_QUERY:,} cells to {n:,} x {DIM} ({n * DIM * 4 / 1e9:.1f} GB), k={K}, one thread: opened in {found['opened']:.2f} s, "
-          f"mapped in {found['took']:.1f} s, {found['memory']:.0f} MB above the imports (ceiling {MEMORY}), exact: {found['exact']}, "
-          f"accuracy {found['accuracy']:.3f}")
+    print(
+        f"reference mapping: {N_QUERY:,} cells to {n:,} x {DIM} ({n * DIM * 4 / 1e9:.1f} GB), k={K}, one thread: opened in {found['opened']:.2f} s, "
+        f"mapped in {found['took']:.1f} s, {found['memory']:.0f} MB above the imports (ceiling {MEMORY}), exact: {found['exact']}, "
+        f"accuracy {found['accuracy']:.3f}"
+    )
     if "faiss" in found:
-        print(f"faiss IndexFlatL2: {found['faiss']:.1f} s, {found['faiss_memory']:.0f} MB, same neighbours {found['same']:.5f}; "
-              f"ours takes {found['took'] / found['faiss']:.2f} of its time")
+        print(
+            f"faiss IndexFlatL2: {found['faiss']:.1f} s, {found['faiss_memory']:.0f} MB, same neighbours {found['same']:.5f}; "
+            f"ours takes {found['took'] / found['faiss']:.2f} of its time"
+        )
     return int(not found["exact"] or found["memory"] > MEMORY)
 
 

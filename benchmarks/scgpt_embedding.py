@@ -6,6 +6,7 @@ Time is the processor's, which on an idle machine is the clock's (one thread).
 
     python benchmarks/scgpt_embedding.py [--quick]
 """
+
 import argparse
 import resource
 import statistics
@@ -87,12 +88,16 @@ def main() -> int:
             encoder = torch_encoder(gpt)
         spent, expected = seconds(lambda: reference(gpt, encoder, batches))
         theirs.append(spent)
-        print(f"pair {pair + 1}: scellfm {ours[-1]:.1f} s, torch {theirs[-1]:.1f} s, ratio "
-              f"{theirs[-1] / ours[-1]:.2f}", flush=True)
+        print(
+            f"pair {pair + 1}: scellfm {ours[-1]:.1f} s, torch {theirs[-1]:.1f} s, ratio {theirs[-1] / ours[-1]:.2f}",
+            flush=True,
+        )
     cosine = float((vectors * expected).sum(1).min())
     ratio = statistics.median(b / a for a, b in zip(ours, theirs))
-    print(f"scGPT embedding: {ratio:.2f}x torch's fast path (floor 2x), {min(ours) / N_CELLS:.2f} s per cell; "
-          f"least cosine {cosine:.7f} (floor 0.99999); peak memory {peak:.2f} GB (ceiling 3 GB)")
+    print(
+        f"scGPT embedding: {ratio:.2f}x torch's fast path (floor 2x), {min(ours) / N_CELLS:.2f} s per cell; "
+        f"least cosine {cosine:.7f} (floor 0.99999); peak memory {peak:.2f} GB (ceiling 3 GB)"
+    )
     return int(not (ratio >= 2 and cosine > 0.99999 and peak < 3))
 
 

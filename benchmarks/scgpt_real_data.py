@@ -7,6 +7,7 @@ weights are no part of the data, so the model is a small one: with random weight
 their labels (`continue_pretraining`). Cells to be named, or to be scored for integration, are never trained on. Not a benchmark of the
 published model: what it shows is that the whole path runs on real cells, and what a small model does not do.
 """
+
 import argparse
 import os
 import sys
@@ -29,8 +30,12 @@ from scellfm.scores import Scores, integration
 
 DATA = Path(os.environ.get("SCELLFM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 MODELS = ("random weights", "trained", "trained with labels")
-MARKERS = {"T cell": ["CD3D", "CD3E", "IL7R", "TRAC"], "B cell": ["CD79A", "MS4A1", "CD79B"], "monocyte": ["LYZ", "S100A8", "CST3", "CD14"],
-           "NK cell": ["GNLY", "NKG7", "PRF1", "KLRD1"]}
+MARKERS = {
+    "T cell": ["CD3D", "CD3E", "IL7R", "TRAC"],
+    "B cell": ["CD79A", "MS4A1", "CD79B"],
+    "monocyte": ["LYZ", "S100A8", "CST3", "CD14"],
+    "NK cell": ["GNLY", "NKG7", "PRF1", "KLRD1"],
+}
 MAPPING = ["accuracy", "macro_precision", "macro_recall", "macro_f1"]
 
 
@@ -41,7 +46,10 @@ def models(ref, label: str, epochs: int, seed: int = 0) -> tuple[dict[str, ScGPT
     start = ScGPT.from_config("tiny", cells, seed=seed, device="cpu")
     ask = dict(epochs=epochs, learning_rate=2e-3, held_out=0.1, n_boot=0, seed=seed)
     made = (start, continue_pretraining(start, cells, **ask), continue_pretraining(start, cells, label=label, **ask))
-    print(f"hidden values of held-out reference cells, squared error in bins:\n\n{made[1].losses.to_markdown()}\n", flush=True)
+    print(
+        f"hidden values of held-out reference cells, squared error in bins:\n\n{made[1].losses.to_markdown()}\n",
+        flush=True,
+    )
     return dict(zip(MODELS, made)), ref.var_names[genes]
 
 
@@ -62,7 +70,10 @@ def with_harmony(ref, query, label: str) -> pd.Series:
     side = pd.DataFrame({"side": np.repeat(["reference", "query"], [len(part) for part in parts])})
     moved = np.asarray(harmonypy.run_harmony(np.concatenate(parts), side, "side", random_state=0, verbose=False).Z_corr)
     moved = moved if len(moved) == len(side) else moved.T
-    ref, query = (anndata.AnnData(obs=cells.obs, obsm={"X": rows}) for cells, rows in zip((ref, query), np.split(moved, [ref.n_obs])))
+    ref, query = (
+        anndata.AnnData(obs=cells.obs, obsm={"X": rows})
+        for cells, rows in zip((ref, query), np.split(moved, [ref.n_obs]))
+    )
     return ReferenceMap(ref, "X", label).evaluate(query, baselines=False).table.loc["X"]
 
 
@@ -72,14 +83,20 @@ def mapping(title: str, ref, query, reps: list[str], label: str, by: str | None)
     for rep in reps:
         scores = ReferenceMap(ref, rep, label).evaluate(query, baselines=rep == reps[-1])
         rows.update(scores.table.T)
-    rows = {method: rows[method] for method in [*reps, "HVG + PCA"]} | {"HVG + PCA + Harmony": with_harmony(ref, query, label), **rows}
+    rows = {method: rows[method] for method in [*reps, "HVG + PCA"]} | {
+        "HVG + PCA + Harmony": with_harmony(ref, query, label),
+        **rows,
+    }
     table = Scores(pd.DataFrame(rows).T[MAPPING], title=f"{title}: {query.n_obs:,} cells named by {ref.n_obs:,}")
     print(f"**{table.title}**\n\n{table.to_markdown()}\n", flush=True)
     reference = ReferenceMap(ref, reps[-1], label)
     levels = reference.calibrate(accuracy=0.9, by=by).set_index("min_confidence")["accuracy"]
     told = reference.evaluate(query, baselines=False).table.iloc[0]
-    print(f"calibrated for 90 % ({'each cell' if by is None else by + 's'} held out in turn), {levels[reference.min_confidence]:.0%} reached on the "
-          f"reference: {told['called']:.0%} of the cells are named, {told['accuracy_called']:.0%} of them rightly\n", flush=True)
+    print(
+        f"calibrated for 90 % ({'each cell' if by is None else by + 's'} held out in turn), {levels[reference.min_confidence]:.0%} reached on the "
+        f"reference: {told['called']:.0%} of the cells are named, {told['accuracy_called']:.0%} of them rightly\n",
+        flush=True,
+    )
     return table
 
 
@@ -92,13 +109,18 @@ def integrated(title: str, cells, reps: list[str], batch: str | None, label: str
 def kang18(epochs: int) -> None:
     "Four donors name the cells of four others; mixing of conditions and of donors among the latter."
     adata = anndata.read_h5ad(DATA / "kang18" / "kang18_2000.h5ad")
-    adata.obs["cell_type"], donors = adata.obs["cell_type_derived"].astype(str), sorted(adata.obs["donor"].astype(str).unique())
+    adata.obs["cell_type"], donors = (
+        adata.obs["cell_type_derived"].astype(str),
+        sorted(adata.obs["donor"].astype(str).unique()),
+    )
     known = adata.obs["donor"].astype(str).isin(donors[:4]).to_numpy()
     ref, query = adata[known].copy(), adata[~known].copy()
     found, genes = models(ref, "cell_type", epochs)
     reps = [embed(found, genes, cells) for cells in (ref, query)][0]
     mapping("kang18, new donors", ref, query, reps, "cell_type", "donor")
-    quiet, roused = (cells[(cells.obs["condition"] == name).to_numpy()].copy() for cells, name in ((ref, "ctrl"), (query, "stim")))
+    quiet, roused = (
+        cells[(cells.obs["condition"] == name).to_numpy()].copy() for cells, name in ((ref, "ctrl"), (query, "stim"))
+    )
     mapping("kang18, new donors, stimulated cells by unstimulated", quiet, roused, reps, "cell_type", "donor")
     integrated("kang18, by condition", query, reps, "condition", "cell_type")
     integrated("kang18, by donor", query, reps, "donor", "cell_type")
@@ -119,7 +141,9 @@ def scp1884(epochs: int) -> None:
 def lineages(adata) -> np.ndarray:
     "The lineage whose markers stand highest in each cell: a stand-in for labels, which these data lack."
     logged = LogNormalize().fit_transform(adata.X)
-    means = np.stack([np.asarray(logged[:, adata.var_names.get_indexer(markers)].mean(1)).ravel() for markers in MARKERS.values()], 1)
+    means = np.stack(
+        [np.asarray(logged[:, adata.var_names.get_indexer(markers)].mean(1)).ravel() for markers in MARKERS.values()], 1
+    )
     return np.array(list(MARKERS))[((means - means.mean(0)) / means.std(0)).argmax(1)]
 
 
@@ -127,7 +151,9 @@ def pbmc_2batch(epochs: int) -> None:
     "One run names the cells of the other; mixing of the runs (all cells: the first run was trained on)."
     runs = {name: anndata.read_h5ad(DATA / "pbmc-2batch" / f"pbmc_{name}_protein_v3.h5ad") for name in ("10k", "5k")}
     for name, cells in runs.items():
-        cells.obs = pd.DataFrame({"run": name, "lineage": lineages(cells)}, index=[f"{name}-{cell}" for cell in cells.obs_names])
+        cells.obs = pd.DataFrame(
+            {"run": name, "lineage": lineages(cells)}, index=[f"{name}-{cell}" for cell in cells.obs_names]
+        )
     ref, query = runs.values()
     found, genes = models(ref, "lineage", epochs)
     reps = [embed(found, genes, cells) for cells in runs.values()][0]

@@ -1,7 +1,8 @@
 """Reading scGPT's vocabulary of 60,697 tokens takes under 0.3 s.
 
-    python benchmarks/scgpt_vocabulary.py [--quick] [vocab.json]
+python benchmarks/scgpt_vocabulary.py [--quick] [vocab.json]
 """
+
 import argparse
 import statistics
 import sys
@@ -30,8 +31,10 @@ def main() -> int:
             times.append(time.perf_counter() - start)
             work.append(time.process_time() - started)
     took = statistics.median(times)
-    print(f"scGPT vocabulary: {len(vocabulary):,} tokens in {took:.3f} s, "
-          f"{statistics.median(work):.3f} s of them work of this process (ceiling 0.3 s)")
+    print(
+        f"scGPT vocabulary: {len(vocabulary):,} tokens in {took:.3f} s, "
+        f"{statistics.median(work):.3f} s of them work of this process (ceiling 0.3 s)"
+    )
     return int(took >= 0.3)
 
 

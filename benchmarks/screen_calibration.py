@@ -76,12 +76,7 @@ def invariance(shifts: pd.DataFrame, table: pd.DataFrame, seed: int) -> float:
     from scellfm.statistics import screen_test
 
     position = pd.Series(new_gene, index=genes)
-    p = (
-        screen_test(other)
-        .set_index("gene")["p"]
-        .loc[[f"g{i}" for i in position[table["gene"].astype(str)]]]
-        .to_numpy()
-    )
+    p = screen_test(other).set_index("gene")["p"].loc[[f"g{i}" for i in position[table["gene"].astype(str)]]].to_numpy()
     return (
         float(np.nanmax(np.abs(p - table["p"]) / table["p"]))
         if np.array_equal(np.isnan(p), table["p"].isna())
@@ -146,9 +141,7 @@ def verdicts(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
 
     def line(letter, what, figure, good, where=""):
-        rows.append(
-            dict(criterion=letter, asked=what, measured=figure, worst_at=where, passed="yes" if good else "NO")
-        )
+        rows.append(dict(criterion=letter, asked=what, measured=figure, worst_at=where, passed="yes" if good else "NO"))
 
     def worst(data, column, low, high, letter, what, percent=True):
         mean = data.groupby(["donors", "cells", "tau", "offset"])[column].mean()
@@ -187,9 +180,7 @@ def verdicts(runs: pd.DataFrame) -> pd.DataFrame:
             "d",
             f"4 sd, 6 donors, {cells} cells: at least {100 * floor:.0f} % found",
         )
-    worst(
-        runs[runs.kind.isin(["drivers4", "drivers8"])], "false", 0, 0.07, "d", "false among the called: at most 7 %"
-    )
+    worst(runs[runs.kind.isin(["drivers4", "drivers8"])], "false", 0, 0.07, "d", "false among the called: at most 7 %")
     worst(runs[runs.kind == "one donor"], "called", 0, 0.01, "e", "effect in one donor of six: at most 1 % called")
     worst(runs[runs.kind == "laplace"], "called", 0, 0.04, "f", "Laplace offsets: at most 4 % called")
     strong = runs[(runs.kind == "laplace") & (runs.tau == 0.3)]
@@ -267,9 +258,7 @@ def main() -> int:
     results = done + measure(todo, options.processes, time.time() + 60 * options.minutes, options.out)
     runs = frame(results)
     table = verdicts(runs)
-    pd.set_option(
-        "display.width", 250, "display.max_columns", 30, "display.max_rows", 200, "display.max_colwidth", 90
-    )
+    pd.set_option("display.width", 250, "display.max_columns", 30, "display.max_rows", 200, "display.max_colwidth", 90)
     largest = runs[runs.rows == runs.rows.max()]
     print(
         f"{len(runs)} runs over {runs.seed.nunique()} seeds ({len(plan) * len(seeds) - len(runs)} not run); "

@@ -9,6 +9,7 @@ precision argsort and yields it to Dataset.from_generator, then save_to_disk; it
 form) or numpy arrays ("arrays", which datasets takes in twice as fast). Memory is the growth of the peak over the imports in a
 process of its own, for the whole file and for half of it.
 """
+
 import os
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "ARROW_NUM_THREADS"):
@@ -70,7 +71,10 @@ def reference(path: Path, out: Path, lists: bool) -> None:
             for first in range(0, len(totals), 512):
                 last = min(first + 512, len(totals))
                 low = indptr[first]
-                data, indices = file["X/data"][low:indptr[last]].astype(np.float64), file["X/indices"][low:indptr[last]]
+                data, indices = (
+                    file["X/data"][low : indptr[last]].astype(np.float64),
+                    file["X/indices"][low : indptr[last]],
+                )
                 for cell in range(first, last):
                     at = slice(indptr[cell] - low, indptr[cell + 1] - low)
                     values = data[at] / medians[indices[at]]
@@ -103,6 +107,7 @@ def load_all() -> None:
     "Import what the sides need."
     import anndata.io  # noqa: F401
     import datasets
+
     from scellfm.geneformer import kernels, tokenizer  # noqa: F401
 
     datasets.disable_progress_bars()
@@ -120,7 +125,9 @@ def child(task: str, path: Path, out: str) -> None:
 
 def start(task: str, path: Path, out) -> str:
     "`child` in a fresh process; what it printed last."
-    done = subprocess.run([sys.executable, __file__, "--child", task, str(path), str(out)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", task, str(path), str(out)], capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(done.stderr)
     return (done.stdout.splitlines() or [""])[-1]
@@ -151,7 +158,7 @@ def main():
     load_all()
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / name / "cells.h5ad" for name in ("whole", "half", "small")}
-        for (name, file), n_cells in zip(files.items(), (args.cells, args.cells // 2, 100)):
+        for file, n_cells in zip(files.values(), (args.cells, args.cells // 2, 100)):
             file.parent.mkdir()
             start("write", file, f"{n_cells}x{args.genes}")
         outs = {side: Path(folder) / f"{side}.dataset" for side in SIDES}
@@ -161,15 +168,22 @@ def main():
         for _ in range(args.pairs):
             for side in SIDES:
                 seconds[side].append(run(side, files["whole"], outs[side]))
-        print(f"{args.cells:,} cells x {args.genes:,} genes, {files['whole'].stat().st_size / 2**20:,.0f} MiB (not compressed), one thread, "
-              f"median of {args.pairs} pairs")
+        print(
+            f"{args.cells:,} cells x {args.genes:,} genes, {files['whole'].stat().st_size / 2**20:,.0f} MiB (not compressed), one thread, "
+            f"median of {args.pairs} pairs"
+        )
         memory = {side: float(start(side, files["whole"], Path(folder) / "memory.dataset")) for side in SIDES}
         for side in SIDES:
             wall, cpu = np.median(seconds[side], axis=0)
-            print(f"{side:23s} {wall:6.2f} s wall, {cpu:6.2f} s CPU, {args.cells / wall:8,.0f} cells/s, peak above import {memory[side]:5.0f} MB")
+            print(
+                f"{side:23s} {wall:6.2f} s wall, {cpu:6.2f} s CPU, {args.cells / wall:8,.0f} cells/s, peak above import {memory[side]:5.0f} MB"
+            )
         ratios = {side: np.median(np.array(seconds[side]) / np.array(seconds["scellfm"]), axis=0) for side in SIDES[1:]}
         for side, (wall, cpu) in ratios.items():
-            print(f"ratio to {side}: {wall:.1f}x wall, {cpu:.1f}x CPU" + (f" (floor {FLOOR:.0f}x)" if side == SIDES[1] else ""))
+            print(
+                f"ratio to {side}: {wall:.1f}x wall, {cpu:.1f}x CPU"
+                + (f" (floor {FLOOR:.0f}x)" if side == SIDES[1] else "")
+            )
         half = float(start("scellfm", files["half"], Path(folder) / "memory.dataset"))
         print(f"half the file: peak above import {half:.0f} MB (ceiling {CEILING} MB)")
         difference = compare(outs["scellfm"], outs[SIDES[1]])

@@ -8,6 +8,7 @@ at loading. Each model runs in a process of its own, on one thread: the seconds 
 per second (the first genes of one cell, each by itself, at the second to last layer), and the memory at its peak in all and
 beyond the imports. `--quick` takes V1-10M alone; `--full` adds V2-316M, whose weights are 1.3 GB.
 """
+
 import os
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -24,7 +25,12 @@ import time
 from pathlib import Path
 
 DATA = Path(os.environ.get("SCELLFM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-MODELS = {"V1-10M": "geneformer-v1", "V2-104M": "geneformer-v2", "V2-104M classifier": "geneformer-v2", "V2-316M": "geneformer-v2"}
+MODELS = {
+    "V1-10M": "geneformer-v1",
+    "V2-104M": "geneformer-v2",
+    "V2-104M classifier": "geneformer-v2",
+    "V2-316M": "geneformer-v2",
+}
 TIED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")  # one with the embeddings; not in the files
 
 
@@ -61,25 +67,45 @@ def measure(place: Path, n_cells: int, n_genes: int) -> dict:
     import anndata
     import torch
     import transformers.models.bert.modeling_bert  # noqa: F401 (imports are not counted)
+
     from scellfm.geneformer import CellClassifier, Geneformer, edits, perturbation  # noqa: F401
 
     torch.set_num_threads(1)
-    adata, before, start = anndata.read_h5ad(DATA / "kang18" / "kang18_2000.h5ad")[:n_cells].copy(), memory(), time.perf_counter()
+    adata, before, start = (
+        anndata.read_h5ad(DATA / "kang18" / "kang18_2000.h5ad")[:n_cells].copy(),
+        memory(),
+        time.perf_counter(),
+    )
     classifier = place.name.endswith("classifier")
-    gf = CellClassifier.from_pretrained(place, device="cpu").models[0] if classifier else Geneformer.from_pretrained(place, device="cpu")
-    figures = {"load, s": time.perf_counter() - start, "tensors": len(gf.load_report.loaded), "unused": len(gf.load_report.unused),
-               "fresh": len(gf.load_report.fresh), "memory to load, MB": memory() - before}
+    gf = (
+        CellClassifier.from_pretrained(place, device="cpu").models[0]
+        if classifier
+        else Geneformer.from_pretrained(place, device="cpu")
+    )
+    figures = {
+        "load, s": time.perf_counter() - start,
+        "tensors": len(gf.load_report.loaded),
+        "unused": len(gf.load_report.unused),
+        "fresh": len(gf.load_report.fresh),
+        "memory to load, MB": memory() - before,
+    }
     cells = gf.cells(adata)
     start = time.perf_counter()
     gf.embed(cells)
-    figures |= {"mean tokens": float(cells.lengths.mean()), "cells embedded/s": len(cells) / (time.perf_counter() - start)}
+    figures |= {
+        "mean tokens": float(cells.lengths.mean()),
+        "cells embedded/s": len(cells) / (time.perf_counter() - start),
+    }
     one = cells[:1]
-    one.tokens, one.offsets = one.tokens[:n_genes + 2], one.offsets.clip(max=n_genes + 2)
+    one.tokens, one.offsets = one.tokens[: n_genes + 2], one.offsets.clip(max=n_genes + 2)
     if gf.special:
         one.tokens[-1] = gf.tokenizer.eos
     start = time.perf_counter()
     screen = gf.perturb(one, genes="all")
-    figures |= {"deletions/s": len(screen.shifts) / (time.perf_counter() - start), "cell perturbed, tokens": int(one.lengths[0])}
+    figures |= {
+        "deletions/s": len(screen.shifts) / (time.perf_counter() - start),
+        "cell perturbed, tokens": int(one.lengths[0]),
+    }
     return figures | {"memory, MB": memory(), "of it beyond the imports": memory() - before}
 
 
@@ -101,10 +127,19 @@ def main() -> None:
         print(f"real data are not here (SCELLFM_DATA={DATA}): nothing to do")
         return
     rows = {}
-    for name in list(MODELS)[:1 if ask.quick else 4 if ask.full else 3]:
+    for name in list(MODELS)[: 1 if ask.quick else 4 if ask.full else 3]:
         with tempfile.TemporaryDirectory() as folder:
             place = checkpoint(name, Path(folder))
-            command = [sys.executable, __file__, "--cells", str(ask.cells), "--genes", str(ask.genes), "--measure", str(place)]
+            command = [
+                sys.executable,
+                __file__,
+                "--cells",
+                str(ask.cells),
+                "--genes",
+                str(ask.genes),
+                "--measure",
+                str(place),
+            ]
             size = (place / "model.safetensors").stat().st_size / 2**20
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             rows[name] = {"file, MB": size, **json.loads(done.stdout.splitlines()[-1])}

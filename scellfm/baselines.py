@@ -33,8 +33,10 @@ def counts_csr(counts) -> sparse.csr_matrix:
     if wrong.any():
         at = int(wrong.argmax())
         cell = int(np.searchsorted(csr.indptr, at, side="right") - 1)
-        raise DataError(f"the matrix holds {csr.data[at]} (cell {cell}, gene {csr.indices[at]}), which is no count; pass raw counts, for "
-                        "instance count_matrix(adata, layer='counts')")
+        raise DataError(
+            f"the matrix holds {csr.data[at]} (cell {cell}, gene {csr.indices[at]}), which is no count; pass raw counts, for "
+            "instance count_matrix(adata, layer='counts')"
+        )
     return csr
 
 
@@ -93,7 +95,9 @@ class VariableGenes(TransformerMixin, BaseEstimator):
         "Choose the genes on these cells. DataError where no gene varies."
         dispersion = normalized_dispersion(X)
         if not np.isfinite(dispersion).any():
-            raise DataError(f"no gene varies among these {X.shape[0]} cells; fit on more cells, or look whether the matrix is empty")
+            raise DataError(
+                f"no gene varies among these {X.shape[0]} cells; fit on more cells, or look whether the matrix is empty"
+            )
         order = np.lexsort((np.arange(len(dispersion)), -np.nan_to_num(dispersion, nan=-np.inf)))
         kept = min(self.n_genes, int(np.isfinite(dispersion).sum()))
         self.genes_ = np.sort(order[:kept])
@@ -115,7 +119,9 @@ class SparsePCA(TransformerMixin, BaseEstimator):
         "Find the components. DataError for fewer than two cells or genes."
         room = min(X.shape) - 1
         if room < 1:
-            raise DataError(f"principal components need at least two cells and two genes that vary; there are {X.shape[0]} and {X.shape[1]}")
+            raise DataError(
+                f"principal components need at least two cells and two genes that vary; there are {X.shape[0]} and {X.shape[1]}"
+            )
         self.pca_ = PCA(min(self.n_components, room), svd_solver="arpack", random_state=self.seed).fit(X)
         return self
 
@@ -155,7 +161,9 @@ class Neighbours(ClassifierMixin, BaseEstimator):
 def count_classifiers(seed: int = 0) -> dict[str, BaseEstimator]:
     "The baselines of a cell classifier by name: unfitted scikit-learn estimators on raw counts [cells, genes], sparse."
     return {
-        "PCA + logistic regression": make_pipeline(*steps(count_features(seed)), StandardScaler(), LogisticRegression(max_iter=2000)),
+        "PCA + logistic regression": make_pipeline(
+            *steps(count_features(seed)), StandardScaler(), LogisticRegression(max_iter=2000)
+        ),
         "PCA + kNN": make_pipeline(*steps(count_features(seed)), Neighbours()),
         "majority class": DummyClassifier(strategy="prior"),
     }

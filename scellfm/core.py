@@ -96,6 +96,7 @@ def optional(module: str, extra: str):
 @dataclass
 class Settings:
     "Switches that hold for the whole session."
+
     progress: bool = True  # show progress bars
 
 
@@ -106,7 +107,9 @@ def progress(iterable=None, *, desc: str, total: int | None = None, unit: str = 
     "A tqdm bar over `iterable` (or to be updated by hand, given `total`) that appears after two seconds."
     from tqdm.auto import tqdm
 
-    return tqdm(iterable, desc=desc, total=total, unit=unit, delay=2.0, disable=not settings.progress, dynamic_ncols=True)
+    return tqdm(
+        iterable, desc=desc, total=total, unit=unit, delay=2.0, disable=not settings.progress, dynamic_ncols=True
+    )
 
 # %% ../nbs/core.ipynb #6b1d7c21
 def tell(message: str) -> None:

@@ -19,8 +19,14 @@ __all__ = ['STATES', 'PRETRAIN_EPOCHS', 'COLUMNS', 'FILES', 'EXPLANATION', 'two_
            'write_report', 'one_thread', 'run_demo']
 
 # %% ../nbs/demo.ipynb #d7200899
-STATES = {"CD14+ Monocyte": "monocyte", "CD8+ Cytotoxic T": "T cell", "CD8+/CD45RA+ Naive Cytotoxic": "T cell",
-          "CD4+/CD25 T Reg": "T cell", "CD4+/CD45RO+ Memory": "T cell", "CD4+/CD45RA+/CD25- Naive T": "T cell"}
+STATES = {
+    "CD14+ Monocyte": "monocyte",
+    "CD8+ Cytotoxic T": "T cell",
+    "CD8+/CD45RA+ Naive Cytotoxic": "T cell",
+    "CD4+/CD25 T Reg": "T cell",
+    "CD4+/CD45RO+ Memory": "T cell",
+    "CD4+/CD45RA+/CD25- Naive T": "T cell",
+}
 
 
 def two_states(adata: AnnData) -> AnnData:
@@ -54,11 +60,18 @@ FILES = ("report.html", "report.json", "table.csv", "scores.png", "screen.png", 
 EXPLANATION = (
     "Deleting a gene from every monocyte: does the cell move towards the T cells (effect > 0, in standard deviations), and more\n"
     "than the genes of like rank and detection (z)? Exploratory: these cells have no donors, so there are no p-values. A gene with\n"
-    "a large log2fc (T cell over monocyte) may stand out only because it is a marker of the cell type.")
+    "a large log2fc (T cell over monocyte) may stand out only because it is a marker of the cell type."
+)
 
 # %% ../nbs/demo.ipynb #d592236c
-def journey(adata: AnnData, *, pretrain_epochs: int = PRETRAIN_EPOCHS, finetune_epochs: int = 5, max_cells: int | None = None,
-            seed: int = 0):
+def journey(
+    adata: AnnData,
+    *,
+    pretrain_epochs: int = PRETRAIN_EPOCHS,
+    finetune_epochs: int = 5,
+    max_cells: int | None = None,
+    seed: int = 0,
+):
     "Tokenizer, model, cross-fitted classifier and screen of the demonstration cells: (Geneformer, CellClassifier, Screen)."
     from scellfm.data import folds
     from scellfm.geneformer import Geneformer, RankTokenizer
@@ -67,10 +80,24 @@ def journey(adata: AnnData, *, pretrain_epochs: int = PRETRAIN_EPOCHS, finetune_
     model = Geneformer.from_config("tiny", RankTokenizer.fit(adata, special=True), seed=seed)
     with one_thread():
         model.pretrain(adata, epochs=pretrain_epochs, learning_rate=3e-3, seed=seed)
-        classifier = model.finetune(cells, label="state", split=folds(cells, k=3, stratify="state", seed=seed),
-                                    epochs=finetune_epochs, learning_rate=2e-3, seed=seed)
-    screen = classifier.perturb(cells, kind="delete", genes="all", state="state", start="monocyte", goal="T cell",
-                                max_cells=max_cells, seed=seed)
+        classifier = model.finetune(
+            cells,
+            label="state",
+            split=folds(cells, k=3, stratify="state", seed=seed),
+            epochs=finetune_epochs,
+            learning_rate=2e-3,
+            seed=seed,
+        )
+    screen = classifier.perturb(
+        cells,
+        kind="delete",
+        genes="all",
+        state="state",
+        start="monocyte",
+        goal="T cell",
+        max_cells=max_cells,
+        seed=seed,
+    )
     return model, classifier, screen
 
 # %% ../nbs/demo.ipynb #e58288ae
@@ -79,16 +106,29 @@ def figures(model, classifier, screen, table: pd.DataFrame) -> dict[str, tuple]:
     from scellfm import plotting
 
     return {
-        "scores.png": (classifier.scores.plot(), "Held-out scores of Geneformer beside simple methods on the same cells; lines are 95 % intervals."),
-        "screen.png": (screen.plot(), "The mean shift of each gene against its mean rank; the band is what genes of like rank and detection do."),
-        "top_genes.png": (plotting.top_genes(table), "The genes that deviate most from genes like them, and their fold change between the states."),
-        "training.png": (model.history.plot(), "Masked-gene loss while the model was trained; dotted, guessing by frequency."),
+        "scores.png": (
+            classifier.scores.plot(),
+            "Held-out scores of Geneformer beside simple methods on the same cells; lines are 95 % intervals.",
+        ),
+        "screen.png": (
+            screen.plot(),
+            "The mean shift of each gene against its mean rank; the band is what genes of like rank and detection do.",
+        ),
+        "top_genes.png": (
+            plotting.top_genes(table),
+            "The genes that deviate most from genes like them, and their fold change between the states.",
+        ),
+        "training.png": (
+            model.history.plot(),
+            "Masked-gene loss while the model was trained; dotted, guessing by frequency.",
+        ),
     }
 
 
 def write_report(folder: Path, adata: AnnData, model, classifier, screen, table: pd.DataFrame, report) -> None:
     "table.csv, the figures, report.html and report.json."
     from matplotlib import pyplot
+
     from scellfm.plotting import png
     from scellfm.store import atomic_write
 
@@ -121,8 +161,14 @@ def one_thread():
         torch.set_num_threads(threads)
 
 # %% ../nbs/demo.ipynb #834816af
-def run_demo(out="runs/demo", *, pretrain_epochs: int = PRETRAIN_EPOCHS, finetune_epochs: int = 5, max_cells: int | None = None,
-             seed: int = 0) -> Demo:
+def run_demo(
+    out="runs/demo",
+    *,
+    pretrain_epochs: int = PRETRAIN_EPOCHS,
+    finetune_epochs: int = 5,
+    max_cells: int | None = None,
+    seed: int = 0,
+) -> Demo:
     """The main job on the demonstration cells; writes table.csv, figures, report.html and report.json into the folder `out`.
 
     The same numbers at every run on one machine. `max_cells` limits the monocytes that are screened."""
@@ -131,12 +177,19 @@ def run_demo(out="runs/demo", *, pretrain_epochs: int = PRETRAIN_EPOCHS, finetun
 
     adata, folder = demo(), Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    report = Report("Which gene's loss moves a monocyte towards a T cell?",
-                    "A small Geneformer, trained and judged on 700 blood cells that ship with scanpy (Zheng et al. 2017).")
+    report = Report(
+        "Which gene's loss moves a monocyte towards a T cell?",
+        "A small Geneformer, trained and judged on 700 blood cells that ship with scanpy (Zheng et al. 2017).",
+    )
     with report.recording():
-        model, classifier, screen = journey(adata, pretrain_epochs=pretrain_epochs, finetune_epochs=finetune_epochs,
-                                            max_cells=max_cells, seed=seed)
+        model, classifier, screen = journey(
+            adata, pretrain_epochs=pretrain_epochs, finetune_epochs=finetune_epochs, max_cells=max_cells, seed=seed
+        )
         table = screen.table()
-        table = table[table["status"] != "too few cells"].sort_values("z", ascending=False, kind="stable").reset_index(drop=True)
+        table = (
+            table[table["status"] != "too few cells"]
+            .sort_values("z", ascending=False, kind="stable")
+            .reset_index(drop=True)
+        )
         write_report(folder, adata, model, classifier, screen, table, report)
     return Demo(classifier, screen, table, folder)

@@ -26,7 +26,9 @@ def drawn_cells(adata, basis: str, max_cells: int, seed: int) -> np.ndarray:
     "The positions of at most `max_cells` cells that have an embedding, by lots keyed by name; DataError if none has."
     check_number("max_cells", max_cells, 1)
     if basis not in adata.obsm:
-        raise DataError(f"obsm has no {basis!r}; it has {', '.join(map(repr, adata.obsm)) or 'nothing'}: embed the cells first")
+        raise DataError(
+            f"obsm has no {basis!r}; it has {', '.join(map(repr, adata.obsm)) or 'nothing'}: embed the cells first"
+        )
     rows = np.flatnonzero(np.isfinite(np.asarray(adata.obsm[basis])).all(1))
     if not len(rows):
         raise DataError(f"no row of obsm[{basis!r}] is finite; there is nothing to draw")
@@ -38,33 +40,51 @@ def drawn_cells(adata, basis: str, max_cells: int, seed: int) -> np.ndarray:
 # %% ../nbs/heatmaps.ipynb #dcffdcf4
 def ordered(values: np.ndarray, labels: pd.Series) -> tuple[np.ndarray, np.ndarray]:
     "The order of cells (by label, then like beside like) and of dimensions (like beside like; constant ones last)."
-    cells = np.concatenate([rows[leaves(values[rows], "euclidean")] for rows in
-                            (np.flatnonzero(labels == label) for label in labels.cat.categories) if len(rows)])
+    cells = np.concatenate(
+        [
+            rows[leaves(values[rows], "euclidean")]
+            for rows in (np.flatnonzero(labels == label) for label in labels.cat.categories)
+            if len(rows)
+        ]
+    )
     varied = np.flatnonzero(values.std(0) > 0)
     rest = np.setdiff1d(np.arange(values.shape[1]), varied)
     return cells, np.r_[varied[leaves(values.T[varied], "correlation")], rest]
 
 # %% ../nbs/heatmaps.ipynb #7f10c006
 @styled(7, 5)
-def heatmap(adata, basis: str = "X_geneformer", label: str | None = None, *, max_cells: int = 1000, seed: int = 0, ax=None):
+def heatmap(
+    adata, basis: str = "X_geneformer", label: str | None = None, *, max_cells: int = 1000, seed: int = 0, ax=None
+):
     "Cells (rows, sorted by obs[label]) by dimensions of obsm[basis] (columns), in standard deviations; returns the axes."
     rows = drawn_cells(adata, basis, max_cells, seed)
     if label is not None and label not in adata.obs:
         raise DataError(f"obs has no column {label!r}; it has {', '.join(map(repr, adata.obs.columns)) or 'none'}")
-    labels = adata.obs[label].iloc[rows].astype(str) if label is not None else pd.Series("cells", index=range(len(rows)))
+    labels = (
+        adata.obs[label].iloc[rows].astype(str) if label is not None else pd.Series("cells", index=range(len(rows)))
+    )
     labels = labels.reset_index(drop=True).astype("category")
     values = np.asarray(adata.obsm[basis], dtype=np.float64)[rows]
     spread = values.std(0)
     values = (values - values.mean(0)) / np.where(spread > 0, spread, 1)
     cells, dimensions = ordered(values, labels)
-    picture = ax.imshow(values[np.ix_(cells, dimensions)], aspect="auto", cmap="RdBu_r", vmin=-3, vmax=3, interpolation="nearest")
+    picture = ax.imshow(
+        values[np.ix_(cells, dimensions)], aspect="auto", cmap="RdBu_r", vmin=-3, vmax=3, interpolation="nearest"
+    )
     ax.figure.colorbar(picture, ax=ax, label="standard deviations", shrink=0.6)
     ax.set(xlabel=f"{values.shape[1]} dimensions of {basis}", xticks=[], title=f"{len(cells):,} cells")
     codes = labels.cat.codes.to_numpy()[cells]
-    for i, name in enumerate(labels.cat.categories):
+    for i in range(len(labels.cat.categories)):
         own = np.flatnonzero(codes == i)
-        ax.plot([-0.012, -0.012], [own[0] - 0.5, own[-1] + 0.5], lw=6, color=look(i)["color"], clip_on=False,
-                transform=ax.get_yaxis_transform(), solid_capstyle="butt")
+        ax.plot(
+            [-0.012, -0.012],
+            [own[0] - 0.5, own[-1] + 0.5],
+            lw=6,
+            color=look(i)["color"],
+            clip_on=False,
+            transform=ax.get_yaxis_transform(),
+            solid_capstyle="butt",
+        )
         ax.axhline(own[-1] + 0.5, color="white", lw=1)
     middles = [np.flatnonzero(codes == i).mean() for i in range(len(labels.cat.categories))]
     ax.set_yticks(middles, labels.cat.categories if label is not None else [""] * len(middles))

@@ -23,8 +23,9 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
     except RuntimeError as error:
         raise OptionError(f"device={device!r} is not known to torch; choose 'auto', 'cpu', 'cuda' or 'mps'") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"device={device!r} is asked for and this torch sees no CUDA card; use device='auto' or "
-                          f"'cpu'")
+        raise OptionError(
+            f"device={device!r} is asked for and this torch sees no CUDA card; use device='auto' or 'cpu'"
+        )
     return chosen
 
 
@@ -93,8 +94,9 @@ def attempt(function, *arguments):
     return None
 
 # %% ../nbs/inference.ipynb #f6ef5302
-def batches(make, function, lengths, *, token_budget=16384, spread=0.25, desc="cells", record: list | None = None,
-            bar=None):
+def batches(
+    make, function, lengths, *, token_budget=16384, spread=0.25, desc="cells", record: list | None = None, bar=None
+):
     """Yield (positions, function(*make(positions))) for batches of near-equal length, longest first.
 
     Where memory runs out, the token budget is halved, the rest is planned anew, and `record` gets
@@ -126,15 +128,25 @@ def replan(lengths: np.ndarray, plan: list, spread: float) -> tuple[int, list]:
     "Half the size of the batch that did not fit, and the batches that are left at that size."
     failed = plan[0]
     if len(failed) == 1:
-        raise MemoryError(f"one sequence of {lengths[failed[0]]:,} tokens does not fit into memory; "
-                          "use a smaller model, dtype='bfloat16' or device='cpu'")
+        raise MemoryError(
+            f"one sequence of {lengths[failed[0]]:,} tokens does not fit into memory; "
+            "use a smaller model, dtype='bfloat16' or device='cpu'"
+        )
     token_budget = max(1, int(lengths[failed].max()) * len(failed) // 2)
     rest = np.sort(np.concatenate(plan))
     return token_budget, [rest[batch] for batch in plan_batches(lengths[rest], token_budget, spread)]
 
 # %% ../nbs/inference.ipynb #6bb6ad6b
-def run(function, sequences, *, device="auto", pad_id: int = 0, token_budget: int = 16384, desc: str = "cells",
-        record: list | None = None) -> torch.Tensor:
+def run(
+    function,
+    sequences,
+    *,
+    device="auto",
+    pad_id: int = 0,
+    token_budget: int = 16384,
+    desc: str = "cells",
+    record: list | None = None,
+) -> torch.Tensor:
     """`function(ids [b, L], mask [b, L]) -> Tensor [b, ...]` on all sequences: a CPU tensor [n, ...] in their order.
 
     `sequences` has a length and gives an array of token ids by position (a list, TokenizedCells). Empty ones get NaN.
@@ -150,8 +162,9 @@ def run(function, sequences, *, device="auto", pad_id: int = 0, token_budget: in
     results = None
     for positions, value in batches(make, function, lengths, token_budget=token_budget, desc=desc, record=record):
         if len(value) != len(positions):
-            raise DataError(f"the function gave {len(value)} rows for {len(positions)} sequences; one row each is "
-                            f"needed")
+            raise DataError(
+                f"the function gave {len(value)} rows for {len(positions)} sequences; one row each is needed"
+            )
         value = value.detach().to("cpu")
         if results is None:
             results = value.new_full((len(lengths), *value.shape[1:]), float("nan") if (lengths == 0).any() else 0)

@@ -24,19 +24,44 @@ __all__ = ['COLORS', 'MARKERS', 'GREY', 'STYLE', 'AROUND', 'styled', 'look', 'ne
            'embedding', 'draw_classes']
 
 # %% ../nbs/plotting.ipynb #5d9a65af
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#000000")  # Okabe & Ito; ochre for their yellow
+COLORS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8C6D31",
+    "#000000",
+)  # Okabe & Ito; ochre for their yellow
 MARKERS = ("o", "^", "s", "D", "v", "P")
 GREY = "#8A8A8A"
 STYLE = {
-    "figure.dpi": 80, "savefig.dpi": 80, "figure.facecolor": "white", "axes.facecolor": "white", "font.size": 10, "axes.titlesize": 11,
-    "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555555", "axes.labelcolor": "#222222",
-    "xtick.color": "#555555", "ytick.color": "#555555", "xtick.labelcolor": "#222222", "ytick.labelcolor": "#222222",
-    "legend.frameon": False, "text.parse_math": False, "legend.fontsize": 9, "lines.linewidth": 1.6,
+    "figure.dpi": 80,
+    "savefig.dpi": 80,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.labelcolor": "#222222",
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "xtick.labelcolor": "#222222",
+    "ytick.labelcolor": "#222222",
+    "legend.frameon": False,
+    "text.parse_math": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.6,
 }
 
 
 def styled(width: float, height: float):
     "Decorate a drawing function: the house style while it draws, and new axes of this size (inches) where ax is None."
+
     def decorate(draw):
         @functools.wraps(draw)
         def drawn(*args, ax: Axes | None = None, **settings) -> Axes:
@@ -52,7 +77,9 @@ def styled(width: float, height: float):
                     plt.close(figure) if figure is not None else None
                     raise
             return ax
+
         return drawn
+
     return decorate
 
 
@@ -70,7 +97,9 @@ def need_columns(table: pd.DataFrame, columns, what: str) -> None:
     "Raise a DataError that names the columns which `what` needs and the table lacks."
     missing = [column for column in columns if column not in table]
     if missing:
-        raise DataError(f"{what} needs the columns {', '.join(missing)}; the table has {', '.join(map(str, table.columns))}")
+        raise DataError(
+            f"{what} needs the columns {', '.join(missing)}; the table has {', '.join(map(str, table.columns))}"
+        )
 
 # %% ../nbs/plotting.ipynb #281d150e
 def png(figure, dpi: int = 80, colors: int = 64) -> bytes:
@@ -81,7 +110,9 @@ def png(figure, dpi: int = 80, colors: int = 64) -> bytes:
 
     raw, small = io.BytesIO(), io.BytesIO()
     figure.savefig(raw, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
-    palette = Image.open(raw).convert("RGB").quantize(colors, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    palette = (
+        Image.open(raw).convert("RGB").quantize(colors, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    )
     palette.save(small, "png", optimize=True)
     return small.getvalue()
 
@@ -104,15 +135,27 @@ def label_points(ax: Axes, x, y, texts, *, size: float = 9) -> None:
             if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
                 taken.append(box)
                 offset = (6 * right / pixel, 0.8 * up * height / pixel)
-                ax.annotate(text, place, offset, textcoords="offset points", fontsize=size, color="#222222", va="center",
-                            ha={1: "left", 0: "center", -1: "right"}[right])
+                ax.annotate(
+                    text,
+                    place,
+                    offset,
+                    textcoords="offset points",
+                    fontsize=size,
+                    color="#222222",
+                    va="center",
+                    ha={1: "left", 0: "center", -1: "right"}[right],
+                )
                 break
 
 # %% ../nbs/plotting.ipynb #db8924a4
 def gene_names(table: pd.DataFrame) -> pd.Series:
     "The symbol of each gene where there is one, else its id."
     names = table["gene"].astype(str)
-    return table["symbol"].where(table["symbol"].notna() & (table["symbol"].astype(str) != ""), names).astype(str) if "symbol" in table else names
+    return (
+        table["symbol"].where(table["symbol"].notna() & (table["symbol"].astype(str) != ""), names).astype(str)
+        if "symbol" in table
+        else names
+    )
 
 
 def spread_of(table: pd.DataFrame) -> pd.Series:
@@ -134,15 +177,28 @@ def matched_band(ax: Axes, table: pd.DataFrame) -> None:
     if len(known) < 10:
         return
     window = max(5, len(known) // 12)
-    middle, spread = (values.rolling(window, center=True, min_periods=3).median() for values in (known["expected"], spread_of(known)))
-    ax.fill_between(known["rank"], middle - 1.96 * spread, middle + 1.96 * spread, color="#DDDDDD", lw=0, label="expected of genes like it (95 %)")
+    middle, spread = (
+        values.rolling(window, center=True, min_periods=3).median() for values in (known["expected"], spread_of(known))
+    )
+    ax.fill_between(
+        known["rank"],
+        middle - 1.96 * spread,
+        middle + 1.96 * spread,
+        color="#DDDDDD",
+        lw=0,
+        label="expected of genes like it (95 %)",
+    )
     ax.plot(known["rank"], middle, color=GREY, lw=1)
 
 
 @styled(6.4, 4.2)
 def screen(table: pd.DataFrame, *, fdr: float = 0.05, n_labels: int = 15, ax: Axes | None = None) -> Axes:
     "Effect against mean rank with the matched band; hits named. `table`: of `statistics.screen_test` or `Screen.table()`. DataError: other columns."
-    need_columns(table, ["gene", "effect", "expected", "tau", "se", "z", "fdr", "rank"], "the picture of a screen (method='matched')")
+    need_columns(
+        table,
+        ["gene", "effect", "expected", "tau", "se", "z", "fdr", "rank"],
+        "the picture of a screen (method='matched')",
+    )
     table = table[table["status"] != "too few cells"] if "status" in table else table
     found, exploratory = standouts(table, fdr, n_labels)
     others = table.drop(found.index)
@@ -151,11 +207,26 @@ def screen(table: pd.DataFrame, *, fdr: float = 0.05, n_labels: int = 15, ax: Ax
     for side, name, color in ((found["z"] > 0, "above", COLORS[1]), (found["z"] <= 0, "below", COLORS[0])):
         part = found[side]
         ax.vlines(part["rank"], part["expected"], part["effect"], color=color, lw=0.8, alpha=0.6)
-        label = f"most extreme {name}: {len(part)}" if exploratory else f"hits {name} (FDR < {fdr * 100:g} %): {len(part)}"
-        ax.scatter(part["rank"], part["effect"], s=24, facecolor="white" if exploratory else color, edgecolor=color, lw=1.2, label=label, zorder=3)
+        label = (
+            f"most extreme {name}: {len(part)}" if exploratory else f"hits {name} (FDR < {fdr * 100:g} %): {len(part)}"
+        )
+        ax.scatter(
+            part["rank"],
+            part["effect"],
+            s=24,
+            facecolor="white" if exploratory else color,
+            edgecolor=color,
+            lw=1.2,
+            label=label,
+            zorder=3,
+        )
     ax.set(xlabel="mean rank in the cell (0 = most remarkable gene)", ylabel="effect of the perturbation")
     ax.margins(x=0.04, y=0.12)
-    title = f"{len(table):,} genes, exploratory: no test" if exploratory else f"{len(table):,} genes, {len(found)} outliers among genes like them"
+    title = (
+        f"{len(table):,} genes, exploratory: no test"
+        if exploratory
+        else f"{len(table):,} genes, {len(found)} outliers among genes like them"
+    )
     ax.set_title(title)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, handletextpad=0.3, columnspacing=1.2)
     shown = found.head(n_labels)
@@ -164,6 +235,7 @@ def screen(table: pd.DataFrame, *, fdr: float = 0.05, n_labels: int = 15, ax: Ax
 # %% ../nbs/plotting.ipynb #c3d1611d
 def table_columns(top: pd.DataFrame, exploratory: bool) -> list[tuple[str, list[str]]]:
     "(heading, texts) of the columns beside the dots."
+
     def number(column: str, pattern: str) -> list[str]:
         values = top[column] if column in top else pd.Series(np.nan, top.index)
         return ["–" if pd.isna(value) else format(value, pattern) for value in values]
@@ -178,21 +250,41 @@ def table_columns(top: pd.DataFrame, exploratory: bool) -> list[tuple[str, list[
 @styled(6.4, 4.4)
 def top_genes(table: pd.DataFrame, n: int = 15, *, ax: Axes | None = None) -> Axes:
     "The n genes furthest from what is expected of genes like them, with FDR (or percentile), log2 fold change, donors and cells beside."
-    need_columns(table, ["gene", "effect", "expected", "tau", "se", "z", "fdr"], "the picture of top genes (method='matched')")
+    need_columns(
+        table, ["gene", "effect", "expected", "tau", "se", "z", "fdr"], "the picture of top genes (method='matched')"
+    )
     exploratory = standouts(table, 0.05, n)[1]
     top = table.loc[table["z"].abs().sort_values(ascending=False, kind="stable").index].head(n)
     y, spread = np.arange(len(top)), 1.96 * spread_of(top)
     hit = (top["fdr"] < 0.05).to_numpy()
     ax.barh(y, 2 * spread, left=top["expected"] - spread, height=0.5, color="#DDDDDD", label="genes like it (95 %)")
     colors = np.where(top["z"] > 0, COLORS[1], COLORS[0])
-    ax.scatter(top["effect"], y, s=36, color=np.where(hit, colors, "white"), edgecolor=colors, lw=1.3, zorder=3, label="effect" + ("" if exploratory else " (filled: FDR < 5 %)"))
+    ax.scatter(
+        top["effect"],
+        y,
+        s=36,
+        color=np.where(hit, colors, "white"),
+        edgecolor=colors,
+        lw=1.3,
+        zorder=3,
+        label="effect" + ("" if exploratory else " (filled: FDR < 5 %)"),
+    )
     ax.set_yticks(y, gene_names(top))
     ax.set(xlabel="effect of the perturbation", ylim=(len(top) - 0.5, -0.8))
     ax.tick_params(axis="y", length=0)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     for i, (heading, texts) in enumerate(table_columns(top, exploratory)):
         where = 1.16 + 0.155 * i
-        ax.text(where, -0.9, heading, transform=ax.get_yaxis_transform(), ha="right", va="bottom", fontsize=9, color="#555555")
+        ax.text(
+            where,
+            -0.9,
+            heading,
+            transform=ax.get_yaxis_transform(),
+            ha="right",
+            va="bottom",
+            fontsize=9,
+            color="#555555",
+        )
         for row, text in zip(y, texts):
             ax.text(where, row, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=9)
 
@@ -207,7 +299,15 @@ def confusion(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     size = 9 if len(df) <= 8 else 7
     for (row, column), value in np.ndenumerate(counts if len(df) <= 20 else counts[:0]):
         if value:
-            ax.text(column, row, f"{value:,.0f}", ha="center", va="center", fontsize=size, color="white" if share[row, column] > 0.55 else "#222222")
+            ax.text(
+                column,
+                row,
+                f"{value:,.0f}",
+                ha="center",
+                va="center",
+                fontsize=size,
+                color="white" if share[row, column] > 0.55 else "#222222",
+            )
     called = [str(name) for name in df.columns]
     true = [str(name) for name in df.index]
     if sum(map(len, called)) > 28 and called == true:  # long names: written once, numbers below
@@ -224,8 +324,10 @@ def results_of(source) -> dict:
     results = source.details if hasattr(source, "details") else source if isinstance(source, dict) else {"": source}
     results = {name: result for name, result in results.items() if getattr(result, "probabilities", None) is not None}
     if not results:
-        raise DataError("nothing to draw: pass a ClassificationResult of scores.classification, a dictionary of them, or Scores whose details hold them "
-                        "(Scores read from a file keep the numbers and not the cells' probabilities)")
+        raise DataError(
+            "nothing to draw: pass a ClassificationResult of scores.classification, a dictionary of them, or Scores whose details hold them "
+            "(Scores read from a file keep the numbers and not the cells' probabilities)"
+        )
     return results
 
 
@@ -245,18 +347,39 @@ def roc(source, *, ax: Axes | None = None) -> Axes:
     single = next(iter(results.values())) if len(results) == 1 else None
     grid = np.linspace(0, 1, 501)
     if single is not None and len(single.classes) > 2:
-        curves = [(str(name), *roc_points(single, i), single.per_class["auroc"].iloc[i]) for i, name in enumerate(single.classes) if (single.truth == i).any()]
+        curves = [
+            (str(name), *roc_points(single, i), single.per_class["auroc"].iloc[i])
+            for i, name in enumerate(single.classes)
+            if (single.truth == i).any()
+        ]
     else:
         curves = []
         for name, result in results.items():
-            present = [1] if len(result.classes) == 2 else [i for i in range(len(result.classes)) if (result.truth == i).any()]
+            present = (
+                [1]
+                if len(result.classes) == 2
+                else [i for i in range(len(result.classes)) if (result.truth == i).any()]
+            )
             points = [roc_points(result, i) for i in present]
             curve = points[0] if len(points) == 1 else (grid, np.mean([np.interp(grid, *p) for p in points], axis=0))
             curves.append((str(name) or str(result.classes[1]), *curve, result.metrics["auroc"]))
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
     for i, (name, wrong, right, area) in enumerate(curves):
-        ax.plot(wrong, right, color=COLORS[i % len(COLORS)], ls=("-", "--", "-.")[i // len(COLORS) % 3], label=f"{name} ({area:.3f})", clip_on=False)
-    ax.set(xlabel="share of other cells called so", ylabel="share of the class found", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        ax.plot(
+            wrong,
+            right,
+            color=COLORS[i % len(COLORS)],
+            ls=("-", "--", "-.")[i // len(COLORS) % 3],
+            label=f"{name} ({area:.3f})",
+            clip_on=False,
+        )
+    ax.set(
+        xlabel="share of other cells called so",
+        ylabel="share of the class found",
+        xlim=(0, 1),
+        ylim=(0, 1),
+        aspect="equal",
+    )
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), title="AUROC", title_fontsize=9, alignment="left")
 
 # %% ../nbs/plotting.ipynb #00c06bda
@@ -268,9 +391,21 @@ def calibration(source, *, ax: Axes | None = None) -> Axes:
         bins = result.calibration
         label = " ".join(filter(None, [str(name), f"({result.metrics['calibration_error']:.3f})"]))
         ax.plot(bins["confidence"], bins["accuracy"], color=COLORS[i % len(COLORS)], lw=0.9, alpha=0.6)
-        ax.scatter(bins["confidence"], bins["accuracy"], s=8 + 160 * bins["n"] / bins["n"].sum(), **look(i), label=label, alpha=0.85, lw=0, clip_on=False, zorder=3)
+        ax.scatter(
+            bins["confidence"],
+            bins["accuracy"],
+            s=8 + 160 * bins["n"] / bins["n"].sum(),
+            **look(i),
+            label=label,
+            alpha=0.85,
+            lw=0,
+            clip_on=False,
+            zorder=3,
+        )
     ax.set(xlabel="stated confidence", ylabel="share that was right", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    legend = ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), title="calibration error", title_fontsize=9, alignment="left")
+    legend = ax.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.14), title="calibration error", title_fontsize=9, alignment="left"
+    )
     for handle in legend.legend_handles:
         handle.set_sizes([30])
 
@@ -279,7 +414,11 @@ def metric_label(metric: str, scale: float) -> str:
     "The name of a metric for the axis; its divisor where it was scaled; an arrow where small is good."
     from scellfm.scores.table import metric_name, smaller_is_better
 
-    return metric_name(metric) + (" (small is good)" if smaller_is_better(metric) else "") + ("" if scale == 1 else f"\n÷ {scale:.3g}")
+    return (
+        metric_name(metric)
+        + (" (small is good)" if smaller_is_better(metric) else "")
+        + ("" if scale == 1 else f"\n÷ {scale:.3g}")
+    )
 
 
 @styled(6.0, 4.4)
@@ -297,7 +436,17 @@ def scores(scores, *, ax: Axes | None = None) -> Axes:
         low, high, x = (frame.iloc[i].astype(float) / scale for frame in (scores.low, scores.high, values))
         color = look(i)["color"]
         ax.hlines(y, low, high, color=color, lw=2, alpha=0.45)
-        ax.scatter(x, y, s=34, marker=MARKERS[i % len(MARKERS)], facecolor="white" if is_aside(method) else color, edgecolor=color, lw=1.3, label=str(method), zorder=3)
+        ax.scatter(
+            x,
+            y,
+            s=34,
+            marker=MARKERS[i % len(MARKERS)],
+            facecolor="white" if is_aside(method) else color,
+            edgecolor=color,
+            lw=1.3,
+            label=str(method),
+            zorder=3,
+        )
     ax.set_yticks(range(values.shape[1]), [metric_label(metric, scale[metric]) for metric in values])
     ax.set_ylim(values.shape[1] - 0.5, -0.5)
     ax.hlines(np.arange(values.shape[1] - 1) + 0.5, 0, 1, transform=ax.get_yaxis_transform(), color="#E5E5E5", lw=0.8)
@@ -311,7 +460,9 @@ def history_rows(history) -> tuple[pd.DataFrame, pd.DataFrame]:
     if isinstance(history, pd.DataFrame):
         need_columns(history, ["split", "loss"], "the picture of a training run")
         if not {"step", "epoch"} & set(history):
-            raise DataError(f"the picture of a training run needs a column step or epoch; the table has {', '.join(map(str, history.columns))}")
+            raise DataError(
+                f"the picture of a training run needs a column step or epoch; the table has {', '.join(map(str, history.columns))}"
+            )
         rows = history if "step" in history else history.assign(step=history["epoch"])
         return pd.DataFrame({"step": [], "loss": []}), rows
     steps, epochs = history.steps, history.epochs
@@ -350,12 +501,16 @@ def plane(adata, basis: str) -> tuple[np.ndarray, list[str]]:
     "Two coordinates of each cell and the names of the axes. DataError where there is no such embedding."
     key = next((name for name in (basis, f"X_{basis}") if name in adata.obsm), None)
     if key is None:
-        raise DataError(f"obsm has no {basis!r}; it holds {', '.join(map(repr, adata.obsm.keys())) or 'nothing'}: compute the embedding first or name another")
+        raise DataError(
+            f"obsm has no {basis!r}; it holds {', '.join(map(repr, adata.obsm.keys())) or 'nothing'}: compute the embedding first or name another"
+        )
     values = np.asarray(adata.obsm[key], dtype=np.float64)
     kept = np.isfinite(values).all(1)
     if values.shape[1] < 2 or not kept.any():
-        raise DataError(f"obsm[{key!r}] has the shape {values.shape} and {kept.sum()} rows without NaN; a picture needs two columns and "
-                        "one such row: embed the cells again, or name another basis")
+        raise DataError(
+            f"obsm[{key!r}] has the shape {values.shape} and {kept.sum()} rows without NaN; a picture needs two columns and "
+            "one such row: embed the cells again, or name another basis"
+        )
     if values.shape[1] == 2:
         return values, [f"{key} 1", f"{key} 2"]
     from scellfm.baselines import PCA
@@ -370,12 +525,18 @@ def embedding(adata, basis: str = "X_umap", color: str | None = None, *, ax: Axe
     "Cells in the plane of obsm[basis] (or of its first two principal components), coloured by a column of obs."
     places, names = plane(adata, basis)
     if color is not None and color not in adata.obs:
-        raise DataError(f"obs has no column {color!r} to colour by; it holds {', '.join(map(repr, adata.obs.columns)) or 'nothing'}")
+        raise DataError(
+            f"obs has no column {color!r} to colour by; it holds {', '.join(map(repr, adata.obs.columns)) or 'nothing'}"
+        )
     order = keyed_generator(0, "drawing order").permutation(len(places))
     size = float(np.clip(8000 / len(places), 1, 24))
     values = None if color is None else adata.obs[color]
     if values is None or (pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)):
-        shade = {"color": COLORS[0]} if values is None else {"c": values.to_numpy(float)[order], "cmap": "viridis", "plotnonfinite": True}
+        shade = (
+            {"color": COLORS[0]}
+            if values is None
+            else {"c": values.to_numpy(float)[order], "cmap": "viridis", "plotnonfinite": True}
+        )
         dots = ax.scatter(*places[order].T, s=size, lw=0, **shade)
         if values is not None:
             ax.figure.colorbar(dots, ax=ax, label=color, shrink=0.8)
@@ -396,4 +557,11 @@ def draw_classes(ax: Axes, places: np.ndarray, values: pd.Series, size: float, t
         ax.scatter([], [], s=30, lw=0, **look(i), label=name)
     if (codes < 0).any():
         ax.scatter([], [], s=30, lw=0, color=colors[-1], label="none")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), title=title, alignment="left", ncols=1 + (len(names) > 20), handletextpad=0.2)
+    ax.legend(
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.0),
+        title=title,
+        alignment="left",
+        ncols=1 + (len(names) > 20),
+        handletextpad=0.2,
+    )

@@ -14,7 +14,7 @@ import platform
 import sys
 import time
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +34,18 @@ __all__ = ['PACKAGES', 'CSS', 'POLICY', 'versions', 'processor', 'hardware', 'de
            'duration', 'report_page']
 
 # %% ../nbs/report.ipynb #46f8924a
-PACKAGES = ("torch", "transformers", "accelerate", "anndata", "scanpy", "numpy", "scipy", "pandas", "scikit-learn", "numba")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "anndata",
+    "scanpy",
+    "numpy",
+    "scipy",
+    "pandas",
+    "scikit-learn",
+    "numba",
+)
 
 
 def versions() -> dict[str, str]:
@@ -66,7 +77,11 @@ def hardware() -> dict[str, str]:
         found["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
     torch = sys.modules.get("torch")
     if torch is not None:
-        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+        gpus = (
+            [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+            if torch.cuda.is_available()
+            else []
+        )
         found["accelerators"] = ", ".join(gpus) or ("Apple MPS" if torch.backends.mps.is_available() else "none")
         found["threads"] = str(torch.get_num_threads())
     return found
@@ -81,13 +96,25 @@ def describe_input(value) -> dict:
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file())
             digest = fingerprint({p.relative_to(path).as_posix(): sha256(p) for p in files})
-            return {"kind": "folder", "name": path.name, "size": f"{len(files)} files, {sum(p.stat().st_size for p in files):,} bytes", "sha256": digest}
+            return {
+                "kind": "folder",
+                "name": path.name,
+                "size": f"{len(files)} files, {sum(p.stat().st_size for p in files):,} bytes",
+                "sha256": digest,
+            }
         if not path.is_file():
-            raise DataError(f"the input {path.name!r} is no file or folder here; add it while it exists, or pass the object itself")
+            raise DataError(
+                f"the input {path.name!r} is no file or folder here; add it while it exists, or pass the object itself"
+            )
         return {"kind": "file", "name": path.name, "size": f"{path.stat().st_size:,} bytes", "sha256": sha256(path)}
     if hasattr(value, "obs_names"):
         digest = fingerprint(value.X, np.asarray(value.obs_names, dtype=str), np.asarray(value.var_names, dtype=str))
-        return {"kind": "AnnData", "name": "X and names", "size": f"{value.n_obs:,} cells x {value.n_vars:,} genes", "sha256": digest}
+        return {
+            "kind": "AnnData",
+            "name": "X and names",
+            "size": f"{value.n_obs:,} cells x {value.n_vars:,} genes",
+            "sha256": digest,
+        }
     size = " x ".join(map(str, value.shape)) if hasattr(value, "shape") else ""
     return {"kind": type(value).__name__, "name": "", "size": size, "sha256": fingerprint(value)}
 
@@ -117,11 +144,22 @@ def table_html(table: pd.DataFrame, caption: str = "", rows: int = 50) -> str:
     numeric = [pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype) for dtype in table.dtypes]
     named = not isinstance(table.index, pd.RangeIndex)
     head = [f'<th scope="col">{shown(" ".join(map(str, filter(None, table.index.names))))}</th>'] if named else []
-    head += [f'<th scope="col"{" class=n" * n}>{shown(" ".join(map(str, c)) if isinstance(c, tuple) else str(c))}</th>' for c, n in zip(table.columns, numeric)]
+    head += [
+        f'<th scope="col"{" class=n" * n}>{shown(" ".join(map(str, c)) if isinstance(c, tuple) else str(c))}</th>'
+        for c, n in zip(table.columns, numeric)
+    ]
     lines = []
     for key, values in zip(table.index[:rows], table.head(rows).itertuples(index=False, name=None)):
-        first = [f'<th scope="row">{shown(" ".join(map(str, key)) if isinstance(key, tuple) else str(key))}</th>'] if named else []
-        lines.append("".join(["<tr>", *first, *(f'<td{" class=n" * n}>{shown(v)}</td>' for v, n in zip(values, numeric)), "</tr>"]))
+        first = (
+            [f'<th scope="row">{shown(" ".join(map(str, key)) if isinstance(key, tuple) else str(key))}</th>']
+            if named
+            else []
+        )
+        lines.append(
+            "".join(
+                ["<tr>", *first, *(f"<td{' class=n' * n}>{shown(v)}</td>" for v, n in zip(values, numeric)), "</tr>"]
+            )
+        )
     note = f"The first {rows} of {len(table):,} rows; the JSON holds all." if len(table) > rows else ""
     words = ". ".join(filter(None, [html.escape(caption.rstrip(".")), note]))
     inner = f"<table><thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
@@ -130,7 +168,9 @@ def table_html(table: pd.DataFrame, caption: str = "", rows: int = 50) -> str:
 
 def facts_html(facts: dict) -> str:
     "Names and values as a two-column table."
-    rows = "".join(f'<tr><th scope="row">{html.escape(str(key))}</th><td>{shown(value)}</td></tr>' for key, value in facts.items())
+    rows = "".join(
+        f'<tr><th scope="row">{html.escape(str(key))}</th><td>{shown(value)}</td></tr>' for key, value in facts.items()
+    )
     return scrolling(f"<table><tbody>{rows}</tbody></table>", "facts")
 
 # %% ../nbs/report.ipynb #4ca010b0
@@ -163,7 +203,10 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 def page(title: str, head: str, sections: list[tuple[str, str]], foot: str) -> str:
     "The whole page; sections are (heading, HTML), with a list of contents above them."
     links = "".join(f'<li><a href="#s{i}">{html.escape(name)}</a></li>' for i, (name, _) in enumerate(sections))
-    body = "".join(f'<section id="s{i}" aria-labelledby="h{i}"><h2 id="h{i}">{html.escape(name)}</h2>{inner}</section>' for i, (name, inner) in enumerate(sections))
+    body = "".join(
+        f'<section id="s{i}" aria-labelledby="h{i}"><h2 id="h{i}">{html.escape(name)}</h2>{inner}</section>'
+        for i, (name, inner) in enumerate(sections)
+    )
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{html.escape(title)}</title><style>{CSS}</style></head>'
@@ -191,7 +234,9 @@ def scores_section(scores: Scores) -> str:
 
     figure = scores.plot().figure
     try:
-        picture = figure_html(png(figure, dpi=110), "Scores with 95 % intervals" + (f": {scores.title}" if scores.title else ""))
+        picture = figure_html(
+            png(figure, dpi=110), "Scores with 95 % intervals" + (f": {scores.title}" if scores.title else "")
+        )
     finally:
         plt.close(figure)
     origin = f"<p class='meta'>{shown(scores.origin)}</p>" if scores.origin else ""
@@ -205,7 +250,7 @@ class Report:
         self.title, self.description = title, description
         self.settings, self.inputs, self.warnings = {}, {}, {}  # warnings: message -> how often
         self.sections = []  # (heading, html, record)
-        self._start, self._created = time.monotonic(), datetime.now(timezone.utc)
+        self._start, self._created = time.monotonic(), datetime.now(UTC)
 
     def _add(self, kind: str, heading: str, inner: str, **record) -> None:
         self.sections.append((heading, inner, {"kind": kind, "heading": heading, **record}))
@@ -227,7 +272,13 @@ class Report:
         from scellfm.plotting import png
 
         picture = png(getattr(figure, "figure", None) or figure, dpi=110)
-        self._add("figure", heading, figure_html(picture, caption), caption=caption, sha256=hashlib.sha256(picture).hexdigest())
+        self._add(
+            "figure",
+            heading,
+            figure_html(picture, caption),
+            caption=caption,
+            sha256=hashlib.sha256(picture).hexdigest(),
+        )
 
     def add_warnings(self, messages) -> None:
         "Things that a careful reader should know; the same message is counted."
@@ -253,12 +304,21 @@ class Report:
 
     def to_dict(self) -> dict:
         "The facts as JSON takes them: NaN is null."
-        return plain({
-            "format": "scellfm report 1", "title": self.title, "description": self.description, "created": self._created.isoformat(timespec="seconds"),
-            "elapsed_seconds": round(time.monotonic() - self._start, 2), "warnings": [{"message": m, "times": n} for m, n in self.warnings.items()],
-            "sections": [record for _, _, record in self.sections], "settings": self.settings, "inputs": self.inputs,
-            "versions": versions(), "hardware": hardware(),
-        })
+        return plain(
+            {
+                "format": "scellfm report 1",
+                "title": self.title,
+                "description": self.description,
+                "created": self._created.isoformat(timespec="seconds"),
+                "elapsed_seconds": round(time.monotonic() - self._start, 2),
+                "warnings": [{"message": m, "times": n} for m, n in self.warnings.items()],
+                "sections": [record for _, _, record in self.sections],
+                "settings": self.settings,
+                "inputs": self.inputs,
+                "versions": versions(),
+                "hardware": hardware(),
+            }
+        )
 
     def to_html(self) -> str:
         "The page."
@@ -269,7 +329,10 @@ class Report:
         from scellfm.store import atomic_write
 
         folder, record = Path(folder), self.to_dict()
-        contents = {"report.json": json.dumps(record, indent=1, allow_nan=False), "report.html": report_page(self, record)}
+        contents = {
+            "report.json": json.dumps(record, indent=1, allow_nan=False),
+            "report.html": report_page(self, record),
+        }
         for name, content in contents.items():
             with atomic_write(folder / name) as part:
                 Path(part).write_bytes(content.encode("utf8", "backslashreplace"))
@@ -278,20 +341,33 @@ class Report:
 # %% ../nbs/report.ipynb #8b9ceaba
 def warnings_html(found: dict[str, int]) -> str:
     "The warnings, each with how often it came."
-    return '<ul class="warnings">' + "".join(f"<li>{html.escape(m)}{f' ({n} times)' if n > 1 else ''}</li>" for m, n in found.items()) + "</ul>"
+    return (
+        '<ul class="warnings">'
+        + "".join(f"<li>{html.escape(m)}{f' ({n} times)' if n > 1 else ''}</li>" for m, n in found.items())
+        + "</ul>"
+    )
 
 
 def inputs_html(inputs: dict[str, dict]) -> str:
     "The inputs with their fingerprints."
-    rows = [f'<tr><th scope="row">{html.escape(name)}</th><td>{shown(i["kind"])} {shown(i["name"])}<br>{shown(i["size"])}<br>'
-            f'<code>{i["sha256"]}</code></td></tr>' for name, i in inputs.items()]
+    rows = [
+        f'<tr><th scope="row">{html.escape(name)}</th><td>{shown(i["kind"])} {shown(i["name"])}<br>{shown(i["size"])}<br>'
+        f"<code>{i['sha256']}</code></td></tr>"
+        for name, i in inputs.items()
+    ]
     return f"<table><tbody>{''.join(rows)}</tbody></table>"
 
 
 def duration(seconds: float) -> str:
     "Seconds as a reader says it."
     minutes, rest = divmod(round(seconds), 60)
-    return f"{seconds:.1f} s" if seconds < 60 else f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 60
+        else f"{minutes // 60} h {minutes % 60} min"
+        if minutes >= 60
+        else f"{minutes} min {rest} s"
+    )
 
 
 def report_page(report: Report, record: dict) -> str:
@@ -309,6 +385,8 @@ def report_page(report: Report, record: dict) -> str:
     if report.inputs:
         sections.append(("Inputs", inputs_html(report.inputs)))
     sections += [("Versions", facts_html(record["versions"])), ("Hardware", facts_html(record["hardware"]))]
-    when = f'{record["created"][:16].replace("T", " ")} UTC · {duration(record["elapsed_seconds"])} · scellfm {record["versions"]["scellfm"]}'
+    when = f"{record['created'][:16].replace('T', ' ')} UTC · {duration(record['elapsed_seconds'])} · scellfm {record['versions']['scellfm']}"
     head = text_html(report.description) + f'<p class="meta">{when}</p>'
-    return page(report.title, head, sections, "Written by scellfm. The same facts, in full: report.json beside this page.")
+    return page(
+        report.title, head, sections, "Written by scellfm. The same facts, in full: report.json beside this page."
+    )

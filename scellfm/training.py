@@ -20,7 +20,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .core import DataError, DivergedError, OptionError, StoreError, check_number, keyed_generator, keyed_seed, one_of, progress
+from scellfm.core import (
+    DataError,
+    DivergedError,
+    OptionError,
+    StoreError,
+    check_number,
+    keyed_generator,
+    keyed_seed,
+    one_of,
+    progress,
+)
 from .inference import pick_device
 from .store import atomic_write, fingerprint
 
@@ -34,7 +44,7 @@ def batches(n: int, batch_size: int, *, seed: int = 0, epoch: int = 0, lengths=N
     lengths, window = np.asarray(lengths), 50 * batch_size
     groups = []
     for start in range(0, n, window):
-        part = order[start:start + window]
+        part = order[start : start + window]
         part = part[np.argsort(-lengths[part], kind="stable")]
         inside = np.split(part, range(batch_size, len(part), batch_size))
         groups += [inside[i] for i in generator.permutation(len(inside))]
@@ -44,6 +54,7 @@ def batches(n: int, batch_size: int, *, seed: int = 0, epoch: int = 0, lengths=N
 @dataclass(frozen=True)
 class Recipe:
     "How a model is trained. `warmup` is a number of steps, or a share of all steps when it is below 1."
+
     epochs: int = 1
     steps: int | None = None  # optimiser steps in all; replaces epochs
     batch_size: int = 16  # rows of one step, over all processes together
@@ -82,6 +93,7 @@ STEP_COLUMNS = ("step", "epoch", "loss", "learning_rate", "gradient_norm")
 @dataclass
 class History:
     "The course of a training run: one row per step, one per epoch; `best` is the epoch whose weights were kept."
+
     step_rows: list[tuple] = field(default_factory=list, repr=False)
     epoch_rows: list[dict] = field(default_factory=list)
     best: int | None = None
@@ -129,6 +141,7 @@ class History:
 # %% ../nbs/training.ipynb #041d323d
 class Rows(NamedTuple):
     "A set of rows to train on or to judge by: how many, how to make a batch of some of them, how long each is."
+
     n: int
     batch: Callable[[np.ndarray, int], Any]  # (positions, epoch) -> whatever `loss` takes
     lengths: np.ndarray | None = None
@@ -163,8 +176,11 @@ def model_tensors(model) -> dict:
 
 def optimizer_tensors(model, optimizer) -> dict:
     "AdamW's state by parameter and kind: 'layer.weight|exp_avg'."
-    return {f"{name}|{kind}": value for name, p in model.named_parameters()
-            for kind, value in optimizer.state.get(p, {}).items()}
+    return {
+        f"{name}|{kind}": value
+        for name, p in model.named_parameters()
+        for kind, value in optimizer.state.get(p, {}).items()
+    }
 
 
 def restore(model, tensors: Mapping) -> None:
@@ -189,8 +205,11 @@ class Checkpoint:
         if self.path is None:
             return
         parts = {"model": model_tensors(model), "optimizer": optimizer_tensors(model, optimizer), "best": best}
-        tensors = {f"{part}|{name}": value.detach().cpu().clone().contiguous()
-                   for part, values in parts.items() for name, value in values.items()}
+        tensors = {
+            f"{part}|{name}": value.detach().cpu().clone().contiguous()
+            for part, values in parts.items()
+            for name, value in values.items()
+        }
         tensors["steps"] = torch.tensor(np.array(history.step_rows, float).reshape(-1, len(STEP_COLUMNS)))
         record = {"identity": self.identity, "progress": progress_, "history": {**history.to_dict(), "step_rows": []}}
         with atomic_write(self.path) as part:
@@ -205,8 +224,10 @@ class Checkpoint:
             return None
         record, tensors = self.read()
         self.check(record["identity"])
-        parts = {part: {name.split("|", 1)[1]: value for name, value in tensors.items() if name.startswith(part + "|")}
-                 for part in ("model", "optimizer", "best")}
+        parts = {
+            part: {name.split("|", 1)[1]: value for name, value in tensors.items() if name.startswith(part + "|")}
+            for part in ("model", "optimizer", "best")
+        }
         restore(model, parts["model"])
         for name, p in model.named_parameters():
             kinds = {key.rsplit("|", 1)[1]: v for key, v in parts["optimizer"].items() if key.rsplit("|", 1)[0] == name}
@@ -230,8 +251,10 @@ class Checkpoint:
         changed = [k for k in sorted({*found, *self.identity}) if found.get(k) != self.identity.get(k)]
         if changed:
             what = "; ".join(f"{k}: {found.get(k)!r} then, {self.identity.get(k)!r} now" for k in changed)
-            raise StoreError(f"{self.path} is the checkpoint of another run ({what}); choose another folder or "
-                             "delete it to begin anew")
+            raise StoreError(
+                f"{self.path} is the checkpoint of another run ({what}); choose another folder or "
+                "delete it to begin anew"
+            )
 
 # %% ../nbs/training.ipynb #0cc937f7
 def mean_of(sums: np.ndarray) -> float:
@@ -251,7 +274,9 @@ class Run:
         self.model, self.recipe, self.checkpoint = model.to(self.device), recipe, checkpoint
         self.optimizer = optimizer_of(model, recipe)
         self.loss = self.accelerator.prepare(loss_module(model, loss))
-        self.history = History(recipe=asdict(recipe), learned=sum(p.numel() for p in model.parameters() if p.requires_grad))
+        self.history = History(
+            recipe=asdict(recipe), learned=sum(p.numel() for p in model.parameters() if p.requires_grad)
+        )
         self.best, self.position = {}, {"step": 0, "waited": 0}
 
     def load(self) -> None:
@@ -297,8 +322,10 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip or math.inf).item()
         mean = mean_of(sums)
         if not math.isfinite(mean + norm):
-            raise DivergedError(f"the training loss became {mean:.3g} (gradient {norm:.3g}) at step {step}; lower "
-                                f"learning_rate ({rate:.3g}) or look for rows with unusual values")
+            raise DivergedError(
+                f"the training loss became {mean:.3g} (gradient {norm:.3g}) at step {step}; lower "
+                f"learning_rate ({rate:.3g}) or look for rows with unusual values"
+            )
         self.optimizer.step()
         self.history.step_rows.append((step, epoch, mean, rate, norm))
         self.position["step"] += 1
@@ -385,7 +412,7 @@ def train(run: Run, data: Rows, valid, metrics, save_every: int | None, desc: st
     while run.position["step"] < total and not run.history.stopped_early:
         epoch, done = divmod(run.position["step"], per_epoch)
         groups = batches(data.n, recipe.batch_size, seed=recipe.seed, epoch=epoch, lengths=data.lengths)
-        for rows in groups[done:done + total - run.position["step"]]:
+        for rows in groups[done : done + total - run.position["step"]]:
             run.model.train()
             run.step(data, rows, epoch, total)
             bar.update()

@@ -1,4 +1,5 @@
 """Where tests find the recorded outputs of the original software, and real data."""
+
 import os
 from pathlib import Path
 
@@ -6,7 +7,9 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("SCELLFM_PROGRESS", "0")
-settings.register_profile("ci", derandomize=True, database=None, deadline=None, print_blob=True)  # the same examples at every run
+settings.register_profile(
+    "ci", derandomize=True, database=None, deadline=None, print_blob=True
+)  # the same examples at every run
 settings.register_profile("dev", deadline=None)  # a busy machine is no counter-example
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,5 @@
 """The recorded runs of the original Geneformer, as the tests of the wing read them."""
+
 import json
 from functools import cache
 

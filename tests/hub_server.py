@@ -1,4 +1,5 @@
 """A server on this machine that speaks the Hugging Face hub's protocol, and misbehaves on request."""
+
 import hashlib
 import json
 import re
@@ -70,9 +71,16 @@ class Hub:
         if revision not in ("main", self.commit(name)):
             return self.send(request, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         files = [{"rfilename": file} for file in self.repositories[name]]
-        about = {"_id": "1", "id": name, "modelId": name, "sha": self.commit(name), "private": False, "tags": [],
+        about = {
+            "_id": "1",
+            "id": name,
+            "modelId": name,
+            "sha": self.commit(name),
+            "private": False,
+            "tags": [],
             "downloads": 0,
-                 "siblings": files}
+            "siblings": files,
+        }
         return self.send(request, 200, json.dumps(about).encode(), {"Content-Type": "application/json"})
 
     def list_files(self, request, name):
@@ -118,7 +126,7 @@ class Hub:
         request.send_header("Content-Length", str(len(data)))
         request.end_headers()
         if request.command == "GET":
-            request.wfile.write(data[:len(data) // 2] if cut else data)
+            request.wfile.write(data[: len(data) // 2] if cut else data)
         if cut:
             request.wfile.flush()
             request.close_connection = True

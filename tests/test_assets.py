@@ -1,4 +1,5 @@
 """What is downloaded is what it says, runs nothing, and is accounted for to the last tensor."""
+
 import copy
 import json
 import os
@@ -61,13 +62,19 @@ def test_a_folder_is_no_dictionary(tmp_path):
         read_dictionary(tmp_path)
 
 
-@pytest.mark.parametrize("data, kind", [
-    (b"PK\x03\x04rest", "a zip archive"), (b"\x1f\x8brest", "a gzip archive"),
-    (b"\x89HDF\r\n\x1a\nrest", "an HDF5 file"),
-    (b"\x93NUMPYrest", "a numpy array"), (b'  {"a": 1}', "JSON"), (b"\xef\xbb\xbf[1]", "JSON"),
-    (b"hello", "a file of unknown kind"),
-    (pickle.dumps({}), "a pickle"),
-])
+@pytest.mark.parametrize(
+    "data, kind",
+    [
+        (b"PK\x03\x04rest", "a zip archive"),
+        (b"\x1f\x8brest", "a gzip archive"),
+        (b"\x89HDF\r\n\x1a\nrest", "an HDF5 file"),
+        (b"\x93NUMPYrest", "a numpy array"),
+        (b'  {"a": 1}', "JSON"),
+        (b"\xef\xbb\xbf[1]", "JSON"),
+        (b"hello", "a file of unknown kind"),
+        (pickle.dumps({}), "a pickle"),
+    ],
+)
 def test_a_kind_is_told_from_the_content(tmp_path, data, kind):
     (tmp_path / "any.name").write_bytes(data)
     assert kind_of(tmp_path / "any.name") == kind
@@ -75,8 +82,12 @@ def test_a_kind_is_told_from_the_content(tmp_path, data, kind):
 
 # ---- dictionaries
 
-OFFICIAL = [("geneformer-v1", "token_dictionary_gc30M"), ("geneformer-v1", "gene_median_dictionary_gc30M"),
-            ("geneformer-v2", "token_dictionary_gc104M"), ("geneformer-v2", "gene_median_dictionary_gc104M")]
+OFFICIAL = [
+    ("geneformer-v1", "token_dictionary_gc30M"),
+    ("geneformer-v1", "gene_median_dictionary_gc30M"),
+    ("geneformer-v2", "token_dictionary_gc104M"),
+    ("geneformer-v2", "gene_median_dictionary_gc104M"),
+]
 
 
 @pytest.mark.parametrize("folder, name", OFFICIAL)
@@ -102,7 +113,7 @@ def test_a_flipped_bit_in_an_official_dictionary_is_noticed_wherever_it_is(tmp_p
 @pytest.mark.parametrize("folder, name", OFFICIAL)
 def test_a_truncated_official_dictionary_is_named(tmp_path, folder, name):
     data = real_data(f"{folder}/{name}.pkl").read_bytes()
-    (tmp_path / f"{name}.pkl").write_bytes(data[:len(data) // 2])
+    (tmp_path / f"{name}.pkl").write_bytes(data[: len(data) // 2])
     says = rf"{name}\.pkl \(a pickle, \d+ bytes\) is no readable dictionary.*fetch it again"
     with pytest.warns(ScellfmWarning, match="has the name of the published"), pytest.raises(AssetError, match=says):
         read_dictionary(tmp_path / f"{name}.pkl")
@@ -127,8 +138,19 @@ def test_scgpt_vocabulary_is_read():
 
 GOOD = {
     "texts": {"CD3E": "ENSG00000198851", "\u00e9\u4e2d": "x"},
-    "numbers": {"a": 1, "b": -1, "c": 2**40, "d": 2**100, "e": 1.5, "f": float("inf"), "g": True, "h": None, "i": 255,
-                "j": 65535, "k": -2.0**-1074},
+    "numbers": {
+        "a": 1,
+        "b": -1,
+        "c": 2**40,
+        "d": 2**100,
+        "e": 1.5,
+        "f": float("inf"),
+        "g": True,
+        "h": None,
+        "i": 255,
+        "j": 65535,
+        "k": -(2.0**-1074),
+    },
     "integer keys": {0: "ctrl", 1: "stim", -5: "x"},
     "nested": {"weight_map": {"a": "b"}, "empty": {}},
     "many": {f"ENSG{i:011d}": i for i in range(3000)},
@@ -143,11 +165,26 @@ def test_plain_dictionaries_are_read_in_every_protocol(case, protocol):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("scalar", [
-    np.float64(2.5), np.float32(0.1), np.float16(0.5), np.int8(-3), np.int16(25425), np.int32(7), np.int64(-2**40),
-    np.uint8(200), np.uint16(65535), np.uint64(2**63), np.bool_(True), np.str_("T\u00e9"), np.array([3.5], ">f8")[0],
-    np.array([77], ">i2")[0],
-], ids=repr)
+@pytest.mark.parametrize(
+    "scalar",
+    [
+        np.float64(2.5),
+        np.float32(0.1),
+        np.float16(0.5),
+        np.int8(-3),
+        np.int16(25425),
+        np.int32(7),
+        np.int64(-(2**40)),
+        np.uint8(200),
+        np.uint16(65535),
+        np.uint64(2**63),
+        np.bool_(True),
+        np.str_("T\u00e9"),
+        np.array([3.5], ">f8")[0],
+        np.array([77], ">i2")[0],
+    ],
+    ids=repr,
+)
 def test_numpy_scalars_become_the_same_plain_numbers(scalar, protocol):
     found = read_pickle(pickle.dumps({"x": scalar, "y": scalar}, protocol=protocol))
     assert found == {"x": scalar.item(), "y": scalar.item()} and type(found["x"]) is type(scalar.item())
@@ -181,47 +218,68 @@ def hostile(canary: Path) -> dict[str, bytes]:
         laughs = {"a": laughs, "b": laughs}
     cases = {f"os.system, protocol {p}": dumps({"x": Run(os.system, touch)}, protocol=p) for p in range(6)}
     cases |= {
-        "eval": dumps({"x": Run(eval, code)}), "exec": dumps({"x": Run(exec, code)}),
+        "eval": dumps({"x": Run(eval, code)}),
+        "exec": dumps({"x": Run(exec, code)}),
         "open": dumps({"x": Run(open, str(canary), "w")}),
-        "as the whole": dumps(Run(os.system, touch)), "as a key": dumps({Run(os.system, touch): 1}),
+        "as the whole": dumps(Run(os.system, touch)),
+        "as a key": dumps({Run(os.system, touch): 1}),
         "nested": dumps({"a": {"b": {"c": Run(os.system, touch)}}}),
         "subprocess": dumps({"x": Run(subprocess.call, ["touch", str(canary)])}),
         "in a dtype": dumps({"x": Run(np.dtype, Run(os.system, touch))}),
         "in a state": dumps({"x": Run(np.dtype, "f8", False, True, state=(3, Run(os.system, touch)))}),
         "numpy loads": dumps({"x": Run(np.load, str(canary), None, True)}),
         "getattr": b"c__builtin__\ngetattr\n(cos\npath\nS'x'\ntR.",
-        "a name alone": b"cos\nsystem\n.", "a name as a value": b"}X\x01\x00\x00\x00xcos\nsystem\ns.",
+        "a name alone": b"cos\nsystem\n.",
+        "a name as a value": b"}X\x01\x00\x00\x00xcos\nsystem\ns.",
         "STACK_GLOBAL": b"\x80\x04}\x8c\x01x\x8c\x02os\x8c\x06system\x93" + unicode + b"\x85Rs.",
         "STACK_GLOBAL of numbers": b"\x80\x04}\x8c\x01xK\x01K\x02\x93" + unicode + b"\x85Rs.",
-        "INST": b"(dS'x'\n(S'" + short + b"'\nios\nsystem\ns.", "OBJ": b"(dS'x'\n(cos\nsystem\nS'" + short + b"'\nos.",
+        "INST": b"(dS'x'\n(S'" + short + b"'\nios\nsystem\ns.",
+        "OBJ": b"(dS'x'\n(cos\nsystem\nS'" + short + b"'\nos.",
         "NEWOBJ": b"\x80\x02}X\x01\x00\x00\x00xcos\nsystem\n" + unicode + b"\x85\x81s.",
-        "EXT1": b"\x80\x02}X\x01\x00\x00\x00x\x82\x01s.", "PERSID": b"}X\x01\x00\x00\x00xPx\ns.",
-        "BINPERSID": b"\x80\x02}X\x01\x00\x00\x00xK\x01Qs.", "BUILD of a dictionary": b"\x80\x02}}b.",
+        "EXT1": b"\x80\x02}X\x01\x00\x00\x00x\x82\x01s.",
+        "PERSID": b"}X\x01\x00\x00\x00xPx\ns.",
+        "BINPERSID": b"\x80\x02}X\x01\x00\x00\x00xK\x01Qs.",
+        "BUILD of a dictionary": b"\x80\x02}}b.",
         "BUILD of a function": b"\x80\x02cnumpy\ndtype\n}X\x08\x00\x00\x00__code__K\x01sb.",
         "REDUCE of a text": b"\x80\x02}X\x01\x00\x00\x00xX\x02\x00\x00\x00osX\x01\x00\x00\x00y\x85Rs.",
-        "a dtype as a value": dumps({"x": np.dtype("f8")}), "object dtype": dumps({"x": Run(np.dtype, "O")}),
+        "a dtype as a value": dumps({"x": np.dtype("f8")}),
+        "object dtype": dumps({"x": Run(np.dtype, "O")}),
         "scalar of an object": dumps({"x": Run(type(np.float64(1)).__reduce__(np.float64(1))[0], np.dtype("O"), b"x")}),
         "scalar with too few bytes": dumps({"x": Run(np.float64(1).__reduce__()[0], np.dtype("f8"), b"1234")}),
         "scalar with too many bytes": dumps({"x": Run(np.float64(1).__reduce__()[0], np.dtype("f8"), b"1" * 800)}),
-        "array": dumps({"x": np.zeros(3)}), "list": dumps({"x": [1]}), "tuple": dumps({"x": (1,)}),
+        "array": dumps({"x": np.zeros(3)}),
+        "list": dumps({"x": [1]}),
+        "tuple": dumps({"x": (1,)}),
         "bytes": dumps({"x": b"1"}),
-        "set": dumps({"x": {1}}), "OrderedDict": dumps(OrderedDict(a=1)), "a list": dumps([1]),
+        "set": dumps({"x": {1}}),
+        "OrderedDict": dumps(OrderedDict(a=1)),
+        "a list": dumps([1]),
         "complex": dumps({"x": 1j}),
-        "a text": dumps("hello"), "recursive": dumps(recursive), "a billion laughs": dumps(laughs),
-        "tuple key": dumps({(1, 2): 3}), "two objects": b"\x80\x02}}.", "nothing": b"\x80\x02.", "only a mark": b"(.",
-        "memo that is not there": b"\x80\x02}h\x07s.", "stack too short": b"\x80\x02}s.",
+        "a text": dumps("hello"),
+        "recursive": dumps(recursive),
+        "a billion laughs": dumps(laughs),
+        "tuple key": dumps({(1, 2): 3}),
+        "two objects": b"\x80\x02}}.",
+        "nothing": b"\x80\x02.",
+        "only a mark": b"(.",
+        "memo that is not there": b"\x80\x02}h\x07s.",
+        "stack too short": b"\x80\x02}s.",
         "mark missing": b"\x80\x02}u.",
-        "odd items": b"\x80\x02}(K\x01u.", "mark as a value": b"\x80\x02}K\x01(s.", "memo of nothing": b"\x80\x04\x94.",
+        "odd items": b"\x80\x02}(K\x01u.",
+        "mark as a value": b"\x80\x02}K\x01(s.",
+        "memo of nothing": b"\x80\x04\x94.",
         "memo swap": b"\x80\x02cos\nsystem\nq\x00}q\x00h\x00.",
         "a text of 4 GB that is not there": b"\x80\x04}X\xff\xff\xff\xffabc",
         "a number of 2 GB that is not there": b"\x80\x02}\x8b\xff\xff\xff\x7f1",
-        "a long number": b"(dS'x'\nI" + b"9" * 100000 + b"\ns.", "unknown instruction": b"\x80\x02}\xffs.",
+        "a long number": b"(dS'x'\nI" + b"9" * 100000 + b"\ns.",
+        "unknown instruction": b"\x80\x02}\xffs.",
         "noise": bytes(range(1, 200)),
         "frame of lies": b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f}.",
         "function hidden in a tuple": dumps({"x": (os.system, touch)}),
         "codecs": dumps({"x": Run(__import__("codecs").encode, "x", "rot13")}),
         "dtype of dtype": b"\x80\x02}X\x01\x00\x00\x00xcnumpy\ndtype\ncnumpy\ndtype\nX\x02\x00\x00\x00f8\x85R\x85Rs.",
-        "deep marks": b"(" * 100000 + b".", "deep tuples": b"\x80\x02}X\x01\x00\x00\x00x)" + b"\x85" * 100000 + b"s.",
+        "deep marks": b"(" * 100000 + b".",
+        "deep tuples": b"\x80\x02}X\x01\x00\x00\x00x)" + b"\x85" * 100000 + b"s.",
     }
     return cases
 
@@ -241,9 +299,18 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path, monkeypatch, case
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("case", [
-    "os.system, protocol 0", "os.system, protocol 5", "eval", "nested", "STACK_GLOBAL", "INST", "OBJ",
-])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "os.system, protocol 0",
+        "os.system, protocol 5",
+        "eval",
+        "nested",
+        "STACK_GLOBAL",
+        "INST",
+        "OBJ",
+    ],
+)
 def test_the_hostile_pickles_of_these_tests_do_work(tmp_path, case):
     "They create the canary when loaded by the usual means; else the test above would show nothing."
     code = "import pickle, sys\ntry: pickle.loads(sys.stdin.buffer.read())\nexcept Exception: pass"
@@ -266,11 +333,15 @@ def test_whatever_the_bytes_the_answer_is_a_dictionary_or_an_asset_error(tmp_pat
         assert "x.pkl" in str(error)
 
 
-@pytest.mark.parametrize("text, says", [
-    ("[1, 2]", "JSON with a list, not a dictionary"), ('{"a": 1', "no readable dictionary"),
-    ('{"a": 1}}', "no readable dictionary"),
-    ('{"a": ' * 100000, "no readable dictionary"),
-])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("[1, 2]", "JSON with a list, not a dictionary"),
+        ('{"a": 1', "no readable dictionary"),
+        ('{"a": 1}}', "no readable dictionary"),
+        ('{"a": ' * 100000, "no readable dictionary"),
+    ],
+)
 def test_json_that_is_cut_or_no_dictionary_is_named(tmp_path, text, says):
     (tmp_path / "vocab.json").write_text(text)
     with pytest.raises(AssetError, match=f"vocab.json.*{says}"):
@@ -285,7 +356,8 @@ def test_json_with_a_byte_order_mark_is_read(tmp_path):
 # ---- tensors
 
 STATE = {
-    "encoder.weight": torch.arange(600.0).reshape(30, 20), "encoder.bias": torch.arange(30),
+    "encoder.weight": torch.arange(600.0).reshape(30, 20),
+    "encoder.bias": torch.arange(30),
     "half": torch.ones(3, dtype=torch.bfloat16),
 }
 
@@ -307,16 +379,21 @@ def sharded(folder: Path, suffix: str) -> Path:
     return index
 
 
-@pytest.mark.parametrize("make", [
-    lambda folder: save_tensors(folder / "model.safetensors", STATE),
-    lambda folder: save_tensors(folder / "other.safetensors", STATE),
-    lambda folder: torch.save(STATE, folder / "pytorch_model.bin"),
-    lambda folder: torch.save(OrderedDict(STATE), folder / "best_model.pt"),
-    lambda folder: torch.save({"model_state_dict": STATE, "epoch": 3}, folder / "x.pt"),
-    lambda folder: torch.save({"state_dict": STATE}, folder / "x.ckpt"),
-    lambda folder: torch.save(STATE, folder / "old.pth", _use_new_zipfile_serialization=False),
-    lambda folder: sharded(folder, "safetensors"), lambda folder: sharded(folder, "bin"),
-], ids=["safetensors", "other name", "bin", "pt", "wrapped", "lightning", "legacy", "sharded", "sharded bin"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: save_tensors(folder / "model.safetensors", STATE),
+        lambda folder: save_tensors(folder / "other.safetensors", STATE),
+        lambda folder: torch.save(STATE, folder / "pytorch_model.bin"),
+        lambda folder: torch.save(OrderedDict(STATE), folder / "best_model.pt"),
+        lambda folder: torch.save({"model_state_dict": STATE, "epoch": 3}, folder / "x.pt"),
+        lambda folder: torch.save({"state_dict": STATE}, folder / "x.ckpt"),
+        lambda folder: torch.save(STATE, folder / "old.pth", _use_new_zipfile_serialization=False),
+        lambda folder: sharded(folder, "safetensors"),
+        lambda folder: sharded(folder, "bin"),
+    ],
+    ids=["safetensors", "other name", "bin", "pt", "wrapped", "lightning", "legacy", "sharded", "sharded bin"],
+)
 def test_every_layout_gives_the_same_tensors_and_names_its_files(tmp_path, make):
     make(tmp_path)
     found = read_tensors(tmp_path)
@@ -349,7 +426,7 @@ def test_truncated_checkpoints_are_named(tmp_path, name, share):
     else:
         torch.save(STATE, path, _use_new_zipfile_serialization=name != "legacy.pth")
     data = path.read_bytes()
-    path.write_bytes(data[:max(1, int(share * len(data)))])
+    path.write_bytes(data[: max(1, int(share * len(data)))])
     with pytest.raises(AssetError, match=f"{name}.*(cut|damaged|whole)"):
         read_tensors(path)
 
@@ -410,8 +487,17 @@ def hostile_checkpoints(folder: Path, canary: Path) -> None:
         archive.writestr("../escape", "x")
 
 
-HOSTILE = ["value.pt", "whole.pt", "legacy.pt", "wrapped.ckpt", "module.pt", "plain_pickle.bin", "eval.bin",
-    "script.pt", "crafted.pt"]
+HOSTILE = [
+    "value.pt",
+    "whole.pt",
+    "legacy.pt",
+    "wrapped.ckpt",
+    "module.pt",
+    "plain_pickle.bin",
+    "eval.bin",
+    "script.pt",
+    "crafted.pt",
+]
 
 
 @pytest.mark.filterwarnings("ignore")  # torch tells of old formats
@@ -449,15 +535,19 @@ def test_an_old_torch_reads_no_torch_files(tmp_path, monkeypatch):
 
 
 def test_what_is_no_state_dict_is_named(tmp_path):
-    for content, says in ((torch.zeros(2), "but a Tensor"), ({"a": 1, "b": torch.zeros(1)}, "a is a int"),
-        ({}, "it is empty")):
+    for content, says in (
+        (torch.zeros(2), "but a Tensor"),
+        ({"a": 1, "b": torch.zeros(1)}, "a is a int"),
+        ({}, "it is empty"),
+    ):
         torch.save(content, tmp_path / "x.pt")
         with pytest.raises(AssetError, match=f"x.pt is no state dict.*{says}.*save model.state_dict"):
             read_tensors(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize("place", ["../model-0.safetensors", "/etc/passwd", "..", "sub/model-0.safetensors",
-    "model-9.safetensors", 5])
+@pytest.mark.parametrize(
+    "place", ["../model-0.safetensors", "/etc/passwd", "..", "sub/model-0.safetensors", "model-9.safetensors", 5]
+)
 def test_an_index_names_only_files_beside_itself(tmp_path, place):
     (tmp_path / "m").mkdir()
     index = sharded(tmp_path / "m", "safetensors")
@@ -479,8 +569,12 @@ def test_an_index_that_disagrees_with_its_shards_is_named(tmp_path):
 
 
 def test_saved_tensors_come_back_and_bytes_are_the_same(tmp_path):
-    tied = {**STATE, "tied": STATE["encoder.weight"], "view": STATE["encoder.weight"][:, ::2],
-        "empty": torch.zeros(0, 3)}
+    tied = {
+        **STATE,
+        "tied": STATE["encoder.weight"],
+        "view": STATE["encoder.weight"][:, ::2],
+        "empty": torch.zeros(0, 3),
+    }
     for name in ("one", "two"):
         save_tensors(tmp_path / name, tied)
     assert same(read_tensors(tmp_path / "one"), tied)
@@ -499,8 +593,9 @@ try:
 except StoreError as error:
     print(error)
 """
-    process = subprocess.run([sys.executable, "-c", code, tmp_path / "model.safetensors"], capture_output=True,
-        text=True, cwd=ROOT)
+    process = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "model.safetensors"], capture_output=True, text=True, cwd=ROOT
+    )
     assert "model.safetensors could not be written" in process.stdout
     assert read_tensors(tmp_path)["x"].shape == (4,) and len(list(tmp_path.iterdir())) == 1
 
@@ -514,6 +609,7 @@ def test_the_originals_checkpoints_are_read(system, folder):
 
 
 # ---- accounting
+
 
 class Net(torch.nn.Module):
     def __init__(self, genes=5, classes=2):
@@ -571,8 +667,11 @@ def test_announced_leftovers_and_gaps_are_named_in_the_report():
 
 def test_shapes_that_do_not_fit_are_listed_with_both():
     message = untouched(lambda net: load_state(net, trained(genes=7, classes=3)))
-    for name, found, wanted in (("embedding.weight", "(7, 4)", "(5, 4)"), ("head.bias", "(3,)", "(2,)"),
-        ("positions", "(7,)", "(5,)")):
+    for name, found, wanted in (
+        ("embedding.weight", "(7, 4)", "(5, 4)"),
+        ("head.bias", "(3,)", "(2,)"),
+        ("positions", "(7,)", "(5,)"),
+    ):
         assert f"{name} (checkpoint {found}, model {wanted})" in message
 
 
@@ -587,9 +686,14 @@ def test_a_head_that_fits_is_loaded_even_if_it_might_have_been_fresh():
     assert report.fresh == [] and "head.weight" in report.loaded
 
 
-@pytest.mark.parametrize("rename", [
-    {"bert.": "", "bert.head": "head"}, lambda name: name.removeprefix("bert."), {"bert.": "", "unused.rule": "x"},
-])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        {"bert.": "", "bert.head": "head"},
+        lambda name: name.removeprefix("bert."),
+        {"bert.": "", "unused.rule": "x"},
+    ],
+)
 def test_names_are_translated_by_rules_or_a_function(rename):
     report = load_state(Net(), {f"bert.{name}": tensor for name, tensor in trained().items()}, rename=rename)
     assert sorted(report.loaded) == sorted(trained())
@@ -598,7 +702,8 @@ def test_names_are_translated_by_rules_or_a_function(rename):
 def test_two_tensors_for_one_name_are_an_error():
     state = trained() | {"bert.head.bias": torch.zeros(2)}
     assert "'head.bias' and 'bert.head.bias' of the checkpoint would both become 'head.bias'" in untouched(
-        lambda net: load_state(net, state, rename={"bert.": ""}))
+        lambda net: load_state(net, state, rename={"bert.": ""})
+    )
 
 
 @pytest.mark.parametrize("present", ["embedding.weight", "head.weight"])
@@ -623,7 +728,8 @@ def test_conversions_are_counted_and_kinds_of_numbers_not_mixed():
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in trained().items()}
     assert load_state(Net(), half).casts == {"float16 to float32": 3}
     assert "embedding.weight (checkpoint torch.int64, model torch.float32)" in untouched(
-        lambda net: load_state(net, trained() | {"embedding.weight": torch.zeros(5, 4, dtype=torch.int64)}))
+        lambda net: load_state(net, trained() | {"embedding.weight": torch.zeros(5, 4, dtype=torch.int64)})
+    )
 
 
 def test_a_module_without_memory_is_refused():
@@ -668,19 +774,30 @@ with warnings.catch_warnings(record=True) as caught:
                           "warnings": [f"{w.category.__name__}: {w.message}" for w in caught]}))
 """
 WEIGHTS = bytes(range(256)) * 100
-REPOSITORY = {"config.json": b'{"model_type": "bert"}', "model.safetensors": WEIGHTS, "V1/config.json": b"{}",
+REPOSITORY = {
+    "config.json": b'{"model_type": "bert"}',
+    "model.safetensors": WEIGHTS,
+    "V1/config.json": b"{}",
     "V1/model.safetensors": WEIGHTS[:999],
-              "V1/old/model.safetensors": b"old", "geneformer/tokens.pkl": pickle.dumps({"<pad>": 0})}
+    "V1/old/model.safetensors": b"old",
+    "geneformer/tokens.pkl": pickle.dumps({"<pad>": 0}),
+}
 
 
 def ask(url: str, home: Path, environment=(), **arguments) -> dict:
     "Call `find` in a process of its own, whose hub is `url` and whose caches are in `home`."
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    variables |= {"HF_ENDPOINT": url, "HF_HOME": str(home / "hf"), "SCELLFM_CACHE": str(home / "scellfm"),
+    variables |= {
+        "HF_ENDPOINT": url,
+        "HF_HOME": str(home / "hf"),
+        "SCELLFM_CACHE": str(home / "scellfm"),
         "PYTHONPATH": PYTHONPATH,
-                  "NO_PROXY": "127.0.0.1", **dict(environment)}
-    process = subprocess.run([sys.executable, "-c", FIND, json.dumps(arguments)], env=variables, capture_output=True,
-        text=True)
+        "NO_PROXY": "127.0.0.1",
+        **dict(environment),
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", FIND, json.dumps(arguments)], env=variables, capture_output=True, text=True
+    )
     assert process.stdout, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -694,7 +811,7 @@ def hub():
 def test_a_repository_is_fetched_and_then_found_without_a_network(hub, tmp_path):
     first = ask(hub.url, tmp_path, path_or_hub_id="org/model")
     assert first["files"] == ["config.json", "model.safetensors"]
-    warning, = first["warnings"]
+    (warning,) = first["warnings"]
     assert warning.startswith("ScellfmWarning: org/model: no revision is pinned")
     assert first["from"] == ["<string>"]  # the warning points at the line that called find
     hub.requests.clear()
@@ -734,14 +851,18 @@ def test_a_connection_that_is_always_cut_is_an_error_and_can_be_resumed_later(hu
     found = ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")
     assert found["error"] == "AssetError" and "broke off" in found["message"] and "run again" in found["message"]
     hub.cut = {}
-    assert ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")["files"] == ["config.json",
-        "model.safetensors"]
+    assert ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")["files"] == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_a_busy_server_is_asked_again(hub, tmp_path):
     hub.busy = 2
-    assert ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")["files"] == ["config.json",
-        "model.safetensors"]
+    assert ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")["files"] == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
@@ -769,7 +890,7 @@ def test_a_moved_main_is_told_at_the_next_use(hub, tmp_path):
     ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")
     hub.repositories["org/model"]["config.json"] = b'{"model_type": "gpt"}'
     found = ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")
-    warning, = found["warnings"]
+    (warning,) = found["warnings"]
     assert "has changed since its first use: config.json (first used 20" in warning
     assert ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")["warnings"] == []
 
@@ -820,12 +941,14 @@ def test_caches_that_cannot_be_written(hub, tmp_path):
     found = ask(hub.url, tmp_path, path_or_hub_id="org/model", environment={"HF_HOME": "/proc/nowhere"})
     assert found["error"] == "AssetError"
     assert re.search("could not be written.*HF_HOME", found["message"])
-    found = ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main",
-        environment={"SCELLFM_CACHE": "/proc/nowhere"})
+    found = ask(
+        hub.url, tmp_path, path_or_hub_id="org/model", revision="main", environment={"SCELLFM_CACHE": "/proc/nowhere"}
+    )
     assert found["files"] == ["config.json", "model.safetensors"]
 
 
 # ---- folders
+
 
 def test_a_local_folder_or_file_is_found_as_it_is(tmp_path):
     (tmp_path / "org" / "model").mkdir(parents=True)

@@ -1,4 +1,5 @@
 """The simple methods: right, repeatable, blind to held-out cells, sparse."""
+
 import tracemalloc
 
 import numpy as np
@@ -7,7 +8,15 @@ from scipy import sparse
 from sklearn.base import clone
 
 import scellfm as sf
-from scellfm.baselines import GroupMeans, LogNormalize, SparsePCA, VariableGenes, count_classifiers, count_features, ridge
+from scellfm.baselines import (
+    GroupMeans,
+    LogNormalize,
+    SparsePCA,
+    VariableGenes,
+    count_classifiers,
+    count_features,
+    ridge,
+)
 from scellfm.core import DataError
 
 
@@ -63,17 +72,25 @@ def test_variable_genes_are_chosen_on_the_fitted_cells_only():
 def test_classifiers_beat_the_majority_on_real_cells(demo):
     counts, labels = demo
     test = np.arange(700) % 5 == 0
-    score = {name: e.fit(counts[~test], labels[~test]).score(counts[test], labels[test]) for name, e in count_classifiers().items()}
+    score = {
+        name: e.fit(counts[~test], labels[~test]).score(counts[test], labels[test])
+        for name, e in count_classifiers().items()
+    }
     assert score["PCA + logistic regression"] > 0.7 and score["PCA + kNN"] > 0.65
     assert score["majority class"] == pytest.approx((labels[test] == "Dendritic").mean())
 
 
-@pytest.mark.parametrize("convert", [sparse.csc_matrix, sparse.coo_matrix, lambda x: x.toarray(), lambda x: x.astype(np.int64), sparse.csr_array])
+@pytest.mark.parametrize(
+    "convert",
+    [sparse.csc_matrix, sparse.coo_matrix, lambda x: x.toarray(), lambda x: x.astype(np.int64), sparse.csr_array],
+)
 def test_every_kind_of_matrix_gives_the_same(demo, convert):
     counts, labels = demo
     counts = sparse.csr_matrix(counts[:100])
     expected = count_classifiers()["PCA + kNN"].fit(counts, labels[:100]).predict_proba(counts)
-    assert np.allclose(count_classifiers()["PCA + kNN"].fit(convert(counts), labels[:100]).predict_proba(convert(counts)), expected)
+    assert np.allclose(
+        count_classifiers()["PCA + kNN"].fit(convert(counts), labels[:100]).predict_proba(convert(counts)), expected
+    )
 
 
 def test_few_cells_and_empty_cells_are_no_obstacle(demo):

@@ -1,4 +1,5 @@
 "The command line: the same names and defaults as the Python, one sentence for a user's error, results alone on stdout."
+
 import inspect
 import json
 import re
@@ -23,20 +24,52 @@ from scellfm.scgpt import ReferenceMap, ScGPT
 
 COMMANDS = ["demo", "tokenize", "embed", "finetune", "perturb", "map", "integrate"]
 # what makes an example quick, and does not change what it does
-QUICK = {"demo": "--pretrain-epochs 1 --finetune-epochs 1 --max-cells 4", "finetune": "--n-boot 5 --batch-size 100", "perturb": "--max-cells 2"}
+QUICK = {
+    "demo": "--pretrain-epochs 1 --finetune-epochs 1 --max-cells 4",
+    "finetune": "--n-boot 5 --batch-size 100",
+    "perturb": "--max-cells 2",
+}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     "A folder with cells.h5ad, a model, and a classifier."
     folder = tmp_path_factory.mktemp("cli")
-    adata = simulate_cells(60, 50, cell_types=["B", "T"], donors=3, depth=120, regulators=1, targets=3, programme_size=10,
-                           programme_effect=2.0, seed=2)
+    adata = simulate_cells(
+        60,
+        50,
+        cell_types=["B", "T"],
+        donors=3,
+        depth=120,
+        regulators=1,
+        targets=3,
+        programme_size=10,
+        programme_effect=2.0,
+        seed=2,
+    )
     adata.write_h5ad(folder / "cells.h5ad")
     Geneformer.from_config("tiny", RankTokenizer.fit(adata), device="cpu").save_pretrained(folder / "model")
     ScGPT.from_config("tiny", adata, device="cpu").save_pretrained(folder / "scgpt")
-    code = cli.main(["finetune", str(folder / "cells.h5ad"), "--model", str(folder / "model"), "--label", "cell_type",
-                     "--by", "donor", "--k", "3", "--n-boot", "5", "--out", str(folder / "clf"), "--device", "cpu"])
+    code = cli.main(
+        [
+            "finetune",
+            str(folder / "cells.h5ad"),
+            "--model",
+            str(folder / "model"),
+            "--label",
+            "cell_type",
+            "--by",
+            "donor",
+            "--k",
+            "3",
+            "--n-boot",
+            "5",
+            "--out",
+            str(folder / "clf"),
+            "--device",
+            "cpu",
+        ]
+    )
     assert code == 0
     return folder
 
@@ -50,7 +83,9 @@ def call(arguments, capsys):
 
 def shell(*arguments, **more):
     "A command line run in a process of its own."
-    return subprocess.run([str(Path(sys.executable).parent / "scellfm"), *arguments], capture_output=True, text=True, **more)
+    return subprocess.run(
+        [str(Path(sys.executable).parent / "scellfm"), *arguments], capture_output=True, text=True, **more
+    )
 
 
 def options_of(command):
@@ -76,7 +111,11 @@ def test_every_help_ends_with_an_example_that_parses(command, capsys):
     assert cli.build_parser().parse_args(given[1:]).run is getattr(commands, command)
 
 
-@pytest.mark.parametrize("commands_run", [COMMANDS[1:], pytest.param(COMMANDS, marks=pytest.mark.slow)], ids=["on a new model", "after the demo"])
+@pytest.mark.parametrize(
+    "commands_run",
+    [COMMANDS[1:], pytest.param(COMMANDS, marks=pytest.mark.slow)],
+    ids=["on a new model", "after the demo"],
+)
 def test_every_example_runs_as_it_stands(commands_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if "demo" not in commands_run:  # on a quarter of the cells
@@ -93,18 +132,21 @@ def test_every_example_runs_as_it_stands(commands_run, tmp_path, monkeypatch, ca
 
 
 def pairs():
-    from scellfm.demo import run_demo
     from scellfm.data.splits import folds
+    from scellfm.demo import run_demo
     from scellfm.geneformer.classifier import finetune
     from scellfm.geneformer.perturbation import perturb
     from scellfm.scores import integration, umaps
 
-    return {"demo": [run_demo], "embed": [Geneformer.embed, ScGPT.embed, Geneformer.from_pretrained, ScGPT.from_pretrained],
-            "tokenize": [RankTokenizer.__call__, RankTokenizer.from_pretrained],
-            "finetune": [finetune, folds, Geneformer.from_pretrained],
-            "perturb": [perturb, Screen.table, Geneformer.from_pretrained],
-            "map": [ReferenceMap, ReferenceMap.calibrate, ScGPT.from_pretrained],
-            "integrate": [integration, umaps, Geneformer.from_pretrained]}
+    return {
+        "demo": [run_demo],
+        "embed": [Geneformer.embed, ScGPT.embed, Geneformer.from_pretrained, ScGPT.from_pretrained],
+        "tokenize": [RankTokenizer.__call__, RankTokenizer.from_pretrained],
+        "finetune": [finetune, folds, Geneformer.from_pretrained],
+        "perturb": [perturb, Screen.table, Geneformer.from_pretrained],
+        "map": [ReferenceMap, ReferenceMap.calibrate, ScGPT.from_pretrained],
+        "integrate": [integration, umaps, Geneformer.from_pretrained],
+    }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -129,8 +171,10 @@ def test_options_have_the_names_and_defaults_of_the_python(command):
 
 
 def test_version_and_help_are_quick_and_import_no_model():
-    code = ("import sys; from scellfm.cli import main; main(['embed', '--help']);"
-            "assert not {'torch', 'transformers', 'pandas', 'scanpy'} & set(sys.modules)")
+    code = (
+        "import sys; from scellfm.cli import main; main(['embed', '--help']);"
+        "assert not {'torch', 'transformers', 'pandas', 'scanpy'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
@@ -145,8 +189,18 @@ def test_the_entry_point_is_installed():
 
 def test_tokenize_writes_what_the_python_gives(place, tmp_path, capsys):
     out = str(tmp_path / "cells.dataset")
-    given = ["tokenize", str(place / "cells.h5ad"), "--tokenizer", str(place / "model"), "--columns", "donor", "cell_type",
-             "--keep-counts", "--out", out]
+    given = [
+        "tokenize",
+        str(place / "cells.h5ad"),
+        "--tokenizer",
+        str(place / "model"),
+        "--columns",
+        "donor",
+        "cell_type",
+        "--keep-counts",
+        "--out",
+        out,
+    ]
     assert call(given, capsys) == (0, f"{out}\n", "")
     cells = TokenizedCells.load(out)
     python = RankTokenizer.from_pretrained(place / "model")(str(place / "cells.h5ad"), keep_counts=True)
@@ -156,7 +210,14 @@ def test_tokenize_writes_what_the_python_gives(place, tmp_path, capsys):
 
 def test_fitted_dictionaries_are_kept_and_used_again(place, tmp_path, capsys):
     fit = ["tokenize", str(place / "cells.h5ad"), "--fit", str(tmp_path / "tok"), "--out", str(tmp_path / "one")]
-    again = ["tokenize", str(place / "cells.h5ad"), "--tokenizer", str(tmp_path / "tok"), "--out", str(tmp_path / "two")]
+    again = [
+        "tokenize",
+        str(place / "cells.h5ad"),
+        "--tokenizer",
+        str(tmp_path / "tok"),
+        "--out",
+        str(tmp_path / "two"),
+    ]
     assert call(fit, capsys)[0] == call(again, capsys)[0] == 0
     one, two = (TokenizedCells.load(tmp_path / name) for name in ("one", "two"))
     assert np.array_equal(one.tokens, two.tokens)
@@ -167,41 +228,75 @@ def test_embed_gives_the_same_vectors_in_every_format(place, tmp_path, capsys):
 
     model = ["--model", str(place / "model"), "--device", "cpu"]
     for suffix in ("h5ad", "csv", "parquet"):
-        code, out, _ = call(["embed", str(place / "cells.h5ad"), *model, "--out", str(tmp_path / f"x.{suffix}"), "--quiet"], capsys)
+        code, out, _ = call(
+            ["embed", str(place / "cells.h5ad"), *model, "--out", str(tmp_path / f"x.{suffix}"), "--quiet"], capsys
+        )
         assert (code, out) == (0, f"{tmp_path / f'x.{suffix}'}\n")
     adata = anndata.read_h5ad(tmp_path / "x.h5ad")
-    python = Geneformer.from_pretrained(place / "model", device="cpu").embed(anndata.read_h5ad(place / "cells.h5ad"), copy=True)
+    python = Geneformer.from_pretrained(place / "model", device="cpu").embed(
+        anndata.read_h5ad(place / "cells.h5ad"), copy=True
+    )
     np.testing.assert_array_equal(adata.obsm["X_geneformer"], python.obsm["X_geneformer"])
     table = pd.read_parquet(tmp_path / "x.parquet")
     np.testing.assert_array_equal(table.to_numpy(), python.obsm["X_geneformer"])
     assert list(table.index) == list(adata.obs_names)
-    np.testing.assert_allclose(pd.read_csv(tmp_path / "x.csv", index_col="cell").to_numpy(), table.to_numpy(), rtol=1e-6)
+    np.testing.assert_allclose(
+        pd.read_csv(tmp_path / "x.csv", index_col="cell").to_numpy(), table.to_numpy(), rtol=1e-6
+    )
 
 
 def test_a_tokenized_data_set_is_embedded_and_its_layer_chosen(place, tmp_path, capsys):
-    call(["tokenize", str(place / "cells.h5ad"), "--tokenizer", str(place / "model"), "--out", str(tmp_path / "d")], capsys)
+    call(
+        ["tokenize", str(place / "cells.h5ad"), "--tokenizer", str(place / "model"), "--out", str(tmp_path / "d")],
+        capsys,
+    )
     for layer, name in (("-1", "a"), ("second_to_last", "b"), ("0", "c")):
-        given = ["embed", str(tmp_path / "d"), "--model", str(place / "model"), "--emb_layer", layer, "--device=cpu",
-                 "--out", str(tmp_path / f"{name}.parquet")]
+        given = [
+            "embed",
+            str(tmp_path / "d"),
+            "--model",
+            str(place / "model"),
+            "--emb_layer",
+            layer,
+            "--device=cpu",
+            "--out",
+            str(tmp_path / f"{name}.parquet"),
+        ]
         assert call(given, capsys)[0] == 0
     a, b, c = (pd.read_parquet(tmp_path / f"{name}.parquet") for name in "abc")
     assert a.equals(b) and not a.equals(c)
-    code, _, err = call(["embed", str(tmp_path / "d"), "--model", str(place / "model"), "--out", str(tmp_path / "x.h5ad")], capsys)
+    code, _, err = call(
+        ["embed", str(tmp_path / "d"), "--model", str(place / "model"), "--out", str(tmp_path / "x.h5ad")], capsys
+    )
     assert code == 2 and ".csv or .parquet" in err
 
 
 def test_the_folder_of_a_scgpt_model_is_recognised(place, tmp_path, capsys):
     import anndata
 
-    python = ScGPT.from_pretrained(place / "scgpt", device="cpu").embed(anndata.read_h5ad(place / "cells.h5ad"), copy=True)
+    python = ScGPT.from_pretrained(place / "scgpt", device="cpu").embed(
+        anndata.read_h5ad(place / "cells.h5ad"), copy=True
+    )
     for name in ("x.h5ad", "x.parquet"):
-        given = ["embed", str(place / "cells.h5ad"), "--model", str(place / "scgpt"), "--device", "cpu", "--out", str(tmp_path / name)]
+        given = [
+            "embed",
+            str(place / "cells.h5ad"),
+            "--model",
+            str(place / "scgpt"),
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / name),
+        ]
         assert call(given, capsys) == (0, f"{tmp_path / name}\n", "")
     np.testing.assert_array_equal(anndata.read_h5ad(tmp_path / "x.h5ad").obsm["X_scGPT"], python.obsm["X_scGPT"])
     table = pd.read_parquet(tmp_path / "x.parquet")  # read from the file block by block
     np.testing.assert_allclose(table.to_numpy(), python.obsm["X_scGPT"], atol=1e-6)
     assert list(table.index) == list(python.obs_names) and table.columns[0] == "X_scGPT_0"
-    call([*given[:-1], str(tmp_path / "mean.parquet"), "--pool", "mean", "--max-length", "20", "--overlong", "top"], capsys)
+    call(
+        [*given[:-1], str(tmp_path / "mean.parquet"), "--pool", "mean", "--max-length", "20", "--overlong", "top"],
+        capsys,
+    )
     assert not np.allclose(pd.read_parquet(tmp_path / "mean.parquet").to_numpy(), table.to_numpy(), atol=1e-3)
 
 
@@ -221,20 +316,44 @@ def test_map_names_cells_as_the_python_does_and_judges_them(place, tmp_path, cap
     import anndata
 
     ref, query = halves(place)
-    given = ["map", ref, query, "--use-rep", "X_own", "--k", "5", "--calibrate", "--accuracy", "0.8", "--by", "donor", "--save",
-             str(tmp_path / "saved"), "--out", str(tmp_path / "out")]
+    given = [
+        "map",
+        ref,
+        query,
+        "--use-rep",
+        "X_own",
+        "--k",
+        "5",
+        "--calibrate",
+        "--accuracy",
+        "0.8",
+        "--by",
+        "donor",
+        "--save",
+        str(tmp_path / "saved"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     code, out, _ = call(given, capsys)
     python = ReferenceMap(anndata.read_h5ad(ref), "X_own", k=5)
     python.calibrate(0.8, by="donor")
     named, scores = python.transfer(anndata.read_h5ad(query), copy=True), python.evaluate(anndata.read_h5ad(query))
-    assert code == 0 and scores.to_markdown() in out and "HVG + PCA" in out and out.split()[-1] == str(tmp_path / "saved")
+    assert (
+        code == 0 and scores.to_markdown() in out and "HVG + PCA" in out and out.split()[-1] == str(tmp_path / "saved")
+    )
     labels = pd.read_csv(tmp_path / "out" / "labels.csv", index_col="cell")
-    assert list(labels["cell_type_transferred"]) == list(named.obs["cell_type_transferred"]) and list(labels.index) == list(named.obs_names)
+    assert list(labels["cell_type_transferred"]) == list(named.obs["cell_type_transferred"]) and list(
+        labels.index
+    ) == list(named.obs_names)
     np.testing.assert_allclose(labels["cell_type_confidence"], named.obs["cell_type_confidence"])
-    np.testing.assert_allclose(pd.read_csv(tmp_path / "out" / "scores.csv", index_col=0).to_numpy(), scores.table.to_numpy())
+    np.testing.assert_allclose(
+        pd.read_csv(tmp_path / "out" / "scores.csv", index_col=0).to_numpy(), scores.table.to_numpy()
+    )
     assert list(pd.read_csv(tmp_path / "out" / "classes.csv")["class"]) == ["B", "T"]
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [section["kind"] for section in report["sections"]] == ["scores", "figure", "table"] and set(report["inputs"]) == {"ref", "query"}
+    assert [section["kind"] for section in report["sections"]] == ["scores", "figure", "table"] and set(
+        report["inputs"]
+    ) == {"ref", "query"}
     code, out, err = call(["map", str(tmp_path / "saved"), query, "--out", str(tmp_path / "again")], capsys)
     assert code == 0 and "without counts" in err and "HVG + PCA" not in out
     assert (tmp_path / "again" / "labels.csv").read_bytes() == (tmp_path / "out" / "labels.csv").read_bytes()
@@ -248,7 +367,17 @@ def test_map_embeds_both_with_one_model(place, tmp_path, capsys, model, key):
     unlabelled = anndata.read_h5ad(query)
     del unlabelled.obs["cell_type"]
     unlabelled.write_h5ad(tmp_path / "new.h5ad")
-    given = ["map", ref, str(tmp_path / "new.h5ad"), "--model", str(place / model), "--device", "cpu", "--out", str(tmp_path / "out")]
+    given = [
+        "map",
+        ref,
+        str(tmp_path / "new.h5ad"),
+        "--model",
+        str(place / model),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     code, out, _ = call([*given, "--save", str(tmp_path / "saved")], capsys)
     assert code == 0 and key in out and out.count("\n") == 4 and not (tmp_path / "out" / "scores.csv").exists()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -264,19 +393,46 @@ def test_integrate_prints_and_draws_the_scores_with_their_baselines(place, tmp_p
     from scellfm.scores import integration
 
     cells = halves(place)[0]
-    code, out, _ = call(["integrate", cells, "--rep", "X_own", "--batch", "donor", "--label", "cell_type", "--out", str(tmp_path)], capsys)
+    code, out, _ = call(
+        ["integrate", cells, "--rep", "X_own", "--batch", "donor", "--label", "cell_type", "--out", str(tmp_path)],
+        capsys,
+    )
     scores = integration(anndata.read_h5ad(cells), ["X_own"], batch="donor", label="cell_type")
     assert code == 0 and scores.to_markdown() in out and {"X_own", "HVG + PCA"} <= set(scores.table.index)
     np.testing.assert_allclose(pd.read_csv(tmp_path / "scores.csv", index_col=0).to_numpy(), scores.table.to_numpy())
-    assert (tmp_path / "umap.png").read_bytes().startswith(b"\x89PNG") and out.split()[-1] == str(tmp_path / "report.html")
+    assert (tmp_path / "umap.png").read_bytes().startswith(b"\x89PNG") and out.split()[-1] == str(
+        tmp_path / "report.html"
+    )
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [section["kind"] for section in report["sections"]] == ["scores", "figure"] and report["settings"]["batch"] == "donor"
+    assert [section["kind"] for section in report["sections"]] == ["scores", "figure"] and report["settings"][
+        "batch"
+    ] == "donor"
 
 
 def test_finetune_prints_held_out_scores_beside_simple_methods(place, tmp_path, capsys):
-    code, out, _ = call(["finetune", str(place / "cells.h5ad"), "--model", str(place / "clf"), "--label", "cell_type",
-                         "--fractions", ".5", "0", ".5", "--stratify", "cell_type", "--n-boot", "5", "--device", "cpu",
-                         "--out", str(tmp_path / "clf")], capsys)
+    code, out, _ = call(
+        [
+            "finetune",
+            str(place / "cells.h5ad"),
+            "--model",
+            str(place / "clf"),
+            "--label",
+            "cell_type",
+            "--fractions",
+            ".5",
+            "0",
+            ".5",
+            "--stratify",
+            "cell_type",
+            "--n-boot",
+            "5",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "clf"),
+        ],
+        capsys,
+    )
     assert code == 0 and out.strip().split("\n")[-1] == str(tmp_path / "clf")
     assert "held out" in out and "majority class" in out and "PCA + logistic regression" in out
     assert len(CellClassifier.from_pretrained(tmp_path / "clf", device="cpu").models) == 1
@@ -287,12 +443,32 @@ def test_finetune_prints_held_out_scores_beside_simple_methods(place, tmp_path, 
 
 
 def test_perturb_reads_each_cell_with_the_fold_that_has_not_seen_it(place, tmp_path, capsys):
-    given = ["perturb", str(place / "cells.h5ad"), "--model", str(place / "clf"), "--state", "cell_type", "--start", "B",
-             "--goal", "T", "--max-cells", "4", "--device", "cpu", "--out", str(tmp_path)]
+    given = [
+        "perturb",
+        str(place / "cells.h5ad"),
+        "--model",
+        str(place / "clf"),
+        "--state",
+        "cell_type",
+        "--start",
+        "B",
+        "--goal",
+        "T",
+        "--max-cells",
+        "4",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     code, out, _ = call(given, capsys)
     assert code == 0 and out.split() == [str(tmp_path / name) for name in ("screen", "table.csv", "report.html")]
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["settings"]["goal"] == "T" and set(report["inputs"]) == {"cells", "model"} and str(place) not in json.dumps(report)
+    assert (
+        report["settings"]["goal"] == "T"
+        and set(report["inputs"]) == {"cells", "model"}
+        and str(place) not in json.dumps(report)
+    )
     assert [section["kind"] for section in report["sections"]] == ["table"]  # four cells are too few for a picture
     screen, table = Screen.load(tmp_path / "screen"), pd.read_csv(tmp_path / "table.csv")
     assert screen.shifts["cell"].nunique() == 4 and screen.params["donor"] == "donor"
@@ -304,8 +480,22 @@ def test_a_joint_perturbation_by_a_plain_model(place, tmp_path, capsys):
 
     adata = anndata.read_h5ad(place / "cells.h5ad")
     genes = list(adata.var_names[np.argsort(-np.asarray((adata.X > 0).sum(0)).ravel(), kind="stable")[:2]])
-    given = ["perturb", str(place / "cells.h5ad"), "--model", str(place / "model"), "--genes", *genes, "--kind",
-             "overexpress", "--max-cells", "3", "--device", "cpu", "--out", str(tmp_path)]
+    given = [
+        "perturb",
+        str(place / "cells.h5ad"),
+        "--model",
+        str(place / "model"),
+        "--genes",
+        *genes,
+        "--kind",
+        "overexpress",
+        "--max-cells",
+        "3",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     code, _, err = call(given, capsys)
     assert code == 0, err
     assert set(Screen.load(tmp_path / "screen").shifts["gene"]) == {"+".join(genes)}
@@ -317,8 +507,24 @@ def test_pairs_of_chosen_cells_have_a_table_of_combinations(place, tmp_path, cap
     adata = anndata.read_h5ad(place / "cells.h5ad")
     genes = list(adata.var_names[np.argsort(-np.asarray((adata.X > 0).sum(0)).ravel(), kind="stable")[:2]])
     chosen = adata.obs["donor"].astype(str).unique()[:2]
-    given = ["perturb", str(place / "cells.h5ad"), "--model", str(place / "model"), "--genes", *genes, "--combine", "pairs", "--donor",
-             "donor", "--where", f"donor={','.join(chosen)}", "--device", "cpu", "--out", str(tmp_path)]
+    given = [
+        "perturb",
+        str(place / "cells.h5ad"),
+        "--model",
+        str(place / "model"),
+        "--genes",
+        *genes,
+        "--combine",
+        "pairs",
+        "--donor",
+        "donor",
+        "--where",
+        f"donor={','.join(chosen)}",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     code, _, err = call(given, capsys)
     assert code == 0, err
     screen, table = Screen.load(tmp_path / "screen"), pd.read_csv(tmp_path / "combinations.csv")
@@ -326,8 +532,30 @@ def test_pairs_of_chosen_cells_have_a_table_of_combinations(place, tmp_path, cap
 
 
 def test_a_gradient_screen_from_the_command_line(place, tmp_path, capsys):
-    given = ["perturb", str(place / "cells.h5ad"), "--model", str(place / "clf"), "--state", "cell_type", "--start", "B", "--goal", "T",
-             "--max-cells", "4", "--screen", "gradient", "--top", "5", "--check-cells", "2", "--device", "cpu", "--out", str(tmp_path)]
+    given = [
+        "perturb",
+        str(place / "cells.h5ad"),
+        "--model",
+        str(place / "clf"),
+        "--state",
+        "cell_type",
+        "--start",
+        "B",
+        "--goal",
+        "T",
+        "--max-cells",
+        "4",
+        "--screen",
+        "gradient",
+        "--top",
+        "5",
+        "--check-cells",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     code, _, err = call(given, capsys)
     assert code == 0, err
     assert "estimate" in Screen.load(tmp_path / "screen").shifts and pd.read_csv(tmp_path / "table.csv")["exact"].any()
@@ -365,38 +593,58 @@ def wrong(place, tmp_path):
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "vocab.json").write_text("{}")
     return [
-        ([], "command"), (["embd"], "embd"), (["embed", cells], "--model"), ([*embed, *out, "--emb-layer", "7"], "emb_layer=7"),
-        ([*embed, *out, "--pool", "mean"], "pool='mean'"), ([*embed, "--out", "x.txt"], ".csv"),
-        ([*embed, *out, "--layer", "raw_counts"], "raw_counts"), ([*embed, *out, "--dtype", "float8"], "float8"),
-        ([*embed, *out, "--token-budget", "many"], "many"), (["embed", "nothing.h5ad", *model, *out], "nothing.h5ad"),
-        (["embed", str(broken), *model, *out], "broken.h5ad"), (["embed", cells, "--model", "no/such/model", *out], "no/such/model"),
+        ([], "command"),
+        (["embd"], "embd"),
+        (["embed", cells], "--model"),
+        ([*embed, *out, "--emb-layer", "7"], "emb_layer=7"),
+        ([*embed, *out, "--pool", "mean"], "pool='mean'"),
+        ([*embed, "--out", "x.txt"], ".csv"),
+        ([*embed, *out, "--layer", "raw_counts"], "raw_counts"),
+        ([*embed, *out, "--dtype", "float8"], "float8"),
+        ([*embed, *out, "--token-budget", "many"], "many"),
+        (["embed", "nothing.h5ad", *model, *out], "nothing.h5ad"),
+        (["embed", str(broken), *model, *out], "broken.h5ad"),
+        (["embed", cells, "--model", "no/such/model", *out], "no/such/model"),
         (["embed", cells, *scgpt, *out, "--emb-layer", "0"], "--emb-layer is an option of Geneformer"),
-        ([*embed, *out, "--overlong", "top"], "--overlong is an option of scGPT"), (["embed", tokens, *scgpt, *out], "tokens for Geneformer"),
-        (["embed", cells, *scgpt, *out, "--pool", "cell"], "pool='cell'"), (["embed", cells, "--model", str(tmp_path / "half"), *out], "args.json"),
+        ([*embed, *out, "--overlong", "top"], "--overlong is an option of scGPT"),
+        (["embed", tokens, *scgpt, *out], "tokens for Geneformer"),
+        (["embed", cells, *scgpt, *out, "--pool", "cell"], "pool='cell'"),
+        (["embed", cells, "--model", str(tmp_path / "half"), *out], "args.json"),
         (["embed", spoiled(cells, tmp_path, "scaled"), *scgpt, *out], "scaled values cannot be binned"),
         (["embed", spoiled(cells, tmp_path, "strange"), *scgpt, *out], "vocabulary"),
         (["finetune", cells, *scgpt, "--label", "cell_type", "--out", str(tmp_path / "clf")], "works with Geneformer"),
-        ([*finetune, "--label", "celltype"], "celltype"), ([*finetune, "--label", "cell_type", "--by", "dono"], "donor"),
-        ([*finetune, "--label", "cell_type", "--fractions", ".5", ".5", ".5"], "sum"), (finetune, "--label"),
-        ([*finetune, "--classes", str(bad)], "dictionary of lists"), ([*finetune, "--classes", "none.json"], "none.json"),
+        ([*finetune, "--label", "celltype"], "celltype"),
+        ([*finetune, "--label", "cell_type", "--by", "dono"], "donor"),
+        ([*finetune, "--label", "cell_type", "--fractions", ".5", ".5", ".5"], "sum"),
+        (finetune, "--label"),
+        ([*finetune, "--classes", str(bad)], "dictionary of lists"),
+        ([*finetune, "--classes", "none.json"], "none.json"),
         ([*finetune, "--classes", cells], "JSON"),
-        (["map", ref, query, *out], "X_scGPT"), (["map", ref, query, "--use-rep", "X_own", "--label", "type", *out], "'type'"),
+        (["map", ref, query, *out], "X_scGPT"),
+        (["map", ref, query, "--use-rep", "X_own", "--label", "type", *out], "'type'"),
         (["map", ref, query, *model, "--use-rep", "X_own", *out], "one of the two"),
         (["map", ref, query, "--use-rep", "X_own", "--accuracy", ".9", *out], "--calibrate"),
-        (["map", ref, query, "--use-rep", "X_own", "--k", "0", *out], "k=0"), (["map", ref, "none.h5ad", *out, *model], "none.h5ad"),
+        (["map", ref, query, "--use-rep", "X_own", "--k", "0", *out], "k=0"),
+        (["map", ref, "none.h5ad", *out, *model], "none.h5ad"),
         (["map", ref, query, "--use-rep", "X_own", "--truth", "type", *out], "'type'"),
         (["map", ref, query, "--use-rep", "X_own", "--vote", "all", *out], "'balanced'"),
-        (["map", saved, query, "--k", "3", *out], "--k belongs to a new map"), (["map", saved, query, "--calibrate", *out], "--calibrate"),
-        (["map", ref, tokens, *model, *out], "tokenized"), (["map", ref, query], "--out"),
-        (["integrate", ref, *out, "--batch", "donor"], "--reps"), (["integrate", ref, *out, "--reps", "X_own"], "batch"),
+        (["map", saved, query, "--k", "3", *out], "--k belongs to a new map"),
+        (["map", saved, query, "--calibrate", *out], "--calibrate"),
+        (["map", ref, tokens, *model, *out], "tokenized"),
+        (["map", ref, query], "--out"),
+        (["integrate", ref, *out, "--batch", "donor"], "--reps"),
+        (["integrate", ref, *out, "--reps", "X_own"], "batch"),
         (["integrate", ref, *out, "--reps", "X_other", "--batch", "donor"], "X_other"),
-        (["integrate", ref, *out, "--reps", "X_own", "--batch", "lab"], "'lab'"), (["integrate", tokens, *model, *out], "tokenized"),
+        (["integrate", ref, *out, "--reps", "X_own", "--batch", "lab"], "'lab'"),
+        (["integrate", tokens, *model, *out], "tokenized"),
         (["perturb", cells, *model, *out, "--kind", "delet"], "delete"),
         (["perturb", cells, *model, *out, "--state", "cell_type"], "start"),
         (["perturb", cells, *model, *out, "--method", "ttest"], "goal_state_shift"),
-        (["perturb", cells, *model, *out, "--where", "donor"], "sex=female"), (["perturb", cells, *model, *out, "--where", "lab=x"], "lab"),
+        (["perturb", cells, *model, *out, "--where", "donor"], "sex=female"),
+        (["perturb", cells, *model, *out, "--where", "lab=x"], "lab"),
         (["perturb", cells, *model, *out, "--top", "5"], "screen='gradient'"),
-        (["tokenize", cells, *out], "--tokenizer"), (["tokenize", cells, "--tokenizer", str(tmp_path), *out], "dictionar"),
+        (["tokenize", cells, *out], "--tokenizer"),
+        (["tokenize", cells, "--tokenizer", str(tmp_path), *out], "dictionar"),
         (["tokenize", str(tmp_path), "--fit", str(tmp_path / "t"), *out], "h5ad"),
     ]
 
@@ -406,7 +654,10 @@ def test_a_users_errors_are_one_plain_sentence_and_2(place, tmp_path, capsys):
         code, out, err = call(arguments, capsys)
         assert code == 2 and not out, arguments
         assert words in err and "Traceback" not in err, (arguments, err)
-        assert err.endswith("\n") and err.count("\n") == 1 and re.match(r"scellfm[ a-z]*: error: ", err), (arguments, err)
+        assert err.endswith("\n") and err.count("\n") == 1 and re.match(r"scellfm[ a-z]*: error: ", err), (
+            arguments,
+            err,
+        )
     assert not (tmp_path / "x.csv").exists() and not (tmp_path / "clf").exists()
 
 
@@ -417,7 +668,14 @@ def test_the_same_from_a_shell(tmp_path):
 
 def test_an_unwritable_place_is_a_users_error(place, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    given = ["embed", str(place / "cells.h5ad"), "--model", str(place / "model"), "--out", str(tmp_path / "file" / "x.csv")]
+    given = [
+        "embed",
+        str(place / "cells.h5ad"),
+        "--model",
+        str(place / "model"),
+        "--out",
+        str(tmp_path / "file" / "x.csv"),
+    ]
     code, _, err = call(given, capsys)
     assert code == 2 and "Traceback" not in err and "file" in err
 
@@ -432,10 +690,12 @@ def test_a_fault_of_ours_is_not_dressed_as_a_users(monkeypatch):
 
 
 def test_ctrl_c_is_130_without_traceback(tmp_path):
-    program = ("import signal, sys, time, scellfm.cli as c, scellfm.commands as d\n"
-               "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell makes children deaf
-               "def wait(options):\n    print('ready', flush=True)\n    time.sleep(60)\n"
-               "d.demo = wait\nsys.exit(c.main(['demo']))")
+    program = (
+        "import signal, sys, time, scellfm.cli as c, scellfm.commands as d\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell makes children deaf
+        "def wait(options):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "d.demo = wait\nsys.exit(c.main(['demo']))"
+    )
     run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout.readline() == "ready\n"
     time.sleep(0.2)

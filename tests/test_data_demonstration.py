@@ -1,4 +1,5 @@
 """The demonstration cells are the counts that were measured, and the evidence for it travels with them."""
+
 import warnings
 
 import numpy as np
@@ -57,7 +58,12 @@ def test_an_empty_cell_is_refused():
 
 def test_the_demonstration_cells_are_counts_with_evidence():
     adata = demo()
-    assert adata.shape == (700, 765) and sparse.issparse(adata.X) and adata.X.format == "csr" and adata.X.dtype == np.float32
+    assert (
+        adata.shape == (700, 765)
+        and sparse.issparse(adata.X)
+        and adata.X.format == "csr"
+        and adata.X.dtype == np.float32
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_counts(adata)
@@ -65,7 +71,9 @@ def test_the_demonstration_cells_are_counts_with_evidence():
     assert (adata.obs["n_counts"] == np.asarray(adata.X.sum(axis=1)).ravel()).all()
     assert (adata.obs["n_counts"] < adata.obs["n_counts_all_genes"]).all()
     evidence = adata.uns["counts_recovered"]
-    assert evidence["deviation"] < 0.15 and abs(evidence["smallest_count_high"] - 1) < 0.01 > abs(evidence["smallest_count_low"] - 1)
+    assert evidence["deviation"] < 0.15 and abs(evidence["smallest_count_high"] - 1) < 0.01 > abs(
+        evidence["smallest_count_low"] - 1
+    )
     assert 0.1 < evidence["share_of_total_low"] < evidence["share_of_total_high"] < 0.3
 
 
@@ -95,4 +103,6 @@ def test_the_demonstration_cells_can_be_written_and_are_the_same_each_time(tmp_p
 
     demo().write_h5ad(tmp_path / "demo.h5ad")
     again = read(tmp_path / "demo.h5ad")
-    assert (again.X != demo().X).nnz == 0 and again.uns["counts_recovered"]["deviation"] == demo().uns["counts_recovered"]["deviation"]
+    assert (again.X != demo().X).nnz == 0 and again.uns["counts_recovered"]["deviation"] == demo().uns[
+        "counts_recovered"
+    ]["deviation"]

@@ -1,4 +1,5 @@
 """Genes are found under any of their names, and what is not found, or is another species', is said."""
+
 import json
 import time
 import warnings
@@ -35,7 +36,9 @@ def test_positions_are_those_of_the_vocabulary_list():
     match = quietly(HUMAN[::-1], VOCABULARY)
     assert isinstance(match, GeneMatch) and match.index.dtype == np.int64
     assert (match.index == np.arange(2, 202)[::-1]).all()
-    assert quietly(HUMAN, {gene: i for i, gene in enumerate(VOCABULARY)}).index[0] == 2, "a dictionary's keys in their order"
+    assert quietly(HUMAN, {gene: i for i, gene in enumerate(VOCABULARY)}).index[0] == 2, (
+        "a dictionary's keys in their order"
+    )
 
 
 def test_versions_lower_case_spaces_and_par_genes_are_matched():
@@ -81,7 +84,9 @@ def test_missing_ids_are_dropped_and_counted():
 
 
 def test_duplicates_and_the_share_of_counts_are_reported():
-    match = quietly([HUMAN[0], HUMAN[0] + ".2", HUMAN[0], HUMAN[1], "X1", "X2"], VOCABULARY, counts=[1, 2, 3, 4, 30, 60])
+    match = quietly(
+        [HUMAN[0], HUMAN[0] + ".2", HUMAN[0], HUMAN[1], "X1", "X2"], VOCABULARY, counts=[1, 2, 3, 4, 30, 60]
+    )
     report = match.report
     assert report["n_genes"] == 6 and report["n_matched"] == 4 and report["n_duplicated"] == 2
     assert report["share_of_counts"] == pytest.approx(0.1)
@@ -119,7 +124,11 @@ def test_one_known_gene_in_two_is_warned_of_and_one_in_ten_refused():
         match_genes([*HUMAN[:49], *[f"X{i}" for i in range(51)]], VOCABULARY)
     with pytest.warns(ScellfmWarning, match="10 of 100"):
         match_genes([*HUMAN[:10], *[f"X{i}" for i in range(90)]], VOCABULARY)
-    refused([*HUMAN[:9], *[f"X{i}" for i in range(91)]], VOCABULARY, words=["9 of 100", "'X0'", HUMAN[-1], "symbols=", "mapping="])
+    refused(
+        [*HUMAN[:9], *[f"X{i}" for i in range(91)]],
+        VOCABULARY,
+        words=["9 of 100", "'X0'", HUMAN[-1], "symbols=", "mapping="],
+    )
 
 
 def test_no_genes_and_no_vocabulary_are_refused():
@@ -127,15 +136,32 @@ def test_no_genes_and_no_vocabulary_are_refused():
     refused(HUMAN, [], words=["vocabulary of 0"])
 
 
-@pytest.mark.parametrize("prefix,species", [("ENSMUSG", "mouse"), ("ENSRNOG", "rat"), ("ENSDARG", "zebrafish"), ("ENSSSCG", "pig"),
-                                            ("ENSXYZG", "ENSXYZG (another species)")])
+@pytest.mark.parametrize(
+    "prefix,species",
+    [
+        ("ENSMUSG", "mouse"),
+        ("ENSRNOG", "rat"),
+        ("ENSDARG", "zebrafish"),
+        ("ENSSSCG", "pig"),
+        ("ENSXYZG", "ENSXYZG (another species)"),
+    ],
+)
 def test_another_species_is_named_by_its_ids(prefix, species):
-    refused([f"{prefix}{i:011d}" for i in range(50)], VOCABULARY, words=[species, f"{prefix}00000000000", "ortholog", "mapping="])
+    refused(
+        [f"{prefix}{i:011d}" for i in range(50)],
+        VOCABULARY,
+        words=[species, f"{prefix}00000000000", "ortholog", "mapping="],
+    )
 
 
 def test_mouse_symbols_are_not_taken_for_human_ones():
     symbols = {"CD3E": HUMAN[0], "LYZ": HUMAN[1], "ACTB": HUMAN[2]}
-    refused(["Cd3e", "Lyz", "Actb", "mt-Nd1"], VOCABULARY, symbols=symbols, words=["mouse or rat symbol (4)", "Cd3e", "ortholog"])
+    refused(
+        ["Cd3e", "Lyz", "Actb", "mt-Nd1"],
+        VOCABULARY,
+        symbols=symbols,
+        words=["mouse or rat symbol (4)", "Cd3e", "ortholog"],
+    )
     refused(["Cd3e", "Lyz", "Actb"], list(symbols), words=["mouse or rat symbol"])
 
 
@@ -179,9 +205,16 @@ def test_lower_case_is_matched_and_warned_of():
 
 
 def test_species_are_told_from_the_form_of_an_id():
-    assert [species_of(g) for g in ("ENSG00000198851", "Cd3e", "Gm1234", "1700010I14Rik", "mt-Nd1", "CD3E", "C1orf112", "HLA-A")] == [
-        "human", *["mouse or rat symbol"] * 4, "", "", ""]
-    assert [species_of(g) for g in ("mm10_Cd3e", "GRCm39_Cd3e", "hg19_CD3E", "GRCh38_CD3E")] == ["mouse", "mouse", "human", "human"]
+    assert [
+        species_of(g)
+        for g in ("ENSG00000198851", "Cd3e", "Gm1234", "1700010I14Rik", "mt-Nd1", "CD3E", "C1orf112", "HLA-A")
+    ] == ["human", *["mouse or rat symbol"] * 4, "", "", ""]
+    assert [species_of(g) for g in ("mm10_Cd3e", "GRCm39_Cd3e", "hg19_CD3E", "GRCh38_CD3E")] == [
+        "mouse",
+        "mouse",
+        "human",
+        "human",
+    ]
 
 
 def test_sixty_thousand_genes_take_less_than_three_tenths_of_a_second():

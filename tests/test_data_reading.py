@@ -1,4 +1,5 @@
 """Counts arrive as they are in the file, from any storage, and what is not counts is refused with its place and the fix."""
+
 import hashlib
 import warnings
 
@@ -42,9 +43,17 @@ def fingerprint(adata):
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("form", [
-    sparse.csr_matrix, sparse.csc_matrix, sparse.csr_array, sparse.csc_array, np.asarray, np.asfortranarray,
-])
+@pytest.mark.parametrize(
+    "form",
+    [
+        sparse.csr_matrix,
+        sparse.csc_matrix,
+        sparse.csr_array,
+        sparse.csc_array,
+        np.asarray,
+        np.asfortranarray,
+    ],
+)
 @pytest.mark.parametrize("rows", [1, 7, 37, 1000])
 def test_every_storage_gives_the_same_blocks(form, rows):
     adata, dense = cells()
@@ -169,7 +178,11 @@ def write_10x_h5(path, dense, ids, symbols):
     csr = sparse.csr_matrix(dense)  # 10x stores genes x cells as CSC, which is cells x genes as CSR
     with h5py.File(path, "w") as file:
         group = file.create_group("matrix")
-        group["data"], group["indices"], group["indptr"] = csr.data.astype(np.int32), csr.indices.astype(np.int64), csr.indptr.astype(np.int64)
+        group["data"], group["indices"], group["indptr"] = (
+            csr.data.astype(np.int32),
+            csr.indices.astype(np.int64),
+            csr.indptr.astype(np.int64),
+        )
         group["shape"] = np.array(dense.T.shape, dtype=np.int32)
         group["barcodes"] = np.array([f"AAAC{i}-1" for i in range(len(dense))], dtype="S")
         features = group.create_group("features")
@@ -214,6 +227,7 @@ def test_a_unicode_path_with_spaces_is_read(tmp_path):
 
 
 # --- bad inputs
+
 
 def refused(adata, *words, layer=None):
     with pytest.raises(DataError) as caught:
@@ -270,9 +284,15 @@ def test_a_single_bad_value_in_the_last_block_is_found_wherever_it_is():
         refused(adata, "1 values", "'cell4999'", "'GENE7'", "2.5")
 
 
-@pytest.mark.parametrize("value,words", [
-    (-3, ["negative", "-3"]), (np.nan, ["1 values", "NaN or infinite", "nan"]), (np.inf, ["infinite", "inf"]), (1.5, ["not integers", "1.5"]),
-])
+@pytest.mark.parametrize(
+    "value,words",
+    [
+        (-3, ["negative", "-3"]),
+        (np.nan, ["1 values", "NaN or infinite", "nan"]),
+        (np.inf, ["infinite", "inf"]),
+        (1.5, ["not integers", "1.5"]),
+    ],
+)
 def test_bad_values_are_named_with_cell_gene_and_value(value, words):
     refused(spoilt(value), "'cell30'", "'GENE7'", *words)
 
@@ -292,7 +312,11 @@ def test_no_cells_or_no_genes_is_refused(shape, words):
 
 def test_an_empty_matrix_is_refused():
     refused(anndata.AnnData(sparse.csr_matrix((4, 3), dtype=np.float32)), "only zeros", "4 cells x 3 genes")
-    refused(anndata.AnnData(obs=pd.DataFrame(index=list("ab")), var=pd.DataFrame(index=list("cd"))), "adata.X is empty", "layer=")
+    refused(
+        anndata.AnnData(obs=pd.DataFrame(index=list("ab")), var=pd.DataFrame(index=list("cd"))),
+        "adata.X is empty",
+        "layer=",
+    )
 
 
 def test_counts_too_large_for_float32_are_warned_of():
@@ -357,8 +381,12 @@ def test_files_that_are_missing_unknown_or_damaged_are_named(tmp_path):
     with pytest.raises(DataError, match="neither matrix.mtx"):
         read(tmp_path / "empty")
     whole = (tmp_path / "cells.h5ad").read_bytes()
-    for name, content in (("cut.h5ad", whole[: len(whole) // 2]), ("page.h5ad", b"<html>login</html>"), ("zero.h5ad", b""),
-                          ("lfs.h5ad", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")):
+    for name, content in (
+        ("cut.h5ad", whole[: len(whole) // 2]),
+        ("page.h5ad", b"<html>login</html>"),
+        ("zero.h5ad", b""),
+        ("lfs.h5ad", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"),
+    ):
         (tmp_path / name).write_bytes(content)
         for opened in (lambda path: read(path), lambda path: list(count_blocks(path))):
             with pytest.raises(DataError, match=f"{name}.*({len(content)} bytes|Git-LFS|HTML)"):
@@ -377,14 +405,16 @@ def test_a_10x_folder_that_was_cut_is_named(tmp_path, part, share):
 
     _, dense = cells()
     io.mmwrite(tmp_path / "x.mtx", sparse.coo_matrix(dense.T.astype(int)))
-    content = {"matrix.mtx.gz": (tmp_path / "x.mtx").read_bytes(),
-               "features.tsv.gz": "".join(f"ENSG{i:011d}\tSYM{i}\tGene Expression\n" for i in range(23)).encode(),
-               "barcodes.tsv.gz": "".join(f"c{i}\n" for i in range(37)).encode()}
+    content = {
+        "matrix.mtx.gz": (tmp_path / "x.mtx").read_bytes(),
+        "features.tsv.gz": "".join(f"ENSG{i:011d}\tSYM{i}\tGene Expression\n" for i in range(23)).encode(),
+        "barcodes.tsv.gz": "".join(f"c{i}\n" for i in range(37)).encode(),
+    }
     folder = tmp_path / "filtered"
     folder.mkdir()
     for name, data in content.items():
         zipped = gzip.compress(data)
-        (folder / name).write_bytes(zipped[:int(len(zipped) * share)] if name == part else zipped)
+        (folder / name).write_bytes(zipped[: int(len(zipped) * share)] if name == part else zipped)
     with pytest.raises(DataError, match="filtered cannot be read.*copied whole"):
         read(folder)
 
@@ -468,7 +498,7 @@ def test_real_cells_of_a_published_study_are_counts():
     path = real_data("kang18/kang18_2000.h5ad")
     adata = read(path)
     check_counts(adata)
-    assert (sum(block.sum() for _, block in count_blocks(path)) == adata.X.sum(dtype=np.float64))
+    assert sum(block.sum() for _, block in count_blocks(path)) == adata.X.sum(dtype=np.float64)
 
 
 def test_a_file_without_the_layer_is_closed_again(tmp_path):

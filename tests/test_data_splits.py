@@ -1,4 +1,5 @@
 """A group is never on both sides, the fractions are kept, and only names and the seed decide."""
+
 import itertools
 import warnings
 
@@ -52,8 +53,10 @@ def test_the_order_of_rows_changes_nothing_and_the_seed_does(by, n_donors):
     obs = table(n_donors=n_donors)
     obs["donor"] = [f"donor{i % n_donors}" for i in range(len(obs))]  # of one size: many deals are equally good
     order = np.random.default_rng(1).permutation(len(obs))
-    for function in (lambda o, seed: named(hold_out(o, by=by, stratify="cell_type", seed=seed), o),
-                     lambda o, seed: [o.index[f.test].sort_values().tolist() for f in folds(o, by=by, k=3, seed=seed)]):
+    for function in (
+        lambda o, seed: named(hold_out(o, by=by, stratify="cell_type", seed=seed), o),
+        lambda o, seed: [o.index[f.test].sort_values().tolist() for f in folds(o, by=by, k=3, seed=seed)],
+    ):
         assert function(obs, 0) == function(obs.iloc[order], 0)
         assert len({str(sorted(function(obs, seed)[-1])) for seed in range(6)}) > 2
 
@@ -75,7 +78,9 @@ def test_fractions_are_as_near_as_whole_groups_allow(seed):
     sizes = obs["donor"].value_counts().to_numpy()
     best = min(
         np.abs(np.array([sizes[np.array(deal) == part].sum() for part in range(3)]) / 600 - fractions).max()
-        for deal in itertools.product(range(3), repeat=len(sizes)) if len(set(deal)) == 3)
+        for deal in itertools.product(range(3), repeat=len(sizes))
+        if len(set(deal)) == 3
+    )
     split = hold_out(obs, by="donor", fractions=fractions, seed=seed)
     error = np.abs(np.array([len(part) for part in parts(split)]) / 600 - fractions).max()
     assert error <= best + 0.01
@@ -160,6 +165,7 @@ def test_a_split_shows_what_its_parts_hold():
 
 # --- bad inputs
 
+
 def refused(error, *words, function=hold_out, obs=None, **options):
     with pytest.raises(error) as caught:
         function(table() if obs is None else obs, **options)
@@ -218,7 +224,9 @@ def test_fewer_cells_than_parts_are_refused_without_talk_of_labels():
 
 def test_two_columns_are_no_column():
     for name in ("by", "stratify"):
-        refused(DataError, f"{name}=['donor', 'cell_type'] is not a column", obs=table(), **{name: ["donor", "cell_type"]})
+        refused(
+            DataError, f"{name}=['donor', 'cell_type'] is not a column", obs=table(), **{name: ["donor", "cell_type"]}
+        )
 
 
 def test_fewer_groups_than_parts_are_refused():

@@ -1,4 +1,5 @@
 """Simulated cells with planted regulators, from counts to the table of the screen."""
+
 import pytest
 
 from scellfm.data import folds, simulate_cells

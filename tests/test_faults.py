@@ -1,4 +1,5 @@
 """Whatever is saved: a full disk is told with the file's name and leaves nothing half done; a killed run leaves nothing that is read."""
+
 import os
 import signal
 import subprocess
@@ -13,7 +14,15 @@ from scipy import sparse
 
 from scellfm.core import StoreError
 from scellfm.data import hold_out
-from scellfm.geneformer import CellClassifier, GeneClassifier, Geneformer, RankTokenizer, Screen, TaskClassifier, TokenizedCells
+from scellfm.geneformer import (
+    CellClassifier,
+    GeneClassifier,
+    Geneformer,
+    RankTokenizer,
+    Screen,
+    TaskClassifier,
+    TokenizedCells,
+)
 from scellfm.scgpt import ReferenceMap, ScGPT
 
 resource = pytest.importorskip("resource")
@@ -36,7 +45,9 @@ def made(tmp_path_factory):
     clf = gf.finetune(adata, "cell_type", split=hold_out(adata, fractions=(0.5, 0, 0.5)), epochs=1, n_boot=0)
     of_genes = gf.finetune_genes(adata, {"a": GENES[:10], "b": GENES[10:]}, folds=2, epochs=1, n_boot=0)
     adata.obs["side"] = ["left", "right", "right", "left"] * 6
-    of_tasks = gf.finetune(adata, ["cell_type", "side"], split=hold_out(adata, fractions=(0.5, 0, 0.5)), epochs=1, n_boot=0)
+    of_tasks = gf.finetune(
+        adata, ["cell_type", "side"], split=hold_out(adata, fractions=(0.5, 0, 0.5)), epochs=1, n_boot=0
+    )
     screen = clf.perturb(adata, state="cell_type", start="B", goal="T", genes=GENES[:3])
     scgpt = ScGPT.from_config("tiny", GENES, device="cpu")
     adata.obsm["X"] = np.random.default_rng(0).normal(size=(24, 4))
@@ -49,7 +60,10 @@ def made(tmp_path_factory):
         "Geneformer": (gf.save_pretrained, lambda path: Geneformer.from_pretrained(path, device="cpu")),
         "cell classifier": (clf.save_pretrained, lambda path: CellClassifier.from_pretrained(path, device="cpu")),
         "gene classifier": (of_genes.save_pretrained, lambda path: GeneClassifier.from_pretrained(path, device="cpu")),
-        "classifier of several labels": (of_tasks.save_pretrained, lambda path: TaskClassifier.from_pretrained(path, device="cpu")),
+        "classifier of several labels": (
+            of_tasks.save_pretrained,
+            lambda path: TaskClassifier.from_pretrained(path, device="cpu"),
+        ),
         "screen": (screen.save, Screen.load),
         "scGPT": (scgpt.save_pretrained, lambda path: ScGPT.from_pretrained(path, device="cpu")),
         "reference map": (ReferenceMap(adata, "X", k=3).save, ReferenceMap.load),
@@ -65,7 +79,18 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
-THINGS = ["tokenizer", "tokenized cells", "tokenized file", "Geneformer", "cell classifier", "gene classifier", "classifier of several labels", "screen", "scGPT", "reference map"]
+THINGS = [
+    "tokenizer",
+    "tokenized cells",
+    "tokenized file",
+    "Geneformer",
+    "cell classifier",
+    "gene classifier",
+    "classifier of several labels",
+    "screen",
+    "scGPT",
+    "reference map",
+]
 
 
 @pytest.mark.parametrize("thing", THINGS)
@@ -108,7 +133,12 @@ def test_killed_while_tokenizing_a_file_nothing_is_there_and_the_next_run_has_th
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def start(out, slow):
-        return subprocess.Popen([sys.executable, "-W", "ignore", "-c", TOKENIZE, tmp_path / "cells.h5ad", out, str(slow)], env=env, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", TOKENIZE, tmp_path / "cells.h5ad", out, str(slow)],
+            env=env,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     killed, whole = start(tmp_path / "out", 60), start(tmp_path / "whole", 0)
     assert killed.stdout.readline().strip() == "half"

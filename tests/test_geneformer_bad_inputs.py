@@ -1,4 +1,5 @@
 "What the Geneformer wing does with a bad input, at its public doors: the error's type, the value it names, and the fix."
+
 import os
 import subprocess
 import sys
@@ -28,13 +29,16 @@ def cells(change=None, genes=None, **obs):
     dense[:, 0] += 1
     table = {"donor": [f"d{i % 4}" for i in range(24)], "type": ["B", "T", "T", "B"] * 6} | obs
     x = sparse.csr_matrix(dense if change is None else change(dense))
-    return anndata.AnnData(x, obs=pd.DataFrame(table, index=[f"cell{i}" for i in range(24)]), var=pd.DataFrame(index=genes or GENES))
+    return anndata.AnnData(
+        x, obs=pd.DataFrame(table, index=[f"cell{i}" for i in range(24)]), var=pd.DataFrame(index=genes or GENES)
+    )
 
 
 def put(value):
     def change(dense):
         dense[20, 7] = value
         return dense
+
     return change
 
 
@@ -90,73 +94,259 @@ STATES = dict(state="type", start="B", goal="T", donor="donor")
 
 # what is wrong: (what is done with (model, classifier, saved things, an empty folder), the type, words of the message)
 ERRORS = {
-    "logarithms are tokenized": (lambda g, c, s, d: g.tokenizer(cells(np.log1p)), DataError, ["1.09861", "log-normalised", "layer="]),
-    "logarithms are embedded": (lambda g, c, s, d: g.embed(cells(np.log1p)), DataError, ["1.09861", "log-normalised", "layer="]),
-    "negative counts train a model": (lambda g, c, s, d: g.pretrain(cells(put(-3))), DataError, ["'cell20'", GENES[7], "-3", "layer="]),
-    "NaN is perturbed": (lambda g, c, s, d: c.perturb(cells(put(np.nan)), **STATES), DataError, ["'cell20'", GENES[7], "nan", "layer="]),
-    "an infinite count is classified": (lambda g, c, s, d: c.predict(cells(put(np.inf))), DataError, ["'cell20'", "inf", "layer="]),
+    "logarithms are tokenized": (
+        lambda g, c, s, d: g.tokenizer(cells(np.log1p)),
+        DataError,
+        ["1.09861", "log-normalised", "layer="],
+    ),
+    "logarithms are embedded": (
+        lambda g, c, s, d: g.embed(cells(np.log1p)),
+        DataError,
+        ["1.09861", "log-normalised", "layer="],
+    ),
+    "negative counts train a model": (
+        lambda g, c, s, d: g.pretrain(cells(put(-3))),
+        DataError,
+        ["'cell20'", GENES[7], "-3", "layer="],
+    ),
+    "NaN is perturbed": (
+        lambda g, c, s, d: c.perturb(cells(put(np.nan)), **STATES),
+        DataError,
+        ["'cell20'", GENES[7], "nan", "layer="],
+    ),
+    "an infinite count is classified": (
+        lambda g, c, s, d: c.predict(cells(put(np.inf))),
+        DataError,
+        ["'cell20'", "inf", "layer="],
+    ),
     "no such layer": (lambda g, c, s, d: g.embed(cells(), layer="raw_counts"), DataError, ["'raw_counts'"]),
     "no cells": (lambda g, c, s, d: g.embed(cells()[:0]), DataError, ["no cells", "filters"]),
-    "a table for cells": (lambda g, c, s, d: g.embed(pd.DataFrame({"G1": [1, 2]})), DataError, ["a DataFrame holds no cells", "give an AnnData"]),
-    "nothing for cells": (lambda g, c, s, d: c.perturb(None), DataError, ["a NoneType holds no cells", "give an AnnData"]),
-    "a file for a data set": (lambda g, c, s, d: (cells().write_h5ad(d / "c.h5ad"), g.embed(d / "c.h5ad")), DataError, ["c.h5ad", "scellfm.data.read("]),
+    "a table for cells": (
+        lambda g, c, s, d: g.embed(pd.DataFrame({"G1": [1, 2]})),
+        DataError,
+        ["a DataFrame holds no cells", "give an AnnData"],
+    ),
+    "nothing for cells": (
+        lambda g, c, s, d: c.perturb(None),
+        DataError,
+        ["a NoneType holds no cells", "give an AnnData"],
+    ),
+    "a file for a data set": (
+        lambda g, c, s, d: (cells().write_h5ad(d / "c.h5ad"), g.embed(d / "c.h5ad")),
+        DataError,
+        ["c.h5ad", "scellfm.data.read("],
+    ),
     "no cells to train on": (lambda g, c, s, d: g.pretrain(cells()[:0]), DataError, ["no cells", "filters"]),
     "no genes": (lambda g, c, s, d: g.tokenizer(cells()[:, :0]), DataError, ["0 genes"]),
-    "nothing but empty cells": (lambda g, c, s, d: g.embed(cells(lambda x: x * 0)), DataError, ["no cell is left of 24"]),
-    "no genes to fit to": (lambda g, c, s, d: RankTokenizer.fit(cells(lambda x: x * 0)), DataError, ["no gene has any count"]),
-    "symbols": (lambda g, c, s, d: g.embed(cells(genes=[f"SYM{i}" for i in range(40)])), DataError, ["0 of 40", "'SYM0'", "symbols="]),
-    "mouse": (lambda g, c, s, d: g.pretrain(cells(genes=[f"ENSMUSG{i:011d}" for i in range(40)])), DataError, ["mouse (40)", "mapping="]),
-    "two species": (lambda g, c, s, d: c.predict(cells(genes=[*GENES[:30], *[f"ENSMUSG{i:011d}" for i in range(10)]])), DataError,
-                    ["two species", "mouse (10)", "Keep one species"]),
-    "numbers for genes": (lambda g, c, s, d: g.tokenizer(cells(genes=list(map(str, range(40))))), DataError, ["integers", "ensembl_id"]),
+    "nothing but empty cells": (
+        lambda g, c, s, d: g.embed(cells(lambda x: x * 0)),
+        DataError,
+        ["no cell is left of 24"],
+    ),
+    "no genes to fit to": (
+        lambda g, c, s, d: RankTokenizer.fit(cells(lambda x: x * 0)),
+        DataError,
+        ["no gene has any count"],
+    ),
+    "symbols": (
+        lambda g, c, s, d: g.embed(cells(genes=[f"SYM{i}" for i in range(40)])),
+        DataError,
+        ["0 of 40", "'SYM0'", "symbols="],
+    ),
+    "mouse": (
+        lambda g, c, s, d: g.pretrain(cells(genes=[f"ENSMUSG{i:011d}" for i in range(40)])),
+        DataError,
+        ["mouse (40)", "mapping="],
+    ),
+    "two species": (
+        lambda g, c, s, d: c.predict(cells(genes=[*GENES[:30], *[f"ENSMUSG{i:011d}" for i in range(10)]])),
+        DataError,
+        ["two species", "mouse (10)", "Keep one species"],
+    ),
+    "numbers for genes": (
+        lambda g, c, s, d: g.tokenizer(cells(genes=list(map(str, range(40))))),
+        DataError,
+        ["integers", "ensembl_id"],
+    ),
     "no such column of genes": (lambda g, c, s, d: g.tokenizer(cells(), gene_column="symbol"), DataError, ["'symbol'"]),
     "no such label": (lambda g, c, s, d: tuned(g, cells(), "typ"), DataError, ["'typ'", "Did you mean 'type'?"]),
-    "missing labels": (lambda g, c, s, d: tuned(g, cells(type=[None, *["B", "T"] * 11, "B"])), DataError, ["1 of 24", "'cell0'", "notna()"]),
-    "one class": (lambda g, c, s, d: tuned(g, cells(type="B")), DataError, ["single class, 'B'", "choose another column"]),
-    "a class of one cell": (lambda g, c, s, d: tuned(g, cells(type=["NK", *["B", "T"] * 11, "B"])), DataError, ["'NK'", "1 cell"]),
-    "a cell in training and test": (lambda g, c, s, d: tuned(g, cells(), split=leaky()), DataError, ["both train and test", "deal the cells again"]),
-    "a number for a split": (lambda g, c, s, d: tuned(g, cells(), split=5), OptionError, ["type int", "scellfm.data.folds(adata"]),
-    "folds to pretrain by": (lambda g, c, s, d: g.pretrain(cells(), split=folds(cells(), k=2)), OptionError, ["type Folds", "one Split"]),
-    "half an epoch": (lambda g, c, s, d: tuned(g, cells(), epochs=1.5), OptionError, ["epochs=1.5", "whole number of at least 1"]),
-    "a word for a rate": (lambda g, c, s, d: tuned(g, cells(), learning_rate="5e-5"), OptionError, ["learning_rate='5e-5'", "number of at least 0"]),
-    "a rate beyond reason": (lambda g, c, s, d: Geneformer.from_config("tiny", g.tokenizer, device="cpu").pretrain(cells(), learning_rate=1e30),
-                             DivergedError, ["lower learning_rate", "make it, anew"]),
-    "no length": (lambda g, c, s, d: RankTokenizer.fit(cells(), max_length=0), OptionError, ["max_length=0", "at least 1"]),
-    "no room for a gene": (lambda g, c, s, d: RankTokenizer.fit(cells(), special=True, max_length=2), OptionError, ["max_length=2", "at least 3"]),
-    "cells of one name learn": (lambda g, c, s, d: tuned(g, renamed(["twin"] * 24)), DataError, ["'twin'", "obs_names_make_unique()"]),
-    "no such state": (lambda g, c, s, d: c.perturb(cells(), **STATES | {"goal": "NK"}), DataError, ["type='NK'", "B, T"]),
-    "all cells but one": (lambda g, c, s, d: c.perturb(cells(), max_cells=-1, **STATES), OptionError, ["max_cells=-1", "at least 1"]),
-    "half a cell": (lambda g, c, s, d: c.perturb(cells(), max_cells=1.5, **STATES), OptionError, ["max_cells=1.5", "whole number"]),
-    "two columns of groups": (lambda g, c, s, d: c.perturb(cells(), groupby=["type", "donor"], **STATES), OptionError, ["groupby=['type', 'donor']", "one column"]),
-    "a goal that is the start": (lambda g, c, s, d: c.perturb(cells(), **STATES | {"goal": "B"}), OptionError, ["goal='B'", "must differ"]),
-    "no such column of states": (lambda g, c, s, d: c.perturb(cells(), **STATES | {"state": "illness"}), DataError, ["'illness'", "'type'"]),
-    "a gene that nobody knows": (lambda g, c, s, d: g.perturb(cells(), genes=[GENES[3] + "9"]), DataError, [GENES[3] + "9", "40 genes", "give an id or symbol"]),
+    "missing labels": (
+        lambda g, c, s, d: tuned(g, cells(type=[None, *["B", "T"] * 11, "B"])),
+        DataError,
+        ["1 of 24", "'cell0'", "notna()"],
+    ),
+    "one class": (
+        lambda g, c, s, d: tuned(g, cells(type="B")),
+        DataError,
+        ["single class, 'B'", "choose another column"],
+    ),
+    "a class of one cell": (
+        lambda g, c, s, d: tuned(g, cells(type=["NK", *["B", "T"] * 11, "B"])),
+        DataError,
+        ["'NK'", "1 cell"],
+    ),
+    "a cell in training and test": (
+        lambda g, c, s, d: tuned(g, cells(), split=leaky()),
+        DataError,
+        ["both train and test", "deal the cells again"],
+    ),
+    "a number for a split": (
+        lambda g, c, s, d: tuned(g, cells(), split=5),
+        OptionError,
+        ["type int", "scellfm.data.folds(adata"],
+    ),
+    "folds to pretrain by": (
+        lambda g, c, s, d: g.pretrain(cells(), split=folds(cells(), k=2)),
+        OptionError,
+        ["type Folds", "one Split"],
+    ),
+    "half an epoch": (
+        lambda g, c, s, d: tuned(g, cells(), epochs=1.5),
+        OptionError,
+        ["epochs=1.5", "whole number of at least 1"],
+    ),
+    "a word for a rate": (
+        lambda g, c, s, d: tuned(g, cells(), learning_rate="5e-5"),
+        OptionError,
+        ["learning_rate='5e-5'", "number of at least 0"],
+    ),
+    "a rate beyond reason": (
+        lambda g, c, s, d: Geneformer.from_config("tiny", g.tokenizer, device="cpu").pretrain(
+            cells(), learning_rate=1e30
+        ),
+        DivergedError,
+        ["lower learning_rate", "make it, anew"],
+    ),
+    "no length": (
+        lambda g, c, s, d: RankTokenizer.fit(cells(), max_length=0),
+        OptionError,
+        ["max_length=0", "at least 1"],
+    ),
+    "no room for a gene": (
+        lambda g, c, s, d: RankTokenizer.fit(cells(), special=True, max_length=2),
+        OptionError,
+        ["max_length=2", "at least 3"],
+    ),
+    "cells of one name learn": (
+        lambda g, c, s, d: tuned(g, renamed(["twin"] * 24)),
+        DataError,
+        ["'twin'", "obs_names_make_unique()"],
+    ),
+    "no such state": (
+        lambda g, c, s, d: c.perturb(cells(), **STATES | {"goal": "NK"}),
+        DataError,
+        ["type='NK'", "B, T"],
+    ),
+    "all cells but one": (
+        lambda g, c, s, d: c.perturb(cells(), max_cells=-1, **STATES),
+        OptionError,
+        ["max_cells=-1", "at least 1"],
+    ),
+    "half a cell": (
+        lambda g, c, s, d: c.perturb(cells(), max_cells=1.5, **STATES),
+        OptionError,
+        ["max_cells=1.5", "whole number"],
+    ),
+    "two columns of groups": (
+        lambda g, c, s, d: c.perturb(cells(), groupby=["type", "donor"], **STATES),
+        OptionError,
+        ["groupby=['type', 'donor']", "one column"],
+    ),
+    "a goal that is the start": (
+        lambda g, c, s, d: c.perturb(cells(), **STATES | {"goal": "B"}),
+        OptionError,
+        ["goal='B'", "must differ"],
+    ),
+    "no such column of states": (
+        lambda g, c, s, d: c.perturb(cells(), **STATES | {"state": "illness"}),
+        DataError,
+        ["'illness'", "'type'"],
+    ),
+    "a gene that nobody knows": (
+        lambda g, c, s, d: g.perturb(cells(), genes=[GENES[3] + "9"]),
+        DataError,
+        [GENES[3] + "9", "40 genes", "give an id or symbol"],
+    ),
     "no genes are asked for": (lambda g, c, s, d: g.perturb(cells(), genes=[]), OptionError, ["genes=[]", "'all'"]),
-    "a layer that there is not": (lambda g, c, s, d: g.embed(cells(), emb_layer=-9), OptionError, ["-9", "'second_to_last'"]),
-    "too many frozen layers": (lambda g, c, s, d: tuned(g, cells(), freeze_layers=4), OptionError, ["freeze_layers=4", "3"]),
-    "an unknown shape": (lambda g, c, s, d: Geneformer.from_config("V2-104", g.tokenizer), OptionError, ["'V2-104'", "Did you mean 'V2-104M'?"]),
-    "a classifier guesses genes": (lambda g, c, s, d: c.models[0].pretrain(cells()), OptionError, ["classifier", "pretrained model"]),
-    "cells of another dictionary": (lambda g, c, s, d: g.embed(TokenizedCells(np.array([99, 5], np.uint16), np.array([0, 2]), cells().obs[:1],
-                                                                            np.arange(1))), DataError, ["token 99", "tokenizer"]),
-    "a pointer for weights": (lambda g, c, s, d: Geneformer.from_pretrained(spoilt(s, d, "model/*.safetensors", LFS) / "model"), AssetError,
-                              ["model.safetensors", "git-lfs pointer", "git lfs pull"]),
-    "a pointer for a dictionary": (lambda g, c, s, d: RankTokenizer.from_pretrained(spoilt(s, d, "model/token_dictionary*", LFS) / "model"),
-                                   AssetError, ["token_dictionary", "git-lfs pointer", "git lfs pull"]),
-    "a pointer for cells": (lambda g, c, s, d: g.embed(spoilt(s, d, "cells.dataset/data-*", LFS) / "cells.dataset"), DataError,
-                            ["data-00000-of-00001.arrow", "tokenize again"]),
-    "a page for weights": (lambda g, c, s, d: CellClassifier.from_pretrained(spoilt(s, d, "classifier/fold0/*.safetensors", b"<html>Sign in"
-                                                                                    ) / "classifier"), AssetError, ["web page", "fetch it again"]),
-    "cut weights": (lambda g, c, s, d: Geneformer.from_pretrained(spoilt(s, d, "model/*.safetensors", lambda b: b[:5000]) / "model"), AssetError,
-                    ["model.safetensors"]),
-    "a cut data set": (lambda g, c, s, d: g.pretrain(spoilt(s, d, "cells.dataset/data-*", lambda b: b[:900]) / "cells.dataset"), DataError,
-                       ["data-00000-of-00001.arrow", "truncated", "tokenize again"]),
-    "a cut record": (lambda g, c, s, d: CellClassifier.from_pretrained(spoilt(s, d, "classifier/classifier.json", lambda b: b[:50]
-                                                                              ) / "classifier"), AssetError, ["classifier.json"]),
+    "a layer that there is not": (
+        lambda g, c, s, d: g.embed(cells(), emb_layer=-9),
+        OptionError,
+        ["-9", "'second_to_last'"],
+    ),
+    "too many frozen layers": (
+        lambda g, c, s, d: tuned(g, cells(), freeze_layers=4),
+        OptionError,
+        ["freeze_layers=4", "3"],
+    ),
+    "an unknown shape": (
+        lambda g, c, s, d: Geneformer.from_config("V2-104", g.tokenizer),
+        OptionError,
+        ["'V2-104'", "Did you mean 'V2-104M'?"],
+    ),
+    "a classifier guesses genes": (
+        lambda g, c, s, d: c.models[0].pretrain(cells()),
+        OptionError,
+        ["classifier", "pretrained model"],
+    ),
+    "cells of another dictionary": (
+        lambda g, c, s, d: g.embed(
+            TokenizedCells(np.array([99, 5], np.uint16), np.array([0, 2]), cells().obs[:1], np.arange(1))
+        ),
+        DataError,
+        ["token 99", "tokenizer"],
+    ),
+    "a pointer for weights": (
+        lambda g, c, s, d: Geneformer.from_pretrained(spoilt(s, d, "model/*.safetensors", LFS) / "model"),
+        AssetError,
+        ["model.safetensors", "git-lfs pointer", "git lfs pull"],
+    ),
+    "a pointer for a dictionary": (
+        lambda g, c, s, d: RankTokenizer.from_pretrained(spoilt(s, d, "model/token_dictionary*", LFS) / "model"),
+        AssetError,
+        ["token_dictionary", "git-lfs pointer", "git lfs pull"],
+    ),
+    "a pointer for cells": (
+        lambda g, c, s, d: g.embed(spoilt(s, d, "cells.dataset/data-*", LFS) / "cells.dataset"),
+        DataError,
+        ["data-00000-of-00001.arrow", "tokenize again"],
+    ),
+    "a page for weights": (
+        lambda g, c, s, d: CellClassifier.from_pretrained(
+            spoilt(s, d, "classifier/fold0/*.safetensors", b"<html>Sign in") / "classifier"
+        ),
+        AssetError,
+        ["web page", "fetch it again"],
+    ),
+    "cut weights": (
+        lambda g, c, s, d: Geneformer.from_pretrained(
+            spoilt(s, d, "model/*.safetensors", lambda b: b[:5000]) / "model"
+        ),
+        AssetError,
+        ["model.safetensors"],
+    ),
+    "a cut data set": (
+        lambda g, c, s, d: g.pretrain(spoilt(s, d, "cells.dataset/data-*", lambda b: b[:900]) / "cells.dataset"),
+        DataError,
+        ["data-00000-of-00001.arrow", "truncated", "tokenize again"],
+    ),
+    "a cut record": (
+        lambda g, c, s, d: CellClassifier.from_pretrained(
+            spoilt(s, d, "classifier/classifier.json", lambda b: b[:50]) / "classifier"
+        ),
+        AssetError,
+        ["classifier.json"],
+    ),
     "no such folder": (lambda g, c, s, d: Geneformer.from_pretrained(d / "none"), AssetError, ["none"]),
-    "a file where the checkpoint should go": (lambda g, c, s, d: ((d / "run").write_text("mine"), g.pretrain(cells(), steps=1, folder=d / "run")),
-                                              StoreError, ["run"]),
-    "a finished screen of other cells": (lambda g, c, s, d: (g.perturb(cells(), folder=d / "screen"), g.perturb(cells()[3:], folder=d / "screen")),
-                                         StoreError, ["cells"]),
+    "a file where the checkpoint should go": (
+        lambda g, c, s, d: ((d / "run").write_text("mine"), g.pretrain(cells(), steps=1, folder=d / "run")),
+        StoreError,
+        ["run"],
+    ),
+    "a finished screen of other cells": (
+        lambda g, c, s, d: (g.perturb(cells(), folder=d / "screen"), g.perturb(cells()[3:], folder=d / "screen")),
+        StoreError,
+        ["cells"],
+    ),
 }
 
 
@@ -173,13 +363,28 @@ def test_what_is_wrong_is_named_with_its_value_and_the_fix(gf, clf, saved, tmp_p
 
 # odd, and yet possible: it goes on, and says what and how many
 WARNINGS = {
-    "cells without a known gene": (lambda g: g.embed(cells(lambda x: np.where(np.arange(24)[:, None] < 2, 0, x))), ["2 of 24 cells"]),
-    "under half of the genes known": (lambda g: g.tokenizer(cells(genes=[*GENES[:15], *[f"X{i}" for i in range(25)]])), ["15 of 40", "'X0'"]),
+    "cells without a known gene": (
+        lambda g: g.embed(cells(lambda x: np.where(np.arange(24)[:, None] < 2, 0, x))),
+        ["2 of 24 cells"],
+    ),
+    "under half of the genes known": (
+        lambda g: g.tokenizer(cells(genes=[*GENES[:15], *[f"X{i}" for i in range(25)]])),
+        ["15 of 40", "'X0'"],
+    ),
     "genes in lower case": (lambda g: g.tokenizer(cells(genes=[gene.lower() for gene in GENES])), ["lower case"]),
     "fractions on a linear scale": (lambda g: g.tokenizer(cells(lambda x: x * 7.3)), ["not whole numbers", "linear"]),
-    "more tokens than the model reads": (lambda g: g.embed(TokenizedCells(np.tile(np.arange(4, 40, dtype=np.uint16), 100), np.array([0, 3600]),
-                                                                          cells().obs[:1], np.arange(1))), ["1 of 1 cells", "2,048"]),
-    "a model that learned nothing": (lambda g: Geneformer.from_config("tiny", g.tokenizer, device="cpu").pretrain(cells(), steps=1), ["which genes are common"]),
+    "more tokens than the model reads": (
+        lambda g: g.embed(
+            TokenizedCells(
+                np.tile(np.arange(4, 40, dtype=np.uint16), 100), np.array([0, 3600]), cells().obs[:1], np.arange(1)
+            )
+        ),
+        ["1 of 1 cells", "2,048"],
+    ),
+    "a model that learned nothing": (
+        lambda g: Geneformer.from_config("tiny", g.tokenizer, device="cpu").pretrain(cells(), steps=1),
+        ["which genes are common"],
+    ),
 }
 
 
@@ -194,6 +399,7 @@ def test_what_is_odd_is_warned_of_and_goes_on(gf, what):
 
 
 # handled: no error, no warning, and the same answer
+
 
 def tokens(gf, adata):
     with warnings.catch_warnings():
@@ -232,7 +438,9 @@ def test_an_empty_cell_keeps_its_row_and_the_others_their_vectors(gf):
         gf.embed(hole)
     gf.embed(whole)
     assert np.isnan(hole.obsm["X_geneformer"][5]).all()
-    np.testing.assert_allclose(np.delete(hole.obsm["X_geneformer"], 5, 0), np.delete(whole.obsm["X_geneformer"], 5, 0), atol=1e-5)
+    np.testing.assert_allclose(
+        np.delete(hole.obsm["X_geneformer"], 5, 0), np.delete(whole.obsm["X_geneformer"], 5, 0), atol=1e-5
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -253,7 +461,9 @@ def test_cells_left_on_disk_are_read_and_copied_into_memory(gf, clf, tmp_path):
     embedded = gf.embed(backed, copy=True)
     assert not embedded.isbacked and (embedded.X != whole.X).nnz == 0 and "X_geneformer" not in backed.obsm
     gf.embed(backed), gf.embed(whole), clf.predict(backed), clf.predict(whole)
-    assert (backed.obsm["X_geneformer"] == whole.obsm["X_geneformer"]).all() and (embedded.obsm["X_geneformer"] == whole.obsm["X_geneformer"]).all()
+    assert (backed.obsm["X_geneformer"] == whole.obsm["X_geneformer"]).all() and (
+        embedded.obsm["X_geneformer"] == whole.obsm["X_geneformer"]
+    ).all()
     assert backed.obs["type_predicted"].tolist() == whole.obs["type_predicted"].tolist()
     assert gf.embed_genes(backed, copy=True).varm["X_geneformer"].shape == (40, 64)
     backed.file.close()
@@ -281,13 +491,23 @@ def test_paths_with_spaces_and_letters_of_any_script(gf, tmp_path):
 
 def test_locale_and_time_zone_change_no_token(gf, saved):
     "Whatever the decimal comma, the letters and the clock of the machine."
-    code = ("import sys, hashlib, locale; from scellfm.geneformer import RankTokenizer\n"
-            "try: locale.setlocale(locale.LC_ALL, '')\nexcept locale.Error: pass\n"
-            "tok = RankTokenizer.from_pretrained(sys.argv[1] + '/model'); cells = tok(sys.argv[1] + '/cells.h5ad')\n"
-            "print(hashlib.sha256(cells.tokens).hexdigest())")
+    code = (
+        "import sys, hashlib, locale; from scellfm.geneformer import RankTokenizer\n"
+        "try: locale.setlocale(locale.LC_ALL, '')\nexcept locale.Error: pass\n"
+        "tok = RankTokenizer.from_pretrained(sys.argv[1] + '/model'); cells = tok(sys.argv[1] + '/cells.h5ad')\n"
+        "print(hashlib.sha256(cells.tokens).hexdigest())"
+    )
     cells().write_h5ad(saved / "cells.h5ad")
     seen = set()
     for language, zone in (("C", "UTC"), ("de_DE.UTF-8", "Asia/Kathmandu")):
         env = os.environ | {"LANG": language, "LC_ALL": language, "TZ": zone}
-        seen.add(subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(saved)], capture_output=True, text=True, env=env, check=True).stdout)
+        seen.add(
+            subprocess.run(
+                [sys.executable, "-W", "ignore", "-c", code, str(saved)],
+                capture_output=True,
+                text=True,
+                env=env,
+                check=True,
+            ).stdout
+        )
     assert len(seen) == 1

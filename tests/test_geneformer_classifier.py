@@ -1,4 +1,5 @@
 "Fine-tuned classifiers: who judges whom, what is frozen, what is compared, what is saved."
+
 import json
 import pickle
 
@@ -23,8 +24,18 @@ QUICK = dict(epochs=2, learning_rate=2e-3, n_boot=20)
 
 @pytest.fixture(scope="module")
 def adata():
-    return simulate_cells(150, 70, cell_types=["B", "T"], donors=3, depth=200, regulators=1, targets=4, programme_size=15,
-                          programme_effect=2.5, seed=3)
+    return simulate_cells(
+        150,
+        70,
+        cell_types=["B", "T"],
+        donors=3,
+        depth=200,
+        regulators=1,
+        targets=4,
+        programme_size=15,
+        programme_effect=2.5,
+        seed=3,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +69,13 @@ def test_it_beats_chance_on_donors_it_has_not_seen(clf):
 
 
 def test_held_out_scores_come_from_the_models_that_did_not_see_the_donor(clf, adata, split):
-    right = [(clf.classes[own(clf, adata, k, part.test).argmax(1)] == adata.obs["cell_type"].astype(str).to_numpy()[part.test])
-             for k, part in enumerate(split)]
+    right = [
+        (
+            clf.classes[own(clf, adata, k, part.test).argmax(1)]
+            == adata.obs["cell_type"].astype(str).to_numpy()[part.test]
+        )
+        for k, part in enumerate(split)
+    ]
     assert clf.scores.table.loc[HELD_OUT, "accuracy"] == pytest.approx(np.concatenate(right).mean())
 
 
@@ -75,7 +91,7 @@ def test_predictions_use_the_model_that_has_not_seen_the_cell(clf, adata, split)
         values = own(clf, adata, k, [row])[0]
         assert some.obs["cell_type_predicted"].iloc[place] == clf.classes[values.argmax()]
         assert some.obs["cell_type_confidence"].iloc[place] == pytest.approx(values.max(), abs=1e-6)
-    assert (some.X != before).nnz == 0 and not some.obs["cell_type_predicted"].isna().any()
+    assert (before != some.X).nnz == 0 and not some.obs["cell_type_predicted"].isna().any()
 
 
 def test_new_cells_get_the_mean_of_all_models(clf, adata):
@@ -118,7 +134,9 @@ def test_frozen_layers_stay_and_the_others_learn(clf, gf):
         for layer in (1, 2):
             moved = model.model.bert.encoder.layer[layer].output.dense.weight
             assert not torch.equal(moved, start.encoder.layer[layer].output.dense.weight)
-        assert not torch.equal(model.model.bert.embeddings.word_embeddings.weight, start.embeddings.word_embeddings.weight)
+        assert not torch.equal(
+            model.model.bert.embeddings.word_embeddings.weight, start.embeddings.word_embeddings.weight
+        )
 
 
 def test_the_pretrained_model_is_left_as_it_was(gf, adata, split):
@@ -130,8 +148,12 @@ def test_the_pretrained_model_is_left_as_it_was(gf, adata, split):
 
 def test_only_pooler_and_head_are_fresh(clf):
     for model in clf.models:
-        assert sorted(model.load_report.fresh) == ["bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias",
-                                                   "classifier.weight"]
+        assert sorted(model.load_report.fresh) == [
+            "bert.pooler.dense.bias",
+            "bert.pooler.dense.weight",
+            "classifier.bias",
+            "classifier.weight",
+        ]
 
 
 def test_two_runs_are_equal_bit_for_bit(clf, gf, adata, split):
@@ -215,7 +237,9 @@ def test_of_several_class_names_those_of_the_run_are_taken(clf, adata, tmp_path)
         (tmp_path / f"{prefix}_id_class_dict.pkl").write_bytes(pickle.dumps({0: f"B of {prefix}", 1: f"T of {prefix}"}))
         clf.models[0].tokenizer.save_pretrained(tmp_path / f"250101_geneformer_cellClassifier_{prefix}")
     for prefix in ("a", "run_b"):
-        loaded = CellClassifier.from_pretrained(tmp_path / f"250101_geneformer_cellClassifier_{prefix}" / "ksplit1", device="cpu")
+        loaded = CellClassifier.from_pretrained(
+            tmp_path / f"250101_geneformer_cellClassifier_{prefix}" / "ksplit1", device="cpu"
+        )
         assert list(loaded.classes) == [f"B of {prefix}", f"T of {prefix}"]
     (tmp_path / "run_b_id_class_dict.pkl").rename(tmp_path / "c_id_class_dict.pkl")
     with pytest.raises(AssetError, match="a_id_class_dict.pkl, c_id_class_dict.pkl.*beside its config.json"):
@@ -228,7 +252,9 @@ def test_tokenized_cells_do_as_well_as_anndata(clf, gf, adata, split, tmp_path):
     other = finetune(gf, str(tmp_path / "cells.dataset"), "cell_type", split=split, freeze_layers=1, **QUICK)
     assert other.scores.table.loc[HELD_OUT].equals(clf.scores.table.loc[HELD_OUT])
     table = other.predict(cells)
-    assert list(table.columns) == ["cell_type_predicted", "cell_type_confidence"] and list(table.index) == list(adata.obs_names)
+    assert list(table.columns) == ["cell_type_predicted", "cell_type_confidence"] and list(table.index) == list(
+        adata.obs_names
+    )
 
 
 def test_it_screens_with_the_models_that_have_not_seen_the_cell(clf, adata):
@@ -271,7 +297,13 @@ def test_saved_scores_draw_what_they_kept(clf):
 
 def test_the_scores_are_whole(clf):
     held = clf.scores.details[HELD_OUT]
-    assert held.confusion.to_numpy().sum() == 150 and list(held.per_class.columns) == ["precision", "recall", "f1", "support", "auroc"]
+    assert held.confusion.to_numpy().sum() == 150 and list(held.per_class.columns) == [
+        "precision",
+        "recall",
+        "f1",
+        "support",
+        "auroc",
+    ]
     assert held.calibration["n"].sum() == 150
     assert clf.scores.table.loc[HELD_OUT, "macro_f1"] == pytest.approx(held.per_class["f1"].mean())
 
@@ -298,7 +330,9 @@ def test_class_weights_count_rare_classes_alike():
 def test_memorised_noise_is_called_overfitted(gf, adata):
     noisy = adata[:60].copy()
     noisy.obs["coin"] = np.random.default_rng(0).choice(["heads", "tails"], 60)
-    with pytest.warns(ScellfmWarning, match="memorised.*split=folds.*epochs=1 .*freeze_layers=1.*genes='all'.*emb_layer=-1"):
+    with pytest.warns(
+        ScellfmWarning, match="memorised.*split=folds.*epochs=1 .*freeze_layers=1.*genes='all'.*emb_layer=-1"
+    ):
         clf = finetune(gf, noisy, "coin", split=folds(noisy, k=2), epochs=30, learning_rate=3e-3, n_boot=20)
     assert clf.verdict.overfitted and clf.verdict.gap > 0.3
 
@@ -344,8 +378,10 @@ def test_bad_labels_are_named(gf, adata, split):
     missing = adata.obs["cell_type"].astype(object).where(np.arange(150) != 5, np.nan)
     rare = np.array(["rare"] + ["common"] * 149)
     cases = [
-        (adata, "cell_typ", "cell_type"), (changed(adata, mine=missing), "mine", "NaN"),
-        (changed(adata, mine="T"), "mine", "single class, 'T'"), (changed(adata, mine=rare), "mine", "'rare'.*1 cell"),
+        (adata, "cell_typ", "cell_type"),
+        (changed(adata, mine=missing), "mine", "NaN"),
+        (changed(adata, mine="T"), "mine", "single class, 'T'"),
+        (changed(adata, mine=rare), "mine", "'rare'.*1 cell"),
         (changed(adata, mine=adata.obs["donor"].astype(str)), "mine", "none of the .* training cells of fold 0"),
     ]
     for data, label, words in cases:
@@ -375,6 +411,8 @@ def test_more_frozen_layers_than_there_are_is_an_error(gf, adata, split, layers)
 
 def test_training_can_stop_on_the_valid_donor(gf, adata):
     split = hold_out(adata, by="donor", fractions=(0.34, 0.33, 0.33))
-    clf = finetune(gf, adata, "cell_type", split=split, stop="valid_loss", patience=1, epochs=6, learning_rate=2e-2, n_boot=20)
+    clf = finetune(
+        gf, adata, "cell_type", split=split, stop="valid_loss", patience=1, epochs=6, learning_rate=2e-2, n_boot=20
+    )
     losses = clf.history.epochs.valid_loss
     assert clf.history.best == losses.idxmin()

@@ -1,4 +1,5 @@
 """Pairs of genes: the edits are those of the pair, and the excess over the singles is judged over donors."""
+
 from itertools import combinations
 
 import numpy as np
@@ -21,8 +22,18 @@ def rows_of(excess: dict, cells: int = 12) -> pd.DataFrame:
         one, two, noise = random.normal(size=(3, cells))
         noise -= noise.mean()
         for gene, shift in (("A", one), ("B", two), ("A+B", one + two + value + noise)):
-            made.append(pd.DataFrame({"gene": gene, "cell": [f"{donor}{i}" for i in range(cells)], "donor": donor, "group": "all",
-                                      "rank": 0, "shift": shift}))
+            made.append(
+                pd.DataFrame(
+                    {
+                        "gene": gene,
+                        "cell": [f"{donor}{i}" for i in range(cells)],
+                        "donor": donor,
+                        "group": "all",
+                        "rank": 0,
+                        "shift": shift,
+                    }
+                )
+            )
     return pd.concat(made, ignore_index=True)
 
 
@@ -36,9 +47,13 @@ def table_of(rows: pd.DataFrame) -> pd.Series:
 def test_the_excess_is_a_t_test_over_donor_means():
     excess = {"a": 0.3, "b": 0.5, "c": 0.1, "d": 0.4}
     row, theirs = table_of(rows_of(excess)), ttest_1samp(list(excess.values()), 0)
-    assert row["effect"] == pytest.approx(0.325) and row["p"] == pytest.approx(theirs.pvalue) == pytest.approx(row["fdr"])
+    assert row["effect"] == pytest.approx(0.325) and row["p"] == pytest.approx(theirs.pvalue) == pytest.approx(
+        row["fdr"]
+    )
     low, high = theirs.confidence_interval(0.95)
-    assert (row["low"], row["high"], row["df"]) == pytest.approx((low, high, 3)) and row["n_same_sign"] == row["n_donors"] == 4
+    assert (row["low"], row["high"], row["df"]) == pytest.approx((low, high, 3)) and row["n_same_sign"] == row[
+        "n_donors"
+    ] == 4
     assert row["effect"] == pytest.approx(row["joint"] - row["sum"])
 
 
@@ -49,8 +64,11 @@ def test_more_cells_of_the_same_donors_make_no_smaller_p():
 
 
 def test_no_p_with_fewer_than_three_donors_of_enough_cells():
-    for rows in (rows_of({"a": 0.3, "b": 0.4}), rows_of({"a": 0.3, "b": 0.4, "c": 0.5}, cells=9),
-                 rows_of({"a": 0.3, "b": 0.4, "c": 0.5}).assign(donor=np.nan)):
+    for rows in (
+        rows_of({"a": 0.3, "b": 0.4}),
+        rows_of({"a": 0.3, "b": 0.4, "c": 0.5}, cells=9),
+        rows_of({"a": 0.3, "b": 0.4, "c": 0.5}).assign(donor=np.nan),
+    ):
         row = table_of(rows)
         assert np.isnan(row["p"]) and np.isnan(row["se"]) and "exploratory" in row["status"]
         assert 0.3 <= row["effect"] <= 0.5
@@ -67,7 +85,9 @@ def test_pairs_are_corrected_together_within_their_group():
 
     made = []
     for group, seed in (("x", 0), ("x", 1), ("y", 2)):
-        own = rows_of({d: float(v) for d, v in zip("abcd", np.random.default_rng(seed).normal(0.3, 0.2, 4))}).assign(group=group)
+        own = rows_of({d: float(v) for d, v in zip("abcd", np.random.default_rng(seed).normal(0.3, 0.2, 4))}).assign(
+            group=group
+        )
         own["gene"] = own["gene"].str.replace("A", f"A{seed}")
         made.append(own)
     rows = pd.concat(made, ignore_index=True)
@@ -106,7 +126,9 @@ def test_an_anchor_with_a_goal_deletes_both_genes(pbmc):  # noqa: F811
 
     def shift(ids):
         with torch.inference_mode():
-            hidden = gf.model(torch.from_numpy(ids.astype(np.int64))[None], output_hidden_states=True).hidden_states[-2][0]
+            hidden = gf.model(torch.from_numpy(ids.astype(np.int64))[None], output_hidden_states=True).hidden_states[
+                -2
+            ][0]
         return float(torch.cosine_similarity(hidden.mean(0), goal, dim=0))
 
     theirs = [shift(others[others != other]) - shift(tokens) for other in others]
@@ -130,7 +152,11 @@ def test_pairs_get_no_p_beside_single_genes(pbmc):  # noqa: F811
     adata, gf = pbmc
     table = gf.perturb(adata, genes=common(pbmc, 3), combine="pairs", max_cells=20, **QUESTION).table()
     is_pair = table["gene"].str.contains("+", regex=False)
-    assert is_pair.sum() == 3 and table.loc[is_pair, "p"].isna().all() and (table.loc[is_pair, "status"] == "a pair: see combinations()").all()
+    assert (
+        is_pair.sum() == 3
+        and table.loc[is_pair, "p"].isna().all()
+        and (table.loc[is_pair, "status"] == "a pair: see combinations()").all()
+    )
 
 
 def test_a_stopped_screen_of_pairs_goes_on(pbmc, tmp_path, monkeypatch):  # noqa: F811

@@ -1,4 +1,5 @@
 "A corpus on disk: the same cells, the same training, and memory that does not follow its size."
+
 import subprocess
 import sys
 import textwrap
@@ -21,8 +22,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:after pretraining", "ignore:Obse
 
 @pytest.fixture(scope="module")
 def studies():
-    return [simulate_cells(50, 60, cell_types=2, donors=3, depth=150, regulators=1, targets=4, programme_size=12, seed=seed)
-            for seed in (0, 1, 2)]
+    return [
+        simulate_cells(50, 60, cell_types=2, donors=3, depth=150, regulators=1, targets=4, programme_size=12, seed=seed)
+        for seed in (0, 1, 2)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def folder(studies, tokenizer, tmp_path_factory):
             continue
         with DatasetWriter(folder / "c.dataset", shard_bytes=10) as writer:
             for start in range(0, len(cells), 7):
-                writer.write(cells[start:start + 7])
+                writer.write(cells[start : start + 7])
             writer.finish(cells.report, cells.special)
     return folder
 
@@ -70,7 +73,9 @@ def test_a_folder_of_the_originals_is_a_corpus(studies, tokenizer, tmp_path):
     corpus = Corpus(tmp_path / "their.dataset")
     assert corpus.blocks[0][0].dtype.itemsize > 2 and all((corpus[i] == cells[i]).all() for i in range(len(cells)))
     assert corpus.names[3] == TokenizedCells.load(tmp_path / "their.dataset").obs.index[3] == "3"
-    assert pretrain(tiny(tokenizer), corpus, steps=2) == pretrain(tiny(tokenizer), TokenizedCells.load(tmp_path / "their.dataset"), steps=2)
+    assert pretrain(tiny(tokenizer), corpus, steps=2) == pretrain(
+        tiny(tokenizer), TokenizedCells.load(tmp_path / "their.dataset"), steps=2
+    )
 
 
 def test_names_are_sorted_and_counted_as_python_does():
@@ -90,7 +95,9 @@ def test_training_from_disk_equals_training_from_memory(folder, studies, tokeniz
     from_disk, from_memory = (pretrain(tiny(tokenizer), data, epochs=1) for data in (folder, both))
     assert from_disk == from_memory and len(from_disk.step_rows) == 12
     split = hold_out(Corpus(folder), by="donor", fractions=(0.6, 0, 0.4))
-    assert pretrain(tiny(tokenizer), Corpus(folder), split=split, steps=2) == pretrain(tiny(tokenizer), both, split=split, steps=2)
+    assert pretrain(tiny(tokenizer), Corpus(folder), split=split, steps=2) == pretrain(
+        tiny(tokenizer), both, split=split, steps=2
+    )
 
 
 def test_the_order_of_the_data_sets_changes_only_which_cell_of_a_name_is_first(studies, tokenizer, tmp_path):
@@ -130,12 +137,15 @@ def test_tokens_of_another_dictionary_are_found_in_any_data_set(folder, tokenize
         check_tokens(corpus, len(tokenizer.genes), 2, 3)
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (lambda folder: folder / "none", "no saved data set and holds none .*no such folder.*name folders"),
-    (lambda folder: folder / "a.dataset" / "state.json", "state.json is no saved data set"),
-    (lambda folder: [folder / "a.dataset", folder], "a.dataset is named twice.*name each data set once"),
-    (lambda folder: [], "list of data sets is empty; name at least one"),
-])
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (lambda folder: folder / "none", "no saved data set and holds none .*no such folder.*name folders"),
+        (lambda folder: folder / "a.dataset" / "state.json", "state.json is no saved data set"),
+        (lambda folder: [folder / "a.dataset", folder], "a.dataset is named twice.*name each data set once"),
+        (lambda folder: [], "list of data sets is empty; name at least one"),
+    ],
+)
 def test_what_is_no_corpus_is_told_so(folder, wrong, words):
     with pytest.raises(DataError, match=words):
         Corpus(wrong(folder))

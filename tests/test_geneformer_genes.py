@@ -1,4 +1,5 @@
 "Gene classes: a gene is never on both sides, every gene counts once, what is left out is said, the official layout."
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,8 +21,18 @@ QUICK = dict(folds=3, learning_rate=2e-3, n_boot=20)
 
 @pytest.fixture(scope="module")
 def adata():
-    return simulate_cells(60, 50, cell_types=["B", "T"], donors=3, depth=150, regulators=1, targets=4, programme_size=15,
-                          programme_effect=3.0, seed=3)
+    return simulate_cells(
+        60,
+        50,
+        cell_types=["B", "T"],
+        donors=3,
+        depth=150,
+        regulators=1,
+        targets=4,
+        programme_size=15,
+        programme_effect=3.0,
+        seed=3,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +80,9 @@ def test_a_held_out_gene_is_never_labelled_in_training(gf, adata, classes, monke
         labelled = batch["labels"] != room.IGNORED
         told.append(set(np.unique(batch["ids"][labelled].numpy())))
         assert not labelled[~batch["mask"]].any()
-        assert set(batch["ids"][labelled].tolist()) == set(np.flatnonzero(label_of >= 0)) & set(batch["ids"].flatten().tolist())
+        assert set(batch["ids"][labelled].tolist()) == set(np.flatnonzero(label_of >= 0)) & set(
+            batch["ids"].flatten().tolist()
+        )
         return rows
 
     monkeypatch.setattr(room, "gene_rows", spy)
@@ -87,7 +100,9 @@ def test_a_prediction_is_the_mean_over_occurrences_of_the_model_not_told(clf, ad
         folds = [int(clf.genes.loc[gene, "fold"])] if gene in clf.genes.index else [0, 1, 2]
         wanted = np.mean([hands[fold][gene] for fold in folds], axis=0)
         np.testing.assert_allclose(row[["B", "T"]].to_numpy(float), wanted, atol=1e-5)
-        assert row["predicted"] == clf.classes[wanted.argmax()] and row["confidence"] == pytest.approx(wanted.max(), abs=1e-5)
+        assert row["predicted"] == clf.classes[wanted.argmax()] and row["confidence"] == pytest.approx(
+            wanted.max(), abs=1e-5
+        )
     seen = np.asarray((adata[:, table.index].X > 0).sum(0)).ravel()
     assert (table["n_cells"] == seen).all() and len(table) == int((np.asarray(adata.X.sum(0)) > 0).sum())
     assert table["class"].dropna().to_dict() == clf.genes["class"].to_dict()
@@ -113,9 +128,21 @@ def test_chance_labels_are_no_better_than_chance_and_called_memorised(gf, adata)
 
 @pytest.mark.slow
 def test_pretrained_company_beats_levels():
-    adata = simulate_cells(300, 60, cell_types=["B", "T"], donors=3, depth=100, regulators=1, targets=3, programme_size=25,
-                           programme_effect=3.0, seed=1)
-    gf = Geneformer.from_config("tiny", RankTokenizer.fit(adata), device="cpu").pretrain(adata, epochs=20, learning_rate=6e-3)
+    adata = simulate_cells(
+        300,
+        60,
+        cell_types=["B", "T"],
+        donors=3,
+        depth=100,
+        regulators=1,
+        targets=3,
+        programme_size=25,
+        programme_effect=3.0,
+        seed=1,
+    )
+    gf = Geneformer.from_config("tiny", RankTokenizer.fit(adata), device="cpu").pretrain(
+        adata, epochs=20, learning_rate=6e-3
+    )
     classes = {name: list(adata.var_names[adata.var["programme"] == name]) for name in ("B", "T")}
     table = gf.finetune_genes(adata, classes, learning_rate=5e-4, n_boot=10).scores.table["auroc"]
     assert table[HELD_OUT] > 0.9 > table[LEVELS] and table[UNTUNED] > 0.9
@@ -155,7 +182,9 @@ def test_a_finished_run_is_taken_from_its_folder(clf, gf, adata, classes, tmp_pa
 def test_symbols_ids_and_versions_name_the_same_gene(gf, adata, classes, clf):
     tokenizer = gf.tokenizer
     names = {f"SYM{i}": gene for i, gene in enumerate(tokenizer.medians)}
-    named = RankTokenizer(tokenizer.token_dictionary, tokenizer.medians, gene_names=names, max_length=tokenizer.max_length)
+    named = RankTokenizer(
+        tokenizer.token_dictionary, tokenizer.medians, gene_names=names, max_length=tokenizer.max_length
+    )
     other = Geneformer(gf.model, named, device="cpu")
     symbols = {gene: symbol for symbol, gene in names.items()}
     by_symbol = {name: [symbols[gene] for gene in genes] for name, genes in classes.items()}
@@ -172,18 +201,27 @@ def test_genes_that_are_unknown_or_silent_are_reported(gf, adata, classes):
     quiet = adata.copy()
     quiet.X[:, [quiet.var_names.get_loc(gene) for gene in classes["B"][:2]]] = 0
     given = {"B": [*classes["B"], "NOSUCH1", "NOSUCH2"], "T": classes["T"]}
-    with pytest.warns(ScellfmWarning, match="2 genes of the classes are not in the vocabulary .NOSUCH1, NOSUCH2.*2 are in no cell"):
+    with pytest.warns(
+        ScellfmWarning, match="2 genes of the classes are not in the vocabulary .NOSUCH1, NOSUCH2.*2 are in no cell"
+    ):
         found = finetune_genes(gf, quiet, given, **QUICK)
-    assert found.settings["left_out"] == {"not in the vocabulary": ["NOSUCH1", "NOSUCH2"], "in no cell": sorted(classes["B"][:2])}
+    assert found.settings["left_out"] == {
+        "not in the vocabulary": ["NOSUCH1", "NOSUCH2"],
+        "in no cell": sorted(classes["B"][:2]),
+    }
     assert len(found.genes) == sum(map(len, classes.values())) - 2
 
 
 def test_bad_classes_are_named(gf, adata, classes):
     few = {"B": classes["B"], "T": classes["T"][:4]}
     lost = {"B": classes["B"], "T": [*classes["T"][:4], "NOSUCH"]}
-    for given, words in (({"B": classes["B"]}, "1 class"), ({}, "0 class"), (few, "'T' has 4 genes.*at least 5"),
-                         (lost, "'T' has 4 genes.*NOSUCH"),
-                         ({"B": classes["B"], "T": classes["B"]}, "'B' and 'T'")):
+    for given, words in (
+        ({"B": classes["B"]}, "1 class"),
+        ({}, "0 class"),
+        (few, "'T' has 4 genes.*at least 5"),
+        (lost, "'T' has 4 genes.*NOSUCH"),
+        ({"B": classes["B"], "T": classes["B"]}, "'B' and 'T'"),
+    ):
         with pytest.raises(DataError, match=words):
             finetune_genes(gf, adata, given, **QUICK)
     with pytest.raises(DataError, match="8 genes|at least 10 for 10 folds"):
@@ -191,8 +229,13 @@ def test_bad_classes_are_named(gf, adata, classes):
     for given, words in ((list(classes), "dict of lists"), ({"B": "CD19", "T": classes["T"]}, "dict of lists")):
         with pytest.raises(OptionError, match=words):
             finetune_genes(gf, adata, given, **QUICK)
-    for options, words in (({"folds": 1}, "folds=1"), ({"freeze_layers": 9}, "freeze_layers=9"), ({"epoch": 2}, "epoch"),
-                           ({"class_weights": "even"}, "even"), ({"stop": "valid_loss"}, "valid_loss")):
+    for options, words in (
+        ({"folds": 1}, "folds=1"),
+        ({"freeze_layers": 9}, "freeze_layers=9"),
+        ({"epoch": 2}, "epoch"),
+        ({"class_weights": "even"}, "even"),
+        ({"stop": "valid_loss"}, "valid_loss"),
+    ):
         with pytest.raises(OptionError, match=words):
             finetune_genes(gf, adata, classes, **{**QUICK, **options})
     with pytest.raises(DataError, match="NOSUCH"):
@@ -262,10 +305,17 @@ def test_special_tokens_get_no_class(adata, classes):
 
 
 def test_levels_of_genes_by_hand():
-    cells = TokenizedCells(np.array([4, 2, 3, 2, 4], np.uint16), np.array([0, 3, 3, 5]), pd.DataFrame(index=list("abc")),
-                           np.arange(3), np.array([np.e - 1, 1, 1, 3, 0], np.float32))
+    cells = TokenizedCells(
+        np.array([4, 2, 3, 2, 4], np.uint16),
+        np.array([0, 3, 3, 5]),
+        pd.DataFrame(index=list("abc")),
+        np.arange(3),
+        np.array([np.e - 1, 1, 1, 3, 0], np.float32),
+    )
     levels = gene_levels(cells, 6)
-    assert levels[4] == pytest.approx([2 / 3, 0.25, 1 / 3]) and levels[2] == pytest.approx([2 / 3, 1 / 6, (np.log(2) + np.log(4)) / 3])
+    assert levels[4] == pytest.approx([2 / 3, 0.25, 1 / 3]) and levels[2] == pytest.approx(
+        [2 / 3, 1 / 6, (np.log(2) + np.log(4)) / 3]
+    )
     assert levels[5].tolist() == [0, 1, 0]
     assert has_any(cells, np.arange(6) == 3).tolist() == [True, False, False]
 
@@ -285,7 +335,9 @@ def test_real_cells_tell_ribosomal_genes_from_others():
     import scellfm as sf
 
     adata = sf.data.demo()
-    gf = Geneformer.from_config("tiny", RankTokenizer.fit(adata), device="cpu").pretrain(adata, epochs=3, learning_rate=3e-3)
+    gf = Geneformer.from_config("tiny", RankTokenizer.fit(adata), device="cpu").pretrain(
+        adata, epochs=3, learning_rate=3e-3
+    )
     ribosome = [gene for gene in adata.var_names if gene.startswith(("RPL", "RPS"))]
     others = [gene for gene in adata.var_names if gene not in ribosome][::10]
     found = gf.finetune_genes(adata, {"ribosome": ribosome, "other": others}, learning_rate=1e-3)

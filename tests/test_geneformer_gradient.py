@@ -1,4 +1,5 @@
 """The gradient screen: what it estimates, what it computes exactly, and that the two are never mixed in a test."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -48,7 +49,11 @@ def both(gf, given, index: int, budget: int = 16384):
 def test_with_weights_of_one_the_reading_is_the_encoders(version):
     gf, tokens = model(version), torch.from_numpy(cells(version)[0].astype(np.int64))[None]
     parts = gf.model.bert.embeddings
-    inputs = parts.word_embeddings(tokens) + parts.position_embeddings.weight[: tokens.shape[1]] + parts.token_type_embeddings.weight[0]
+    inputs = (
+        parts.word_embeddings(tokens)
+        + parts.position_embeddings.weight[: tokens.shape[1]]
+        + parts.token_type_embeddings.weight[0]
+    )
     for index in range(gf.n_layers + 1):
         ours = weighted_hidden(gf.model.bert, inputs, torch.zeros(tokens.shape), index)
         torch.testing.assert_close(ours, gf.hidden(tokens, None, index), atol=1e-5, rtol=1e-5)
@@ -91,7 +96,7 @@ def test_estimates_depend_on_the_cell_alone(pbmc):
     golden = model("v1")  # cells of all lengths, padded in one batch
     together, _, where = both(golden, cells("v1")[:5], 2)
     for i in range(5):
-        alone, _, _ = both(golden, cells("v1")[i:i + 1], 2)
+        alone, _, _ = both(golden, cells("v1")[i : i + 1], 2)
         np.testing.assert_allclose(together[where.cell == i], alone, atol=1e-6)
 
 
@@ -114,7 +119,9 @@ def test_leading_genes_and_checked_cells_are_exact_and_the_rest_estimates(screen
     assert len(rows) == len(exact.shifts) == len(screen.shifts)
     states = ["", "_CD8+ Cytotoxic T", "_CD14+ Monocyte"]
     for state in states:
-        np.testing.assert_allclose(rows.loc[rows["exact"], f"shift{state}"], rows.loc[rows["exact"], f"shift{state}_true"], atol=1e-6)
+        np.testing.assert_allclose(
+            rows.loc[rows["exact"], f"shift{state}"], rows.loc[rows["exact"], f"shift{state}_true"], atol=1e-6
+        )
         assert (rows.loc[~rows["exact"], f"shift{state}"] == rows.loc[~rows["exact"], f"estimate{state}"]).all()
     assert (rows["shift"] - rows["shift_true"]).abs().max() > 1e-6
     whole = rows.groupby("cell")["exact"].all()
@@ -148,7 +155,9 @@ def test_tests_are_made_of_estimates_alone(screens):
         np.testing.assert_array_equal(table[column], alone[column])
     assert table["status"].str.endswith("(on estimates)").all()
     original = screen.table(method="goal_state_shift").set_index("gene")
-    np.testing.assert_allclose(original["effect"], screen.shifts.groupby("gene")["estimate"].mean()[original.index], atol=1e-7)
+    np.testing.assert_allclose(
+        original["effect"], screen.shifts.groupby("gene")["estimate"].mean()[original.index], atol=1e-7
+    )
 
 
 def test_the_table_marks_what_is_exact(screens):
@@ -205,6 +214,7 @@ def test_a_stopped_gradient_screen_goes_on_and_gives_the_same(pbmc, tmp_path, mo
                 raise KeyboardInterrupt
             computed.append(1)
             return whole(*arguments, **named)
+
         return compute
 
     from scellfm.geneformer import perturbation
@@ -256,15 +266,18 @@ def test_out_of_memory_is_survived_by_estimates(pbmc, monkeypatch):
     assert screen.params["out_of_memory"]
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(screen="first-order"), "gradient"),
-    (dict(screen="gradient", kind="overexpress"), "exact"),
-    (dict(screen="gradient", genes=["CD3D"]), "all genes"),
-    (dict(screen="gradient", anchor="CD3D"), "anchor"),
-    (dict(screen="gradient", top=0), "top=0"),
-    (dict(screen="gradient", check_cells=1), "check_cells=1"),
-    (dict(top=50), "screen='gradient'"),
-])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(screen="first-order"), "gradient"),
+        (dict(screen="gradient", kind="overexpress"), "exact"),
+        (dict(screen="gradient", genes=["CD3D"]), "all genes"),
+        (dict(screen="gradient", anchor="CD3D"), "anchor"),
+        (dict(screen="gradient", top=0), "top=0"),
+        (dict(screen="gradient", check_cells=1), "check_cells=1"),
+        (dict(top=50), "screen='gradient'"),
+    ],
+)
 def test_what_a_gradient_cannot_estimate_is_refused(pbmc, wrong, message):
     adata, gf = pbmc
     with pytest.raises(OptionError, match=message):

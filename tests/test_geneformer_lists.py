@@ -1,4 +1,5 @@
 """Lists of genes: one by one with genes like them, in pairs; and the cells that are chosen for it."""
+
 import logging
 
 import numpy as np
@@ -94,7 +95,11 @@ def test_targets_are_tested_against_genes_like_them_and_corrected_among_themselv
     genes = common(pbmc, 12)[5:8]
     screen = gf.perturb(adata, genes=genes, matched=50, **QUESTION)
     table = screen.table()
-    assert set(table.loc[table["target"], "gene"]) == set(genes) and table["target"].iloc[:3].all() and len(table) >= MIN_GENES
+    assert (
+        set(table.loc[table["target"], "gene"]) == set(genes)
+        and table["target"].iloc[:3].all()
+        and len(table) >= MIN_GENES
+    )
     scaled = screen.shifts.assign(shift=standardize(screen.shifts))[["gene", "cell", "donor", "rank", "shift"]]
     plain = statistics.screen_test(scaled).set_index("gene").loc[table["gene"]]
     for column in ("effect", "z", "p"):
@@ -111,7 +116,9 @@ def test_a_target_that_drives_the_shift_is_called():
     truth = pd.DataFrame(shifts.attrs["truth"]).set_index("gene")
     driver, other = truth.index[truth["driver"]][0], truth.index[~truth["driver"]][70]
     facts = pd.DataFrame({"group": "all", "gene": truth.index, "symbol": truth.index, "log2fc": np.nan})
-    table = Screen(shifts.astype({"gene": str, "donor": str}).assign(group="all"), facts, {"targets": [driver, other]}).table()
+    table = Screen(
+        shifts.astype({"gene": str, "donor": str}).assign(group="all"), facts, {"targets": [driver, other]}
+    ).table()
     assert set(table["gene"].iloc[:2]) == {driver, other} and table["gene"].iloc[0] == driver
     assert table["fdr"].iloc[0] < 0.05 < table["fdr"].iloc[1] and table["fdr"].iloc[2:].isna().all()
     assert table.attrs["exploratory"] is False
@@ -123,7 +130,10 @@ def test_company_is_chosen_group_by_group(pbmc):
     adata.obs["half"] = np.tile(["left", "right"], 45)
     asked = dict(state="half", start="left", goal="right", groupby="cell_type", donor="donor")
     left = adata[adata.obs["half"] == "left"]
-    have = [set(rank_and_detection(gf.cells(left[left.obs["cell_type"] == name].copy()), False)[0]) for name in left.obs["cell_type"].unique()]
+    have = [
+        set(rank_and_detection(gf.cells(left[left.obs["cell_type"] == name].copy()), False)[0])
+        for name in left.obs["cell_type"].unique()
+    ]
     gene = [str(gf.tokenizer.genes[min(set.intersection(*have))])]
     shifts = gf.perturb(adata, genes=gene, matched=50, **asked).shifts
     company = {group: set(rows["gene"]) for group, rows in shifts.groupby("group")}
@@ -170,14 +180,17 @@ def test_a_dry_run_counts_the_edits_and_computes_nothing(pbmc, monkeypatch, capl
     assert told["genes"].item() == shifts["gene"].nunique() and told["tokens"].item() == 47 * len(shifts)
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(genes="all", matched=50), "genes='all'"),
-    (dict(genes="all", combine="each"), "genes='all'"),
-    (dict(genes=["CD3D"], matched=50, combine="joint"), "combine='each'"),
-    (dict(genes=["CD3D"], matched=-1), "matched=-1"),
-    (dict(genes=["CD3D"], combine="couples"), "pairs"),
-    (dict(genes=["CD3D"], combine="pairs"), "two genes"),
-])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (dict(genes="all", matched=50), "genes='all'"),
+        (dict(genes="all", combine="each"), "genes='all'"),
+        (dict(genes=["CD3D"], matched=50, combine="joint"), "combine='each'"),
+        (dict(genes=["CD3D"], matched=-1), "matched=-1"),
+        (dict(genes=["CD3D"], combine="couples"), "pairs"),
+        (dict(genes=["CD3D"], combine="pairs"), "two genes"),
+    ],
+)
 def test_combinations_that_mean_nothing_are_refused(pbmc, wrong, message):
     adata, gf = pbmc
     with pytest.raises(OptionError, match=message):
@@ -185,11 +198,14 @@ def test_combinations_that_mean_nothing_are_refused(pbmc, wrong, message):
 
 
 # which cells
-@pytest.mark.parametrize("where, chosen", [
-    ({"lane": 1}, lambda obs: obs["lane"] == 1),
-    ({"lane": [1, 2], "donor": ["a", "c"]}, lambda obs: obs["donor"] != "b"),
-    ({"lane": "2", "donor": "a"}, lambda obs: (obs["lane"] == 2) & (obs["donor"] == "a")),
-])
+@pytest.mark.parametrize(
+    "where, chosen",
+    [
+        ({"lane": 1}, lambda obs: obs["lane"] == 1),
+        ({"lane": [1, 2], "donor": ["a", "c"]}, lambda obs: obs["donor"] != "b"),
+        ({"lane": "2", "donor": "a"}, lambda obs: (obs["lane"] == 2) & (obs["donor"] == "a")),
+    ],
+)
 def test_where_is_as_if_the_data_held_no_other_cells(pbmc, where, chosen):
     adata, gf = pbmc
     filtered = gf.perturb(adata, where=where, max_cells=4, **QUESTION)
@@ -205,14 +221,17 @@ def test_where_takes_numpy_values_and_is_recorded(pbmc, tmp_path):
     assert screen.params["where"] == {"lane": [1]}
 
 
-@pytest.mark.parametrize("where, error, message", [
-    ({"no_such": 1}, DataError, "no_such"),
-    ({"lane": 3}, DataError, "values are 1, 2"),
-    ({"donor": "a", "lane": 9}, DataError, "lane"),
-    ({}, OptionError, "where={}"),
-    ("lane", OptionError, "columns of obs"),
-    ({"cell_type": "CD8+ Cytotoxic T"}, DataError, "CD14"),
-])
+@pytest.mark.parametrize(
+    "where, error, message",
+    [
+        ({"no_such": 1}, DataError, "no_such"),
+        ({"lane": 3}, DataError, "values are 1, 2"),
+        ({"donor": "a", "lane": 9}, DataError, "lane"),
+        ({}, OptionError, "where={}"),
+        ("lane", OptionError, "columns of obs"),
+        ({"cell_type": "CD8+ Cytotoxic T"}, DataError, "CD14"),
+    ],
+)
 def test_a_filter_that_chooses_nothing_is_an_error(pbmc, where, error, message):
     adata, gf = pbmc
     with pytest.raises(error, match=message):
@@ -228,7 +247,10 @@ def test_genes_that_cells_lack_are_overexpressed_and_tested(pbmc):
     for settings in (dict(combine="each"), dict(combine="pairs"), dict(matched=50)):
         screen = gf.perturb(adata, kind="overexpress", genes=genes, max_cells=20, **settings, **QUESTION)
         rows = screen.shifts[screen.shifts["gene"].isin(genes)]
-        wanted = [read[cell].index(gene) if gene in read[cell] else len(read[cell]) for cell, gene in zip(rows["cell"], rows["gene"])]
+        wanted = [
+            read[cell].index(gene) if gene in read[cell] else len(read[cell])
+            for cell, gene in zip(rows["cell"], rows["gene"])
+        ]
         lacking = np.array([gene not in read[cell] for cell, gene in zip(rows["cell"], rows["gene"])])
         assert rows["rank"].tolist() == wanted and 0 < lacking.sum() < len(rows) == 60
         table = screen.table().set_index("gene").loc[genes]

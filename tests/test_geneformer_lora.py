@@ -1,4 +1,5 @@
 "LoRA: few parameters learn, nothing else moves, and what remains is a plain model that answers the same."
+
 import sys
 
 import numpy as np
@@ -21,8 +22,18 @@ QUICK = dict(epochs=4, learning_rate=1e-2, n_boot=0)
 
 @pytest.fixture(scope="module")
 def adata():
-    return simulate_cells(120, 60, cell_types=["B", "T"], donors=2, depth=200, regulators=1, targets=4, programme_size=15,
-                          programme_effect=2.5, seed=3)
+    return simulate_cells(
+        120,
+        60,
+        cell_types=["B", "T"],
+        donors=2,
+        depth=200,
+        regulators=1,
+        targets=4,
+        programme_size=15,
+        programme_effect=2.5,
+        seed=3,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +84,14 @@ def test_at_first_adapters_change_nothing(gf, adata):
 def test_only_queries_values_pooler_and_head_learn(clf, gf):
     start = gf.model.bert.state_dict()
     for model in clf.models:
-        moved = {name for name, value in model.model.bert.state_dict().items()
-                 if name in start and not torch.equal(value, start[name])}
-        assert moved == {f"encoder.layer.{i}.attention.self.{part}.weight" for i in (1, 2) for part in ("query", "value")}
+        moved = {
+            name
+            for name, value in model.model.bert.state_dict().items()
+            if name in start and not torch.equal(value, start[name])
+        }
+        assert moved == {
+            f"encoder.layer.{i}.attention.self.{part}.weight" for i in (1, 2) for part in ("query", "value")
+        }
         assert not any("lora" in name for name in model.model.state_dict())
         assert type(model.model).__name__ == "BertForSequenceClassification"
         assert all(p.requires_grad for p in model.model.parameters())
@@ -152,6 +168,7 @@ def test_gene_classes_learn_through_adapters_too(gf, adata):
     assert type(model).__name__ == "BertForTokenClassification"
     start = gf.model.bert
     assert torch.equal(model.bert.embeddings.word_embeddings.weight, start.embeddings.word_embeddings.weight)
-    assert not torch.equal(model.bert.encoder.layer[0].attention.self.query.weight,
-                           start.encoder.layer[0].attention.self.query.weight)
+    assert not torch.equal(
+        model.bert.encoder.layer[0].attention.self.query.weight, start.encoder.layer[0].attention.self.query.weight
+    )
     assert clf.history.learned == 3 * 2 * 2 * 4 * 64 + 2 * 65

@@ -1,4 +1,5 @@
 """The model: parity of its embeddings with the original, checkpoints in and out, and what it refuses."""
+
 import json
 import shutil
 
@@ -107,7 +108,10 @@ def test_hidden_states_are_those_of_transformers_at_every_layer():
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_neither_layers_above_the_one_read_nor_the_head_are_run(layer):
     gf, ran = model("v1"), []
-    hooks = [block.output.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(gf.model.bert.encoder.layer)]
+    hooks = [
+        block.output.register_forward_hook(lambda *_, i=i: ran.append(i))
+        for i, block in enumerate(gf.model.bert.encoder.layer)
+    ]
     hooks.append(gf.model.cls.register_forward_hook(lambda *_: ran.append("head")))
     gf.hidden(torch.tensor([[5, 6, 7]]), None, layer)
     for hook in hooks:
@@ -135,7 +139,9 @@ def test_a_view_follows_the_weights_as_they_are_trained():
 @pytest.mark.parametrize("budget", [1, 70, 10_000])
 def test_batches_change_nothing(budget):
     for version in VERSIONS:
-        np.testing.assert_allclose(model(version).embed(cells(version), token_budget=budget), model(version).embed(cells(version)), atol=1e-5)
+        np.testing.assert_allclose(
+            model(version).embed(cells(version), token_budget=budget), model(version).embed(cells(version)), atol=1e-5
+        )
 
 
 def test_the_order_of_cells_changes_nothing():
@@ -152,7 +158,9 @@ def test_padding_and_special_tokens_are_not_in_the_mean():
 
 
 def test_bfloat16_is_near_float32():
-    ours = Geneformer(build_model(shape_config("tiny", len(model("v1").tokenizer.genes), 72)), model("v1").tokenizer, device="cpu")
+    ours = Geneformer(
+        build_model(shape_config("tiny", len(model("v1").tokenizer.genes), 72)), model("v1").tokenizer, device="cpu"
+    )
     exact = ours.embed(cells("v1"))
     rough = Geneformer(ours.model, ours.tokenizer, device="cpu", dtype="bfloat16").embed(cells("v1"))
     assert rough.dtype == np.float32 and 0 < np.abs(rough - exact).max() < 0.1
@@ -266,8 +274,12 @@ def classifier_folder(path):
     shutil.copytree(GOLDEN / "model_v1", path)
     tensors = {k: v for k, v in load_file(path / "model.safetensors").items() if not k.startswith("cls.")}
     hidden = tensors["bert.embeddings.word_embeddings.weight"].shape[1]
-    tensors |= {"bert.pooler.dense.weight": torch.zeros(hidden, hidden), "bert.pooler.dense.bias": torch.zeros(hidden),
-                "classifier.weight": torch.zeros(3, hidden), "classifier.bias": torch.zeros(3)}
+    tensors |= {
+        "bert.pooler.dense.weight": torch.zeros(hidden, hidden),
+        "bert.pooler.dense.bias": torch.zeros(hidden),
+        "classifier.weight": torch.zeros(3, hidden),
+        "classifier.bias": torch.zeros(3),
+    }
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((path / "config.json").read_text()) | {"architectures": ["BertForSequenceClassification"]}
     (path / "config.json").write_text(json.dumps(config))
@@ -278,7 +290,12 @@ def test_a_fine_tuned_classifier_gives_its_encoder(tmp_path):
     classifier_folder(tmp_path / "model")
     gf = Geneformer.from_pretrained(tmp_path / "model", tokenizer=model("v1").tokenizer, device="cpu")
     np.testing.assert_array_equal(gf.embed(cells("v1")), model("v1").embed(cells("v1")))
-    assert set(gf.load_report.unused) == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
+    assert set(gf.load_report.unused) == {
+        "bert.pooler.dense.weight",
+        "bert.pooler.dense.bias",
+        "classifier.weight",
+        "classifier.bias",
+    }
     assert gf.load_report.fresh and all(name.startswith("cls.") for name in gf.load_report.fresh)
 
 
@@ -290,11 +307,14 @@ def test_a_bare_encoder_is_loaded_too(tmp_path):
     np.testing.assert_array_equal(gf.embed(cells("v1")), model("v1").embed(cells("v1")))
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t.pop("bert.encoder.layer.1.attention.self.query.weight"), "layer.1.attention.self.query.weight"),
-    (lambda t: t.update({"bert.encoder.layer.9.output.dense.bias": torch.zeros(3)}), "layer.9.output.dense.bias"),
-    (lambda t: t.update({"bert.embeddings.LayerNorm.bias": torch.zeros(3)}), "LayerNorm.bias"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("bert.encoder.layer.1.attention.self.query.weight"), "layer.1.attention.self.query.weight"),
+        (lambda t: t.update({"bert.encoder.layer.9.output.dense.bias": torch.zeros(3)}), "layer.9.output.dense.bias"),
+        (lambda t: t.update({"bert.embeddings.LayerNorm.bias": torch.zeros(3)}), "LayerNorm.bias"),
+    ],
+)
 def test_a_tensor_missing_left_over_or_of_another_shape_is_an_error(tmp_path, change, message):
     shutil.copytree(GOLDEN / "model_v1", tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
@@ -316,7 +336,11 @@ def test_a_folder_that_is_no_geneformer_is_an_error(tmp_path, content, message):
 
 @pytest.mark.parametrize("name", ["V1-10M", "V2-104M", "V2-316M"])
 def test_the_published_shapes(name):
-    expected = {"V1-10M": (6, 256, 4, 512, 2048), "V2-104M": (12, 768, 12, 3072, 4096), "V2-316M": (18, 1152, 18, 4608, 4096)}[name]
+    expected = {
+        "V1-10M": (6, 256, 4, 512, 2048),
+        "V2-104M": (12, 768, 12, 3072, 4096),
+        "V2-316M": (18, 1152, 18, 4608, 4096),
+    }[name]
     config = shape_config(name, 20275, 4096)
     keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings")
     assert tuple(config[key] for key in keys) == expected and config["hidden_act"] == "relu" and set(SHAPES) > {name}
@@ -337,7 +361,9 @@ def test_a_new_model_depends_on_its_seed_alone():
 # cells that do not fit
 def one_cell(*tokens) -> TokenizedCells:
     "Tokenized cells with the one cell given."
-    return TokenizedCells(np.array(tokens, dtype=np.uint16), np.array([0, len(tokens)]), pd.DataFrame(index=["a"]), np.array([0]))
+    return TokenizedCells(
+        np.array(tokens, dtype=np.uint16), np.array([0, len(tokens)]), pd.DataFrame(index=["a"]), np.array([0])
+    )
 
 
 def test_tokens_of_another_dictionary_are_refused():

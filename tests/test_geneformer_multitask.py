@@ -1,4 +1,5 @@
 "Several labels at once: one encoder, a head and a score for each, gaps allowed."
+
 import numpy as np
 import pytest
 import torch
@@ -16,8 +17,20 @@ LABELS = ["cell_type", "condition"]
 
 @pytest.fixture(scope="module")
 def adata():
-    adata = simulate_cells(120, 60, cell_types=["B", "T"], donors=2, depth=150, regulators=1, targets=10, target_effect=2.0,
-                           penetrance=1.0, programme_size=12, programme_effect=2.5, seed=3)
+    adata = simulate_cells(
+        120,
+        60,
+        cell_types=["B", "T"],
+        donors=2,
+        depth=150,
+        regulators=1,
+        targets=10,
+        target_effect=2.0,
+        penetrance=1.0,
+        programme_size=12,
+        programme_effect=2.5,
+        seed=3,
+    )
     adata.obs["condition"] = adata.obs["condition"].astype(object).where(np.arange(120) % 3 > 0)
     adata.obs.loc[adata.obs_names[7], "cell_type"] = np.nan
     return adata
@@ -104,13 +117,21 @@ def test_the_model_of_a_fold_opens_in_transformers(clf, tmp_path):
 
     clf.save_pretrained(tmp_path)
     model = BertForSequenceClassification.from_pretrained(tmp_path / "fold0")
-    assert list(model.config.id2label.values()) == ["cell_type: B", "cell_type: T", "condition: case", "condition: control"]
+    assert list(model.config.id2label.values()) == [
+        "cell_type: B",
+        "cell_type: T",
+        "condition: case",
+        "condition: control",
+    ]
 
 
 def test_one_label_in_a_list_is_that_label_alone(gf, adata, split):
     cells = adata[adata.obs["cell_type"].notna()].copy()
     parts = folds(cells, by="donor", k=2)
-    many, one = gf.finetune(cells, ["cell_type"], split=parts, **QUICK), gf.finetune(cells, "cell_type", split=parts, **QUICK)
+    many, one = (
+        gf.finetune(cells, ["cell_type"], split=parts, **QUICK),
+        gf.finetune(cells, "cell_type", split=parts, **QUICK),
+    )
     assert many["cell_type"].scores.table.equals(one.scores.table)
     assert [h.step_rows for h in many.histories] == [h.step_rows for h in one.histories]
 
@@ -153,11 +174,14 @@ def test_bad_labels_and_weights_are_named(gf, adata, split):
     rare = np.full(120, None, dtype=object)
     rare[split.splits[0].test[:2]], rare[split.splits[0].test[2:4]] = "a", "b"
     empty.obs["rare"] = rare
-    for labels, error, words in ((["cell_type", "cell_typ"], DataError, "Did you mean 'cell_type'"),
-                                 (["cell_type", "nothing"], DataError, "missing .* all 120 cells"),
-                                 (["cell_type", "same"], DataError, "single class"),
-                                 (["cell_type", "rare"], DataError, "'rare'|no test cells"),
-                                 ([], OptionError, "label="), (["condition", "condition"], OptionError, "different names")):
+    for labels, error, words in (
+        (["cell_type", "cell_typ"], DataError, "Did you mean 'cell_type'"),
+        (["cell_type", "nothing"], DataError, "missing .* all 120 cells"),
+        (["cell_type", "same"], DataError, "single class"),
+        (["cell_type", "rare"], DataError, "'rare'|no test cells"),
+        ([], OptionError, "label="),
+        (["condition", "condition"], OptionError, "different names"),
+    ):
         with pytest.raises(error, match=words):
             gf.finetune(empty, labels, split=split, **QUICK)
     for weights in ({"condition": 0}, {"conditions": 1.0}):

@@ -1,4 +1,5 @@
 """The original's five tables: equal to its own on its own raw values, and made by our screens end to end."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -38,9 +39,17 @@ def screen_of(run: str) -> Screen:
         shifts = values.rename(columns={"": "cosine"}).reset_index().assign(shift=lambda t: 1 - t["cosine"])
     joint = options["genes_to_perturb"] != "all"
     genes = list(token) if joint else sorted(token, key=lambda gene: int(token[gene]))
-    facts = pd.DataFrame({"group": "all", "gene": genes, "log2fc": np.nan,
-                          "symbol": ["+".join(tokenizer.symbol(part) for part in gene.split("+")) for gene in genes]})
-    return Screen(shifts.assign(group="all", donor=np.nan, rank=0), facts, {"alt": states["alt_states"] if states else []})
+    facts = pd.DataFrame(
+        {
+            "group": "all",
+            "gene": genes,
+            "log2fc": np.nan,
+            "symbol": ["+".join(tokenizer.symbol(part) for part in gene.split("+")) for gene in genes],
+        }
+    )
+    return Screen(
+        shifts.assign(group="all", donor=np.nan, rank=0), facts, {"alt": states["alt_states"] if states else []}
+    )
 
 
 def computed(run: str) -> Screen:
@@ -55,7 +64,9 @@ def same_order(ours: pd.DataFrame, theirs: pd.DataFrame) -> None:
     assert ours["symbol"].tolist() == theirs["Gene_name"].tolist()
 
 
-@pytest.mark.parametrize("mode", ["goal_state_shift", "vs_null", "mixture_model", "aggregate_data", "aggregate_gene_shifts"])
+@pytest.mark.parametrize(
+    "mode", ["goal_state_shift", "vs_null", "mixture_model", "aggregate_data", "aggregate_gene_shifts"]
+)
 def test_there_are_recorded_tables_of_every_mode(mode):
     assert tables(mode)
 
@@ -74,11 +85,17 @@ def test_goal_state_shift_is_the_originals(name, source):
     ours = ours.iloc[order]
     tolerance = 1e-12 if exact else 1e-5
     ends = [("", "Shift_to_goal_end", "Goal_end_vs_random_pval", "Goal_end_FDR")]
-    ends += [(f"_{alt}", f"Shift_to_alt_end_{alt}", f"Alt_end_vs_random_pval_{alt}", f"Alt_end_FDR_{alt}") for alt in states["alt_states"]]
+    ends += [
+        (f"_{alt}", f"Shift_to_alt_end_{alt}", f"Alt_end_vs_random_pval_{alt}", f"Alt_end_FDR_{alt}")
+        for alt in states["alt_states"]
+    ]
     for suffix, shift, p, fdr in ends:
         np.testing.assert_allclose(ours[f"effect{suffix}"], theirs[shift], atol=tolerance)
         if len(theirs) == 1:
-            assert ours[[f"p{suffix}", f"fdr{suffix}"]].isna().all(axis=None) and np.isfinite(ours[f"effect{suffix}"]).all()
+            assert (
+                ours[[f"p{suffix}", f"fdr{suffix}"]].isna().all(axis=None)
+                and np.isfinite(ours[f"effect{suffix}"]).all()
+            )
         elif exact:
             np.testing.assert_allclose(ours[f"p{suffix}"], theirs[p], rtol=1e-9)
             np.testing.assert_allclose(ours[f"fdr{suffix}"], theirs[fdr], rtol=1e-9)
@@ -87,8 +104,15 @@ def test_goal_state_shift_is_the_originals(name, source):
 
 
 # vs_null
-VS_NULL = {"cosine": "Test_avg_shift", "null_cosine": "Null_avg_shift", "difference": "Test_vs_null_avg_shift",
-           "p": "Test_vs_null_pval", "fdr": "Test_vs_null_FDR", "n_cells": "N_Detections_test", "n_null": "N_Detections_null"}
+VS_NULL = {
+    "cosine": "Test_avg_shift",
+    "null_cosine": "Null_avg_shift",
+    "difference": "Test_vs_null_avg_shift",
+    "p": "Test_vs_null_pval",
+    "fdr": "Test_vs_null_FDR",
+    "n_cells": "N_Detections_test",
+    "n_null": "N_Detections_null",
+}
 
 
 @pytest.mark.parametrize("name", tables("vs_null"))
@@ -104,7 +128,9 @@ def test_vs_null_is_the_originals(name):
 @pytest.mark.parametrize("name", tables("vs_null"))
 def test_vs_null_of_our_screens_has_the_originals_means(name):
     theirs = upstream(name).set_index("Ensembl_ID")
-    ours = computed(run_of(name)).table(method="vs_null", null=computed(meta()["stats"][name]["null"])).set_index("gene")
+    ours = (
+        computed(run_of(name)).table(method="vs_null", null=computed(meta()["stats"][name]["null"])).set_index("gene")
+    )
     assert set(ours.index) == set(theirs.index)
     for mine in ("cosine", "null_cosine", "difference", "n_cells", "n_null"):
         np.testing.assert_allclose(ours[mine], theirs.loc[ours.index, VS_NULL[mine]], atol=1e-5)
@@ -123,7 +149,9 @@ def test_a_gene_that_the_null_lacks_is_last_and_counts_in_the_correction():
 # mixture_model
 def fitted(theirs: pd.DataFrame) -> GaussianMixture:
     "The original's fit: the mean cosines with genes in ascending token order."
-    return GaussianMixture(n_components=2, random_state=0).fit(theirs.sort_values("orig_index")[["Test_avg_shift"]].to_numpy())
+    return GaussianMixture(n_components=2, random_state=0).fit(
+        theirs.sort_values("orig_index")[["Test_avg_shift"]].to_numpy()
+    )
 
 
 def frozen_impact(mixture: GaussianMixture, values) -> np.ndarray:
@@ -166,7 +194,9 @@ def test_the_component_with_the_lower_mean_is_the_impact(name):
 
 @pytest.mark.parametrize("name", tables("mixture_model"))
 def test_mixture_model_of_our_screens_is_that_of_the_recorded_values(name):
-    ours, theirs = (source(run_of(name)).table(method="mixture_model").set_index("gene") for source in (computed, screen_of))
+    ours, theirs = (
+        source(run_of(name)).table(method="mixture_model").set_index("gene") for source in (computed, screen_of)
+    )
     theirs = theirs.loc[ours.index]
     np.testing.assert_allclose(ours["cosine"], theirs["cosine"], atol=1e-5)
     assert (ours["impact"] != theirs["impact"]).sum() <= 1  # a gene on the border may fall to either side
@@ -185,12 +215,20 @@ def test_aggregate_data_lists_the_originals_values(name, source, tolerance):
     theirs, order = upstream(name), meta()["isp"][run_of(name)]["cell_order"]
     ours = source(run_of(name)).table(method="aggregate_data").set_index("cell")
     assert len(ours) == len(theirs) == len(order) and set(ours["symbol"]) == set(theirs["Gene"])
-    np.testing.assert_allclose(ours.loc[list(map(str, order)), "cosine"], theirs.sort_values("orig_index")["Cosine_sim"], atol=tolerance)
+    np.testing.assert_allclose(
+        ours.loc[list(map(str, order)), "cosine"], theirs.sort_values("orig_index")["Cosine_sim"], atol=tolerance
+    )
 
 
 def test_aggregate_data_lists_joint_perturbations_too():
-    run = next(run for run, options in meta()["isp"].items() if options["ok"] and options["genes_to_perturb"] != "all"
-               and len(options["genes_to_perturb"]) > 1 and not options["cell_states_to_model"])
+    run = next(
+        run
+        for run, options in meta()["isp"].items()
+        if options["ok"]
+        and options["genes_to_perturb"] != "all"
+        and len(options["genes_to_perturb"]) > 1
+        and not options["cell_states_to_model"]
+    )
     ours = computed(run).table(method="aggregate_data")
     assert len(ours) == len(recorded(run, "cell")) and ours["gene"].str.contains("+", regex=False).all()
     assert ours["symbol"].str.contains("+", regex=False).all()
@@ -203,13 +241,17 @@ PAIRS = {"cosine": "Cosine_sim_mean", "std": "Cosine_sim_stdev", "n_cells": "N_D
 def pair_table(name: str) -> pd.DataFrame:
     "A recorded table of pairs by (gene, affected) as ids."
     theirs = upstream(name)
-    return theirs.assign(affected=theirs["Affected_Ensembl_ID"].fillna("cell_emb")).set_index(["Ensembl_ID", "affected"])
+    return theirs.assign(affected=theirs["Affected_Ensembl_ID"].fillna("cell_emb")).set_index(
+        ["Ensembl_ID", "affected"]
+    )
 
 
 def effects_of(run: str) -> tuple[Screen, pd.DataFrame]:
     "Our screen and our effects on genes for a recorded run."
     gf, given, arguments = asked(meta()["isp"][run])
-    return perturb(gf, given, **arguments), gene_effects(gf, given, **{k: arguments[k] for k in ("kind", "genes", "emb_layer")})
+    return perturb(gf, given, **arguments), gene_effects(
+        gf, given, **{k: arguments[k] for k in ("kind", "genes", "emb_layer")}
+    )
 
 
 @pytest.mark.parametrize("name", tables("aggregate_gene_shifts"))
@@ -218,7 +260,10 @@ def test_aggregate_gene_shifts_is_the_originals(name):
     screen, effects = effects_of(run_of(name))
     if options["perturb_type"] == "overexpress" and options["genes_to_perturb"] == "all":
         # the original gives each value the name of the next gene of the cell, and loses the last
-        right = [rows.assign(affected=rows["affected"].shift(-1)).iloc[:-1] for _, rows in effects.groupby(["gene", "cell"], sort=False)]
+        right = [
+            rows.assign(affected=rows["affected"].shift(-1)).iloc[:-1]
+            for _, rows in effects.groupby(["gene", "cell"], sort=False)
+        ]
         effects = pd.concat(right)
     ours, theirs = screen.table(method="aggregate_gene_shifts", effects=effects), pair_table(name)
     whole = (ours["affected"] == "cell_emb").to_numpy()
@@ -232,7 +277,9 @@ def test_aggregate_gene_shifts_is_the_originals(name):
     assert ours["symbol"].tolist() == theirs["Gene_name"].tolist()
 
 
-@pytest.mark.parametrize("name", [n for n in tables("aggregate_gene_shifts") if meta()["isp"][run_of(n)]["perturb_type"] == "delete"])
+@pytest.mark.parametrize(
+    "name", [n for n in tables("aggregate_gene_shifts") if meta()["isp"][run_of(n)]["perturb_type"] == "delete"]
+)
 def test_affected_genes_have_their_symbols(name):
     screen, effects = effects_of(run_of(name))
     ours = screen.table(method="aggregate_gene_shifts", effects=effects).set_index(["gene", "affected"])
@@ -244,8 +291,12 @@ def test_affected_genes_have_their_symbols(name):
 # what cannot be asked
 def test_what_a_method_needs_is_said():
     plain, goal = screen_of("v1_delete_all"), screen_of("v1_delete_all_goal")
-    for wrong, message in ((dict(method="vs_null"), "null="), (dict(method="matched", null=plain), "no other"),
-                           (dict(method="aggregate_gene_shifts"), "gene_effects"), (dict(method="mixture", null=None), "mixture_model")):
+    for wrong, message in (
+        (dict(method="vs_null"), "null="),
+        (dict(method="matched", null=plain), "no other"),
+        (dict(method="aggregate_gene_shifts"), "gene_effects"),
+        (dict(method="mixture", null=None), "mixture_model"),
+    ):
         with pytest.raises(OptionError, match=message):
             plain.table(**wrong)
     with pytest.raises(OptionError, match="columns gene"):

@@ -1,4 +1,5 @@
 """The original's raw perturbation pickles: read without being executed, and the same tables come out of them."""
+
 import json
 import os
 import pickle
@@ -44,7 +45,9 @@ def loaded(run: str, folder) -> Screen:
     options = meta()["isp"][run]
     write_raw(run, folder / run)
     states = options["cell_states_to_model"]
-    return Screen.from_original(folder / run, model(options["version"]).tokenizer, goal=states["goal_state"] if states else None)
+    return Screen.from_original(
+        folder / run, model(options["version"]).tokenizer, goal=states["goal_state"] if states else None
+    )
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -132,9 +135,15 @@ def hostile(canary) -> dict:
     loop = []
     loop.append(loop)
     return {
-        "value": {(5, "cell_emb"): [Run(canary)]}, "list": {(5, "cell_emb"): Run(canary)}, "key": {(Run(canary), "cell_emb"): [1.0]},
-        "factory": defaultdict(list, {("x", "y"): Run(canary)}), "whole": Run(canary), "class": Filled(list, {(5, "cell_emb"): [1.0]}),
-        "loop": {(5, "cell_emb"): loop}, "texts": {(5, "cell_emb"): ["1.0"]}, "factory of another kind": defaultdict(dict, {5: {}}),
+        "value": {(5, "cell_emb"): [Run(canary)]},
+        "list": {(5, "cell_emb"): Run(canary)},
+        "key": {(Run(canary), "cell_emb"): [1.0]},
+        "factory": defaultdict(list, {("x", "y"): Run(canary)}),
+        "whole": Run(canary),
+        "class": Filled(list, {(5, "cell_emb"): [1.0]}),
+        "loop": {(5, "cell_emb"): loop},
+        "texts": {(5, "cell_emb"): ["1.0"]},
+        "factory of another kind": defaultdict(dict, {5: {}}),
         "nested": {(5, "cell_emb"): [[1.0, 2.0]]},
     }
 
@@ -144,7 +153,9 @@ def test_a_hostile_or_foreign_pickle_is_refused_and_nothing_runs(kind, tmp_path)
     canary = tmp_path / "canary"
     tokenizer = model("v1").tokenizer
     for protocol in (0, 2, 4, 5):
-        (tmp_path / "in_silico_delete_x_dict_cell_embs_0batch0_raw.pickle").write_bytes(pickle.dumps(hostile(canary)[kind], protocol=protocol))
+        (tmp_path / "in_silico_delete_x_dict_cell_embs_0batch0_raw.pickle").write_bytes(
+            pickle.dumps(hostile(canary)[kind], protocol=protocol)
+        )
         for ask in (Screen.from_original, original_effects):
             with pytest.raises(AssetError):
                 ask(tmp_path, tokenizer)
@@ -155,9 +166,14 @@ def test_what_is_no_result_is_named(tmp_path):
     tokenizer, path = model("v1").tokenizer, tmp_path / "in_silico_delete_x_raw.pickle"
     with pytest.raises(AssetError, match="output_directory"):
         Screen.from_original(tmp_path, tokenizer)
-    for content, message in (({"ENSG1": 5}, "by gene are expected"), ({5: 0.5}, "another file"), ({(5, "cell_emb", 1): [0.5]}, "another file"),
-                             ({(10**6, "cell_emb"): [0.5]}, "tokenizer of the model"), ({("TP53", "cell_emb"): [0.5]}, "token 'TP53'"),
-                             ({(5, 7): [0.5]}, "original_effects")):
+    for content, message in (
+        ({"ENSG1": 5}, "by gene are expected"),
+        ({5: 0.5}, "another file"),
+        ({(5, "cell_emb", 1): [0.5]}, "another file"),
+        ({(10**6, "cell_emb"): [0.5]}, "tokenizer of the model"),
+        ({("TP53", "cell_emb"): [0.5]}, "token 'TP53'"),
+        ({(5, 7): [0.5]}, "original_effects"),
+    ):
         path.write_bytes(pickle.dumps(content))
         with pytest.raises(AssetError, match=message):
             Screen.from_original(tmp_path, tokenizer)

@@ -1,4 +1,5 @@
 """Perturbation in silico: parity with every run of the original, and what a screen must hold by itself."""
+
 import json
 
 import numpy as np
@@ -20,9 +21,18 @@ def asked(options: dict) -> tuple:
     version, states, genes = options["version"], options["cell_states_to_model"], options["genes_to_perturb"]
     arguments = {"kind": options["perturb_type"], "genes": genes, "emb_layer": options["emb_layer"]}
     if states:  # the states are made of all cells; the original drops an anchor where there are states
-        arguments |= {"state": states["state_key"], "start": states["start_state"], "goal": states["goal_state"], "alt": states["alt_states"]}
+        arguments |= {
+            "state": states["state_key"],
+            "start": states["start_state"],
+            "goal": states["goal_state"],
+            "alt": states["alt_states"],
+        }
         return model(version), cells(version), arguments
-    return model(version), cells(version)[np.sort(options["cell_order"])], arguments | {"anchor": options.get("anchor_gene")}
+    return (
+        model(version),
+        cells(version)[np.sort(options["cell_order"])],
+        arguments | {"anchor": options.get("anchor_gene")},
+    )
 
 
 def over_cut(options: dict) -> set:
@@ -66,19 +76,29 @@ def test_every_run_of_the_original_is_reproduced(name):
 
 
 def test_the_runs_cover_what_the_original_can_do():
-    kinds = {(o["version"], o["perturb_type"], o["genes_to_perturb"] == "all", bool(o["cell_states_to_model"])) for o in
-             map(meta()["isp"].get, DELETIONS + OVEREXPRESSIONS)}
+    kinds = {
+        (o["version"], o["perturb_type"], o["genes_to_perturb"] == "all", bool(o["cell_states_to_model"]))
+        for o in map(meta()["isp"].get, DELETIONS + OVEREXPRESSIONS)
+    }
     assert len(kinds) >= 14  # of 2 x 2 x 2 x 2; the original crashes on V1, overexpression of a list, without states
 
 
 GENE_LEVEL = [name for name in DELETIONS + OVEREXPRESSIONS if meta()["isp"][name]["emb_mode"].endswith("_and_gene")]
 
 
-@pytest.mark.parametrize("name", [n for n in GENE_LEVEL if meta()["isp"][n]["genes_to_perturb"] == "all"
-                                  and meta()["isp"][n]["perturb_type"] == "delete"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in GENE_LEVEL
+        if meta()["isp"][n]["genes_to_perturb"] == "all" and meta()["isp"][n]["perturb_type"] == "delete"
+    ],
+)
 def test_effects_of_all_deletions_on_genes_are_the_originals(name):
     gf, given, arguments = asked(meta()["isp"][name])
-    ours = gene_effects(gf, given, genes="all", emb_layer=arguments["emb_layer"]).set_index(["gene", "affected", "cell"])["cosine"]
+    ours = gene_effects(gf, given, genes="all", emb_layer=arguments["emb_layer"]).set_index(
+        ["gene", "affected", "cell"]
+    )["cosine"]
     theirs = recorded(name, "gene").set_index(["gene", "affected", "cell"])["value"]
     assert ours.index.is_unique and len(ours) == len(theirs)
     np.testing.assert_allclose(ours.loc[theirs.index], theirs, atol=1e-5)
@@ -88,7 +108,9 @@ def test_effects_of_all_deletions_on_genes_are_the_originals(name):
 def test_effects_of_joint_perturbations_on_genes_are_the_originals(name):
     options = meta()["isp"][name]
     if over_cut(options):
-        pytest.skip("some cells of this run are over-cut by the original, and its gene rows do not say which cell they are of")
+        pytest.skip(
+            "some cells of this run are over-cut by the original, and its gene rows do not say which cell they are of"
+        )
     gf, given, arguments = asked(options)
     ours = gene_effects(gf, given, kind=arguments["kind"], genes=arguments["genes"], emb_layer=arguments["emb_layer"])
     theirs = recorded(name, "gene")
@@ -96,11 +118,19 @@ def test_effects_of_joint_perturbations_on_genes_are_the_originals(name):
     order = {str(cell): place for place, cell in enumerate(options["cell_order"])}
     ours = ours.assign(place=ours["cell"].map(order)).sort_values("place", kind="stable")
     for gene, rows in theirs.groupby("affected"):  # the original numbers the cells that have the affected gene
-        np.testing.assert_allclose(ours.loc[ours["affected"] == gene, "cosine"], rows.sort_values("occurrence")["value"], atol=1e-5)
+        np.testing.assert_allclose(
+            ours.loc[ours["affected"] == gene, "cosine"], rows.sort_values("occurrence")["value"], atol=1e-5
+        )
 
 
-@pytest.mark.parametrize("name", [n for n in GENE_LEVEL if meta()["isp"][n]["genes_to_perturb"] == "all"
-                                  and meta()["isp"][n]["perturb_type"] == "overexpress"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in GENE_LEVEL
+        if meta()["isp"][n]["genes_to_perturb"] == "all" and meta()["isp"][n]["perturb_type"] == "overexpress"
+    ],
+)
 def test_effects_of_overexpression_on_genes_are_the_originals_with_their_labels_put_right(name):
     gf, given, arguments = asked(meta()["isp"][name])
     ours = gene_effects(gf, given, kind="overexpress", emb_layer=arguments["emb_layer"])
@@ -129,6 +159,7 @@ QUESTION = dict(state="cell_type", start="CD14+ Monocyte", goal="CD8+ Cytotoxic 
 
 def plain_shifts(gf, tokens, goal):
     "The shifts of all deletions of one V1 cell, by way of the whole BertForMaskedLM, one at a time."
+
     def embed(ids):
         with torch.inference_mode():
             return gf.model(torch.from_numpy(ids)[None], output_hidden_states=True).hidden_states[-2][0].mean(0)
@@ -247,7 +278,9 @@ def test_a_folder_of_another_run_is_refused(pbmc, tmp_path, change):
     other = Geneformer.from_config("tiny", gf.tokenizer, seed=9, device="cpu") if change == "weights" else gf
     data = adata[5:].copy() if change == "cells" else adata
     with pytest.raises(StoreError):
-        other.perturb(data, max_cells=1, folder=tmp_path / "run", emb_layer=0 if change == "setting" else -1, **QUESTION)
+        other.perturb(
+            data, max_cells=1, folder=tmp_path / "run", emb_layer=0 if change == "setting" else -1, **QUESTION
+        )
 
 
 def test_out_of_memory_is_survived_and_recorded(pbmc, monkeypatch):
@@ -269,8 +302,10 @@ def test_out_of_memory_is_survived_and_recorded(pbmc, monkeypatch):
 
 def test_the_draw_of_cells_depends_on_names_and_seed_alone(pbmc):
     adata, gf = pbmc
-    drawn = [set(gf.perturb(data, genes="all", max_cells=3, seed=seed).shifts["cell"])
-             for data, seed in ((adata, 0), (adata[::-1].copy(), 0), (adata, 1))]
+    drawn = [
+        set(gf.perturb(data, genes="all", max_cells=3, seed=seed).shifts["cell"])
+        for data, seed in ((adata, 0), (adata[::-1].copy(), 0), (adata, 1))
+    ]
     assert drawn[0] == drawn[1] != drawn[2] and len(drawn[0]) == 3
 
 
@@ -281,19 +316,22 @@ def test_cells_of_one_name_stay_apart(pbmc):
     assert set(gf.perturb(twins).shifts["cell"]) == {"twin", "twin#1"}
 
 
-@pytest.mark.parametrize("wrong, error, message", [
-    (dict(kind="erase"), OptionError, "delete"),
-    (dict(goal="CD8+ Cytotoxic T"), OptionError, "state="),
-    (dict(state="cell_type", goal="CD8+ Cytotoxic T"), OptionError, "start"),
-    (dict(state="cell_type", start="CD14+ Monocyte", alt="CD8+ Cytotoxic T"), OptionError, "goal"),
-    (dict(state="cell_type", start="CD14+ Monocyte", goal="CD14+ Monocyte"), OptionError, "differ"),
-    (dict(state="cell_type", start="CD14+ Monocyte", goal="B cell"), DataError, "B cell"),
-    (dict(state="no_such", start="a", goal="b"), DataError, "no_such"),
-    (dict(genes=["NOSUCHGENE"]), DataError, "NOSUCHGENE"),
-    (dict(genes=[]), OptionError, "at least one"),
-    (dict(kind="overexpress", anchor="CD3D"), OptionError, "anchor"),
-    (dict(emb_layer=1), OptionError, "emb_layer"),
-])
+@pytest.mark.parametrize(
+    "wrong, error, message",
+    [
+        (dict(kind="erase"), OptionError, "delete"),
+        (dict(goal="CD8+ Cytotoxic T"), OptionError, "state="),
+        (dict(state="cell_type", goal="CD8+ Cytotoxic T"), OptionError, "start"),
+        (dict(state="cell_type", start="CD14+ Monocyte", alt="CD8+ Cytotoxic T"), OptionError, "goal"),
+        (dict(state="cell_type", start="CD14+ Monocyte", goal="CD14+ Monocyte"), OptionError, "differ"),
+        (dict(state="cell_type", start="CD14+ Monocyte", goal="B cell"), DataError, "B cell"),
+        (dict(state="no_such", start="a", goal="b"), DataError, "no_such"),
+        (dict(genes=["NOSUCHGENE"]), DataError, "NOSUCHGENE"),
+        (dict(genes=[]), OptionError, "at least one"),
+        (dict(kind="overexpress", anchor="CD3D"), OptionError, "anchor"),
+        (dict(emb_layer=1), OptionError, "emb_layer"),
+    ],
+)
 def test_what_cannot_be_answered_is_refused_with_the_fix(pbmc, wrong, error, message):
     adata, gf = pbmc
     with pytest.raises(error, match=message):
@@ -340,7 +378,9 @@ def test_scaling_one_donors_shifts_changes_no_p(pbmc):
     screen = gf.perturb(adata, max_cells=20, **QUESTION)
     scaled = screen.shifts.copy()
     scaled["shift"] = scaled["shift"] * scaled["donor"].map({"a": 1.0, "b": 50.0, "c": 0.02}).to_numpy()
-    one, other = (Screen(shifts, screen.genes, screen.params).table().set_index("gene") for shifts in (screen.shifts, scaled))
+    one, other = (
+        Screen(shifts, screen.genes, screen.params).table().set_index("gene") for shifts in (screen.shifts, scaled)
+    )
     np.testing.assert_allclose(other.loc[one.index, "z"], one["z"], atol=1e-4)
 
 
@@ -348,7 +388,9 @@ def test_groups_must_be_named_where_there_are_several(pbmc):
     adata, gf = pbmc
     screen = gf.perturb(adata, state="half", start="left", goal="right", groupby="cell_type", max_cells=2)
     assert len(screen.groups) == 2 and set(screen.table()["group"]) == set(screen.groups)
-    assert "group" not in screen.table(group=screen.groups[0]) or set(screen.table(group=screen.groups[0])["group"]) == {screen.groups[0]}
+    assert "group" not in screen.table(group=screen.groups[0]) or set(
+        screen.table(group=screen.groups[0])["group"]
+    ) == {screen.groups[0]}
     for ask in (screen.plot, lambda: screen.recover(["CD3D"])):
         with pytest.raises(OptionError, match="name one"):
             ask()

@@ -1,4 +1,5 @@
 "Masked-gene modelling: what is hidden, what the loss is, what it is compared with."
+
 import inspect
 import json
 import os
@@ -14,7 +15,16 @@ from scellfm.core import OptionError, ScellfmWarning, StoreError, keyed_generato
 from scellfm.data.cells import simulate_cells
 from scellfm.data.splits import hold_out
 from scellfm.geneformer.model import Geneformer
-from scellfm.geneformer.pretraining import IGNORED, MaskedCells, count_tokens, frequency_losses, mask_genes, masked_loss, pretrain, token_rows
+from scellfm.geneformer.pretraining import (
+    IGNORED,
+    MaskedCells,
+    count_tokens,
+    frequency_losses,
+    mask_genes,
+    masked_loss,
+    pretrain,
+    token_rows,
+)
 from scellfm.geneformer.tokenizer import RankTokenizer
 
 GENES = np.arange(4, 60)
@@ -22,7 +32,9 @@ GENES = np.arange(4, 60)
 
 @pytest.fixture(scope="module")
 def adata():
-    return simulate_cells(120, 60, cell_types=2, donors=3, depth=150, regulators=1, targets=4, programme_size=12, seed=2)
+    return simulate_cells(
+        120, 60, cell_types=2, donors=3, depth=150, regulators=1, targets=4, programme_size=12, seed=2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +116,14 @@ def test_frequency_loss_is_the_cross_entropy_of_the_frequencies(adata, tokenizer
     cells, gf = tokenizer(adata), tiny(tokenizer)
     source = masked(gf, cells)
     train, judged = np.arange(100), np.arange(100, 120)
-    counts = np.bincount(np.concatenate([cells[i] for i in train]), minlength=gf.model.config.vocab_size)[source.genes] + 1
+    counts = (
+        np.bincount(np.concatenate([cells[i] for i in train]), minlength=gf.model.config.vocab_size)[source.genes] + 1
+    )
     chance = dict(zip(source.genes, counts / counts.sum()))
     expected = np.mean([-np.log(chance[t]) for i in judged for t in source.cell(i, 0)[1] if t != IGNORED])
-    assert frequency_losses(source, count_tokens(source.sequences, train, gf.model.config.vocab_size), judged)["gene frequency"] == pytest.approx(expected)
+    assert frequency_losses(source, count_tokens(source.sequences, train, gf.model.config.vocab_size), judged)[
+        "gene frequency"
+    ] == pytest.approx(expected)
 
 
 def test_a_model_that_learned_nothing_is_called_so(adata, tokenizer):
@@ -192,7 +208,9 @@ def test_two_processes_pretrain_from_disk_as_one_does_from_memory(adata, tokeniz
         tokenizer(part).save(tmp_path / "corpus" / f"{name}.dataset")
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     script = tmp_path / "run.py"
-    script.write_text(inspect.getsource(without_dropout) + textwrap.dedent("""
+    script.write_text(
+        inspect.getsource(without_dropout)
+        + textwrap.dedent("""
         import json, os, sys, warnings
         warnings.simplefilter("ignore")
         from scellfm.geneformer.model import Geneformer
@@ -203,10 +221,19 @@ def test_two_processes_pretrain_from_disk_as_one_does_from_memory(adata, tokeniz
         gf.pretrain(folder + "/corpus", steps=6)
         if os.environ["RANK"] == "0":
             open(folder + "/two.json", "w").write(json.dumps(gf.history.to_dict()))
-    """))
+    """)
+    )
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "SCELLFM_PROGRESS": "0"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(script),
+        str(tmp_path),
+    ]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     two = json.loads((tmp_path / "two.json").read_text())

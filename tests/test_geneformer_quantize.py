@@ -1,4 +1,5 @@
 "Quantized loading: what is asked of transformers, and what is said where it cannot be had (no card is needed here)."
+
 import importlib.metadata
 import importlib.util
 
@@ -25,14 +26,20 @@ def adata():
 def package(monkeypatch):
     "As if bitsandbytes were installed."
     find, version = importlib.util.find_spec, importlib.metadata.version
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: object() if name == "bitsandbytes" else find(name, *a))
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.45.0" if name == "bitsandbytes" else version(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: object() if name == "bitsandbytes" else find(name, *a)
+    )
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "0.45.0" if name == "bitsandbytes" else version(name)
+    )
 
 
 @pytest.fixture
 def no_package(monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a)
+    )
 
 
 def test_what_is_missing_is_named(no_package, adata, tmp_path):
@@ -82,11 +89,16 @@ def test_transformers_gets_the_original_settings(package, width, monkeypatch, ad
         assert config.bnb_4bit_compute_dtype == torch.bfloat16
     quantized = Geneformer(model, gf.tokenizer, device="cpu", dtype="bfloat16")
     assert next(quantized.model.parameters()).dtype == torch.float32  # left as it was loaded
-    np.testing.assert_allclose(quantized.embed(adata, copy=True).obsm["X_geneformer"],
-                               gf.embed(adata, copy=True).obsm["X_geneformer"], atol=1e-6)
-    for train in (lambda: quantized.finetune(adata, "cell_type", split=folds(adata, by="donor", k=2)),
-                  lambda: quantized.pretrain(adata),
-                  lambda: quantized.finetune_genes(adata, {"a": adata.var_names[:8], "b": adata.var_names[8:16]}, folds=2)):
+    np.testing.assert_allclose(
+        quantized.embed(adata, copy=True).obsm["X_geneformer"],
+        gf.embed(adata, copy=True).obsm["X_geneformer"],
+        atol=1e-6,
+    )
+    for train in (
+        lambda: quantized.finetune(adata, "cell_type", split=folds(adata, by="donor", k=2)),
+        lambda: quantized.pretrain(adata),
+        lambda: quantized.finetune_genes(adata, {"a": adata.var_names[:8], "b": adata.var_names[8:16]}, folds=2),
+    ):
         with pytest.raises(OptionError, match="only reads.*lora=8"):
             train()
 
@@ -96,6 +108,8 @@ def test_a_tensor_that_transformers_did_not_find_is_named(package, monkeypatch, 
 
     model = Geneformer.from_config("tiny", RankTokenizer.fit(adata), device="cpu").model
     missing = ["cls.predictions.bias", "bert.embeddings.word_embeddings.weight"]
-    monkeypatch.setattr(transformers.AutoModelForMaskedLM, "from_pretrained", lambda *a, **k: (model, {"missing_keys": missing}))
+    monkeypatch.setattr(
+        transformers.AutoModelForMaskedLM, "from_pretrained", lambda *a, **k: (model, {"missing_keys": missing})
+    )
     with pytest.raises(AssetError, match="1 tensors.*word_embeddings"):
         load_quantized(tmp_path, module.quantization_settings("8bit"), CARD)

@@ -1,4 +1,5 @@
 """Inhibition and activation: a gene is moved by quartiles of the ranking, as the original documents and never built."""
+
 import numpy as np
 import pytest
 import torch
@@ -48,9 +49,15 @@ def test_every_gene_goes_where_the_manual_says(kind, quartiles, special):
 def test_examples_of_the_manual():
     "Forty genes: the first quartile's go to the middle of the third by two, and so on."
     forty = CutCells([np.arange(40)], 64)
-    by = {(kind, q): dict(zip(e.positions[:, 0], e.targets[:, 0])) for kind in KINDS for q in (1, 2)
-          for e in [make_edits(forty, kind, None, None, False, 64, q)]}
-    assert {by["activate", 1][r] for r in range(30, 40)} == {25} and {by["activate", 1][r] for r in range(20, 30)} == {15}
+    by = {
+        (kind, q): dict(zip(e.positions[:, 0], e.targets[:, 0]))
+        for kind in KINDS
+        for q in (1, 2)
+        for e in [make_edits(forty, kind, None, None, False, 64, q)]
+    }
+    assert {by["activate", 1][r] for r in range(30, 40)} == {25} and {by["activate", 1][r] for r in range(20, 30)} == {
+        15
+    }
     assert {by["activate", 1][r] for r in range(10, 20)} == {5} and {by["activate", 1][r] for r in range(1, 10)} == {0}
     assert {by["inhibit", 2][r] for r in range(10)} == {25} and {by["inhibit", 2][r] for r in range(10, 20)} == {35}
     assert {by["inhibit", 2][r] for r in range(20, 39)} == {39} and 39 not in by["inhibit", 2]
@@ -108,8 +115,14 @@ def test_effects_equal_the_plain_way(version, kind, quartiles):
 def test_shifts_to_a_goal_and_effects_on_genes_take_the_kind_too(version):
     gf, given = model(version), cells(version)
     states = list(dict.fromkeys(given.obs["state"]))
-    screen = perturb(gf, given, kind="inhibit", quartiles=2, state="state", start=states[0], goal=states[1], max_cells=2)
-    assert screen.params["kind"] == "inhibit" and screen.params["quartiles"] == 2 and screen.shifts["shift"].abs().max() > 0
+    screen = perturb(
+        gf, given, kind="inhibit", quartiles=2, state="state", start=states[0], goal=states[1], max_cells=2
+    )
+    assert (
+        screen.params["kind"] == "inhibit"
+        and screen.params["quartiles"] == 2
+        and screen.shifts["shift"].abs().max() > 0
+    )
     gene = screen.shifts["gene"].iloc[0]
     effects = gene_effects(gf, given, kind="inhibit", genes=[gene], quartiles=2)
     assert set(effects["gene"]) == {gene} and gene not in set(effects["affected"])
@@ -128,8 +141,12 @@ def test_moving_a_gene_to_the_front_is_overexpression():
 
 def test_what_cannot_be_asked(tmp_path):
     gf, given = model("v1"), cells("v1")[:2]
-    for wrong, message in ((dict(kind="delete", quartiles=1), "inhibit"), (dict(kind="inhibit", quartiles=4), "quartiles"),
-                           (dict(kind="activate", quartiles=0), "quartiles"), (dict(kind="inhibit", anchor="x"), "anchor")):
+    for wrong, message in (
+        (dict(kind="delete", quartiles=1), "inhibit"),
+        (dict(kind="inhibit", quartiles=4), "quartiles"),
+        (dict(kind="activate", quartiles=0), "quartiles"),
+        (dict(kind="inhibit", anchor="x"), "anchor"),
+    ):
         with pytest.raises(OptionError, match=message):
             perturb(gf, given, **wrong)
     top = str(gf.tokenizer.genes[given[0][0]])

@@ -1,4 +1,5 @@
 "A search for settings never touches the held-out cells, repeats itself, goes on where it stopped, and says what it found."
+
 import json
 import sys
 
@@ -18,8 +19,18 @@ ASK = dict(trials=3, space=SPACE, n_boot=0, batch_size=24)
 
 @pytest.fixture(scope="module")
 def adata():
-    return simulate_cells(96, 50, cell_types=["B", "T"], donors=4, depth=100, regulators=1, targets=3, programme_size=10,
-                          programme_effect=2.5, seed=3)
+    return simulate_cells(
+        96,
+        50,
+        cell_types=["B", "T"],
+        donors=4,
+        depth=100,
+        regulators=1,
+        targets=3,
+        programme_size=10,
+        programme_effect=2.5,
+        seed=3,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +59,14 @@ def test_every_trial_is_in_the_table_and_the_best_is_marked(found):
 
 def test_the_classifier_of_a_fold_is_trained_with_its_best_settings_and_judged_on_the_held_out(found, gf, adata, split):
     for k, part in enumerate(split):
-        alone = gf.finetune(adata, "cell_type", split=Split(part.train, part.valid, part.test, "donor", 96), batch_size=24,
-                            n_boot=0, **found.best[k])
+        alone = gf.finetune(
+            adata,
+            "cell_type",
+            split=Split(part.train, part.valid, part.test, "donor", 96),
+            batch_size=24,
+            n_boot=0,
+            **found.best[k],
+        )
         recipe = found.classifier.histories[k].recipe
         assert recipe["learning_rate"] == found.best[k]["learning_rate"] and recipe["epochs"] == found.best[k]["epochs"]
         if k == 0:
@@ -61,8 +78,14 @@ def test_the_classifier_of_a_fold_is_trained_with_its_best_settings_and_judged_o
 def test_no_trial_sees_a_held_out_cell(gf, adata, split, monkeypatch):
     rows = []
     train = module.train_fold
-    monkeypatch.setattr(module, "train_fold", lambda gf, s, codes, classes, part, k, **ask: (
-        rows.append((k, part)), train(gf, s, codes, classes, part, k, **ask))[1])
+    monkeypatch.setattr(
+        module,
+        "train_fold",
+        lambda gf, s, codes, classes, part, k, **ask: (
+            rows.append((k, part)),
+            train(gf, s, codes, classes, part, k, **ask),
+        )[1],
+    )
     gf.search(adata, "cell_type", split=split, **{**ASK, "trials": 1})
     donor = adata.obs["donor"].to_numpy()
     assert [k for k, _ in rows] == [0, 1]
@@ -97,7 +120,9 @@ def test_an_interrupted_search_goes_on(found, gf, adata, split, tmp_path, monkey
 
 
 def test_a_trial_that_diverges_has_no_score_and_the_others_go_on(gf, adata, split, tmp_path):
-    ask = dict(trials=4, space={"learning_rate": [1e30, 1e-3]}, n_boot=0, batch_size=24, folder=tmp_path, learning_rate=1e30)
+    ask = dict(
+        trials=4, space={"learning_rate": [1e30, 1e-3]}, n_boot=0, batch_size=24, folder=tmp_path, learning_rate=1e30
+    )
     with pytest.warns(ScellfmWarning, match=r"\d of 8 trials diverged .*first with .*1e\+30") as caught:
         found = gf.search(adata, "cell_type", split=split, **ask)
     assert caught[0].filename == __file__
@@ -114,7 +139,9 @@ def test_a_search_in_which_every_trial_diverges_says_so(gf, adata, split):
 
 
 def test_the_first_trial_is_the_default(gf, adata, split):
-    one = gf.search(adata, "cell_type", split=split, trials=1, n_boot=0, space={"learning_rate": (1e-6, 1e-3), "epochs": [2, 1]})
+    one = gf.search(
+        adata, "cell_type", split=split, trials=1, n_boot=0, space={"learning_rate": (1e-6, 1e-3), "epochs": [2, 1]}
+    )
     assert (one.trials["learning_rate"] == 5e-5).all() and (one.trials["epochs"] == 1).all()
     assert default_space(6, lora=8)["freeze_layers"] == (0, 5)
 
@@ -131,12 +158,19 @@ def test_one_training_donor_is_too_few(gf, adata):
         gf.search(two, "cell_type", split=folds(two, by="donor", k=2), **ASK)
 
 
-@pytest.mark.parametrize(("ask", "words"), [
-    (dict(space={}), "nothing to search"), (dict(space={"epoch": [1]}), "Did you mean 'epochs'"),
-    (dict(space={"epochs": (3, 1)}), "epochs"), (dict(space={"learning_rate": (0.0, 1e-3)}), "above 0"),
-    (dict(space={"lora": []}), "lora"), (dict(trials=0), "trials=0"), (dict(inner=1.5), "inner=1.5"),
-    (dict(metric="f1"), "macro_f1"),
-])
+@pytest.mark.parametrize(
+    ("ask", "words"),
+    [
+        (dict(space={}), "nothing to search"),
+        (dict(space={"epoch": [1]}), "Did you mean 'epochs'"),
+        (dict(space={"epochs": (3, 1)}), "epochs"),
+        (dict(space={"learning_rate": (0.0, 1e-3)}), "above 0"),
+        (dict(space={"lora": []}), "lora"),
+        (dict(trials=0), "trials=0"),
+        (dict(inner=1.5), "inner=1.5"),
+        (dict(metric="f1"), "macro_f1"),
+    ],
+)
 def test_bad_questions_are_named(gf, adata, split, ask, words):
     with pytest.raises(OptionError, match=words):
         gf.search(adata, "cell_type", split=split, **{**ASK, **ask})
@@ -155,7 +189,9 @@ def test_without_optuna_the_extra_is_named(gf, adata, split, monkeypatch):
 
 def test_any_kind_of_choice_may_be_searched(gf, adata, split):
     space = {"lora": [None, 2], "class_weights": ["balanced", {"B": 1.0, "T": 2.0}]}
-    found = gf.search(adata, "cell_type", split=split, trials=2, space=space, n_boot=0, metric="calibration_error", batch_size=24)
+    found = gf.search(
+        adata, "cell_type", split=split, trials=2, space=space, n_boot=0, metric="calibration_error", batch_size=24
+    )
     for _, rows in found.trials.groupby("fold"):
         assert rows.loc[rows["best"], "score"].item() == rows["score"].min()
     assert all(best["lora"] in (None, 2) for best in found.best) and isinstance(found._repr_html_(), str)

@@ -1,4 +1,5 @@
 """The tokenizer against the recorded outputs of the original, on real cells, on files, and on what must be refused."""
+
 import json
 import os
 import subprocess
@@ -32,8 +33,13 @@ def dictionary(name):
 def tokenizer(case, variant):
     options = META[case][variant]["options"]
     mapping = dictionary("ensembl_mapping") if options["mapping_file"] else None
-    return RankTokenizer(dictionary(f"token_dictionary_{options['dict']}"), dictionary("gene_median"), mapping,
-                         max_length=options["model_input_size"], special=options["special_token"])
+    return RankTokenizer(
+        dictionary(f"token_dictionary_{options['dict']}"),
+        dictionary("gene_median"),
+        mapping,
+        max_length=options["model_input_size"],
+        special=options["special_token"],
+    )
 
 
 def cells_of(case):
@@ -97,7 +103,7 @@ def test_tokens_are_those_of_the_original(case, variant):
     assert cells.lengths.tolist() == expected["length"].tolist()
     special = META[case][variant]["options"]["special_token"]
     for i, row in enumerate(cells.cell_index):
-        theirs = expected["tokens"][expected["offsets"][i]:expected["offsets"][i + 1]]
+        theirs = expected["tokens"][expected["offsets"][i] : expected["offsets"][i + 1]]
         cut = len(values[row]) > len(theirs) - 2 * special
         assert_same_up_to_ties(cells[i].tolist(), theirs.tolist(), values[row], special, cut)
     if case == "float_counts":
@@ -111,7 +117,12 @@ def test_kept_counts_are_those_of_the_original(case, variant):
     rows = np.repeat(cells.cell_index, cells.lengths)
     slow = [values[row][t] * medians[genes[t]] if t in values[row] else 0.0 for row, t in zip(rows, cells.tokens)]
     np.testing.assert_allclose(cells.counts, slow, rtol=1e-6)
-    theirs = {(row, t): c for row, t, c in zip(np.repeat(expected["cell_index"], expected["length"]), expected["tokens"], expected["counts"])}
+    theirs = {
+        (row, t): c
+        for row, t, c in zip(
+            np.repeat(expected["cell_index"], expected["length"]), expected["tokens"], expected["counts"]
+        )
+    }
     shared = [(c, theirs[row, t]) for row, t, c in zip(rows, cells.tokens, cells.counts) if (row, t) in theirs]
     assert len(shared) > 0.9 * len(cells.tokens)
     np.testing.assert_allclose(*zip(*shared), rtol=1e-6)
@@ -127,7 +138,9 @@ def test_every_recorded_case_equals_the_slow_definition_exactly(case, variant):
         limit = tok.max_length - 2 * tok.special
         cut = len(values[row]) > limit
         order = sorted(values[row], key=lambda t: (-values[row][t], t))[:limit]
-        assert_same_up_to_ties(cells[i].tolist(), [tok.cls, *order, tok.eos] if tok.special else order, values[row], tok.special, cut)
+        assert_same_up_to_ties(
+            cells[i].tolist(), [tok.cls, *order, tok.eos] if tok.special else order, values[row], tok.special, cut
+        )
 
 
 def pairs_of(case):
@@ -136,10 +149,14 @@ def pairs_of(case):
 
 def test_stored_zeros_are_not_tokens_unlike_the_original():
     for variant in pairs_of("explicit_zeros"):
-        cells, expected, values = run("explicit_zeros", variant), recorded("explicit_zeros", variant), slow_values("explicit_zeros", variant)
+        cells, expected, values = (
+            run("explicit_zeros", variant),
+            recorded("explicit_zeros", variant),
+            slow_values("explicit_zeros", variant),
+        )
         dropped = 0
         for i, row in enumerate(cells.cell_index):
-            theirs = expected["tokens"][expected["offsets"][i]:expected["offsets"][i + 1]]
+            theirs = expected["tokens"][expected["offsets"][i] : expected["offsets"][i + 1]]
             real = [t for t in theirs.tolist() if t in values[row]]
             dropped += len(theirs) - len(real)
             assert_same_up_to_ties(cells[i].tolist(), real, values[row], False, False)
@@ -151,7 +168,7 @@ def test_columns_of_one_identifier_are_summed_unlike_in_the_original():
         cells, expected = run("same_id_duplicates", variant), recorded("same_id_duplicates", variant)
         repeated = 0
         for i in range(len(cells)):
-            theirs = expected["tokens"][expected["offsets"][i]:expected["offsets"][i + 1]].tolist()
+            theirs = expected["tokens"][expected["offsets"][i] : expected["offsets"][i + 1]].tolist()
             ours = cells[i].tolist()
             assert len(set(ours)) == len(ours) and set(ours) == set(theirs)
             repeated += len(theirs) - len(ours)
@@ -160,18 +177,30 @@ def test_columns_of_one_identifier_are_summed_unlike_in_the_original():
 
 def test_a_dense_empty_cell_gets_no_tokens_unlike_in_the_original():
     for variant in pairs_of("zero_ncounts_dense"):
-        cells, expected, values = run("zero_ncounts_dense", variant), recorded("zero_ncounts_dense", variant), slow_values("zero_ncounts_dense", variant)
+        cells, expected, values = (
+            run("zero_ncounts_dense", variant),
+            recorded("zero_ncounts_dense", variant),
+            slow_values("zero_ncounts_dense", variant),
+        )
         empty = [i for i, v in enumerate(values) if not v]
-        assert empty and set(empty) <= set(expected["cell_index"].tolist()) and not set(empty) & set(cells.cell_index.tolist())
+        assert (
+            empty
+            and set(empty) <= set(expected["cell_index"].tolist())
+            and not set(empty) & set(cells.cell_index.tolist())
+        )
         for i, row in enumerate(cells.cell_index):
             at = expected["cell_index"].tolist().index(row)
-            theirs = expected["tokens"][expected["offsets"][at]:expected["offsets"][at + 1]]
+            theirs = expected["tokens"][expected["offsets"][at] : expected["offsets"][at + 1]]
             assert_same_up_to_ties(cells[i].tolist(), theirs.tolist(), values[row], False, False)
 
 
 def test_identifiers_with_a_version_are_known_unlike_in_the_original():
     for variant in pairs_of("version_suffix"):
-        cells, expected, tok = run("version_suffix", variant), recorded("version_suffix", variant), tokenizer("version_suffix", variant)
+        cells, expected, tok = (
+            run("version_suffix", variant),
+            recorded("version_suffix", variant),
+            tokenizer("version_suffix", variant),
+        )
         ids = cells_of("version_suffix").var["ensembl_id"]
         mapping = tok.mapping or {}
         versioned = {mapping.get(gene.split(".")[0], gene.split(".")[0]) for gene in ids if "." in gene}
@@ -180,10 +209,12 @@ def test_identifiers_with_a_version_are_known_unlike_in_the_original():
         values, gained = slow_values("version_suffix", variant), 0
         for i, row in enumerate(cells.cell_index):
             at = expected["cell_index"].tolist().index(row)
-            theirs = expected["tokens"][expected["offsets"][at]:expected["offsets"][at + 1]].tolist()
+            theirs = expected["tokens"][expected["offsets"][at] : expected["offsets"][at + 1]].tolist()
             kept = [t for t in cells[i].tolist() if tok.genes[t] not in versioned]
             gained += len(cells[i]) - len(kept)
-            if not {tok.genes[t] for t in theirs} & {mapping.get(g.split(".")[0], g.split(".")[0]) for g in ids if "." in g}:
+            if not {tok.genes[t] for t in theirs} & {
+                mapping.get(g.split(".")[0], g.split(".")[0]) for g in ids if "." in g
+            }:
                 assert_same_up_to_ties(kept, theirs, values[row], False, False)
         assert gained > 0
 
@@ -192,13 +223,25 @@ def write_loom(adata, path):
     "As adata.write_loom does, which anndata 0.13 cannot (it hands loompy a layer without a name)."
     import loompy
 
-    row, col = ({name: table[name].to_numpy(object if table[name].dtype.kind not in "biuf" else None).astype(
-        str if table[name].dtype.kind not in "biuf" else table[name].dtype) for name in table} for table in (adata.var, adata.obs))
-    row["var_names"], col["obs_names"] = adata.var_names.to_numpy(object).astype(str), adata.obs_names.to_numpy(object).astype(str)
+    row, col = (
+        {
+            name: table[name]
+            .to_numpy(object if table[name].dtype.kind not in "biuf" else None)
+            .astype(str if table[name].dtype.kind not in "biuf" else table[name].dtype)
+            for name in table
+        }
+        for table in (adata.var, adata.obs)
+    )
+    row["var_names"], col["obs_names"] = (
+        adata.var_names.to_numpy(object).astype(str),
+        adata.obs_names.to_numpy(object).astype(str),
+    )
     loompy.create(str(path), sparse.csr_matrix(adata.X).toarray().T, row, col)
 
 
-@pytest.mark.parametrize("case,variant", [p for p in SAME if p[0] in ("zarr", "loom", "loom_collapse", "collapse", "filter_pass", "dense")])
+@pytest.mark.parametrize(
+    "case,variant", [p for p in SAME if p[0] in ("zarr", "loom", "loom_collapse", "collapse", "filter_pass", "dense")]
+)
 def test_files_give_the_tokens_of_memory(case, variant, tmp_path):
     tok, adata, form = tokenizer(case, variant), cells_of(case), META[case][variant]["format"]
     path = tmp_path / f"cells.{form}"
@@ -216,7 +259,10 @@ def small():
     x = sparse.csr_matrix(draw.poisson(0.7, (30, 20)).astype(np.float32))
     x[4] = 0
     x.eliminate_zeros()
-    obs = pd.DataFrame({"donor": pd.Categorical(list("abc") * 10), "age": np.arange(30), "score": draw.random(30)}, index=[f"c{i}" for i in range(30)])
+    obs = pd.DataFrame(
+        {"donor": pd.Categorical(list("abc") * 10), "age": np.arange(30), "score": draw.random(30)},
+        index=[f"c{i}" for i in range(30)],
+    )
     return anndata.AnnData(x, obs=obs, var=pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(20)]))
 
 
@@ -231,7 +277,9 @@ def test_fitted_medians_are_exact(small):
     dense = dense / dense.sum(1, keepdims=True) * 1e4
     for gene, median in tok.medians.items():
         column = dense[:, small.var_names.get_loc(gene)]
-        assert median == np.float32(np.median(column[column > 0])) or np.isclose(median, np.median(column[column > 0]), rtol=1e-7)
+        assert median == np.float32(np.median(column[column > 0])) or np.isclose(
+            median, np.median(column[column > 0]), rtol=1e-7
+        )
 
 
 def test_fit_does_not_depend_on_the_order_of_cells_or_genes(small):
@@ -258,7 +306,7 @@ def test_medians_of_files_that_do_not_fit_into_memory_are_the_same(small, tmp_pa
         return read(source, tokens)
 
     for i in range(3):
-        small[10 * i:10 * i + 10].write_h5ad(tmp_path / f"{i}.h5ad")
+        small[10 * i : 10 * i + 10].write_h5ad(tmp_path / f"{i}.h5ad")
     monkeypatch.setattr(module, "source_levels", counted)
     monkeypatch.setattr(module, "exact_medians", partial(module.exact_medians, budget=30))  # of 260 values
     assert fitted(tmp_path).dictionaries == expected
@@ -269,7 +317,9 @@ def test_special_tokens_frame_every_cell(small):
     tok = fitted(small, special=True, max_length=6)
     with pytest.warns(ScellfmWarning, match="1 of 30 cells"):
         cells = tok(small)
-    assert (cells.tokens[cells.offsets[:-1]] == tok.cls).all() and (cells.tokens[cells.offsets[1:] - 1] == tok.eos).all()
+    assert (cells.tokens[cells.offsets[:-1]] == tok.cls).all() and (
+        cells.tokens[cells.offsets[1:] - 1] == tok.eos
+    ).all()
     assert cells.lengths.max() == 6 and cells.report["n_truncated"] == (np.diff(small.X.indptr) > 4).sum() > 0
     assert (tok.pad, tok.mask, tok.cls, tok.eos) == (0, 1, 2, 3)
 
@@ -294,7 +344,12 @@ def test_columns_are_carried_and_renamed(small, tmp_path):
         warnings.simplefilter("ignore", ScellfmWarning)
         cells = tok(small, columns={"donor": "who", "age": "age", "score": "score"}, keep_counts=True)
         small.write_h5ad(tmp_path / "cells.h5ad")
-        tok.tokenize_files(tmp_path / "cells.h5ad", tmp_path / "out", columns={"donor": "who", "age": "age", "score": "score"}, keep_counts=True)
+        tok.tokenize_files(
+            tmp_path / "cells.h5ad",
+            tmp_path / "out",
+            columns={"donor": "who", "age": "age", "score": "score"},
+            keep_counts=True,
+        )
     assert list(cells.obs["who"]) == list(small.obs["donor"].iloc[cells.cell_index])
     from datasets import load_from_disk
 
@@ -319,7 +374,9 @@ def test_saved_cells_open_in_datasets_and_come_back(small, tmp_path):
     back, theirs = TokenizedCells.load(tmp_path / "ours"), load_from_disk(str(tmp_path / "ours"))
     assert back.special and back.report == cells.report and back.tokens.dtype == np.uint16
     assert [row["input_ids"] for row in theirs] == [cells[i].tolist() for i in range(len(cells))]
-    Dataset.from_dict({"input_ids": [c.tolist() for c in cells], "length": cells.lengths.tolist()}).save_to_disk(str(tmp_path / "original"))
+    Dataset.from_dict({"input_ids": [c.tolist() for c in cells], "length": cells.lengths.tolist()}).save_to_disk(
+        str(tmp_path / "original")
+    )
     original = TokenizedCells.load(tmp_path / "original")
     assert np.array_equal(original.tokens, cells.tokens) and original.special
     assert cells.to_dataset()["donor"] == list(cells.obs["donor"])
@@ -335,7 +392,7 @@ def test_many_shards_open_as_one(small, tmp_path):
         cells = fitted(small)(small)
     with DatasetWriter(tmp_path / "shards", shard_bytes=1) as writer:
         for start in range(0, len(cells), 7):
-            writer.write(cells[start:start + 7])
+            writer.write(cells[start : start + 7])
         writer.finish(cells.report, cells.special)
     assert len(list((tmp_path / "shards").glob("data-*-of-00005.arrow"))) == 5
     assert load_from_disk(str(tmp_path / "shards"))["input_ids"][28] == cells[28].tolist()
@@ -360,7 +417,13 @@ def test_the_way_of_storing_makes_no_difference(small, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ScellfmWarning)
         expected = tok(small)
-        forms = [small.X.tocsc(), small.X.toarray(), small.X.astype(np.int64), small.X.astype(np.uint16), small.X.astype(np.float64)]
+        forms = [
+            small.X.tocsc(),
+            small.X.toarray(),
+            small.X.astype(np.int64),
+            small.X.astype(np.uint16),
+            small.X.astype(np.float64),
+        ]
         for x in forms:
             assert np.array_equal(tok(anndata.AnnData(x, small.obs, small.var)).tokens, expected.tokens)
         for x, name in ((small.X, "csr"), (small.X.tocsc(), "csc"), (small.X.toarray(), "dense")):
@@ -385,7 +448,9 @@ def test_the_way_of_storing_makes_no_difference(small, tmp_path):
 def test_what_is_not_a_count_is_refused_with_its_place(small, value, word):
     tok = fitted(small)
     small.X[7, 3] = value
-    with pytest.raises(DataError, match=f"'c7'.*'ENSG00000000003' {word if word.startswith('holds') else 'holds ' + word}"):
+    with pytest.raises(
+        DataError, match=f"'c7'.*'ENSG00000000003' {word if word.startswith('holds') else 'holds ' + word}"
+    ):
         tok(small)
 
 
@@ -415,7 +480,7 @@ def test_damaged_and_missing_files_are_named(small, tmp_path):
     tok = fitted(small)
     small.write_h5ad(tmp_path / "a.h5ad")
     whole = (tmp_path / "a.h5ad").read_bytes()
-    (tmp_path / "a.h5ad").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "a.h5ad").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="a.h5ad"):
         tok(tmp_path / "a.h5ad")
     for missing in (tmp_path / "none.h5ad", str(tmp_path / "nofolder")):
@@ -464,9 +529,16 @@ def test_generations_tell_themselves():
         RankTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("change,word", [
-    (lambda t, m: t.pop("<pad>"), "pad"), (lambda t, m: t.update({"<cls>": 9}), "cls"),
-    (lambda t, m: t.update({"B": 2}), "share"), (lambda t, m: m.pop("A"), "median"), (lambda t, m: m.update({"A": 0.0}), "above 0")])
+@pytest.mark.parametrize(
+    "change,word",
+    [
+        (lambda t, m: t.pop("<pad>"), "pad"),
+        (lambda t, m: t.update({"<cls>": 9}), "cls"),
+        (lambda t, m: t.update({"B": 2}), "share"),
+        (lambda t, m: m.pop("A"), "median"),
+        (lambda t, m: m.update({"A": 0.0}), "above 0"),
+    ],
+)
 def test_dictionaries_that_do_not_fit_are_refused(change, word):
     tokens, medians = {"<pad>": 0, "<mask>": 1, "A": 2, "B": 3}, {"A": 1.0, "B": 2.0}
     change(tokens, medians)
@@ -478,7 +550,12 @@ def test_dictionaries_that_do_not_fit_are_refused(change, word):
 def test_real_cells_with_the_official_dictionaries(version, genes, jak3, tmp_path):
     folder, path = real_data(f"geneformer-{version}"), real_data("kang18/kang18_2000.h5ad")
     tok = RankTokenizer.from_pretrained(folder)
-    assert tok.version == version.upper() and len(tok.genes) == genes and tok.token("JAK3") == jak3 and tok.symbol(jak3) == "JAK3"
+    assert (
+        tok.version == version.upper()
+        and len(tok.genes) == genes
+        and tok.token("JAK3") == jak3
+        and tok.symbol(jak3) == "JAK3"
+    )
     adata = anndata.read_h5ad(path)
     cells = tok(adata, columns=["condition", "donor"])
     report = tok.tokenize_files(path, tmp_path / "kang.dataset", columns=["condition", "donor"])
@@ -492,7 +569,7 @@ def test_real_cells_with_the_official_dictionaries(version, genes, jak3, tmp_pat
             value[index[column]] = value.get(index[column], 0.0) + x[i, column]
         value = {t: v / tok.medians[tok.genes[t]] for t, v in value.items()}
         genes_only = cells[i][1:-1] if tok.special else cells[i]
-        assert genes_only.tolist() == sorted(value, key=lambda t: (-value[t], t))[:tok.max_length]
+        assert genes_only.tolist() == sorted(value, key=lambda t: (-value[t], t))[: tok.max_length]
     assert np.array_equal(tok(adata[:200], engine="numpy").tokens, cells[:200].tokens)
 
 
@@ -510,12 +587,19 @@ def test_official_pickles_give_the_same_tokenizer(tmp_path):
 
 def test_tokens_do_not_depend_on_the_processor(small, tmp_path):
     small.write_h5ad(tmp_path / "cells.h5ad")
-    code = ("import sys, hashlib, warnings; warnings.simplefilter('ignore'); from scellfm.geneformer import RankTokenizer; "
-            "tok = RankTokenizer.fit(sys.argv[1]); print(*[hashlib.sha256(tok(sys.argv[1], engine=e).tokens).hexdigest() for e in ('numba', 'numpy')])")
+    code = (
+        "import sys, hashlib, warnings; warnings.simplefilter('ignore'); from scellfm.geneformer import RankTokenizer; "
+        "tok = RankTokenizer.fit(sys.argv[1]); print(*[hashlib.sha256(tok(sys.argv[1], engine=e).tokens).hexdigest() for e in ('numba', 'numpy')])"
+    )
     seen = set()
     for off in ("", "X86_V4 X86_V3"):
         env = os.environ | ({"NPY_DISABLE_CPU_FEATURES": off} if off else {})
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "cells.h5ad")], capture_output=True, text=True, env=env)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "cells.h5ad")],
+            capture_output=True,
+            text=True,
+            env=env,
+        )
         if done.returncode == 0 or not off:
             seen |= set(done.stdout.split())
     assert len(seen) == 1

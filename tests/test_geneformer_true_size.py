@@ -1,4 +1,5 @@
 """Geneformer at its true size: checkpoints of the published names and shapes, the real dictionaries, real cells."""
+
 import json
 import shutil
 
@@ -43,7 +44,9 @@ def official(folder, settings: dict, shapes: dict, dictionaries: str):
     tensors |= {name: torch.ones(shape) for name, shape in shapes.items() if name.endswith("LayerNorm.weight")}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(settings))
-    shutil.copytree(real_data(dictionaries), folder.parent / "gene_dictionaries", ignore=shutil.ignore_patterns("*.pkl"))
+    shutil.copytree(
+        real_data(dictionaries), folder.parent / "gene_dictionaries", ignore=shutil.ignore_patterns("*.pkl")
+    )
     return folder
 
 
@@ -76,8 +79,10 @@ def check_embedding_and_deletion(gf: Geneformer, cells) -> None:
     assert shifts["cosine"].item() == pytest.approx(float(cosine[0] if gf.special else cosine.mean()), abs=1e-5)
 
 
-@pytest.mark.parametrize("name, dictionaries, version, parameters", [
-    ("V1-10M", "geneformer-v1", "V1", 10e6), ("V2-104M", "geneformer-v2", "V2", 104e6)])
+@pytest.mark.parametrize(
+    "name, dictionaries, version, parameters",
+    [("V1-10M", "geneformer-v1", "V1", 10e6), ("V2-104M", "geneformer-v2", "V2", 104e6)],
+)
 def test_a_checkpoint_of_true_size_loads_whole_embeds_and_perturbs(tmp_path, name, dictionaries, version, parameters):
     real_data(KANG)
     settings = config(name)
@@ -106,7 +111,9 @@ def test_a_classifier_of_true_size_predicts_embeds_and_perturbs(tmp_path):
     assert np.isfinite(screen.shifts["shift"]).all() and len(screen.shifts) >= 1
 
 
-@pytest.mark.parametrize("damage, message", [("missing", "bert.encoder.layer.0"), ("shape", "word_embeddings"), ("extra", "no_such")])
+@pytest.mark.parametrize(
+    "damage, message", [("missing", "bert.encoder.layer.0"), ("shape", "word_embeddings"), ("extra", "no_such")]
+)
 def test_a_tensor_that_is_missing_extra_or_of_another_shape_is_an_error_naming_it(tmp_path, damage, message):
     shapes = masked_shapes(config("V1-10M"))
     if damage == "missing":

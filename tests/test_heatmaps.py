@@ -1,4 +1,5 @@
 """The heatmap of an embedding: which cells and dimensions it shows, and in what order."""
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -15,7 +16,9 @@ def adata():
     label = np.repeat(["a", "b", "c"], 100)
     values = random.normal(size=(300, 6)) + 4 * (label == "b")[:, None] * np.arange(6)
     values[:, 3], values[:5] = 1.0, np.nan
-    return anndata.AnnData(np.zeros((300, 1)), pd.DataFrame({"label": label}, index=[f"cell{i}" for i in range(300)]), obsm={"X": values})
+    return anndata.AnnData(
+        np.zeros((300, 1)), pd.DataFrame({"label": label}, index=[f"cell{i}" for i in range(300)]), obsm={"X": values}
+    )
 
 
 def image(axes) -> np.ndarray:

@@ -1,4 +1,5 @@
 """Every public entrance that reads a dictionary or a checkpoint is handed files that would run a program: nothing runs."""
+
 import ast
 import json
 import os
@@ -15,7 +16,15 @@ from scipy import sparse
 
 from scellfm.core import AssetError, DataError, StoreError
 from scellfm.data.splits import hold_out
-from scellfm.geneformer import CellClassifier, GeneClassifier, Geneformer, RankTokenizer, Screen, TaskClassifier, TokenizedCells
+from scellfm.geneformer import (
+    CellClassifier,
+    GeneClassifier,
+    Geneformer,
+    RankTokenizer,
+    Screen,
+    TaskClassifier,
+    TokenizedCells,
+)
 from scellfm.geneformer import genes as genes_module
 from scellfm.geneformer.classifier import RECORD
 from scellfm.scgpt import ReferenceMap, ScGPT
@@ -40,7 +49,9 @@ class Run:
 def cells():
     draw = np.random.default_rng(0)
     obs = pd.DataFrame({"cell_type": ["B", "T"] * 12}, index=[f"c{i}" for i in range(24)])
-    return anndata.AnnData(sparse.csr_matrix(draw.poisson(2.0, (24, 30)).astype(np.float32)), obs=obs, var=pd.DataFrame(index=GENES))
+    return anndata.AnnData(
+        sparse.csr_matrix(draw.poisson(2.0, (24, 30)).astype(np.float32)), obs=obs, var=pd.DataFrame(index=GENES)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +67,9 @@ def geneformer(tmp_path_factory):
     of_genes = gf.finetune_genes(adata, {"a": GENES[:10], "b": GENES[10:]}, folds=2, epochs=1, n_boot=0)
     of_genes.save_pretrained(folder / "genes")
     adata.obs["side"] = ["left", "right", "right", "left"] * 6
-    gf.finetune(adata, ["cell_type", "side"], split=hold_out(adata, fractions=(0.5, 0, 0.5)), epochs=1, n_boot=0).save_pretrained(folder / "tasks")
+    gf.finetune(
+        adata, ["cell_type", "side"], split=hold_out(adata, fractions=(0.5, 0, 0.5)), epochs=1, n_boot=0
+    ).save_pretrained(folder / "tasks")
     clf.perturb(adata, state="cell_type", start="B", goal="T", genes=GENES[:3]).save(folder / "screen")
     return folder
 
@@ -90,19 +103,31 @@ def put_torch(folder, name, canary):
     canary.unlink()
 
 
-@pytest.mark.parametrize("name", ["token_dictionary_gc104M", "gene_median_dictionary_gc104M", "ensembl_mapping_dict_gc104M",
-                                  "gene_name_id_dict_gc104M"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "token_dictionary_gc104M",
+        "gene_median_dictionary_gc104M",
+        "ensembl_mapping_dict_gc104M",
+        "gene_name_id_dict_gc104M",
+    ],
+)
 def test_the_tokenizer_reads_no_hostile_dictionary(tmp_path, name):
     folder, canary, ids = tmp_path / "files", tmp_path / "canary", {gene: i + 4 for i, gene in enumerate(GENES)}
     folder.mkdir()
-    contents = {"token_dictionary_gc104M": {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3, **ids},
-                "gene_median_dictionary_gc104M": dict.fromkeys(GENES, 1.0), "ensembl_mapping_dict_gc104M": dict(zip(GENES, GENES)),
-                "gene_name_id_dict_gc104M": {f"S{i}": gene for i, gene in enumerate(GENES)}}
+    contents = {
+        "token_dictionary_gc104M": {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3, **ids},
+        "gene_median_dictionary_gc104M": dict.fromkeys(GENES, 1.0),
+        "ensembl_mapping_dict_gc104M": dict(zip(GENES, GENES)),
+        "gene_name_id_dict_gc104M": {f"S{i}": gene for i, gene in enumerate(GENES)},
+    }
     for each, content in contents.items():
         (folder / f"{each}.pkl").write_bytes(pickle.dumps(content))
     assert len(RankTokenizer.from_pretrained(folder).genes) == 34
     put_pickle(folder / f"{name}.pkl", canary, contents[name])
-    refused(lambda: RankTokenizer.from_pretrained(folder), canary, words=f"{name}.pkl is a pickle that asks for .*system")
+    refused(
+        lambda: RankTokenizer.from_pretrained(folder), canary, words=f"{name}.pkl is a pickle that asks for .*system"
+    )
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
@@ -113,7 +138,9 @@ def test_geneformer_reads_no_hostile_weights(place, name):
 
 
 @pytest.mark.parametrize("content", [b"<html>log in</html>", b"", b"[1]", b'{"a": '])
-@pytest.mark.parametrize("name", ["config.json", "token_dictionary.json", "gene_median_dictionary.json", "rank_tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "token_dictionary.json", "gene_median_dictionary.json", "rank_tokenizer.json"]
+)
 def test_a_damaged_file_of_a_model_is_named_although_a_whole_one_lies_next_to_it(place, name, content):
     folder, _ = place
     (folder / "model" / name).write_bytes(content)
@@ -126,12 +153,19 @@ def test_a_config_that_names_code_runs_none(place):
     path = folder / "model" / "config.json"
     config = json.loads(path.read_text())
     (folder / "model" / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
-    config |= {"auto_map": {name: "evil.Evil" for name in ("AutoConfig", "AutoModel", "AutoModelForMaskedLM",
-                                                         "AutoModelForSequenceClassification")}}
+    config |= {
+        "auto_map": dict.fromkeys(
+            ("AutoConfig", "AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"), "evil.Evil"
+        )
+    }
     path.write_text(json.dumps({**config, "_attn_implementation": "org/kernel", "trust_remote_code": True}))
     Geneformer.from_pretrained(folder / "model", device="cpu")
     theirs = folder / "theirs" / "config.json"
-    theirs.write_text(json.dumps({**json.loads(theirs.read_text()), "auto_map": config["auto_map"], "_attn_implementation": "org/kernel"}))
+    theirs.write_text(
+        json.dumps(
+            {**json.loads(theirs.read_text()), "auto_map": config["auto_map"], "_attn_implementation": "org/kernel"}
+        )
+    )
     shutil.copy(folder / "model" / "evil.py", folder / "theirs" / "evil.py")
     CellClassifier.from_pretrained(folder / "theirs", label="x", device="cpu")
     assert not canary.exists()
@@ -142,7 +176,11 @@ def test_a_config_that_names_code_runs_none(place):
 def test_the_classifier_reads_no_hostile_names_of_classes(place, where, name):
     folder, canary = place
     put_pickle(folder / where / name, canary, {0: "B", 1: "T"})
-    refused(lambda: CellClassifier.from_pretrained(folder / "theirs", label="x", device="cpu"), canary, words=f"{name} is a pickle that asks for")
+    refused(
+        lambda: CellClassifier.from_pretrained(folder / "theirs", label="x", device="cpu"),
+        canary,
+        words=f"{name} is a pickle that asks for",
+    )
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
@@ -150,7 +188,11 @@ def test_the_classifier_reads_no_hostile_names_of_classes(place, where, name):
 def test_the_classifier_reads_no_hostile_weights(place, layout, name):
     folder, canary = place
     put_torch(folder / layout, name, canary)
-    refused(lambda: CellClassifier.from_pretrained(folder / layout.split("/")[0], label="x", device="cpu"), canary, words=name)
+    refused(
+        lambda: CellClassifier.from_pretrained(folder / layout.split("/")[0], label="x", device="cpu"),
+        canary,
+        words=name,
+    )
 
 
 def test_the_classifier_leaves_the_trainers_pickle_alone(place):
@@ -182,7 +224,9 @@ def test_the_gene_classifier_reads_no_hostile_names_of_classes(place, name):
     shutil.copytree(folder / "genes" / "fold0", folder / "lone")
     where = folder / ("genes" if name == genes_module.RECORD else "lone")
     put_pickle(where / name, canary, {0: "a", 1: "b"})
-    refused(lambda: GeneClassifier.from_pretrained(where, device="cpu"), canary, words=f"{name} is a pickle that asks for")
+    refused(
+        lambda: GeneClassifier.from_pretrained(where, device="cpu"), canary, words=f"{name} is a pickle that asks for"
+    )
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "tasks.json", CELLS])
@@ -213,10 +257,13 @@ def test_a_saved_screen_with_an_extension_type_runs_nothing(place):
 
     folder, canary = place
     table = pyarrow.parquet.read_table(folder / "screen" / "shifts.parquet")
-    forged = table.schema.field("cell").with_metadata({"ARROW:extension:name": "arrow.py_extension_type",
-                                                       "ARROW:extension:metadata": pickle.dumps(Run(canary))})
+    forged = table.schema.field("cell").with_metadata(
+        {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickle.dumps(Run(canary))}
+    )
     at = table.schema.get_field_index("cell")
-    pyarrow.parquet.write_table(pa.table(table.columns, schema=table.schema.set(at, forged)), folder / "screen" / "shifts.parquet")
+    pyarrow.parquet.write_table(
+        pa.table(table.columns, schema=table.schema.set(at, forged)), folder / "screen" / "shifts.parquet"
+    )
     try:
         Screen.load(folder / "screen")
     except AssetError as error:
@@ -272,7 +319,9 @@ def test_scgpt_reads_no_hostile_description(scgpt, name):
 
 def test_scgpt_checkpoints_of_the_original_are_read_and_a_program_among_them_is_not(tmp_path):
     folder, canary = tmp_path / "model", tmp_path / "canary"
-    found = [path.parent for path in sorted(golden("scgpt").rglob("args.json")) if list(path.parent.glob("best_model.pt"))]
+    found = [
+        path.parent for path in sorted(golden("scgpt").rglob("args.json")) if list(path.parent.glob("best_model.pt"))
+    ]
     shutil.copytree(found[0], folder)
     ScGPT.from_pretrained(folder, device="cpu")
     for path in folder.glob("*.safetensors"):
@@ -287,7 +336,14 @@ def test_a_training_checkpoint_with_a_program_in_it_is_refused(tmp_path):
     put_pickle(tmp_path / CHECKPOINT, canary)
 
     def resume():
-        fit(model, lambda m, b: (m(b).sum(), len(b)), 4, lambda rows, epoch: torch.ones(len(rows), 2), folder=tmp_path, device="cpu")
+        fit(
+            model,
+            lambda m, b: (m(b).sum(), len(b)),
+            4,
+            lambda rows, epoch: torch.ones(len(rows), 2),
+            folder=tmp_path,
+            device="cpu",
+        )
 
     refused(resume, canary, StoreError, CHECKPOINT)
 
@@ -302,7 +358,10 @@ def test_a_store_reads_no_objects(tmp_path):
     np.savez(tmp_path / "evil.npz", x=evil)
     shutil.copy(tmp_path / "evil.npz", path)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
-    manifest["shards"]["part"] |= {"bytes": path.stat().st_size, "sha256": sha256(path)}  # whoever forges one forges both
+    manifest["shards"]["part"] |= {
+        "bytes": path.stat().st_size,
+        "sha256": sha256(path),
+    }  # whoever forges one forges both
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
 
     def read():
@@ -319,12 +378,21 @@ def test_tokenized_cells_with_an_extension_type_run_nothing(tmp_path):
 
     canary, folder = tmp_path / "canary", tmp_path / "cells.dataset"
     RankTokenizer.fit(cells())(cells()).save(folder)
-    field = pa.field("input_ids", pa.list_(pa.uint16()), metadata={
-        "ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": pickle.dumps(Run(canary))})
+    field = pa.field(
+        "input_ids",
+        pa.list_(pa.uint16()),
+        metadata={
+            "ARROW:extension:name": "arrow.py_extension_type",
+            "ARROW:extension:metadata": pickle.dumps(Run(canary)),
+        },
+    )
     for path in folder.glob("data-*.arrow"):
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_stream(file).read_all()
-        forged = pa.table([table["input_ids"].combine_chunks(), table["length"].combine_chunks()], schema=pa.schema([field, table.schema.field("length")]))
+        forged = pa.table(
+            [table["input_ids"].combine_chunks(), table["length"].combine_chunks()],
+            schema=pa.schema([field, table.schema.field("length")]),
+        )
         with pa.ipc.new_stream(str(path), forged.schema) as stream:
             stream.write_table(forged)
     try:
@@ -343,12 +411,29 @@ def test_a_description_that_is_damaged_is_named(tmp_path, name, content):
     path = next(tmp_path.rglob(name))
     path.write_bytes(content)
     with pytest.raises(AssetError, match=name):
-        RankTokenizer.from_pretrained(path.parent) if path.parent.name == "tokenizer" else TokenizedCells.load(path.parent)
+        RankTokenizer.from_pretrained(path.parent) if path.parent.name == "tokenizer" else TokenizedCells.load(
+            path.parent
+        )
 
 
 def test_no_module_knows_a_function_that_runs_what_a_file_says():
-    unsafe = {"eval", "exec", "compile", "pickle.load", "pickle.loads", "pickle.Unpickler", "pd.read_pickle", "pandas.read_pickle", "torch.jit.load",
-              "yaml.load", "marshal.loads", "shelve.open", "joblib.load", "dill.load", "torch.package.PackageImporter"}
+    unsafe = {
+        "eval",
+        "exec",
+        "compile",
+        "pickle.load",
+        "pickle.loads",
+        "pickle.Unpickler",
+        "pd.read_pickle",
+        "pandas.read_pickle",
+        "torch.jit.load",
+        "yaml.load",
+        "marshal.loads",
+        "shelve.open",
+        "joblib.load",
+        "dill.load",
+        "torch.package.PackageImporter",
+    }
     for path in (ROOT / "scellfm").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
             if isinstance(node, ast.Call):
@@ -356,6 +441,6 @@ def test_no_module_knows_a_function_that_runs_what_a_file_says():
                 for keyword in node.keywords:
                     told = (keyword.arg, ast.unparse(keyword.value))
                     assert told[0] != "trust_remote_code" or told[1] == "False", f"{path.name}:{node.lineno}"
-                    assert told != ("allow_pickle", "True") and told != ("weights_only", "False"), f"{path.name}:{node.lineno}"
-
-
+                    assert told != ("allow_pickle", "True") and told != ("weights_only", "False"), (
+                        f"{path.name}:{node.lineno}"
+                    )

@@ -1,4 +1,5 @@
 """Batches of near-equal length, results in the caller's order, and what happens when memory runs out."""
+
 import numpy as np
 import pytest
 import torch
@@ -71,9 +72,14 @@ def test_only_empty_sequences_are_an_error():
         inference.run(lambda ids, mask: ids.sum(1), [[], []], device="cpu")
 
 
-@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory."),
-                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
-                                   RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+    ],
+)
 def test_out_of_memory_halves_the_budget_goes_on_and_is_recorded(error):
     sequences, record, sizes = [np.arange(n) for n in [8] * 10 + [3] * 4], [], []
 
@@ -122,7 +128,11 @@ def test_other_errors_are_not_taken_for_memory():
 
 
 def test_devices_and_precisions_by_name():
-    assert inference.pick_device("cpu") == torch.device("cpu") and inference.pick_device().type in ("cpu", "cuda", "mps")
+    assert inference.pick_device("cpu") == torch.device("cpu") and inference.pick_device().type in (
+        "cpu",
+        "cuda",
+        "mps",
+    )
     assert inference.pick_dtype("bfloat16") is torch.bfloat16 and inference.pick_dtype(torch.float32) is torch.float32
     with pytest.raises(OptionError, match="abacus"):
         inference.pick_device("abacus")

@@ -2,6 +2,7 @@
 
 A panel of genes instead of all keeps the cells short, so that every stimulated CD4 T cell can be screened in seconds.
 """
+
 import warnings
 
 import numpy as np
@@ -50,8 +51,16 @@ def clf(adata, split):
 
 @pytest.fixture(scope="module")
 def screen(clf, adata):
-    return clf.perturb(adata, kind="delete", genes="all", state="condition", start="stim", goal="ctrl",
-                       groupby="cell_type_derived", donor="donor")
+    return clf.perturb(
+        adata,
+        kind="delete",
+        genes="all",
+        state="condition",
+        start="stim",
+        goal="ctrl",
+        groupby="cell_type_derived",
+        donor="donor",
+    )
 
 
 def symbols(screen, names):
@@ -112,7 +121,11 @@ def test_known_targets_are_ranked_beside_the_rankings_that_cost_nothing(screen):
     found = screen.recover([*TESTABLE, *TOO_RARE, "IRF1", "SOCS1", "STAT3", "IFIH1"], group=CD4, n_boot=100)
     assert list(found.index) == ["screen |z|", "|log2FC|", "expression", "rank"]
     metrics = ["auroc", "average_precision"]
-    assert set(found) == {m + b for m in metrics for b in ("", "_low", "_high")} | {"median_percentile", "n_known", "n_genes"}
+    assert set(found) == {m + b for m in metrics for b in ("", "_low", "_high")} | {
+        "median_percentile",
+        "n_known",
+        "n_genes",
+    }
     assert (found["n_known"] == len(found.attrs["percentiles"])).all() and found["n_known"].iloc[0] >= 5
     assert found[metrics].notna().all(axis=None) and found[metrics].apply(lambda c: c.between(0, 1)).all(axis=None)
     missing = symbols(screen, TOO_RARE)
@@ -128,8 +141,17 @@ def test_four_targets_are_an_anecdote_and_get_no_score(screen):
 
 def test_without_three_donors_no_p_is_computed(clf, adata):
     two = adata[adata.obs["donor"].astype(str).isin(["1015", "1488"])].copy()
-    small = clf.perturb(two, kind="delete", genes="all", state="condition", start="stim", goal="ctrl",
-                        groupby="cell_type_derived", donor="donor", max_cells=40)
+    small = clf.perturb(
+        two,
+        kind="delete",
+        genes="all",
+        state="condition",
+        start="stim",
+        goal="ctrl",
+        groupby="cell_type_derived",
+        donor="donor",
+        max_cells=40,
+    )
     table = small.table(group=CD4)
     assert table.attrs["exploratory"] and table["p"].isna().all() and table["fdr"].isna().all()
     assert table["status"].str.startswith("exploratory").any() and table["percentile"].notna().any()
@@ -142,11 +164,20 @@ def test_the_originals_test_stands_beside_and_calls_more(screen):
 
 
 def test_the_same_cells_in_another_order_give_the_same_screen(clf, adata):
-    ask = dict(kind="delete", genes="all", state="condition", start="stim", goal="ctrl",
-               groupby="cell_type_derived", donor="donor", max_cells=12)
+    ask = dict(
+        kind="delete",
+        genes="all",
+        state="condition",
+        start="stim",
+        goal="ctrl",
+        groupby="cell_type_derived",
+        donor="donor",
+        max_cells=12,
+    )
     key = ["group", "cell", "gene"]
-    one, other = (clf.perturb(a, **ask).shifts.sort_values(key).reset_index(drop=True)
-                  for a in (adata, adata[::-1].copy()))
+    one, other = (
+        clf.perturb(a, **ask).shifts.sort_values(key).reset_index(drop=True) for a in (adata, adata[::-1].copy())
+    )
     assert one[key].equals(other[key])
     assert np.allclose(one["shift"], other["shift"], atol=1e-5)
     assert isinstance(one, pd.DataFrame) and len(one["cell"].unique()) == 24

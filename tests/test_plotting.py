@@ -1,4 +1,5 @@
 """Figures: they say what the table says, return the axes, and leave the session as it was."""
+
 import io
 import warnings
 
@@ -61,7 +62,9 @@ def test_screen_names_the_hits_and_counts_them(tables):
     assert f"{len(hits)} outliers" in ax.get_title(loc="left")
     assert set(texts(ax)) <= set(hits["symbol"]) and len(texts(ax)) >= min(len(hits), 15) // 2
     assert hits.iloc[0]["symbol"] in texts(ax)
-    dots = np.vstack([c.get_offsets() for c in ax.collections if len(c.get_offsets()) and c.get_label().startswith("hits")])
+    dots = np.vstack(
+        [c.get_offsets() for c in ax.collections if len(c.get_offsets()) and c.get_label().startswith("hits")]
+    )
     assert sorted(dots[:, 1].round(9)) == sorted(hits["effect"].round(9))
 
 
@@ -132,7 +135,10 @@ def test_scores_dots_lie_where_the_table_says():
 
 def test_a_long_title_does_not_stretch_the_picture():
     table = pd.DataFrame({"auroc": [0.8]}, index=["model"])
-    short, long = (plotting.png(Scores(table, title=title).plot().figure) for title in ("cell_type", "cell_type: " + ", ".join(f"type {i}" for i in range(99))))
+    short, long = (
+        plotting.png(Scores(table, title=title).plot().figure)
+        for title in ("cell_type", "cell_type: " + ", ".join(f"type {i}" for i in range(99)))
+    )
     widths = [int.from_bytes(picture[16:20], "big") for picture in (short, long)]
     assert widths[1] < 1.2 * widths[0]
 
@@ -140,12 +146,18 @@ def test_a_long_title_does_not_stretch_the_picture():
 def test_training_curves_take_a_history_and_a_table():
     from scellfm.training import History
 
-    history = History([(i + 1, i // 5, 2.0 - i / 10, 1e-3, 1.0) for i in range(10)],
-                      [{"epoch": e, "train_loss": 1.8 - e, "valid_loss": 1.9 - e} for e in range(2)], best=1, baselines={"mean": 2.5})
+    history = History(
+        [(i + 1, i // 5, 2.0 - i / 10, 1e-3, 1.0) for i in range(10)],
+        [{"epoch": e, "train_loss": 1.8 - e, "valid_loss": 1.9 - e} for e in range(2)],
+        best=1,
+        baselines={"mean": 2.5},
+    )
     lines = {line.get_label(): line for line in plotting.training_curves(history).get_lines()}
     assert list(lines) == ["train, each step", "train", "valid", "kept", "mean"]
     assert lines["valid"].get_xdata().tolist() == [5, 10] and lines["kept"].get_xdata()[0] == 10
-    tidy = pd.DataFrame({"epoch": [0, 1, 0, 1], "split": ["train", "train", "valid", "valid"], "loss": [3.0, 2, 3, 2.5]})
+    tidy = pd.DataFrame(
+        {"epoch": [0, 1, 0, 1], "split": ["train", "train", "valid", "valid"], "loss": [3.0, 2, 3, 2.5]}
+    )
     assert len(plotting.training_curves(tidy).get_lines()) == 2
     assert len(plotting.training_curves(History()).get_lines()) == 0
     with pytest.raises(DataError, match="split"):
@@ -169,7 +181,9 @@ def test_embedding_shows_every_cell_once_and_every_class():
     ax = plotting.embedding(adata, "model", "type")
     drawn = np.vstack([c.get_offsets() for c in ax.collections if len(c.get_offsets()) > 0])
     drawn = drawn[np.isfinite(drawn).all(1)]
-    assert {tuple(p) for p in drawn.round(9)} == {tuple(p) for p in adata.obsm["X_model"].round(9)} and len(drawn) == 120
+    assert {tuple(p) for p in drawn.round(9)} == {tuple(p) for p in adata.obsm["X_model"].round(9)} and len(
+        drawn
+    ) == 120
     assert [t.get_text() for t in ax.get_legend().get_texts()] == [*adata.obs["type"].cat.categories, "none"]
 
 
@@ -190,8 +204,13 @@ def test_embedding_names_what_is_missing():
 
 def test_given_axes_are_used_and_returned(tables, results):
     figure, axes = plt.subplots(2, 2)
-    assert plotting.screen(tables[0], ax=axes[0, 0]) is axes[0, 0] and plotting.roc(results, ax=axes[0, 1]) is axes[0, 1]
-    assert plotting.top_genes(tables[0], ax=axes[1, 0]) is axes[1, 0] and plotting.embedding(cells(), "model", ax=axes[1, 1]) is axes[1, 1]
+    assert (
+        plotting.screen(tables[0], ax=axes[0, 0]) is axes[0, 0] and plotting.roc(results, ax=axes[0, 1]) is axes[0, 1]
+    )
+    assert (
+        plotting.top_genes(tables[0], ax=axes[1, 0]) is axes[1, 0]
+        and plotting.embedding(cells(), "model", ax=axes[1, 1]) is axes[1, 1]
+    )
     assert plt.get_fignums() == [figure.number]
 
 
@@ -203,4 +222,7 @@ def test_small_pictures_keep_their_colours():
 
     small = Image.open(io.BytesIO(plotting.png(ax.figure))).convert("RGB")
     full = Image.open(raw).convert("RGB")
-    assert np.abs(np.asarray(small, int) - np.asarray(full, int)).max() < 40 and len(plotting.png(ax.figure)) < len(raw.getvalue()) / 2
+    assert (
+        np.abs(np.asarray(small, int) - np.asarray(full, int)).max() < 40
+        and len(plotting.png(ax.figure)) < len(raw.getvalue()) / 2
+    )

@@ -1,4 +1,5 @@
 """The front page keeps its word: its Python runs as printed, its commands and links exist."""
+
 import re
 import subprocess
 import sys

@@ -1,4 +1,5 @@
 """The report: whole, self-contained, honest, the same in HTML and JSON."""
+
 import base64
 import html
 import json
@@ -25,7 +26,9 @@ EVIL = "<script>alert('x')</script> & \"quoted\" $\\x$"
 def full_report():
     report = Report(f"Title {EVIL}", f"First paragraph {EVIL}.\n\nSecond.")
     report.add_text(f"Text {EVIL} and half a character \udc80", f"Heading {EVIL}")
-    wide = pd.DataFrame(np.random.default_rng(0).normal(size=(120, 14)), columns=[f"a long column name {i}" for i in range(14)])
+    wide = pd.DataFrame(
+        np.random.default_rng(0).normal(size=(120, 14)), columns=[f"a long column name {i}" for i in range(14)]
+    )
     wide.insert(0, "gene", [EVIL] + [f"gene{i}" for i in range(119)])
     wide.iloc[3, 4] = np.nan
     report.add_table(wide, "Table", f"caption {EVIL}", rows=30)
@@ -46,7 +49,11 @@ def full_report():
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "new" / "folder"
     page = full_report().save(folder)
-    return page, page.read_text(encoding="utf8"), json.loads((folder / "report.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} in JSON"))
+    return (
+        page,
+        page.read_text(encoding="utf8"),
+        json.loads((folder / "report.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} in JSON")),
+    )
 
 
 def test_nothing_is_loaded_from_outside_and_nothing_runs(saved):
@@ -186,8 +193,10 @@ def test_page_prints_on_paper(saved, tmp_path):
     if browser is None:
         pytest.skip("no chromium on PATH")
     paper = tmp_path / "report.pdf"
-    flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
-             f"--disable-sync --user-data-dir={tmp_path / 'profile'} --no-pdf-header-footer --print-to-pdf={paper}").split()
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
+        f"--disable-sync --user-data-dir={tmp_path / 'profile'} --no-pdf-header-footer --print-to-pdf={paper}"
+    ).split()
     subprocess.run([browser, *flags, saved[0].as_uri()], capture_output=True, text=True, timeout=120, check=True)
     data = paper.read_bytes()
     pages = len(re.findall(rb"/Type\s*/Page\b", data))
@@ -200,13 +209,19 @@ def test_page_fits_the_screen_in_a_browser(saved, tmp_path, width):
     if browser is None:
         pytest.skip("no chromium on PATH")
     probe = tmp_path / "probe.html"
-    script = ("const d=this.contentDocument,w=this.contentWindow;document.title=JSON.stringify({wide:d.documentElement.scrollWidth,"
-              "sections:d.querySelectorAll('section').length,images:[...d.images].every(i=>i.naturalWidth>0),"
-              "scrolls:[...d.querySelectorAll('.scroll')].some(s=>s.scrollWidth>s.clientWidth)})")
-    probe.write_text(f'<iframe style="border:0;width:{width}px;height:3000px" srcdoc="{html.escape(saved[1], quote=True)}" onload="{html.escape(script)}"></iframe>',
-                     encoding="utf8")
-    flags = ("--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
-             f"--disable-sync --user-data-dir={tmp_path / 'profile'} --dump-dom").split()
+    script = (
+        "const d=this.contentDocument,w=this.contentWindow;document.title=JSON.stringify({wide:d.documentElement.scrollWidth,"
+        "sections:d.querySelectorAll('section').length,images:[...d.images].every(i=>i.naturalWidth>0),"
+        "scrolls:[...d.querySelectorAll('.scroll')].some(s=>s.scrollWidth>s.clientWidth)})"
+    )
+    probe.write_text(
+        f'<iframe style="border:0;width:{width}px;height:3000px" srcdoc="{html.escape(saved[1], quote=True)}" onload="{html.escape(script)}"></iframe>',
+        encoding="utf8",
+    )
+    flags = (
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
+        f"--disable-sync --user-data-dir={tmp_path / 'profile'} --dump-dom"
+    ).split()
     done = subprocess.run([browser, *flags, probe.as_uri()], capture_output=True, text=True, timeout=120)
     found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", done.stdout).group(1)))
     assert found["wide"] <= width and found["images"] and found["sections"] == saved[1].count("<section")

@@ -1,4 +1,5 @@
 """Fine-tuned annotation: each cell is judged by the model that has not seen its donor, and nothing of it reaches that model."""
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,9 @@ FAST = dict(epochs=2, batch_size=8, learning_rate=1e-3, n_boot=0)
 
 @pytest.fixture(scope="module")
 def adata():
-    return simulate_cells(60, 40, cell_types=["B", "T"], donors=4, regulators=1, targets=3, programme_size=10, depth=200)
+    return simulate_cells(
+        60, 40, cell_types=["B", "T"], donors=4, regulators=1, targets=3, programme_size=10, depth=200
+    )
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +119,12 @@ def test_what_cannot_be_learned_is_named(gpt, adata, split):
     one.obs["cell_type"] = "B"
     twice.obs_names = ["a"] * 60
     for error, words, call in [
-        (DataError, "single class", dict(adata=one, label="cell_type")), (DataError, "obs_names repeat", dict(adata=twice, label="cell_type")),
-        (DataError, "cell_type", dict(adata=adata, label="cell_typ")), (OptionError, "0 to 2", dict(adata=adata, label="cell_type", freeze_layers=3)),
-        (DataError, "60 cells.*50", dict(adata=adata[:50].copy(), label="cell_type")), (OptionError, "epochs", dict(adata=adata, label="cell_type", epoch=1)),
+        (DataError, "single class", dict(adata=one, label="cell_type")),
+        (DataError, "obs_names repeat", dict(adata=twice, label="cell_type")),
+        (DataError, "cell_type", dict(adata=adata, label="cell_typ")),
+        (OptionError, "0 to 2", dict(adata=adata, label="cell_type", freeze_layers=3)),
+        (DataError, "60 cells.*50", dict(adata=adata[:50].copy(), label="cell_type")),
+        (OptionError, "epochs", dict(adata=adata, label="cell_type", epoch=1)),
     ]:
         with pytest.raises(error, match=words):
             gpt.finetune(**{**FAST, "split": split, **call})

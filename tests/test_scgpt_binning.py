@@ -1,4 +1,5 @@
 """Value binning and tokens: equal to the original's where it is right, and the same in every run where it draws."""
+
 import json
 
 import numpy as np
@@ -63,18 +64,31 @@ def test_batches_are_the_original_collators(run):
     args, draws = case["args"], OriginalDraws(case["seed"])
     for i in range(case["n_examples"]):
         genes, values = arrays[f"{run}__in{i}_genes"], arrays[f"{run}__in{i}_expr"]
-        cells.append(encode_cell(
-            genes[1:], values[1:], cls=genes[0], cls_value=args["pad_value"], draws=draws,
-            max_length=args["max_length"],
-            n_bins=51 if args["do_binning"] else None, overlong="sample" if args["sampling"] else "first"))
+        cells.append(
+            encode_cell(
+                genes[1:],
+                values[1:],
+                cls=genes[0],
+                cls_value=args["pad_value"],
+                draws=draws,
+                max_length=args["max_length"],
+                n_bins=51 if args["do_binning"] else None,
+                overlong="sample" if args["sampling"] else "first",
+            )
+        )
     genes, values, mask = BinnedCells.of(cells).batch(range(len(cells)), args["pad_token_id"], args["pad_value"])
     assert np.array_equal(genes, arrays[f"{run}__gene"])
     assert np.array_equal(values, arrays[f"{run}__expr"])
     assert np.array_equal(mask, arrays[f"{run}__gene"] != args["pad_token_id"])
     if args["do_mlm"]:
         generator = torch.Generator().manual_seed(case["seed"])
-        hidden = mask_coins(values, args["mlm_probability"], generator=generator,
-                            keep_first=args["keep_first_n_tokens"], pad_value=args["pad_value"])
+        hidden = mask_coins(
+            values,
+            args["mlm_probability"],
+            generator=generator,
+            keep_first=args["keep_first_n_tokens"],
+            pad_value=args["pad_value"],
+        )
         assert np.array_equal(hidden, arrays[f"{run}__masked_expr"])
         assert (hidden == -1).any()
 
@@ -83,10 +97,14 @@ def test_batches_are_the_original_collators(run):
 def test_fine_tuning_tokens_are_the_originals(run):
     meta, arrays = recorded("collator")
     case = meta["tokenize"][run]
-    cells = table_cells(arrays["tok__data"], arrays["tok__gene_ids"],
-                        cls=meta["cls_id"] if case["append_cls"] else None,
-                        max_length=case["max_len"], include_zero=case["include_zero_gene"],
-                        draws=OriginalDraws(case["seed"]))
+    cells = table_cells(
+        arrays["tok__data"],
+        arrays["tok__gene_ids"],
+        cls=meta["cls_id"] if case["append_cls"] else None,
+        max_length=case["max_len"],
+        include_zero=case["include_zero_gene"],
+        draws=OriginalDraws(case["seed"]),
+    )
     genes, values, _ = cells.batch(range(len(cells)), meta["pad_id"], meta["pad_value"])
     assert np.array_equal(genes, arrays[f"tok_{run}__genes"])
     assert np.array_equal(values, arrays[f"tok_{run}__values"])
@@ -95,8 +113,13 @@ def test_fine_tuning_tokens_are_the_originals(run):
 def test_hidden_share_is_the_originals():
     meta, arrays = recorded("collator")
     case = meta["tokenize"]["random_mask"]
-    hidden = mask_share(arrays[case["input"]], case["mask_ratio"], draws=OriginalDraws(case["seed"]),
-                        mask_value=case["mask_value"], pad_value=meta["pad_value"])
+    hidden = mask_share(
+        arrays[case["input"]],
+        case["mask_ratio"],
+        draws=OriginalDraws(case["seed"]),
+        mask_value=case["mask_value"],
+        pad_value=meta["pad_value"],
+    )
     assert np.array_equal(hidden, arrays["random_mask__out"])
 
 
@@ -116,14 +139,18 @@ def test_log_normalised_cells_are_the_originals():
     logged = LogNormalize().fit_transform(counts).toarray()
     np.testing.assert_allclose(logged, arrays["X_log1p"], atol=2e-6)
     np.testing.assert_allclose(np.expm1(arrays["X_log1p"].astype(np.float64)).sum(1), 1e4, rtol=1e-5)
-    assert np.array_equal(arrays["X_normed"], arrays["X_log1p"])  # the original's log works in place on what it calls normalised
+    assert np.array_equal(
+        arrays["X_normed"], arrays["X_log1p"]
+    )  # the original's log works in place on what it calls normalised
     assert np.array_equal(counts.toarray(), arrays["X_after"])  # and neither it nor we change X
 
 
 def test_draws_belong_to_the_cell():
     counts = np.random.default_rng(0).poisson(1.5, 300) + 1
-    bins = [bin_values(counts, draws=KeyedDraws(seed).cell(name, i).random(300))
-            for seed, name, i in ((0, "a", 0), (0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1))]
+    bins = [
+        bin_values(counts, draws=KeyedDraws(seed).cell(name, i).random(300))
+        for seed, name, i in ((0, "a", 0), (0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1))
+    ]
     assert np.array_equal(bins[0], bins[1])
     assert all(not np.array_equal(bins[0], other) for other in bins[2:])
 

@@ -1,5 +1,6 @@
 """ScGPT.embed: the original's vectors, the same in every run, order, block and company; and honest about what is
 wrong with the input."""
+
 import json
 import time
 import tracemalloc
@@ -236,7 +237,7 @@ def test_nothing_but_the_documented_keys_is_written(small, tmp_path):
     gpt.embed(mine, key_added="X_mine")
     assert set(mine.obsm) == {"X_mine"} and set(mine.uns) == {"X_mine"}
     assert not len(mine.obs.columns) and not len(mine.var.columns)
-    assert (mine.X != before).nnz == 0
+    assert (before != mine.X).nnz == 0
     params = mine.uns["X_mine"]["params"]
     assert params["pool"] == "cls" and params["seed"] == 0 and params["genes"]["n_matched"] == adata.n_vars
     mine.write_h5ad(tmp_path / "cells.h5ad")
@@ -276,8 +277,9 @@ def test_genes_are_found_by_symbol_ensembl_id_and_alias(small):
     by_id.var_names = [f"{name}.7" for name in ids]
     expected = embedded(gpt, adata)
     assert np.array_equal(embedded(gpt, by_id, symbols=table), expected)
-    assert np.array_equal(embedded(gpt, by_id, mapping={ensembl: symbol for symbol, ensembl in table.items()}),
-                          expected)
+    assert np.array_equal(
+        embedded(gpt, by_id, mapping={ensembl: symbol for symbol, ensembl in table.items()}), expected
+    )
     alias = adata.copy()
     alias.var_names = ["OLDNAME", *adata.var_names[1:]]
     assert np.array_equal(embedded(gpt, alias, mapping={"OLDNAME": "GENE0"}), expected)
@@ -312,8 +314,9 @@ def test_over_long_cells_are_cut_counted_and_said(small, overlong, said):
     assert mine.uns["X_scGPT"]["params"]["n_overlong"] == n_long
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert np.allclose(embedded(gpt, adata[::-1].copy(), max_length=20, overlong=overlong)[::-1],
-                           mine.obsm["X_scGPT"], atol=1e-5)
+        assert np.allclose(
+            embedded(gpt, adata[::-1].copy(), max_length=20, overlong=overlong)[::-1], mine.obsm["X_scGPT"], atol=1e-5
+        )
 
 
 def test_seeds_and_names_decide_what_is_drawn(small):
@@ -343,7 +346,10 @@ def test_other_pools_ignore_padding_and_the_original_gives_cls_a_weight(small, p
     whole = embedded(gpt, adata, pool=pool)
     assert np.allclose(embedded(gpt, adata[[4]].copy(), pool=pool), whole[[4]], atol=1e-5)
     cls, pad = gpt.vocabulary.cls, gpt.vocabulary.pad
-    genes, values = torch.tensor([[cls, 0, 1, 2], [cls, 3, pad, pad]]), torch.tensor([[-2.0, 50, 17, 30], [-2, 50, -2, -2]])
+    genes, values = (
+        torch.tensor([[cls, 0, 1, 2], [cls, 3, pad, pad]]),
+        torch.tensor([[-2.0, 50, 17, 30], [-2, 50, -2, -2]]),
+    )
     ours, theirs = (cell_vectors(gpt, genes, values, genes != pad, pool, original) for original in (False, True))
     assert torch.allclose(ours, theirs, atol=1e-5) == (pool == "mean")  # a mean differs by its length alone
     alone = cell_vectors(gpt, genes[1:, :2], values[1:, :2], genes[1:, :2] != pad, pool, True)
@@ -365,14 +371,30 @@ def renamed(adata, names):
 
 
 BAD = {
-    "negative": (lambda a: spoiled(a, -1.5), {}, DataError,
-                 "1 negative values; the first: cell 'CELL4', gene 'GENE7' holds -1.5"),
-    "NaN": (lambda a: spoiled(a, np.nan), {}, DataError,
-            "1 NaN or infinite values; the first: cell 'CELL4', gene 'GENE7'"),
-    "scaled": (lambda a: anndata.AnnData(scale(a.X.toarray().astype(float)), obs=a.obs, var=a.var), {}, DataError,
-               "negative values; the first: cell 'CELL0'.*scaled values cannot be binned: pass raw or log-normalised counts"),
-    "no gene": (lambda a: renamed(a, [f"X{i}" for i in range(60)]), {}, DataError,
-                "only 0 of 60 genes .* are in the vocabulary"),
+    "negative": (
+        lambda a: spoiled(a, -1.5),
+        {},
+        DataError,
+        "1 negative values; the first: cell 'CELL4', gene 'GENE7' holds -1.5",
+    ),
+    "NaN": (
+        lambda a: spoiled(a, np.nan),
+        {},
+        DataError,
+        "1 NaN or infinite values; the first: cell 'CELL4', gene 'GENE7'",
+    ),
+    "scaled": (
+        lambda a: anndata.AnnData(scale(a.X.toarray().astype(float)), obs=a.obs, var=a.var),
+        {},
+        DataError,
+        "negative values; the first: cell 'CELL0'.*scaled values cannot be binned: pass raw or log-normalised counts",
+    ),
+    "no gene": (
+        lambda a: renamed(a, [f"X{i}" for i in range(60)]),
+        {},
+        DataError,
+        "only 0 of 60 genes .* are in the vocabulary",
+    ),
     "mouse": (lambda a: renamed(a, [f"ENSMUSG{i:011d}" for i in range(60)]), {}, DataError, "another species: mouse"),
     "zeros": (lambda a: anndata.AnnData(a.X * 0, obs=a.obs, var=a.var), {}, DataError, "X holds only zeros"),
     "column": (lambda a: a, {"column": "symbol"}, DataError, "adata.var has no column 'symbol'"),
@@ -466,8 +488,14 @@ def test_another_laboratorys_cells_are_embedded_at_the_published_size(whole_huma
 
 @QUIET
 @pytest.mark.slow
-@pytest.mark.parametrize("file, n_cells", [("kang18/kang18_2000.h5ad", 200), ("pbmc-2batch/pbmc_10k_protein_v3.h5ad", 100),
-                                           ("pbmc-2batch/pbmc_5k_protein_v3.h5ad", 100)])
+@pytest.mark.parametrize(
+    "file, n_cells",
+    [
+        ("kang18/kang18_2000.h5ad", 200),
+        ("pbmc-2batch/pbmc_10k_protein_v3.h5ad", 100),
+        ("pbmc-2batch/pbmc_5k_protein_v3.h5ad", 100),
+    ],
+)
 def test_hundreds_of_real_cells_are_embedded_at_the_published_size(whole_human, file, n_cells):
     cells = anndata.read_h5ad(real_data(file))[:n_cells].copy()
     gpt = ScGPT.from_pretrained(whole_human[0], device="cpu")
@@ -475,7 +503,9 @@ def test_hundreds_of_real_cells_are_embedded_at_the_published_size(whole_human, 
     params = cells.uns["X_scGPT"]["params"]
     expressed = (cells[:, :].X[:, gpt.match(cells).index >= 0] > 0).sum(1)
     assert params["n_overlong"] == (np.asarray(expressed).ravel() > 1199).sum() and params["n_empty"] == 0
-    assert cells.obsm["X_scGPT"].shape == (n_cells, 512) and np.allclose(np.linalg.norm(cells.obsm["X_scGPT"], axis=1), 1, atol=1e-5)
+    assert cells.obsm["X_scGPT"].shape == (n_cells, 512) and np.allclose(
+        np.linalg.norm(cells.obsm["X_scGPT"], axis=1), 1, atol=1e-5
+    )
     some = cells[[n_cells // 2, 3]].copy()
     assert np.allclose(embedded(gpt, some), cells.obsm["X_scGPT"][[n_cells // 2, 3]], atol=1e-5)
 

@@ -1,4 +1,5 @@
 """Reference mapping: equal to the original's neighbours and votes, exact in any block, honest about unknown cells."""
+
 import json
 import sys
 from contextlib import nullcontext
@@ -32,7 +33,9 @@ def clouds():
     centres = {"B": (0, 0, 5), "NK": (0, 5, 0), "T": (5, 0, 0)}
     vectors = np.array([centres[label] for label in labels]) + rng.normal(size=(180, 3))
     donor = np.tile(["d1", "d2", "d3"], 60)
-    return cells_of(vectors[::2], labels[::2], donor=donor[::2]), cells_of(vectors[1::2], labels[1::2], prefix="query", donor=donor[1::2])
+    return cells_of(vectors[::2], labels[::2], donor=donor[::2]), cells_of(
+        vectors[1::2], labels[1::2], prefix="query", donor=donor[1::2]
+    )
 
 
 @pytest.fixture
@@ -41,7 +44,10 @@ def original():
     with np.load(folder / "mapping.npz") as arrays:
         arrays = dict(arrays)
     record = json.loads((folder / "mapping.json").read_text())
-    ref, query = cells_of(arrays["ref"], arrays["ref_labels"]), cells_of(arrays["query"], record["truth"], prefix="query")
+    ref, query = (
+        cells_of(arrays["ref"], arrays["ref_labels"]),
+        cells_of(arrays["query"], record["truth"], prefix="query"),
+    )
     return arrays, record, ref, query
 
 
@@ -50,6 +56,7 @@ def every_distance(rows, queries):
 
 
 # the original
+
 
 def test_neighbours_are_the_originals(original):
     arrays, record, ref, query = original
@@ -88,13 +95,18 @@ def test_proportions_and_scores_are_the_originals(original):
     reference = ReferenceMap(ref, k=record["k"])
     assert dict(zip(reference.classes, reference.proportions)) == pytest.approx(record["category_proportion"])
     found = reference.evaluate(query, baselines=False).table.loc["X_scGPT"]
-    assert found.to_list() == pytest.approx([record["metrics"][name] for name in ("accuracy", "precision", "recall", "macro_f1")], abs=1e-12)
+    assert found.to_list() == pytest.approx(
+        [record["metrics"][name] for name in ("accuracy", "precision", "recall", "macro_f1")], abs=1e-12
+    )
 
 
 # the search
 
+
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 90), st.integers(1, 9), st.integers(1, 30), st.integers(1, 40), st.booleans(), st.integers(0, 10**6))
+@given(
+    st.integers(1, 90), st.integers(1, 9), st.integers(1, 30), st.integers(1, 40), st.booleans(), st.integers(0, 10**6)
+)
 def test_search_equals_sorting_all_distances(n, d, k, block, tied, seed):
     rng = np.random.default_rng(seed)
     rows, queries = rng.normal(size=(n, d)), rng.normal(size=(7, d))
@@ -111,9 +123,14 @@ def test_search_equals_sorting_all_distances(n, d, k, block, tied, seed):
 
 def test_search_is_exact_where_float32_products_are_not():
     rng = np.random.default_rng(0)
-    rows = (100 + rng.normal(scale=1e-3, size=(3000, 64))).astype(np.float32)  # differences below the rounding of the norms
+    rows = (100 + rng.normal(scale=1e-3, size=(3000, 64))).astype(
+        np.float32
+    )  # differences below the rounding of the norms
     queries = (100 + rng.normal(scale=1e-3, size=(5, 64))).astype(np.float32)
-    assert (nearest(rows, queries, 10, block=500)[1] == np.argsort(every_distance(rows, queries), axis=1, kind="stable")[:, :10]).all()
+    assert (
+        nearest(rows, queries, 10, block=500)[1]
+        == np.argsort(every_distance(rows, queries), axis=1, kind="stable")[:, :10]
+    ).all()
 
 
 def test_identical_reference_cells_come_in_their_order():
@@ -152,14 +169,17 @@ def test_faiss_finds_the_same_cells(clouds):
     rows, queries = rng.normal(size=(2000, 16)).astype(np.float32), rng.normal(size=(50, 16)).astype(np.float32)
     for found, expected in zip(neighbours_module.nearest_faiss(rows, queries, 10), nearest(rows, queries, 10)):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
-    exact, fast = (ReferenceMap(clouds[0], search=search).transfer(clouds[1], copy=True).obs for search in ("exact", "faiss"))
+    exact, fast = (
+        ReferenceMap(clouds[0], search=search).transfer(clouds[1], copy=True).obs for search in ("exact", "faiss")
+    )
     assert exact["cell_type_transferred"].equals(fast["cell_type_transferred"])
 
 
 # votes and ties
 
+
 def test_ties_go_to_the_first_label_or_to_the_nearer_voters():
-    codes, distances = np.array([[1, 0, 0, 1], [2, 0, 0, 1]]), np.array([[.1, .5, .6, .7], [.1, .2, .3, .4]])
+    codes, distances = np.array([[1, 0, 0, 1], [2, 0, 0, 1]]), np.array([[0.1, 0.5, 0.6, 0.7], [0.1, 0.2, 0.3, 0.4]])
     shares = vote_shares(codes, np.full(3, 1 / 3))
     assert winners(shares, codes, distances, "first").tolist() == [0, 0]
     assert winners(shares, codes, distances, "nearest").tolist() == [1, 0]
@@ -174,6 +194,7 @@ def test_first_in_order_means_the_order_of_the_categories():
 
 
 # what is written
+
 
 def test_transfer_writes_three_keys_and_nothing_else(clouds):
     ref, query = clouds
@@ -208,13 +229,16 @@ def test_order_of_query_cells_changes_nothing(clouds):
 
 # unknown cells
 
+
 def test_cells_without_embedding_are_unknown_and_stay_in_place(clouds):
     ref, query = clouds
     query.obsm["X_scGPT"][[0, 7]] = np.nan
     with pytest.warns(ScellfmWarning, match="2 of 90 cells have no embedding"):
         ReferenceMap(ref).transfer(query)
     unknown = (query.obs["cell_type_transferred"] == "unknown").to_numpy()
-    assert np.flatnonzero(unknown).tolist() == [0, 7] and query.obs["cell_type_confidence"].isna().equals(pd.Series(unknown, query.obs_names))
+    assert np.flatnonzero(unknown).tolist() == [0, 7] and query.obs["cell_type_confidence"].isna().equals(
+        pd.Series(unknown, query.obs_names)
+    )
 
 
 def test_reference_cells_without_embedding_or_label_do_not_vote(clouds):
@@ -222,7 +246,10 @@ def test_reference_cells_without_embedding_or_label_do_not_vote(clouds):
     killers = np.flatnonzero(ref.obs["cell_type"] == "NK")
     ref.obsm["X_scGPT"][[0, killers[0]]] = np.nan  # one of the two lacks its label too and is counted once
     ref.obs.loc[ref.obs["cell_type"] == "NK", "cell_type"] = np.nan
-    with pytest.warns(ScellfmWarning, match="16 of 90 reference cells are left out: 2 have no embedding, 14 of the others no 'cell_type'"):
+    with pytest.warns(
+        ScellfmWarning,
+        match="16 of 90 reference cells are left out: 2 have no embedding, 14 of the others no 'cell_type'",
+    ):
         reference = ReferenceMap(ref)
     assert list(reference.classes) == ["B", "T"] and len(reference.vectors) == 74
     reference.transfer(query)
@@ -242,7 +269,12 @@ def test_a_type_that_the_reference_lacks_is_unknown_after_calibration(clouds):
 def overlapping(seed, n=600):
     rng = np.random.default_rng(seed)
     labels = rng.choice(["a", "b"], n)
-    return cells_of((labels == "b")[:, None] * 1.5 + rng.normal(size=(n, 2)), labels, prefix=f"s{seed}_", donor=rng.choice(["d1", "d2", "d3"], n))
+    return cells_of(
+        (labels == "b")[:, None] * 1.5 + rng.normal(size=(n, 2)),
+        labels,
+        prefix=f"s{seed}_",
+        donor=rng.choice(["d1", "d2", "d3"], n),
+    )
 
 
 def test_calibrated_accuracy_holds_on_new_cells():
@@ -276,11 +308,17 @@ def test_calibration_can_be_repeated_and_says_what_it_cannot_reach():
 
 # scores
 
+
 def test_labels_that_the_reference_lacks_count_as_wrong(clouds):
     ref, query = clouds
-    with pytest.warns(ScellfmWarning, match=r"15 of 90 query cells are of types that the reference does not hold \(NK\)"):
+    with pytest.warns(
+        ScellfmWarning, match=r"15 of 90 query cells are of types that the reference does not hold \(NK\)"
+    ):
         found = ReferenceMap(ref[ref.obs["cell_type"] != "NK"].copy()).evaluate(query, baselines=False)
-    assert found.table.loc["X_scGPT", "accuracy"] <= 75 / 90 and found.details["X_scGPT"]["per_class"].loc["NK", "recall"] == 0
+    assert (
+        found.table.loc["X_scGPT", "accuracy"] <= 75 / 90
+        and found.details["X_scGPT"]["per_class"].loc["NK", "recall"] == 0
+    )
 
 
 def test_scores_are_scikit_learns():
@@ -290,16 +328,28 @@ def test_scores_are_scikit_learns():
     truth, called = rng.choice(list("abcd"), 80), rng.choice(list("bcde"), 80)
     found, tables = label_scores(truth, called)
     macro = {"average": "macro", "zero_division": 0}
-    assert found == pytest.approx({"accuracy": m.accuracy_score(truth, called), "macro_precision": m.precision_score(truth, called, **macro),
-                                   "macro_recall": m.recall_score(truth, called, **macro), "macro_f1": m.f1_score(truth, called, **macro)})
+    assert found == pytest.approx(
+        {
+            "accuracy": m.accuracy_score(truth, called),
+            "macro_precision": m.precision_score(truth, called, **macro),
+            "macro_recall": m.recall_score(truth, called, **macro),
+            "macro_f1": m.f1_score(truth, called, **macro),
+        }
+    )
     assert tables["confusion"].to_numpy().sum() == 80 and tables["per_class"]["support"].sum() == 80
 
 
 def test_baselines_stand_beside_the_model_and_learn_from_the_reference_alone(clouds):
     rng = np.random.default_rng(0)
     for cells in clouds:
-        means = np.where(cells.obs["cell_type"].to_numpy()[:, None] == np.array(["B", "NK", "T"]).repeat(10)[None], 8, 1)
-        cells_counts = anndata.AnnData(sparse.csr_matrix(rng.poisson(means).astype(np.float32)), obs=cells.obs, obsm={"X_scGPT": cells.obsm["X_scGPT"]})
+        means = np.where(
+            cells.obs["cell_type"].to_numpy()[:, None] == np.array(["B", "NK", "T"]).repeat(10)[None], 8, 1
+        )
+        cells_counts = anndata.AnnData(
+            sparse.csr_matrix(rng.poisson(means).astype(np.float32)),
+            obs=cells.obs,
+            obsm={"X_scGPT": cells.obsm["X_scGPT"]},
+        )
         cells_counts.var_names = [f"gene{i}" for i in range(30)]
         cells.uns["counts"] = cells_counts
     ref, query = (cells.uns["counts"] for cells in clouds)
@@ -320,6 +370,7 @@ def test_mapping_the_reference_on_itself_is_told(clouds):
 
 # saved maps
 
+
 def test_saved_map_gives_the_same_answer_and_stays_in_its_file(clouds, tmp_path):
     ref, query = clouds
     reference = ReferenceMap(ref, k=7, vote="balanced", ties="nearest")
@@ -327,7 +378,11 @@ def test_saved_map_gives_the_same_answer_and_stays_in_its_file(clouds, tmp_path)
     reference.save(tmp_path / "map")
     assert sorted(p.name for p in (tmp_path / "map").iterdir()) == ["index.json", "index.safetensors"]
     again = ReferenceMap.load(tmp_path / "map")
-    assert isinstance(again.vectors, np.memmap) and again.settings() == reference.settings() and list(again.classes) == list(reference.classes)
+    assert (
+        isinstance(again.vectors, np.memmap)
+        and again.settings() == reference.settings()
+        and list(again.classes) == list(reference.classes)
+    )
     assert again.transfer(query, copy=True).obs.equals(reference.transfer(query, copy=True).obs)
     reference.save(tmp_path / "map")  # over the old one
     assert again.transfer(query, copy=True).obs.equals(reference.transfer(query, copy=True).obs)
@@ -345,7 +400,9 @@ def test_damaged_maps_are_refused(clouds, tmp_path, name, harm):
     ReferenceMap(clouds[0]).save(tmp_path / "map")
     file = tmp_path / "map" / name
     content = file.read_bytes()
-    file.unlink() if harm == "remove" else file.write_bytes({"cut": content[:-20], "garbage": b"\xff" * 200, "empty": b""}[harm])
+    file.unlink() if harm == "remove" else file.write_bytes(
+        {"cut": content[:-20], "garbage": b"\xff" * 200, "empty": b""}[harm]
+    )
     with pytest.raises(AssetError, match="missing|damaged"):
         ReferenceMap.load(tmp_path / "map")
 
@@ -369,26 +426,50 @@ def test_a_loaded_map_says_what_it_lacks(clouds, tmp_path):
 
 # bad inputs
 
-@pytest.mark.parametrize("harm, error, message", [
-    (lambda r, q: r.obsm.pop("X_scGPT"), DataError, "reference has no obsm"),
-    (lambda r, q: q.obsm.pop("X_scGPT"), DataError, "query has no obsm"),
-    (lambda r, q: r.obs.drop(columns="cell_type", inplace=True), DataError, "no column 'cell_type'"),
-    (lambda r, q: q.obsm.__setitem__("X_scGPT", q.obsm["X_scGPT"][:, :2]), DataError, "2 dimensions in the query and 3"),
-    (lambda r, q: q.obsm["X_scGPT"].__setitem__((4, 1), np.nan), DataError, "query has NaN or infinity in 1 cells, the first is 'query4'"),
-    (lambda r, q: r.obsm["X_scGPT"].__setitem__((4, 1), np.inf), DataError, "reference has NaN or infinity in 1 cells"),
-    (lambda r, q: r.obs.__setitem__("cell_type", "T"), DataError, r"holds 1 label\(s\) \(T\)"),
-    (lambda r, q: r.obs.__setitem__("cell_type", np.nan), DataError, "holds 0 label"),
-])
+
+@pytest.mark.parametrize(
+    "harm, error, message",
+    [
+        (lambda r, q: r.obsm.pop("X_scGPT"), DataError, "reference has no obsm"),
+        (lambda r, q: q.obsm.pop("X_scGPT"), DataError, "query has no obsm"),
+        (lambda r, q: r.obs.drop(columns="cell_type", inplace=True), DataError, "no column 'cell_type'"),
+        (
+            lambda r, q: q.obsm.__setitem__("X_scGPT", q.obsm["X_scGPT"][:, :2]),
+            DataError,
+            "2 dimensions in the query and 3",
+        ),
+        (
+            lambda r, q: q.obsm["X_scGPT"].__setitem__((4, 1), np.nan),
+            DataError,
+            "query has NaN or infinity in 1 cells, the first is 'query4'",
+        ),
+        (
+            lambda r, q: r.obsm["X_scGPT"].__setitem__((4, 1), np.inf),
+            DataError,
+            "reference has NaN or infinity in 1 cells",
+        ),
+        (lambda r, q: r.obs.__setitem__("cell_type", "T"), DataError, r"holds 1 label\(s\) \(T\)"),
+        (lambda r, q: r.obs.__setitem__("cell_type", np.nan), DataError, "holds 0 label"),
+    ],
+)
 def test_bad_cells_are_named(clouds, harm, error, message):
     harm(*clouds)
     with pytest.warns(ScellfmWarning) if "0 label" in message else nullcontext(), pytest.raises(error, match=message):
         ReferenceMap(clouds[0]).transfer(clouds[1])
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"k": 0}, "k=0"), ({"k": 2.5}, "k=2.5"), ({"vote": "majorty"}, "Did you mean 'majority'"), ({"ties": "random"}, "ties='random'"),
-    ({"search": "annoy"}, "search='annoy'"), ({"min_confidence": 2}, "min_confidence=2 is a share"), ({"max_distance": -1}, "max_distance=-1"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"k": 0}, "k=0"),
+        ({"k": 2.5}, "k=2.5"),
+        ({"vote": "majorty"}, "Did you mean 'majority'"),
+        ({"ties": "random"}, "ties='random'"),
+        ({"search": "annoy"}, "search='annoy'"),
+        ({"min_confidence": 2}, "min_confidence=2 is a share"),
+        ({"max_distance": -1}, "max_distance=-1"),
+    ],
+)
 def test_bad_options_are_named(clouds, options, message):
     with pytest.raises(OptionError, match=message):
         ReferenceMap(clouds[0], **options)
@@ -422,6 +503,7 @@ def test_query_without_any_truth_is_refused(clouds):
 
 
 # real cells
+
 
 def test_interferon_cells_are_mapped_across_donors():
     from scellfm.baselines import count_features

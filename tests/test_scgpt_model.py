@@ -1,5 +1,6 @@
 """The model gives the original's numbers on the original's weights, in every style of keys, and loading accounts for
 every tensor."""
+
 import json
 import shutil
 
@@ -49,8 +50,11 @@ def test_encoders_and_every_layer_are_the_originals(gpt, recorded):
             x = layer(x, mask)
             near(x, recorded[f"layer{i}_out"], 5e-6)
         near(model.encode(recorded["genes"], recorded["values"], mask), recorded["encode"], 5e-6)
-        near(model.encode(recorded["genes"], recorded["values"], mask, cell_only=True)[:, 0],
-             recorded["encode_batch_cls"], 5e-6)
+        near(
+            model.encode(recorded["genes"], recorded["values"], mask, cell_only=True)[:, 0],
+            recorded["encode_batch_cls"],
+            5e-6,
+        )
 
 
 @pytest.mark.parametrize("pool, name", [("cls", "cls"), ("mean", "avg_pool"), ("weighted", "w_pool")])
@@ -114,8 +118,15 @@ def test_fine_tuned_heads_are_the_originals(gpt):
     assert model.config.n_batches == (options["num_batch_labels"] if options["use_batch_labels"] else 0)
     with torch.no_grad():
         out = model(recorded["genes"], recorded["values"], ~recorded["mask"], batch=recorded["batch_labels"])
-    names = {"cell": "cell_emb", "expression": "mlm_output", "seen": "mlm_zero_probs", "classes": "cls_output",
-             "from_cell": "mvc_output", "from_cell_seen": "mvc_zero_probs", "adversary": "dab_output"}
+    names = {
+        "cell": "cell_emb",
+        "expression": "mlm_output",
+        "seen": "mlm_zero_probs",
+        "classes": "cls_output",
+        "from_cell": "mvc_output",
+        "from_cell_seen": "mvc_zero_probs",
+        "adversary": "dab_output",
+    }
     expected = {ours: f"fwd_{theirs}" for ours, theirs in names.items() if f"fwd_{theirs}" in recorded}
     assert set(out) == {"states", *expected}
     for ours, theirs in expected.items():
@@ -194,13 +205,16 @@ def broken(tensors, kind):
     return tensors
 
 
-@pytest.mark.parametrize("kind, message", [
-    ("missing", r"does not fit this ScGPTModel.* 1 .*: transformer_encoder.*norm2.bias"),
-    ("shape", r"does not fit this ScGPTModel.* 1 .*shape.*linear1.weight \(checkpoint .*, model "),
-    ("unknown", r"does not fit this ScGPTModel.* 1 .*: surprise.weight"),
-    ("vocabulary", r"the vocabulary has [\d,]+ tokens .* embedding [\d,]+ rows: they do not belong together"),
-    ("no table", r"no encoder.embedding.weight"),
-])
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("missing", r"does not fit this ScGPTModel.* 1 .*: transformer_encoder.*norm2.bias"),
+        ("shape", r"does not fit this ScGPTModel.* 1 .*shape.*linear1.weight \(checkpoint .*, model "),
+        ("unknown", r"does not fit this ScGPTModel.* 1 .*: surprise.weight"),
+        ("vocabulary", r"the vocabulary has [\d,]+ tokens .* embedding [\d,]+ rows: they do not belong together"),
+        ("no table", r"no encoder.embedding.weight"),
+    ],
+)
 def test_a_checkpoint_that_does_not_fit_is_refused(gpt, kind, message):
     args = json.loads((FOLDER / "model" / "args.json").read_text())
     with pytest.raises(AssetError, match=message):
@@ -224,7 +238,9 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path):
     file = tmp_path / "model" / "vocab.json"
     vocabulary = json.loads(file.read_text())
     file.write_text(json.dumps(vocabulary | {"ONE_MORE_GENE": max(vocabulary.values()) + 1}))
-    with pytest.raises(AssetError, match=r"the vocabulary has [\d,]+ tokens .* embedding [\d,]+ rows: they do not belong together"):
+    with pytest.raises(
+        AssetError, match=r"the vocabulary has [\d,]+ tokens .* embedding [\d,]+ rows: they do not belong together"
+    ):
         ScGPT.from_pretrained(tmp_path / "model", device="cpu")
 
 

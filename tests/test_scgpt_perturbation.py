@@ -1,4 +1,5 @@
 """The model for perturbations gives the original's numbers on the original's weights."""
+
 import json
 
 import numpy as np
@@ -8,10 +9,14 @@ from conftest import golden
 
 from scellfm.assets import read_tensors
 from scellfm.core import AssetError, OptionError
-from scellfm.scgpt.model import ScGPTConfig, elastic_similarity_loss, heads_of
 from scellfm.scgpt import Vocabulary
+from scellfm.scgpt.model import ScGPTConfig, elastic_similarity_loss, heads_of
 from scellfm.scgpt.perturbation import (
-    AffineDecoder, PerturbationConfig, PerturbationModel, load_perturbation_model, predict,
+    AffineDecoder,
+    PerturbationConfig,
+    PerturbationModel,
+    load_perturbation_model,
+    predict,
 )
 
 FOLDER = golden("scgpt")
@@ -23,12 +28,25 @@ def own_config(tensors):
     pad = json.loads((FOLDER / "collator.json").read_text())["pad_id"]
     heads = heads_of(tensors)
     sizes = ScGPTConfig(
-        options["ntoken"], pad, d_model=options["d_model"], n_heads=options["nhead"], d_hid=options["d_hid"],
-        n_layers=options["nlayers"], n_layers_cls=options["nlayers_cls"], dropout=options["dropout"],
+        options["ntoken"],
+        pad,
+        d_model=options["d_model"],
+        n_heads=options["nhead"],
+        d_hid=options["d_hid"],
+        n_layers=options["nlayers"],
+        n_layers_cls=options["nlayers_cls"],
+        dropout=options["dropout"],
         pad_value=options["pad_value"],
-        n_cls=heads["n_cls"], mvc=options["do_mvc"])
-    return PerturbationConfig(sizes, options["pert_pad_id"], POOL[options["cell_emb_style"]],
-                              options["decoder_activation"], options["decoder_adaptive_bias"])
+        n_cls=heads["n_cls"],
+        mvc=options["do_mvc"],
+    )
+    return PerturbationConfig(
+        sizes,
+        options["pert_pad_id"],
+        POOL[options["cell_emb_style"]],
+        options["decoder_activation"],
+        options["decoder_adaptive_bias"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +85,13 @@ def test_genes_and_values_are_read_as_the_original_does(model, recorded):
     vocabulary = Vocabulary.from_file(FOLDER / "model" / "vocab.json")
     genes = json.loads((FOLDER / "perturb" / "genes.json").read_text())
     ids = [vocabulary[gene] if gene in vocabulary else vocabulary.pad for gene in genes]
-    assert ids == recorded["gene_ids"].tolist() and vocabulary.pad in ids  # an unknown gene is fed as <pad> and not masked
+    assert (
+        ids == recorded["gene_ids"].tolist() and vocabulary.pad in ids
+    )  # an unknown gene is fed as <pad> and not masked
     assert not recorded["mask"].any()
-    torch.testing.assert_close(recorded["processed_values"], recorded["values"])  # no bins: the values themselves are read
+    torch.testing.assert_close(
+        recorded["processed_values"], recorded["values"]
+    )  # no bins: the values themselves are read
 
 
 def test_predictions_are_the_originals(model, recorded):
@@ -81,8 +103,10 @@ def test_predictions_are_the_originals(model, recorded):
 def test_an_embedding_checkpoint_starts_a_perturbation_model(model):
     tensors = read_tensors(FOLDER / "model_flash")
     made, report = load_perturbation_model(tensors, model.config)
-    assert torch.equal(made.transformer_encoder.layers[0].self_attn.in_proj_weight,
-                       tensors["transformer_encoder.layers.0.self_attn.Wqkv.weight"])
+    assert torch.equal(
+        made.transformer_encoder.layers[0].self_attn.in_proj_weight,
+        tensors["transformer_encoder.layers.0.self_attn.Wqkv.weight"],
+    )
     assert any(name.startswith("pert_encoder.") for name in report.fresh)
     assert not any(name.startswith(("encoder.", "value_encoder.", "transformer_encoder.")) for name in report.fresh)
     cut = {name: tensor for name, tensor in tensors.items() if name != "value_encoder.norm.bias"}
@@ -97,7 +121,8 @@ def test_a_perturbation_of_an_unseen_gene_is_not_lost(model, recorded):
     perturbed[:, 0] = 1
     lost, kept = (
         [predict(model, recorded["gene_ids"], values, f, genes="seen", original=original) for f in (flags, perturbed)]
-        for original in (True, False))
+        for original in (True, False)
+    )
     assert torch.equal(*lost) and not torch.equal(*kept)
 
 

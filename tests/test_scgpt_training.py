@@ -1,4 +1,5 @@
 """Continual pretraining: the published losses, nothing of the held-out cells, the same run however it is cut."""
+
 import json
 
 import numpy as np
@@ -24,7 +25,9 @@ FAST = dict(epochs=2, batch_size=8, learning_rate=1e-3, n_boot=0)
 
 @pytest.fixture(scope="module")
 def adata():
-    return simulate_cells(60, 40, cell_types=["B", "T"], donors=4, regulators=1, targets=3, programme_size=10, depth=200)
+    return simulate_cells(
+        60, 40, cell_types=["B", "T"], donors=4, regulators=1, targets=3, programme_size=10, depth=200
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +54,19 @@ def same(a, b):
 
 
 def test_losses_are_the_originals_on_its_own_outputs():
-    model, arrays = ScGPT.from_pretrained(golden("scgpt") / "model", device="cpu").model, np.load(golden("scgpt") / "encoder.npz")
+    model, arrays = (
+        ScGPT.from_pretrained(golden("scgpt") / "model", device="cpu").model,
+        np.load(golden("scgpt") / "encoder.npz"),
+    )
     genes, values, real = (torch.from_numpy(arrays[name]) for name in ("genes", "values", "mask"))
     real = ~real
     hidden = real & (torch.rand(real.shape, generator=torch.Generator().manual_seed(1)) < 0.5)
     hidden[:, 0] = False
     targets = torch.randint(1, 51, real.shape, generator=torch.Generator().manual_seed(2)).float()
     with torch.no_grad():
-        sums, counts = pretraining_loss(model, {"genes": genes, "values": values, "mask": real, "hidden": hidden, "targets": targets[hidden]})
+        sums, counts = pretraining_loss(
+            model, {"genes": genes, "values": values, "mask": real, "hidden": hidden, "targets": targets[hidden]}
+        )
     for loss, head in zip(sums / counts, ("fwd_mlm_output", "fwd_mvc_output")):
         theirs = torch.from_numpy(arrays[head])
         masked_mse = (((theirs - targets) ** 2) * hidden).sum() / hidden.sum()  # the original's masked_mse_loss
@@ -66,14 +74,20 @@ def test_losses_are_the_originals_on_its_own_outputs():
 
 
 def test_the_loss_is_the_sum_of_three_means_and_padding_has_no_part(gpt):
-    cells = BinnedCells.of([(np.array([40, 1, 2, 3, 5]), np.array([-2, 9, 4, 50, 1], "float32")),
-                            (np.array([40, 7, 8]), np.array([-2, 30, 20], "float32"))])
+    cells = BinnedCells.of(
+        [
+            (np.array([40, 1, 2, 3, 5]), np.array([-2, 9, 4, 50, 1], "float32")),
+            (np.array([40, 7, 8]), np.array([-2, 30, 20], "float32")),
+        ]
+    )
     model = learner(gpt, ["B", "T"], 0)
     hiding = HiddenGenes(model, cells, ["one", "two"], shares=(0.5,), max_length=9, seed=3, codes=np.array([1, 0]))
     rows = hiding.rows(np.array([0, 1]))
     both = pretraining_loss(model.model.eval(), rows.batch(np.array([0, 1]), 0))
     alone = [pretraining_loss(model.model, rows.batch(np.array([i]), 0)) for i in (0, 1)]
-    assert torch.allclose(both[0], alone[0][0] + alone[1][0], rtol=1e-5) and torch.equal(both[1], alone[0][1] + alone[1][1])
+    assert torch.allclose(both[0], alone[0][0] + alone[1][0], rtol=1e-5) and torch.equal(
+        both[1], alone[0][1] + alone[1][1]
+    )
     batch = rows.batch(np.array([0]), 0)
     out = model.model(batch["genes"], batch["values"], batch["mask"])
     expected = [F.mse_loss(out[head][batch["hidden"]], batch["targets"]) for head in ("expression", "from_cell")]
@@ -83,7 +97,10 @@ def test_the_loss_is_the_sum_of_three_means_and_padding_has_no_part(gpt):
 
 def test_what_is_hidden_depends_on_cell_and_epoch_alone(gpt):
     generator = np.random.default_rng(0)
-    made = [(np.append(40, generator.permutation(40)[:30]), np.append(-2, generator.integers(1, 51, 30)).astype("float32")) for _ in range(40)]
+    made = [
+        (np.append(40, generator.permutation(40)[:30]), np.append(-2, generator.integers(1, 51, 30)).astype("float32"))
+        for _ in range(40)
+    ]
     names = [f"c{i}" for i in range(40)]
     hiding = HiddenGenes(gpt, BinnedCells.of(made), names, shares=(0.25, 0.5, 0.75), max_length=20, seed=0)
     turned = HiddenGenes(gpt, BinnedCells.of(made[::-1]), names[::-1], shares=(0.25, 0.5, 0.75), max_length=20, seed=0)
@@ -127,7 +144,9 @@ def test_resumed_is_uninterrupted(gpt, adata, split, trained, tmp_path, monkeypa
 def test_order_of_cells_and_genes_does_not_matter_and_the_model_begun_with_stays(gpt, adata, trained):
     before = weights(gpt)
     turned = adata[::-1, ::-1].copy()
-    again = gpt.continue_pretraining(turned, label="cell_type", split=hold_out(turned, by="donor", fractions=(0.75, 0, 0.25)), **FAST)
+    again = gpt.continue_pretraining(
+        turned, label="cell_type", split=hold_out(turned, by="donor", fractions=(0.75, 0, 0.25)), **FAST
+    )
     assert again.history.step_rows == trained.history.step_rows and same(weights(again), weights(trained))
     assert same(before, weights(gpt)) and not same(before, {name: weights(trained)[name] for name in before})
 
@@ -148,10 +167,21 @@ def test_held_out_labels_and_counts_do_not_reach_the_model(gpt, adata, split, tr
 @QUIET
 def test_the_head_is_saved_in_the_originals_layout_and_goes_on_learning(adata, split, trained, tmp_path):
     trained.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"args.json", "vocab.json", "best_model.pt", "model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "args.json",
+        "vocab.json",
+        "best_model.pt",
+        "model.safetensors",
+    }
     stored = torch.load(tmp_path / "best_model.pt", weights_only=True)
-    heads = {"cls_decoder._decoder.0.weight", "cls_decoder._decoder.2.weight", "cls_decoder.out_layer.weight",
-             "decoder.fc.4.bias", "mvc_decoder.gene2query.weight", "mvc_decoder.W.weight"}
+    heads = {
+        "cls_decoder._decoder.0.weight",
+        "cls_decoder._decoder.2.weight",
+        "cls_decoder.out_layer.weight",
+        "decoder.fc.4.bias",
+        "mvc_decoder.gene2query.weight",
+        "mvc_decoder.W.weight",
+    }
     assert heads <= set(stored) and stored["cls_decoder.out_layer.weight"].shape == (2, 16)
     assert "transformer_encoder.layers.0.self_attn.Wqkv.weight" in stored
     assert json.loads((tmp_path / "args.json").read_text())["cell_types"] == ["B", "T"]
@@ -178,12 +208,19 @@ def test_a_published_checkpoint_gets_a_new_head_and_keeps_the_rest():
 
 @QUIET
 def test_guessers_by_hand(gpt):
-    cells = BinnedCells.of([(np.array([40, 1, 2]), np.array([-2, 10, 20], "float32")), (np.array([40, 1]), np.array([-2, 30], "float32")),
-                            (np.array([40, 1, 2, 3]), np.array([-2, 5, 25, 40], "float32"))])
+    cells = BinnedCells.of(
+        [
+            (np.array([40, 1, 2]), np.array([-2, 10, 20], "float32")),
+            (np.array([40, 1]), np.array([-2, 30], "float32")),
+            (np.array([40, 1, 2, 3]), np.array([-2, 5, 25, 40], "float32")),
+        ]
+    )
     hiding = HiddenGenes(gpt, cells, list("abc"), shares=(0.999999,), max_length=9, seed=0, codes=np.array([0, 1, 0]))
     found = guessers(hiding, np.array([0, 1]), np.array([2]), 2)
     assert np.allclose(found["one mean"], [(15**2 + 5**2 + 20**2) / 3] * 2 + [np.log(2)])
-    assert np.allclose(found["gene means"], [(15**2 + 5**2 + 20**2) / 3] * 2 + [np.log(2)])  # 20, 20; unseen: the mean, 20
+    assert np.allclose(
+        found["gene means"], [(15**2 + 5**2 + 20**2) / 3] * 2 + [np.log(2)]
+    )  # 20, 20; unseen: the mean, 20
     assert np.allclose(guessers(hiding, np.array([0, 2]), np.array([1]), 0)["gene means"], [(30 - 7.5) ** 2] * 2)
 
 
@@ -192,7 +229,9 @@ def test_the_table_has_model_and_guessers_and_a_useless_model_is_told(gpt, adata
         made = gpt.continue_pretraining(adata, split=split, **FAST | {"learning_rate": 1e-7})
     assert list(made.losses.table.index) == ["scGPT (held out)", "scGPT (training cells)", "one mean", "gene means"]
     assert list(made.losses.table) == ["hidden_gene_mse", "from_cell_mse"] and made.scores is None
-    assert made.history.epochs.valid_loss.iloc[-1] == pytest.approx(made.losses.table.loc["scGPT (held out)"].sum(), rel=1e-5)
+    assert made.history.epochs.valid_loss.iloc[-1] == pytest.approx(
+        made.losses.table.loc["scGPT (held out)"].sum(), rel=1e-5
+    )
     assert made.history.baselines["gene means"] == pytest.approx(made.losses.table.loc["gene means"].sum())
 
 
@@ -207,11 +246,18 @@ def test_cells_without_a_known_gene_are_left_out(gpt, adata, split):
 
 
 @QUIET
-@pytest.mark.parametrize("change, error, words", [
-    (dict(label="cell_typ"), DataError, "cell_type"), (dict(mask_share=0.0), OptionError, "between 0 and 1"),
-    (dict(mask_share="half"), OptionError, "mask_share"), (dict(mask_share=(0.2, 1.5)), OptionError, "mask_share"),
-    (dict(epoch=3), OptionError, "epochs"), (dict(learning_rate=-1), OptionError, "learning_rate=-1"), (dict(layer="nowhere"), DataError, "nowhere"),
-])
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        (dict(label="cell_typ"), DataError, "cell_type"),
+        (dict(mask_share=0.0), OptionError, "between 0 and 1"),
+        (dict(mask_share="half"), OptionError, "mask_share"),
+        (dict(mask_share=(0.2, 1.5)), OptionError, "mask_share"),
+        (dict(epoch=3), OptionError, "epochs"),
+        (dict(learning_rate=-1), OptionError, "learning_rate=-1"),
+        (dict(layer="nowhere"), DataError, "nowhere"),
+    ],
+)
 def test_a_wrong_option_is_named(gpt, adata, split, change, error, words):
     with pytest.raises(error, match=words):
         gpt.continue_pretraining(adata, **dict(split=split) | FAST | change)

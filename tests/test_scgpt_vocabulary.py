@@ -1,4 +1,5 @@
 """The vocabulary: numbers as in the file, special tokens as in the original, and what does not add up is refused."""
+
 import json
 import pickle
 
@@ -18,7 +19,7 @@ def test_numbers_are_those_of_the_file_and_missing_specials_are_appended():
     vocabulary = Vocabulary.from_file(folder / "model" / "vocab.json")
     assert all(vocabulary[token] == number for token, number in stored.items())
     assert len(vocabulary) == json.loads((folder / "config.json").read_text())["ntoken"]
-    assert vocabulary.tokens[len(stored):] == [t for t in ("<pad>", "<cls>", "<eoc>") if t not in stored]
+    assert vocabulary.tokens[len(stored) :] == [t for t in ("<pad>", "<cls>", "<eoc>") if t not in stored]
     assert vocabulary.tokens[vocabulary.pad] == "<pad>" and vocabulary.tokens[vocabulary.cls] == "<cls>"
 
 
@@ -32,8 +33,11 @@ def test_the_three_published_vocabularies_are_read():
 def test_saved_and_read_it_is_the_same(tmp_path):
     vocabulary = Vocabulary(["B2M", "ACTB"])
     vocabulary.save(tmp_path / "vocab.json")
-    assert Vocabulary.from_file(tmp_path / "vocab.json").tokens == vocabulary.tokens == ["B2M", "ACTB", "<pad>",
-                                                                                         "<cls>", "<eoc>"]
+    assert (
+        Vocabulary.from_file(tmp_path / "vocab.json").tokens
+        == vocabulary.tokens
+        == ["B2M", "ACTB", "<pad>", "<cls>", "<eoc>"]
+    )
 
 
 class Hostile:
@@ -41,16 +45,22 @@ class Hostile:
         return print, ("run",)
 
 
-@pytest.mark.parametrize("content, message", [
-    ('{"B2M": 0, "ACTB": 2}', "token 'ACTB' has the number 2; the 2 tokens of a vocabulary must be numbered 0 to 1"),
-    ('{"B2M": 0, "ACTB": 0}', "tokens 'B2M' and 'ACTB' have the same number 0"),
-    ('{"B2M": "a"}', "token 'B2M' has the number 'a'"),
-    ('["B2M"]', "not a dictionary"),
-    ('{"B2M": 0', "no readable dictionary"),
-    ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
-    ("<!DOCTYPE html><html>", "web page"),
-    ("", "empty file"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            '{"B2M": 0, "ACTB": 2}',
+            "token 'ACTB' has the number 2; the 2 tokens of a vocabulary must be numbered 0 to 1",
+        ),
+        ('{"B2M": 0, "ACTB": 0}', "tokens 'B2M' and 'ACTB' have the same number 0"),
+        ('{"B2M": "a"}', "token 'B2M' has the number 'a'"),
+        ('["B2M"]', "not a dictionary"),
+        ('{"B2M": 0', "no readable dictionary"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
+        ("<!DOCTYPE html><html>", "web page"),
+        ("", "empty file"),
+    ],
+)
 def test_a_file_that_is_no_vocabulary_is_refused(tmp_path, content, message):
     (tmp_path / "vocab.json").write_text(content)
     with pytest.raises(AssetError, match=message):

@@ -1,4 +1,5 @@
 """Scores of a classifier and the table that shows them."""
+
 import json
 import warnings
 
@@ -32,16 +33,22 @@ def test_scores_equal_scikit_learns(n_classes, decimals):
     called = classes[values.argmax(1)]
     auroc = metrics.roc_auc_score(truth, values[:, 1] if n_classes == 2 else values, multi_class="ovr", labels=classes)
     expected = {
-        "accuracy": metrics.accuracy_score(truth, called), "balanced_accuracy": metrics.balanced_accuracy_score(truth, called),
-        "macro_f1": metrics.f1_score(truth, called, average="macro"), "auroc": auroc,
+        "accuracy": metrics.accuracy_score(truth, called),
+        "balanced_accuracy": metrics.balanced_accuracy_score(truth, called),
+        "macro_f1": metrics.f1_score(truth, called, average="macro"),
+        "auroc": auroc,
     }
     for name, value in expected.items():
         assert result.metrics[name] == pytest.approx(value, abs=1e-12), name
-    precision, recall, f1, support = metrics.precision_recall_fscore_support(truth, called, labels=classes, zero_division=0)
+    precision, recall, f1, support = metrics.precision_recall_fscore_support(
+        truth, called, labels=classes, zero_division=0
+    )
     for name, value in zip(("precision", "recall", "f1", "support"), (precision, recall, f1, support)):
         assert np.allclose(result.per_class[name], value), name
     for i, label in enumerate(classes):
-        assert result.per_class["auroc"].iloc[i] == pytest.approx(metrics.roc_auc_score(truth == label, values[:, i]), abs=1e-9)
+        assert result.per_class["auroc"].iloc[i] == pytest.approx(
+            metrics.roc_auc_score(truth == label, values[:, i]), abs=1e-9
+        )
     assert (result.confusion.to_numpy() == metrics.confusion_matrix(truth, called, labels=classes)).all()
 
 
@@ -54,7 +61,9 @@ def test_calibration_error_is_its_definition():
         if here.any():
             expected += here.mean() * abs(confidence[here].mean() - right[here].mean())
     assert calibration_error(confidence, right) == pytest.approx(expected, abs=1e-12)
-    assert classification(truth, values, classes, n_boot=0).metrics["calibration_error"] == pytest.approx(expected, abs=1e-12)
+    assert classification(truth, values, classes, n_boot=0).metrics["calibration_error"] == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_a_class_without_cells_stays_out_of_means():
@@ -64,8 +73,12 @@ def test_a_class_without_cells_stays_out_of_means():
     called = classes[values[rows].argmax(1)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert result.metrics["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(truth[rows], called))
-    assert result.metrics["macro_f1"] == pytest.approx(metrics.f1_score(truth[rows], called, average="macro", zero_division=0))
+        assert result.metrics["balanced_accuracy"] == pytest.approx(
+            metrics.balanced_accuracy_score(truth[rows], called)
+        )
+    assert result.metrics["macro_f1"] == pytest.approx(
+        metrics.f1_score(truth[rows], called, average="macro", zero_division=0)
+    )
     assert np.isnan(result.per_class.loc["type 2", "auroc"]) and result.per_class.loc["type 2", "support"] == 0
     assert np.isfinite(list(result.metrics.values())).all() and np.isfinite(list(result.low.values())).all()
 
@@ -76,7 +89,10 @@ def test_weights_of_a_draw_equal_repeated_cells():
 
     codes, weights = pd.Index(classes).get_indexer(truth), np.random.default_rng(1).integers(0, 4, 60)
     rows = np.repeat(np.arange(60), weights)
-    drawn, repeated = Weighted(codes, values).metrics(weights.astype(float)), classification(truth[rows], values[rows], classes, n_boot=0).metrics
+    drawn, repeated = (
+        Weighted(codes, values).metrics(weights.astype(float)),
+        classification(truth[rows], values[rows], classes, n_boot=0).metrics,
+    )
     assert drawn == pytest.approx(repeated, abs=1e-12)
 
 
@@ -97,7 +113,9 @@ def test_intervals_over_cells_have_the_width_of_the_binomial():
     truth, values, classes = cells(2000, 2)
     result = classification(truth, values, classes, n_boot=500)
     p = result.metrics["accuracy"]
-    assert result.high["accuracy"] - result.low["accuracy"] == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 2000), rel=0.15)
+    assert result.high["accuracy"] - result.low["accuracy"] == pytest.approx(
+        2 * 1.96 * np.sqrt(p * (1 - p) / 2000), rel=0.15
+    )
 
 
 def test_donors_that_differ_widen_the_interval():
@@ -148,7 +166,10 @@ def test_bad_groups_and_draws_are_named():
 
 
 def example(**more):
-    table = pd.DataFrame({"auroc": [0.8, 0.99, 0.9], "mse": [0.2, 0.001, 0.3]}, index=["model", "model (training cells)", "PCA | kNN <b>"])
+    table = pd.DataFrame(
+        {"auroc": [0.8, 0.99, 0.9], "mse": [0.2, 0.001, 0.3]},
+        index=["model", "model (training cells)", "PCA | kNN <b>"],
+    )
     return Scores(table, **{"low": table - 0.01, "high": table + 0.01, **more})
 
 
@@ -168,7 +189,12 @@ def test_scores_come_back_from_json():
     truth, values, classes = cells(100)
     table = example().table.copy()
     table.iloc[0, 0] = np.nan
-    scores = Scores(table, details={"model": classification(truth, values, classes, n_boot=5)}, title="t", origin={"seed": np.int64(3), "path": None})
+    scores = Scores(
+        table,
+        details={"model": classification(truth, values, classes, n_boot=5)},
+        title="t",
+        origin={"seed": np.int64(3), "path": None},
+    )
     again = Scores.from_dict(json.loads(json.dumps(scores.to_dict(), allow_nan=False)))
     pd.testing.assert_frame_equal(again.table, scores.table)
     assert again.low.isna().all().all() and again.origin == {"seed": 3, "path": None} and again.title == "t"
@@ -182,5 +208,19 @@ def test_bounds_of_other_methods_are_refused():
 
 
 def test_plain_knows_every_kind_of_value():
-    values = {1: (np.float64("nan"), np.inf, np.bool_(True)), "a": {"b", "a"}, "c": pd.Series([1.5], ["x"]), "d": np.array(3), "e": pd.NA, "f": 1 + 2j}
-    assert plain(values) == {"1": [None, None, True], "a": ["a", "b"], "c": {"x": 1.5}, "d": [3], "e": None, "f": "(1+2j)"}
+    values = {
+        1: (np.float64("nan"), np.inf, np.bool_(True)),
+        "a": {"b", "a"},
+        "c": pd.Series([1.5], ["x"]),
+        "d": np.array(3),
+        "e": pd.NA,
+        "f": 1 + 2j,
+    }
+    assert plain(values) == {
+        "1": [None, None, True],
+        "a": ["a", "b"],
+        "c": {"x": 1.5},
+        "d": [3],
+        "e": None,
+        "f": "(1+2j)",
+    }

@@ -1,4 +1,5 @@
 """Scores of integration: equal to scib's, and silent where there is nothing to tell."""
+
 import importlib.util
 import json
 import os
@@ -19,8 +20,16 @@ from scellfm.scores import batches as b
 from scellfm.scores.batches import integration
 from scellfm.scores.pictures import umap, umaps
 
-NAMES = {"nmi": "NMI_cluster/label", "ari": "ARI_cluster/label", "asw_label": "ASW_label", "asw_batch": "ASW_label/batch",
-         "pcr": "PCR_batch", "graph_connectivity": "graph_conn", "avg_bio": "avg_bio", "avg_batch": "avg_batch"}
+NAMES = {
+    "nmi": "NMI_cluster/label",
+    "ari": "ARI_cluster/label",
+    "asw_label": "ASW_label",
+    "asw_batch": "ASW_label/batch",
+    "pcr": "PCR_batch",
+    "graph_connectivity": "graph_conn",
+    "avg_bio": "avg_bio",
+    "avg_batch": "avg_batch",
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +37,13 @@ def original():
     folder = golden("scgpt")
     with np.load(folder / "scib.npz") as arrays:
         arrays = dict(arrays)
-    cells = anndata.AnnData(arrays["X"].copy(), obs=pd.DataFrame(
-        {"celltype": arrays["celltype"], "str_batch": arrays["str_batch"]}, index=[f"cell{i}" for i in range(len(arrays["X"]))]))
+    cells = anndata.AnnData(
+        arrays["X"].copy(),
+        obs=pd.DataFrame(
+            {"celltype": arrays["celltype"], "str_batch": arrays["str_batch"]},
+            index=[f"cell{i}" for i in range(len(arrays["X"]))],
+        ),
+    )
     cells.obsm["X_scGPT"] = arrays["X_scGPT"].copy()
     return cells, arrays, json.loads((folder / "scib.json").read_text())["metrics"]
 
@@ -38,19 +52,29 @@ def original():
 def cells():
     rng = np.random.default_rng(0)
     label, batch = np.repeat(["B", "T", "NK"], [50, 60, 40]), np.tile(["x", "y"], 75)
-    means = np.where(label[:, None] == np.array(["B", "T", "NK"]).repeat(12)[None], 6, 1) * np.where(batch == "y", 1.5, 1)[:, None]
-    made = anndata.AnnData(sparse.csr_matrix(rng.poisson(means).astype(np.float32)), obs=pd.DataFrame(
-        {"cell_type": label, "batch": batch}, index=[f"cell{i}" for i in range(150)]))
+    means = (
+        np.where(label[:, None] == np.array(["B", "T", "NK"]).repeat(12)[None], 6, 1)
+        * np.where(batch == "y", 1.5, 1)[:, None]
+    )
+    made = anndata.AnnData(
+        sparse.csr_matrix(rng.poisson(means).astype(np.float32)),
+        obs=pd.DataFrame({"cell_type": label, "batch": batch}, index=[f"cell{i}" for i in range(150)]),
+    )
     made.obsm["X_scGPT"] = (np.eye(3)[pd.factorize(label)[0]] * 4 + rng.normal(size=(150, 3))).astype(np.float32)
     return made
 
 
 # scib
 
+
 def test_every_score_is_scibs(original):
     cells, _, expected = original
-    found = integration(cells, reps=["X_scGPT"], batch="str_batch", label="celltype", baselines=False).table.loc["X_scGPT"]
-    assert {name: found[name] for name in NAMES} == pytest.approx({name: expected[scib] for name, scib in NAMES.items()}, abs=2e-6)
+    found = integration(cells, reps=["X_scGPT"], batch="str_batch", label="celltype", baselines=False).table.loc[
+        "X_scGPT"
+    ]
+    assert {name: found[name] for name in NAMES} == pytest.approx(
+        {name: expected[scib] for name, scib in NAMES.items()}, abs=2e-6
+    )
 
 
 def test_graph_is_scanpys(original):
@@ -63,7 +87,9 @@ def test_distances_are_scanpys(original):
     cells, arrays, _ = original
     values = cells.obsm["X_scGPT"]
     k = int(np.diff(arrays["dist_indptr"])[0])
-    expected = sparse.csr_matrix((arrays["dist_data"], arrays["dist_indices"], arrays["dist_indptr"]), (len(values),) * 2)
+    expected = sparse.csr_matrix(
+        (arrays["dist_data"], arrays["dist_indices"], arrays["dist_indptr"]), (len(values),) * 2
+    )
     distances, found = nearest(values, values, k + 1)  # itself first
     for row, (near, who) in enumerate(zip(distances, found)):
         assert who[0] == row and set(who[1:]) == set(expected[row].indices)
@@ -85,21 +111,29 @@ def test_parts_are_scibs_given_its_clusters_and_graph(original):
     graph = sparse.csr_matrix((arrays["conn_data"], arrays["conn_indices"], arrays["conn_indptr"]))
     labels = arrays["celltype"]
     assert b.graph_connectivity(graph, labels) == pytest.approx(expected["graph_conn"], abs=2e-7)
-    assert normalized_mutual_info_score(labels, arrays["cluster"]) == pytest.approx(expected["NMI_cluster/label"], abs=2e-7)
+    assert normalized_mutual_info_score(labels, arrays["cluster"]) == pytest.approx(
+        expected["NMI_cluster/label"], abs=2e-7
+    )
     assert adjusted_rand_score(labels, arrays["cluster"]) == pytest.approx(expected["ARI_cluster/label"], abs=2e-7)
     assert b.asw_label(arrays["X_scGPT"], labels) == pytest.approx(expected["ASW_label"], abs=2e-7)
-    assert b.asw_batch(arrays["X_scGPT"], labels, arrays["str_batch"]) == pytest.approx(expected["ASW_label/batch"], abs=2e-7)
+    assert b.asw_batch(arrays["X_scGPT"], labels, arrays["str_batch"]) == pytest.approx(
+        expected["ASW_label/batch"], abs=2e-7
+    )
     assert b.pcr(arrays["X"], arrays["X_scGPT"], arrays["str_batch"]) == pytest.approx(expected["PCR_batch"], abs=2e-6)
 
 
 def test_parts_are_those_of_scib_metrics_too(original):
-    theirs = pytest.importorskip("scib_metrics", reason="scib-metrics is not installed: a cross-check with a second package, on JAX")
+    theirs = pytest.importorskip(
+        "scib_metrics", reason="scib-metrics is not installed: a cross-check with a second package, on JAX"
+    )
     cells, arrays, _ = original
     values, labels, batches = arrays["X_scGPT"], arrays["celltype"], arrays["str_batch"]
     found = integration(cells, "X_scGPT", batch="str_batch", label="celltype", baselines=False).table.loc["X_scGPT"]
     assert found["asw_label"] == pytest.approx(theirs.silhouette_label(values, labels), abs=1e-5)
     assert found["asw_batch"] == pytest.approx(theirs.silhouette_batch(values, labels, batches), abs=1e-5)
-    assert found["pcr"] == pytest.approx(theirs.pcr_comparison(arrays["X"], values, batches, categorical=True), abs=1e-4)
+    assert found["pcr"] == pytest.approx(
+        theirs.pcr_comparison(arrays["X"], values, batches, categorical=True), abs=1e-4
+    )
     from scib_metrics.nearest_neighbors import NeighborsResults
 
     # its graphs are directed and its clusters found by other sweeps: the same question, not the same number
@@ -112,13 +146,21 @@ def test_parts_are_those_of_scib_metrics_too(original):
 
 # properties
 
+
 def test_renaming_and_reordering_cells_change_nothing(cells):
     first = integration(cells, "X_scGPT", batch="batch", label="cell_type", baselines=False).table
     order = np.random.default_rng(1).permutation(cells.n_obs)
     other = cells[order].copy()
     other.obs["cell_type"] = other.obs["cell_type"].astype(str).map({"B": "zz", "T": "aa", "NK": "mm"})
     second = integration(other, "X_scGPT", batch="batch", label="cell_type", baselines=False).table
-    stable = ["asw_label", "graph_connectivity", "asw_batch", "pcr", "knn_accuracy", "avg_batch"]  # Leiden visits cells in their order
+    stable = [
+        "asw_label",
+        "graph_connectivity",
+        "asw_batch",
+        "pcr",
+        "knn_accuracy",
+        "avg_batch",
+    ]  # Leiden visits cells in their order
     np.testing.assert_allclose(first[stable], second[stable], atol=1e-5)
 
 
@@ -138,7 +180,9 @@ def test_mixing_and_keeping_are_told_apart(cells):
     rng = np.random.default_rng(0)
     split = cells.obsm["X_scGPT"] + np.where(cells.obs["batch"] == "y", 8, 0)[:, None]
     cells.obsm.update({"X_split": split, "X_noise": rng.normal(size=(150, 3))})
-    table = integration(cells, ["X_scGPT", "X_split", "X_noise"], batch="batch", label="cell_type", baselines=False).table
+    table = integration(
+        cells, ["X_scGPT", "X_split", "X_noise"], batch="batch", label="cell_type", baselines=False
+    ).table
     assert table["avg_batch"].idxmin() == "X_split" and table["avg_bio"].idxmin() == "X_noise"
     assert table.loc["X_noise", "knn_accuracy"] < 0.6 < 0.9 < table.loc["X_scGPT", "knn_accuracy"]
     assert table.min().min() >= 0 and table.max().max() <= 1
@@ -183,9 +227,14 @@ def test_labels_of_one_batch_are_passed_over():
 
 # baselines
 
+
 def test_pca_stands_beside_the_model(cells):
     found = integration(cells, reps="X_scGPT", batch="batch", label="cell_type")
-    assert list(found.table.index)[:2] == ["X_scGPT", "HVG + PCA"] and "<table" in found._repr_html_() and found.table.notna().all(None)
+    assert (
+        list(found.table.index)[:2] == ["X_scGPT", "HVG + PCA"]
+        and "<table" in found._repr_html_()
+        and found.table.notna().all(None)
+    )
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -221,6 +270,7 @@ def test_scaled_values_are_no_counts(cells):
 
 # nothing to tell
 
+
 def test_one_batch_gives_no_score_of_mixing(cells):
     cells.obs["batch"] = "x"
     with pytest.warns(ScellfmWarning, match=r"obs\['batch'\] 'x'.*how well batches mix.*NaN"):
@@ -246,21 +296,33 @@ def test_without_labels_only_the_regression_is_left(cells):
 
 # bad inputs
 
+
 def test_batches_and_labels_are_two_columns(cells):
     with pytest.raises(OptionError, match="batch='cell_type'.*are two columns"):
         integration(cells, ["X_scGPT"], batch="cell_type", label="cell_type")
 
 
-@pytest.mark.parametrize("harm, options, message", [
-    (lambda c: c.obsm["X_scGPT"].__setitem__((5, 0), np.nan), {}, r"NaN or infinity in 1 of 150 cells, the first is 'cell5' \(row 5\)"),
-    (lambda c: c.obsm["X_scGPT"].__setitem__((5, 0), np.inf), {}, "NaN or infinity"),
-    (lambda c: c.obs.loc.__setitem__(("cell3", "batch"), None), {}, "missing for 1 of 150 cells, the first is 'cell3'"),
-    (lambda c: None, {"reps": ["X_other"]}, "obsm has no 'X_other'"),
-    (lambda c: None, {"batch": "lab"}, "no column 'lab' for batches"),
-    (lambda c: None, {"label": "type"}, "no column 'type' for labels"),
-    (lambda c: None, {"batch": None, "label": None}, "name at least one"),
-    (lambda c: c.X.data.__setitem__(3, np.nan), {"baselines": False}, "NaN or infinite"),
-])
+@pytest.mark.parametrize(
+    "harm, options, message",
+    [
+        (
+            lambda c: c.obsm["X_scGPT"].__setitem__((5, 0), np.nan),
+            {},
+            r"NaN or infinity in 1 of 150 cells, the first is 'cell5' \(row 5\)",
+        ),
+        (lambda c: c.obsm["X_scGPT"].__setitem__((5, 0), np.inf), {}, "NaN or infinity"),
+        (
+            lambda c: c.obs.loc.__setitem__(("cell3", "batch"), None),
+            {},
+            "missing for 1 of 150 cells, the first is 'cell3'",
+        ),
+        (lambda c: None, {"reps": ["X_other"]}, "obsm has no 'X_other'"),
+        (lambda c: None, {"batch": "lab"}, "no column 'lab' for batches"),
+        (lambda c: None, {"label": "type"}, "no column 'type' for labels"),
+        (lambda c: None, {"batch": None, "label": None}, "name at least one"),
+        (lambda c: c.X.data.__setitem__(3, np.nan), {"baselines": False}, "NaN or infinite"),
+    ],
+)
 def test_bad_inputs_are_named(cells, harm, options, message):
     harm(cells)
     with pytest.raises(DataError, match=message):
@@ -273,7 +335,9 @@ def test_two_cells_are_too_few(cells):
 
 
 def test_a_handful_of_cells_is_scored(cells):
-    table = integration(cells[[0, 1, 60, 61, 120, 121]].copy(), "X_scGPT", batch="batch", label="cell_type", baselines=False).table
+    table = integration(
+        cells[[0, 1, 60, 61, 120, 121]].copy(), "X_scGPT", batch="batch", label="cell_type", baselines=False
+    ).table
     assert table["graph_connectivity"].notna().all()
 
 
@@ -285,6 +349,7 @@ def test_an_empty_cell_in_the_counts_is_no_obstacle(cells):
 
 
 # pictures
+
 
 def test_umaps_stand_side_by_side_for_the_model_and_its_baselines(cells, monkeypatch):
     monkeypatch.setitem(sys.modules, "harmonypy", None)
@@ -305,10 +370,15 @@ def test_a_umap_keeps_neighbours_and_repeats(cells):
     assert umap(cells.obsm["X_scGPT"][:5]).shape == (5, 2)
 
 
-@pytest.mark.parametrize("options, error, message", [
-    ({"batch": None, "label": None}, OptionError, "name at least one column"), ({"batch": "lab"}, DataError, "no column 'lab'"),
-    ({"reps": "X_other"}, DataError, "obsm has no 'X_other'"), ({"baselines": True, "layer": "raw"}, DataError, "raw"),
-])
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"batch": None, "label": None}, OptionError, "name at least one column"),
+        ({"batch": "lab"}, DataError, "no column 'lab'"),
+        ({"reps": "X_other"}, DataError, "obsm has no 'X_other'"),
+        ({"baselines": True, "layer": "raw"}, DataError, "raw"),
+    ],
+)
 def test_a_picture_of_what_is_not_there_is_refused(cells, options, error, message):
     with pytest.raises(error, match=message):
         umaps(cells, **({"reps": "X_scGPT", "batch": "batch", "label": "cell_type", "baselines": False} | options))
@@ -317,6 +387,7 @@ def test_a_picture_of_what_is_not_there_is_refused(cells, options, error, messag
 
 
 # real cells
+
 
 def test_interferon_cells_are_scored_by_condition():
     kang = anndata.read_h5ad(real_data("kang18/kang18_2000.h5ad"))
@@ -329,10 +400,12 @@ def test_interferon_cells_are_scored_by_condition():
 
 def test_a_picture_leaves_torch_its_threads():
     "numba's first parallel function sets them to its own number; training after a UMAP is then not training before it."
-    code = ("import numpy as np, torch; from scellfm.scores.batches import neighbour_graph; from scellfm.scores.pictures import umap\n"
-            "values = np.random.default_rng(0).normal(size=(60, 5)); counts = [torch.get_num_threads()]\n"
-            "for make in (neighbour_graph, umap): make(values); counts.append(torch.get_num_threads())\n"
-            "print(counts)")
+    code = (
+        "import numpy as np, torch; from scellfm.scores.batches import neighbour_graph; from scellfm.scores.pictures import umap\n"
+        "values = np.random.default_rng(0).normal(size=(60, 5)); counts = [torch.get_num_threads()]\n"
+        "for make in (neighbour_graph, umap): make(values); counts.append(torch.get_num_threads())\n"
+        "print(counts)"
+    )
     env = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert out.split("\n")[-2] == "[1, 1, 1]"

@@ -130,9 +130,7 @@ def test_three_donors_find_strong_drivers():
 
 
 def test_one_donor_of_six_is_no_evidence():
-    assert (
-        runs(4, cells_per_donor=200, tau=0.2, drivers=0.05, driver_effect=8.0, driver_donors=1).called.mean() <= 0.01
-    )
+    assert runs(4, cells_per_donor=200, tau=0.2, drivers=0.05, driver_effect=8.0, driver_donors=1).called.mean() <= 0.01
 
 
 def test_heavy_tails_are_called_seldom_and_warned_of():
@@ -440,7 +438,9 @@ def test_bad_tables_get_a_plain_sentence(shifts, change, message):
         screen_test(change(shifts))
 
 
-@pytest.mark.parametrize("column, value", [("shift", np.nan), ("shift", -np.inf), ("shift", "many"), ("rank", -1.0), ("rank", "many")])
+@pytest.mark.parametrize(
+    "column, value", [("shift", np.nan), ("shift", -np.inf), ("shift", "many"), ("rank", -1.0), ("rank", "many")]
+)
 def test_the_line_that_drops_bad_values_drops_them(shifts, column, value):
     broken = shifts.assign(**{column: shifts[column].astype(object).where(shifts.index != 5, value)})
     with pytest.raises(DataError, match=re.escape(f"the first is {value!r} (gene")) as caught:
@@ -549,9 +549,7 @@ def goal_tables():
     return [
         name
         for name, record in records.items()
-        if record["options"].get("mode") == "goal_state_shift"
-        and record["ok"]
-        and "Goal_end_FDR" in record["columns"]
+        if record["options"].get("mode") == "goal_state_shift" and record["ok"] and "Goal_end_FDR" in record["columns"]
     ]
 
 
@@ -581,9 +579,7 @@ def test_rank_sum_equals_the_original(name):
         np.testing.assert_allclose(
             mine.effect, upstream["Shift_to_goal_end" if goal else f"Shift_to_alt_end{alt}"], atol=1e-12
         )
-        np.testing.assert_allclose(
-            mine.p, upstream[f"{'Goal' if goal else 'Alt'}_end_vs_random_pval{alt}"], rtol=1e-9
-        )
+        np.testing.assert_allclose(mine.p, upstream[f"{'Goal' if goal else 'Alt'}_end_vs_random_pval{alt}"], rtol=1e-9)
         np.testing.assert_allclose(mine.fdr, upstream[f"{'Goal' if goal else 'Alt'}_end_FDR{alt}"], rtol=1e-9)
 
 
@@ -692,9 +688,7 @@ def test_ranking_scores_are_sklearns_under_ties_and_weights():
         weights = rng.integers(1, 5, (3, 80)).astype(float)
         auroc, precision = ranking_scores(value, label, weights)
         np.testing.assert_allclose(auroc, [roc_auc_score(label, value, sample_weight=w) for w in weights])
-        np.testing.assert_allclose(
-            precision, [average_precision_score(label, value, sample_weight=w) for w in weights]
-        )
+        np.testing.assert_allclose(precision, [average_precision_score(label, value, sample_weight=w) for w in weights])
 
 
 @pytest.fixture(scope="module")
@@ -707,9 +701,7 @@ def with_fold(shifts):
 
 def drivers():
     truth = pd.DataFrame(
-        simulate_shifts(n_donors=1, cells_per_donor=1, tau=0.2, drivers=0.05, driver_effect=8.0, seed=5).attrs[
-            "truth"
-        ]
+        simulate_shifts(n_donors=1, cells_per_donor=1, tau=0.2, drivers=0.05, driver_effect=8.0, seed=5).attrs["truth"]
     )
     return truth.gene[truth.driver].tolist()
 
@@ -721,16 +713,14 @@ def test_recovery_scores_drivers_and_not_fold_changes(with_fold, by):
     ours = scores.iloc[0]
     assert scores.index.tolist() == [f"screen |{by}|", "|log2FC|", "expression", "rank"]
     assert (
-        ours.auroc > 0.97
-        and ours.auroc_low <= ours.auroc <= ours.auroc_high <= 1
-        and ours.average_precision_low > 0.5
+        ours.auroc > 0.97 and ours.auroc_low <= ours.auroc <= ours.auroc_high <= 1 and ours.average_precision_low > 0.5
     )
     assert scores.auroc_low["|log2FC|"] < 0.5 < scores.auroc_high["|log2FC|"]
     tested = with_fold[with_fold.status == "tested"]
     if by == "z":
         assert np.isclose(ours.auroc, roc_auc_score(tested.gene.isin(known), tested.z.abs()))
     untested = set(known) - set(tested.gene)
-    assert scores.attrs["not_testable"] == {"absent": "not screened"} | {gene: "too few cells" for gene in untested}
+    assert scores.attrs["not_testable"] == {"absent": "not screened"} | dict.fromkeys(untested, "too few cells")
     assert (
         (scores.n_known == len(known) - len(untested)).all()
         and (scores.n_genes == len(tested)).all()

@@ -1,4 +1,5 @@
 """Files are whole or absent; a run resumes to the same bytes; what changed is named."""
+
 import json
 import os
 import resource
@@ -27,8 +28,14 @@ ROOT = Path(__file__).resolve().parent.parent
 def python(code: str, *arguments, **kwargs) -> subprocess.Popen:
     "A python process that runs `code`."
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "random"}
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -36,6 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 # ---- atomic writes
+
 
 def test_a_file_appears_only_when_it_is_whole(tmp_path):
     with atomic_write(tmp_path / "deep" / "genes.txt") as path:
@@ -141,8 +149,10 @@ def test_a_read_only_folder_is_a_store_error_that_speaks_of_permissions(tmp_path
 
 def test_a_file_system_that_is_read_only_is_a_store_error(monkeypatch, tmp_path):
     "The same for every user: the operating system refuses to create or rename."
+
     def refuse(*args, **kwargs):
         raise OSError(30, "Read-only file system")
+
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(StoreError, match="Read-only file system.*check the permissions"):
         with atomic_write(tmp_path / "x") as path:
@@ -161,6 +171,7 @@ def test_a_finished_store_opens_where_nothing_can_be_written(monkeypatch, tmp_pa
 
     def refuse(*args, **kwargs):
         raise OSError(30, "Read-only file system")
+
     monkeypatch.setattr(os, "open", refuse)
     monkeypatch.setattr(os, "replace", refuse)
     assert Store(tmp_path / "run", {"seed": 0}).read("a")["x"].tolist() == [0, 1, 2]
@@ -196,17 +207,33 @@ def test_fingerprints_are_the_same_in_every_session():
 FROZEN = "25d5dd45db45490fb3ce92afc8a6ce645e4383f361d78de78e3b7964013ae34e"
 
 
-@pytest.mark.parametrize("one, other", [
-    (1, 1.0), (1, True), (0, False), (1, "1"), ("a", b"a"), (None, "None"), (["ab", "c"], ["a", "bc"]),
-    ([1, [2]], [1, 2]), ([], {}),
-    ({"a": 1}, {"a": 2}), ({"a": 1}, {"b": 1}), (np.zeros(2), np.zeros(2, np.float32)),
-    (np.zeros((1, 2)), np.zeros((2, 1))),
-    (np.zeros(()), np.zeros(1)), (np.array(["ab", "c"]), np.array(["a", "bc"])), (0.1, 0.1 + 2e-17 * 8), (-1, 1),
-    ("x", ["x"]),
-    (pd.Series([1, 2]), pd.Series([1, 2], index=[5, 6])), (pd.DataFrame({"a": [1]}), pd.DataFrame({"b": [1]})),
-    (sparse.csr_matrix(np.eye(2)), sparse.csr_matrix(np.eye(2)[::-1])),
-    (torch.ones(2), torch.ones(2, dtype=torch.bfloat16)),
-])
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (1, 1.0),
+        (1, True),
+        (0, False),
+        (1, "1"),
+        ("a", b"a"),
+        (None, "None"),
+        (["ab", "c"], ["a", "bc"]),
+        ([1, [2]], [1, 2]),
+        ([], {}),
+        ({"a": 1}, {"a": 2}),
+        ({"a": 1}, {"b": 1}),
+        (np.zeros(2), np.zeros(2, np.float32)),
+        (np.zeros((1, 2)), np.zeros((2, 1))),
+        (np.zeros(()), np.zeros(1)),
+        (np.array(["ab", "c"]), np.array(["a", "bc"])),
+        (0.1, 0.1 + 2e-17 * 8),
+        (-1, 1),
+        ("x", ["x"]),
+        (pd.Series([1, 2]), pd.Series([1, 2], index=[5, 6])),
+        (pd.DataFrame({"a": [1]}), pd.DataFrame({"b": [1]})),
+        (sparse.csr_matrix(np.eye(2)), sparse.csr_matrix(np.eye(2)[::-1])),
+        (torch.ones(2), torch.ones(2, dtype=torch.bfloat16)),
+    ],
+)
 def test_different_values_have_different_fingerprints(one, other):
     assert fingerprint(one) != fingerprint(other)
 
@@ -214,23 +241,30 @@ def test_different_values_have_different_fingerprints(one, other):
 def equals():
     array = np.arange(12, dtype=np.float32).reshape(3, 4)
     matrix = sparse.random(20, 30, density=0.2, random_state=0, format="csr", dtype=np.float32)
-    unsorted = sparse.csr_matrix((matrix.data[::-1].copy(), matrix.indices[::-1].copy(),
-        matrix.nnz - matrix.indptr[::-1]), matrix.shape)
+    unsorted = sparse.csr_matrix(
+        (matrix.data[::-1].copy(), matrix.indices[::-1].copy(), matrix.nnz - matrix.indptr[::-1]), matrix.shape
+    )
     unsorted = unsorted[::-1]  # rows in order again, their entries backwards
     zeros = sparse.csr_matrix((np.r_[np.float32(0), 1], [0, 1], [0, 2, 2]), (2, 3))
     wide = matrix.copy()
     wide.indices, wide.indptr = wide.indices.astype(np.int64), wide.indptr.astype(np.int64)
     text = pd.Series(["a", None, "b"])
     return {
-        "memory order": (array, np.asfortranarray(array)), "byte order": (array, array.astype(">f4")),
-        "a view": (array[:, ::2], array[:, ::2].copy()), "numpy scalar": (np.int64(3), 3),
+        "memory order": (array, np.asfortranarray(array)),
+        "byte order": (array, array.astype(">f4")),
+        "a view": (array[:, ::2], array[:, ::2].copy()),
+        "numpy scalar": (np.int64(3), 3),
         "float32 scalar": (np.float32(0.5), 0.5),
-        "csr and csc": (matrix, matrix.tocsc()), "csr and coo": (matrix, matrix.tocoo()),
+        "csr and csc": (matrix, matrix.tocsc()),
+        "csr and coo": (matrix, matrix.tocoo()),
         "unsorted": (matrix, unsorted),
-        "wide indices": (matrix, wide), "sparse array": (matrix, sparse.csr_array(matrix)),
+        "wide indices": (matrix, wide),
+        "sparse array": (matrix, sparse.csr_array(matrix)),
         "stored zeros": (zeros, sparse.csr_matrix(np.array([[0, 1, 0], [0, 0, 0]], np.float32))),
-        "categorical": (text, text.astype("category")), "string dtype": (text, text.astype("string")),
-        "dict order": ({"a": 1, "b": [2]}, {"b": [2], "a": 1}), "tuple": ((1, 2), [1, 2]),
+        "categorical": (text, text.astype("category")),
+        "string dtype": (text, text.astype("string")),
+        "dict order": ({"a": 1, "b": [2]}, {"b": [2], "a": 1}),
+        "tuple": ((1, 2), [1, 2]),
         "missing": ([None], [float("nan")]),
         "tensor and array": (torch.arange(3.0), torch.arange(6.0)[::2] / 2),
     }
@@ -252,9 +286,13 @@ def test_fingerprinting_changes_nothing():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.floats(allow_nan=False),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner,
-                    max_size=3), max_leaves=8))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.floats(allow_nan=False),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3),
+        max_leaves=8,
+    )
+)
 def test_a_fingerprint_sees_what_json_sees(value):
     "Two values with the same JSON text have the same fingerprint, and wrapping changes it."
     again = json.loads(json.dumps(value))
@@ -277,18 +315,28 @@ def test_a_path_stands_for_its_content(tmp_path):
 @pytest.mark.parametrize("part", ["X", "obs", "var", "obsm", "layers", "names"])
 def test_the_fingerprint_of_cells_sees_every_part(part):
     def cells():
-        return anndata.AnnData(sparse.csr_matrix(np.eye(3, 4, dtype=np.float32)),
+        return anndata.AnnData(
+            sparse.csr_matrix(np.eye(3, 4, dtype=np.float32)),
             obs=pd.DataFrame({"d": list("abc")}, index=list("xyz")),
-                               var=pd.DataFrame(index=list("ABCD")), obsm={"P": np.zeros((3, 2))},
-                               layers={"c": np.ones((3, 4))})
+            var=pd.DataFrame(index=list("ABCD")),
+            obsm={"P": np.zeros((3, 2))},
+            layers={"c": np.ones((3, 4))},
+        )
+
     changed = cells()
     match part:
-        case "X": changed.X[0, 0] = 5
-        case "obs": changed.obs["d"] = ["a", "b", "d"]
-        case "var": changed.var["chromosome"] = "1"
-        case "obsm": changed.obsm["P"][0, 0] = 1
-        case "layers": changed.layers["c"][0, 0] = 2
-        case "names": changed.obs_names = list("xyw")
+        case "X":
+            changed.X[0, 0] = 5
+        case "obs":
+            changed.obs["d"] = ["a", "b", "d"]
+        case "var":
+            changed.var["chromosome"] = "1"
+        case "obsm":
+            changed.obsm["P"][0, 0] = 1
+        case "layers":
+            changed.layers["c"][0, 0] = 2
+        case "names":
+            changed.obs_names = list("xyw")
     assert fingerprint(cells()) == fingerprint(cells()) != fingerprint(changed)
 
 
@@ -380,8 +428,9 @@ else:
     sys.stdin.read()
 """
     start = time.time() + 3
-    (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 5, "started": "1",
-        "token": ""}))
+    (tmp_path / "lock").write_text(
+        json.dumps({"host": socket.gethostname(), "pid": 2**22 + 5, "started": "1", "token": ""})
+    )
     writers = [python(code, tmp_path, start, stdin=subprocess.PIPE) for _ in range(4)]
     answers = [writer.stdout.readline().strip() for writer in writers]
     for writer in writers:
@@ -392,7 +441,10 @@ else:
 def test_a_lock_that_was_made_while_the_old_one_was_judged_stays(tmp_path, monkeypatch):
     from scellfm.store import shards
 
-    lock, live = tmp_path / "lock", json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": "1", "token": "b"})
+    lock, live = (
+        tmp_path / "lock",
+        json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": "1", "token": "b"}),
+    )
     lock.write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 5, "started": "1", "token": "a"}))
 
     def meanwhile(text, age):
@@ -418,7 +470,9 @@ def test_a_lock_that_is_not_filled_is_waited_for_and_then_cleared(tmp_path, text
 
 
 def test_a_claim_to_clear_of_a_process_that_died_does_not_stay(tmp_path):
-    (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 5, "started": "1", "token": "a"}))
+    (tmp_path / "lock").write_text(
+        json.dumps({"host": socket.gethostname(), "pid": 2**22 + 5, "started": "1", "token": "a"})
+    )
     (tmp_path / ".part-clearing").touch()
     os.utime(tmp_path / ".part-clearing", (time.time() - 60, time.time() - 60))
     with Store(tmp_path, {}) as store:
@@ -440,8 +494,9 @@ def test_a_lock_of_a_killed_process_is_cleared(tmp_path):
 
 
 def test_a_process_number_that_was_given_again_does_not_hold_a_lock(tmp_path):
-    (tmp_path / "lock").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": "1",
-        "token": ""}))
+    (tmp_path / "lock").write_text(
+        json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": "1", "token": ""})
+    )
     Store(tmp_path, {}).close()
 
 
@@ -484,9 +539,13 @@ def test_resume_refuses_changed_inputs_and_names_them(tmp_path):
 
 
 def test_arrays_come_back_as_they_were(tmp_path):
-    arrays = {"x": np.arange(6, dtype=np.float16).reshape(2, 3), "names": np.array(["JAK3", "\u00e9"]),
-        "n": np.uint16(3), "file": np.zeros(0),
-              "flags": np.array([True, False])}
+    arrays = {
+        "x": np.arange(6, dtype=np.float16).reshape(2, 3),
+        "names": np.array(["JAK3", "\u00e9"]),
+        "n": np.uint16(3),
+        "file": np.zeros(0),
+        "flags": np.array([True, False]),
+    }
     with Store(tmp_path, {}) as store:
         store.write("a", **arrays)
         found = store.read("a")

@@ -1,4 +1,5 @@
 "The one training loop: repeatable, resumable, the same on one process and on several."
+
 import json
 import os
 import signal
@@ -48,8 +49,14 @@ def run_script(path, body, *arguments, prefix=(), **kwargs):
     path.write_text(SETUP + textwrap.dedent(body))
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": str(torch.get_num_threads()), "SCELLFM_PROGRESS": "0"}
-    return subprocess.Popen([sys.executable, *prefix, str(path), *map(str, arguments)], env=env, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, *prefix, str(path), *map(str, arguments)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kwargs,
+    )
 
 
 def weights(model):
@@ -156,9 +163,14 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     assert same(weights(first), weights(again))
 
 
-@pytest.mark.parametrize("change, word", [
-    (dict(learning_rate=0.01), "learning_rate"), (dict(seed=3), "seed"), (dict(inputs={"cells": "b"}), "cells"),
-])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (dict(learning_rate=0.01), "learning_rate"),
+        (dict(seed=3), "seed"),
+        (dict(inputs={"cells": "b"}), "cells"),
+    ],
+)
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, word):
     fit(make(), loss, 93, batch, folder=tmp_path, inputs={"cells": "a"}, **{**options, "epochs": 1})
     with pytest.raises(StoreError, match=word):
@@ -189,7 +201,9 @@ def test_a_full_disk_stops_training_which_then_goes_on(tmp_path):
     calls, model, whole = [], make(), make()
     counted = lambda rows, epoch: calls.append(1) or batch(rows, epoch)  # noqa: E731
     resumed = fit(model, loss, 93, counted, folder=tmp_path / "run", save_every=3, **options)
-    assert resumed.step_rows == fit(whole, loss, 93, batch, **options).step_rows and same(weights(model), weights(whole))
+    assert resumed.step_rows == fit(whole, loss, 93, batch, **options).step_rows and same(
+        weights(model), weights(whole)
+    )
     assert len(calls) < len(resumed.step_rows)
 
 
@@ -298,7 +312,17 @@ def test_an_epoch_without_a_score_is_never_the_best(scores, best):
         kept.append([value.clone() for value in weights(model).values()])
         return {"auroc": next(left)}
 
-    history = fit(model := make(), loss, 93, batch, **{**options, "epochs": 3}, metrics=metrics, stop="auroc", greater_is_better=True, patience=3)
+    history = fit(
+        model := make(),
+        loss,
+        93,
+        batch,
+        **{**options, "epochs": 3},
+        metrics=metrics,
+        stop="auroc",
+        greater_is_better=True,
+        patience=3,
+    )
     assert history.best == best
     assert all(torch.equal(a, b) for a, b in zip(weights(model).values(), kept[-1 if best is None else best]))
 
@@ -343,10 +367,17 @@ def test_history_survives_json(tmp_path):
     assert History.from_dict(json.loads(json.dumps(history.to_dict()))) == history
 
 
-@pytest.mark.parametrize("wrong, word", [
-    (dict(schedule="linaer"), "linear"), (dict(learning_rate=-1), "learning_rate=-1"), (dict(epochs=0), "epochs=0"),
-    (dict(batchsize=4), "batch_size"), (dict(dtype="float16"), "bfloat16"), (dict(learning_rate=float("nan")), "nan"),
-])
+@pytest.mark.parametrize(
+    "wrong, word",
+    [
+        (dict(schedule="linaer"), "linear"),
+        (dict(learning_rate=-1), "learning_rate=-1"),
+        (dict(epochs=0), "epochs=0"),
+        (dict(batchsize=4), "batch_size"),
+        (dict(dtype="float16"), "bfloat16"),
+        (dict(learning_rate=float("nan")), "nan"),
+    ],
+)
 def test_a_wrong_option_is_named(wrong, word):
     with pytest.raises(OptionError, match=word):
         fit(make(), loss, 93, batch, **{**options, **wrong})
@@ -390,7 +421,7 @@ def parts_loss(model, batch):
     "Two parts of unlike kinds and unlike numbers of terms."
     logits, chosen = model(batch["x"]), batch["y"] != 2
     first = torch.nn.functional.cross_entropy(logits[chosen], batch["y"][chosen], reduction="sum")
-    return torch.stack([first, (logits ** 2).sum()]), torch.stack([chosen.sum(), torch.tensor(logits.numel())])
+    return torch.stack([first, (logits**2).sum()]), torch.stack([chosen.sum(), torch.tensor(logits.numel())])
 
 
 def test_the_means_of_a_losss_parts_are_added_up():
@@ -399,7 +430,7 @@ def test_the_means_of_a_losss_parts_are_added_up():
     with torch.no_grad():
         whole = batch(np.arange(80, 93), 0)
         logits, chosen = model(whole["x"]), whole["y"] != 2
-        mean = torch.nn.functional.cross_entropy(logits[chosen], whole["y"][chosen]) + (logits ** 2).mean()
+        mean = torch.nn.functional.cross_entropy(logits[chosen], whole["y"][chosen]) + (logits**2).mean()
     assert history.epochs.later_loss.iloc[-1] == pytest.approx(mean.item(), rel=1e-5)
     assert history.epochs.train_loss.iloc[-1] < history.epochs.train_loss.iloc[0]
     first, by_hand = make(0.0), make(0.0)

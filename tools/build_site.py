@@ -6,6 +6,7 @@
 The pages are the same processed notebooks that Quarto would get (nbdev's `proc_nbs`), the navigation is the sidebar of
 _quarto.yml. Every link and image of the finished site is followed: a broken one fails the build.
 """
+
 import argparse
 import html
 import logging
@@ -95,13 +96,30 @@ def build(pages: Path, out: Path) -> None:
 
     quarto = yaml.safe_load((ROOT / "_quarto.yml").read_text())["website"]
     settings = {
-        "site_name": quarto["title"], "site_description": quarto["description"], "repo_url": quarto["repo-url"],
-        "docs_dir": str(pages), "site_dir": str(out), "use_directory_urls": False,
+        "site_name": quarto["title"],
+        "site_description": quarto["description"],
+        "repo_url": quarto["repo-url"],
+        "docs_dir": str(pages),
+        "site_dir": str(out),
+        "use_directory_urls": False,
         "nav": navigation(quarto["sidebar"]["contents"]),
-        "theme": {"name": "material", "font": False, "features": ["navigation.sections", "navigation.top", "toc.follow"],
-                  "palette": {"primary": "indigo"}},
-        "plugins": ["search", {"mkdocs-jupyter": {"execute": False, "include_source": False, "ignore_h1_titles": False,
-                                                  "remove_tag_config": {"remove_input_tags": ["hide-input"]}}}],
+        "theme": {
+            "name": "material",
+            "font": False,
+            "features": ["navigation.sections", "navigation.top", "toc.follow"],
+            "palette": {"primary": "indigo"},
+        },
+        "plugins": [
+            "search",
+            {
+                "mkdocs-jupyter": {
+                    "execute": False,
+                    "include_source": False,
+                    "ignore_h1_titles": False,
+                    "remove_tag_config": {"remove_input_tags": ["hide-input"]},
+                }
+            },
+        ],
         "extra_css": ["styles.css"],
     }
     config_file = pages.parent / "mkdocs.yml"
@@ -119,7 +137,9 @@ def readme(path: Path) -> tuple[str, dict[str, bytes]]:
 
     exporter = MarkdownExporter()
     exporter.register_preprocessor(TagRemovePreprocessor(remove_input_tags={"hide-input"}), enabled=True)
-    exporter.register_preprocessor(ExtractOutputPreprocessor(output_filename_template="picture_{cell_index}_{index}{extension}"), enabled=True)
+    exporter.register_preprocessor(
+        ExtractOutputPreprocessor(output_filename_template="picture_{cell_index}_{index}{extension}"), enabled=True
+    )
     notebook = page_notebook(path, Path("index.ipynb"))
     text, resources = exporter.from_notebook_node(notebook)
     pictures = {Path(name).name: data for name, data in resources.get("outputs", {}).items() if name.endswith(".png")}
@@ -134,8 +154,11 @@ def stale_readme(text: str, pictures: dict[str, bytes]) -> list[str]:
     "What differs between README.md (and its pictures) and the index notebook."
     current = ROOT / "README.md"
     stale = [] if current.exists() and current.read_text() == text else ["README.md"]
-    return stale + [name for name, data in pictures.items()
-                    if not (ROOT / PICTURES / name).exists() or (ROOT / PICTURES / name).read_bytes() != data]
+    return stale + [
+        name
+        for name, data in pictures.items()
+        if not (ROOT / PICTURES / name).exists() or (ROOT / PICTURES / name).read_bytes() != data
+    ]
 
 
 def broken_links(site: Path) -> list[str]:
@@ -177,7 +200,9 @@ def main() -> int:
         problems += [f"broken link: {link}" for link in broken_links(out)]
     text, pictures = readme(processed / "index.ipynb")
     if check:
-        problems += [f"{name} is out of step with nbs/index.ipynb: run `make docs`" for name in stale_readme(text, pictures)]
+        problems += [
+            f"{name} is out of step with nbs/index.ipynb: run `make docs`" for name in stale_readme(text, pictures)
+        ]
     else:
         (ROOT / "README.md").write_text(text)
         (ROOT / PICTURES).mkdir(parents=True, exist_ok=True)

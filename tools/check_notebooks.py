@@ -2,6 +2,7 @@
 
 Works on a copy: nothing in the checkout is written.
 """
+
 import filecmp
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ def differing(kind: str, copy: Path, folder: str, pattern: str) -> list[str]:
     "The files below `folder` that differ between the checkout and the regenerated copy."
     names = {str(p.relative_to(base)) for base in (ROOT, copy) for p in (base / folder).rglob(pattern)}
     names = {name for name in names if ".ipynb_checkpoints" not in name and "__pycache__" not in name}
-    same = lambda name: (ROOT / name).exists() and (copy / name).exists() and filecmp.cmp(ROOT / name, copy / name, shallow=False)
+    same = lambda name: (
+        (ROOT / name).exists() and (copy / name).exists() and filecmp.cmp(ROOT / name, copy / name, shallow=False)
+    )
     return [f"{kind}: {name}" for name in sorted(names) if not same(name)]
 
 
@@ -27,7 +30,11 @@ def main() -> int:
             if (ROOT / name).exists():
                 shutil.copy(ROOT / name, copy / name)
         for name in ("nbs", "scellfm"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "_quarto.yml"))
+            shutil.copytree(
+                ROOT / name,
+                copy / name,
+                ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "_quarto.yml"),
+            )
         bin_folder = Path(sys.executable).parent
         for command in ("nbdev_export", "nbdev_clean"):
             subprocess.run([bin_folder / command], cwd=copy, check=True, stdout=subprocess.DEVNULL)

@@ -6,6 +6,7 @@ A notebook whose front matter says `skip_exec` needs real data and runs only whe
 Cells marked `eval: false`, or with a flag listed in settings.ini's `tst_flags`, keep the outputs
 that they have. A notebook that fails is left untouched and the exit code is 1.
 """
+
 import argparse
 import os
 import sys

@@ -18,7 +18,7 @@ from ..core import AssetError, OptionError, logger
 def by_prefix(name: str, rules: Mapping[str, str]) -> str:
     "`name` with its beginning translated by the longest rule that fits."
     old = max((prefix for prefix in rules if name.startswith(prefix)), key=len, default="")
-    return rules.get(old, "") + name[len(old):]
+    return rules.get(old, "") + name[len(old) :]
 
 
 def renamed(names, rename: Callable | Mapping | None) -> dict[str, str]:
@@ -44,6 +44,7 @@ def shared_names(target: Mapping) -> dict[str, list[str]]:
 @dataclass
 class LoadReport:
     "What became of each tensor of a checkpoint and of each parameter of the model; prints itself."
+
     loaded: list[str]  # parameters that a tensor was copied to
     unused: list[str] = field(default_factory=list)  # tensors of the checkpoint that nothing was done with
     fresh: list[str] = field(default_factory=list)  # parameters that keep the values they were made with
@@ -58,8 +59,10 @@ class LoadReport:
             ("loaded", f"{len(self.loaded)} tensors"),
             *((word, f"{len(names)}: {', '.join(names)}" if names else "none") for word, names in named),
             *(("converted", f"{count} tensors, {cast}") for cast, count in self.casts.items()),
-            *(("file", f"{Path(path).name}, {published(digest) or 'not a file that we know'}, sha256 {digest}")
-              for path, digest in self.files.items()),
+            *(
+                ("file", f"{Path(path).name}, {published(digest) or 'not a file that we know'}, sha256 {digest}")
+                for path, digest in self.files.items()
+            ),
         ]
 
     def __str__(self) -> str:
@@ -76,7 +79,8 @@ def raise_if_any(module, problems: dict[str, list[str]]) -> None:
     "One AssetError with all that does not balance."
     found = [
         f"{len(names)} {'is' if len(names) == 1 else 'are'} {what}: {', '.join(names)}"
-        for what, names in problems.items() if names
+        for what, names in problems.items()
+        if names
     ]
     if found:
         raise AssetError(
@@ -92,12 +96,15 @@ def misfits(tensors: Mapping, target: Mapping, names: Mapping[str, str]) -> dict
         f"{new} (checkpoint {tuple(a.shape)}, model {tuple(b.shape)})" for new, a, b in pairs if a.shape != b.shape
     ]
     types = [
-        f"{new} (checkpoint {a.dtype}, model {b.dtype})" for new, a, b in pairs
+        f"{new} (checkpoint {a.dtype}, model {b.dtype})"
+        for new, a, b in pairs
         if a.is_floating_point() != b.is_floating_point()
     ]
     twice = [
-        f"{new} and {other}" for new, group in shared_names({n: target[n] for n in names if n in target}).items()
-        for other in group if new < other and not tensors[names[new]].equal(tensors[names[other]])
+        f"{new} and {other}"
+        for new, group in shared_names({n: target[n] for n in names if n in target}).items()
+        for other in group
+        if new < other and not tensors[names[new]].equal(tensors[names[other]])
     ]
     return {
         "of another shape than in the model": shapes,
@@ -109,9 +116,13 @@ def misfits(tensors: Mapping, target: Mapping, names: Mapping[str, str]) -> dict
 def left_over(tensors: Mapping, target: Mapping, names: Mapping[str, str], ignore: tuple, fresh: tuple) -> list[str]:
     "Tensors, by their names in the model, without a place in it or replaced by a fresh parameter of another shape."
     return [
-        new for new, old in names.items() if new not in target or (
+        new
+        for new, old in names.items()
+        if new not in target
+        or (
             tensors[old].shape != target[new].shape
-            and new.startswith(fresh) and (new.startswith(ignore) or old.startswith(ignore))
+            and new.startswith(fresh)
+            and (new.startswith(ignore) or old.startswith(ignore))
         )
     ]
 
@@ -131,7 +142,11 @@ def copy_all(tensors: Mapping, target: Mapping, names: Mapping[str, str]) -> dic
 
 # %% ../../nbs/assets/accounting.ipynb #fee838dc
 def load_state(
-    module, tensors: Mapping, *, rename: Callable | Mapping | None = None, ignore: tuple[str, ...] = (),
+    module,
+    tensors: Mapping,
+    *,
+    rename: Callable | Mapping | None = None,
+    ignore: tuple[str, ...] = (),
     fresh: tuple[str, ...] = (),
 ) -> LoadReport:
     """
@@ -151,17 +166,23 @@ def load_state(
     shared = shared_names(target)
     filled = {other for new in used for other in shared[new]}
     missing = [name for name in target if name not in filled]
-    raise_if_any(module, {
-        **misfits(tensors, target, used),
-        "without a place in the model": [
-            names[new] for new in over if not (new.startswith(ignore) or names[new].startswith(ignore))
-        ],
-        "in the model but not in the checkpoint": [name for name in missing if not name.startswith(fresh)],
-    })
+    raise_if_any(
+        module,
+        {
+            **misfits(tensors, target, used),
+            "without a place in the model": [
+                names[new] for new in over if not (new.startswith(ignore) or names[new].startswith(ignore))
+            ],
+            "in the model but not in the checkpoint": [name for name in missing if not name.startswith(fresh)],
+        },
+    )
     report = LoadReport(
-        loaded=list(used), unused=[names[new] for new in over], fresh=missing,
+        loaded=list(used),
+        unused=[names[new] for new in over],
+        fresh=missing,
         tied=[name for name in target if name in filled and name not in used],
-        casts=copy_all(tensors, target, used), files=dict(getattr(tensors, "files", {})),
+        casts=copy_all(tensors, target, used),
+        files=dict(getattr(tensors, "files", {})),
     )
     logger.info("%s\n%s", type(module).__name__, report)
     return report

@@ -28,6 +28,7 @@ class Refused(Exception):
 @dataclass(frozen=True)
 class Name:
     "A function that a pickle names. It stays a name."
+
     text: str
 
 
@@ -101,6 +102,7 @@ def fill(target, items: list, lists: bool = False) -> None:
 # %% ../../nbs/assets/dictionaries.ipynb #1a372c3d
 class Stack(list):
     "The stack of a pickle, with its marks and its memo."
+
     MARK = object()
 
     def __init__(self, lists: bool = False):
@@ -110,7 +112,7 @@ class Stack(list):
     def since_mark(self) -> list:
         "Take what lies above the last mark."
         position = next(i for i in range(len(self) - 1, -1, -1) if self[i] is Stack.MARK)
-        taken = self[position + 1:]
+        taken = self[position + 1 :]
         del self[position:]
         return taken
 
@@ -118,8 +120,8 @@ class Stack(list):
         "Take the last `n` things."
         if n > len(self):
             raise IndexError("the stack is too short")
-        taken = self[len(self) - n:]
-        del self[len(self) - n:]
+        taken = self[len(self) - n :]
+        del self[len(self) - n :]
         return taken
 
     def push_name(self, name: str) -> None:
@@ -131,13 +133,29 @@ class Stack(list):
     def recall(self, key) -> None:
         "Push what was put aside."
         if type(self.memo[key]) in (dict, list):
-            raise Refused(f"a {'dictionary' if type(self.memo[key]) is dict else 'list'} in two places, or inside itself")
+            raise Refused(
+                f"a {'dictionary' if type(self.memo[key]) is dict else 'list'} in two places, or inside itself"
+            )
         self.append(self.memo[key])
 
 
 LITERALS = {
-    "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1",
-    "LONG4", "FLOAT", "BINFLOAT", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8",
+    "SHORT_BINUNICODE",
+    "BINUNICODE",
+    "BINUNICODE8",
+    "UNICODE",
+    "INT",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG",
+    "LONG1",
+    "LONG4",
+    "FLOAT",
+    "BINFLOAT",
+    "SHORT_BINBYTES",
+    "BINBYTES",
+    "BINBYTES8",
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": Stack.MARK}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}

@@ -71,40 +71,91 @@ def usable(path: Path) -> str:
 # %% ../../nbs/assets/files.ipynb #9226c604
 class Pin(NamedTuple):
     "A published file: its name, length in bytes (None where it is not known), sha256, and what it is."
+
     name: str
     size: int | None
     sha256: str
     what: str
 
 
-PINS = tuple(Pin(*row) for row in (
-    ("token_dictionary_gc30M.pkl", 788424, "ab9dc40973fa5224d77b793e2fd114cacf3d08423ed9c4c49caf0ba9c7f218f1",
-     "Geneformer V1 token dictionary"),
-    ("gene_median_dictionary_gc30M.pkl", 940965, "b3b589bb5ec75040d05fc44dd6bf0184cf87f3c362cf158d196a6ed3b7fe5f39",
-     "Geneformer V1 gene medians"),
-    ("gene_name_id_dict_gc30M.pkl", 1117117, "55e67962e79c0039a6c32d43c5c99f38e51964bbcfa32f736150ee1e285c438c",
-     "Geneformer V1 gene names"),
-    ("ensembl_mapping_dict_gc30M.pkl", 584125, "eac0fb0b3007267871b6305ac0003ceba19d4f28d85686cb9067ecf142787869",
-     "Geneformer V1 Ensembl mapping"),
-    ("token_dictionary_gc104M.pkl", 425590, "67c445f4385127adfc48dcc072320cd65d6822829bf27dd38070e6e787bc597f",
-     "Geneformer V2 token dictionary"),
-    ("gene_median_dictionary_gc104M.pkl", 1512661, "a51c53f6a771d64508dfaf61529df70e394c53bd20856926117ae5d641a24bf5",
-     "Geneformer V2 gene medians"),
-    ("gene_name_id_dict_gc104M.pkl", 1660882, "fabfa0c2f49c598c59ae432a32c3499a5908c033756c663b5e0cddf58deea8e1",
-     "Geneformer V2 gene names"),
-    ("ensembl_mapping_dict_gc104M.pkl", 3957652, "0819bcbd869cfa14279449b037eb9ed1d09a91310e77bd1a19d927465030e95c",
-     "Geneformer V2 Ensembl mapping"),
-    ("best_model.pt", 205385258, "6cb5d451ab5c4b33eb673adbe4fddc61d2389df1b89b7651a9fe2e557572b922",
-     "scGPT whole-human weights"),
-    ("best_model.pt", None, "fcdeff193dbf4d421a4d588ef1affa0b2612d33892b3281650c7cd1cea43ebc7",
-     "scGPT_CP weights"),
-    ("vocab.json", 1317639, "acca93d114ca62c3f0f50debbd23e8c87f0714f4737764454f6b2b13f2e8580f",
-     "scGPT whole-human vocabulary"),
-    ("args.json", 1300, "c18e075e018140cb8b2d9029387b9de26607a5ce6a8ccabd6ead70cd76b95d60",
-     "scGPT whole-human settings"),
-    ("tf_gammas.pt", 393841, "595eb2f3b4aca209b98af6eb22e12ba41ca950c997547abcc7e2c93274034308",
-     "Enformer position gammas"),
-))
+PINS = tuple(
+    Pin(*row)
+    for row in (
+        (
+            "token_dictionary_gc30M.pkl",
+            788424,
+            "ab9dc40973fa5224d77b793e2fd114cacf3d08423ed9c4c49caf0ba9c7f218f1",
+            "Geneformer V1 token dictionary",
+        ),
+        (
+            "gene_median_dictionary_gc30M.pkl",
+            940965,
+            "b3b589bb5ec75040d05fc44dd6bf0184cf87f3c362cf158d196a6ed3b7fe5f39",
+            "Geneformer V1 gene medians",
+        ),
+        (
+            "gene_name_id_dict_gc30M.pkl",
+            1117117,
+            "55e67962e79c0039a6c32d43c5c99f38e51964bbcfa32f736150ee1e285c438c",
+            "Geneformer V1 gene names",
+        ),
+        (
+            "ensembl_mapping_dict_gc30M.pkl",
+            584125,
+            "eac0fb0b3007267871b6305ac0003ceba19d4f28d85686cb9067ecf142787869",
+            "Geneformer V1 Ensembl mapping",
+        ),
+        (
+            "token_dictionary_gc104M.pkl",
+            425590,
+            "67c445f4385127adfc48dcc072320cd65d6822829bf27dd38070e6e787bc597f",
+            "Geneformer V2 token dictionary",
+        ),
+        (
+            "gene_median_dictionary_gc104M.pkl",
+            1512661,
+            "a51c53f6a771d64508dfaf61529df70e394c53bd20856926117ae5d641a24bf5",
+            "Geneformer V2 gene medians",
+        ),
+        (
+            "gene_name_id_dict_gc104M.pkl",
+            1660882,
+            "fabfa0c2f49c598c59ae432a32c3499a5908c033756c663b5e0cddf58deea8e1",
+            "Geneformer V2 gene names",
+        ),
+        (
+            "ensembl_mapping_dict_gc104M.pkl",
+            3957652,
+            "0819bcbd869cfa14279449b037eb9ed1d09a91310e77bd1a19d927465030e95c",
+            "Geneformer V2 Ensembl mapping",
+        ),
+        (
+            "best_model.pt",
+            205385258,
+            "6cb5d451ab5c4b33eb673adbe4fddc61d2389df1b89b7651a9fe2e557572b922",
+            "scGPT whole-human weights",
+        ),
+        ("best_model.pt", None, "fcdeff193dbf4d421a4d588ef1affa0b2612d33892b3281650c7cd1cea43ebc7", "scGPT_CP weights"),
+        (
+            "vocab.json",
+            1317639,
+            "acca93d114ca62c3f0f50debbd23e8c87f0714f4737764454f6b2b13f2e8580f",
+            "scGPT whole-human vocabulary",
+        ),
+        (
+            "args.json",
+            1300,
+            "c18e075e018140cb8b2d9029387b9de26607a5ce6a8ccabd6ead70cd76b95d60",
+            "scGPT whole-human settings",
+        ),
+        (
+            "tf_gammas.pt",
+            393841,
+            "595eb2f3b4aca209b98af6eb22e12ba41ca950c997547abcc7e2c93274034308",
+            "Enformer position gammas",
+        ),
+    )
+)
 
 
 def published(digest: str) -> str | None:

@@ -60,8 +60,11 @@ def remember(source: str, digests: dict[str, str], fixed: bool) -> None:
         logger.warning("%s cannot be read and is begun anew: %s", path, error)
         notes = {}
     known = notes.setdefault(source, {})
-    changed = [f"{name} (first used {known[name][1]})" for name, digest in digests.items()
-               if name in known and known[name][0] != digest]
+    changed = [
+        f"{name} (first used {known[name][1]})"
+        for name, digest in digests.items()
+        if name in known and known[name][0] != digest
+    ]
     if changed and fixed:
         raise AssetError(
             f"{source} is one commit and yet has other contents than before: {', '.join(changed)}; delete it from the"
@@ -159,8 +162,10 @@ def find_on_hub(
     if revision is None:
         warn(f"{hub_id}: no revision is pinned, its files may change; give revision='<commit hash>'")
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
-    filters = {"allow_patterns": [prefix + pattern for pattern in patterns or ("*",)],
-               "ignore_patterns": None if patterns else [f"{prefix}*/*"]}
+    filters = {
+        "allow_patterns": [prefix + pattern for pattern in patterns or ("*",)],
+        "ignore_patterns": None if patterns else [f"{prefix}*/*"],
+    }
     snapshot = fetch(hub_id, revision, local_files_only, filters)
     names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
     wanted = sorted(filter_repo_objects(names, **filters))
@@ -176,8 +181,11 @@ def find_on_hub(
 
 # %% ../../nbs/assets/hub.ipynb #108cb5fb
 def find(
-    path_or_hub_id: str | os.PathLike, subfolder: str | None = None, revision: str | None = None,
-    local_files_only: bool = False, patterns: tuple[str, ...] | None = None,
+    path_or_hub_id: str | os.PathLike,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    patterns: tuple[str, ...] | None = None,
 ) -> Path:
     """
     A folder or file of this machine; or the verified snapshot of a hub repository ('org/name'), fetched if need be.

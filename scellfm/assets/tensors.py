@@ -20,7 +20,10 @@ from ..store import atomic_files, atomic_write, sha256
 
 # %% ../../nbs/assets/tensors.ipynb #92a674d3
 WEIGHTS = (
-    "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
     "best_model.pt",
 )
 

@@ -12,16 +12,28 @@ import json
 from pathlib import Path
 
 from .reports import add_classifier, add_screen, begin
-from .shared import add, add_cells, add_command, add_model, layer_number
-from .shared import cells_from, is_classifier, model_from, system_of, write_table
+from scellfm.commands.shared import (
+    add,
+    add_cells,
+    add_command,
+    add_model,
+    cells_from,
+    is_classifier,
+    layer_number,
+    model_from,
+    system_of,
+    write_table,
+)
 from ..core import DataError, OptionError, one_of
 
 # %% ../../nbs/commands/geneformer.ipynb #3235d4ac
 def geneformer_from(options: argparse.Namespace):
     "The Geneformer that the options name; OptionError for a model of another system."
     if system_of(options.model, options.subfolder) != "geneformer":
-        raise OptionError(f"{options.model} is a model of scGPT, and this command works with Geneformer; "
-                          "scGPT has embed, map and integrate")
+        raise OptionError(
+            f"{options.model} is a model of scGPT, and this command works with Geneformer; "
+            "scGPT has embed, map and integrate"
+        )
     return model_from(options)
 
 # %% ../../nbs/commands/geneformer.ipynb #9ff82584
@@ -29,16 +41,22 @@ def demo(options: argparse.Namespace) -> str:
     "Run the main job; what it found and where the files are."
     from scellfm.demo import run_demo
 
-    result = run_demo(options.out, pretrain_epochs=options.pretrain_epochs, finetune_epochs=options.finetune_epochs,
-                      max_cells=options.max_cells, seed=options.seed)
+    result = run_demo(
+        options.out,
+        pretrain_epochs=options.pretrain_epochs,
+        finetune_epochs=options.finetune_epochs,
+        max_cells=options.max_cells,
+        seed=options.seed,
+    )
     result.classifier.save_pretrained(Path(options.out) / "classifier")
     return result.summary()
 
 
 def demo_options(parsers) -> None:
     "The options of `scellfm demo`."
-    parser = add_command(parsers, "demo", "the main job on 700 real blood cells, from counts to a report",
-                         "scellfm demo --out runs/demo")
+    parser = add_command(
+        parsers, "demo", "the main job on 700 real blood cells, from counts to a report", "scellfm demo --out runs/demo"
+    )
     add(parser, "--out", "folder for table.csv, figures, report.html and the classifier", default="runs/demo")
     add(parser, "--pretrain-epochs", "passes over the cells without labels", type=int, default=10)
     add(parser, "--finetune-epochs", "passes over the labelled cells", type=int, default=5)
@@ -52,14 +70,25 @@ def tokenize(options: argparse.Namespace) -> str:
 
     cells = cells_from("demo") if options.cells == "demo" else options.cells
     if options.fit is None:
-        tokenizer = RankTokenizer.from_pretrained(options.tokenizer, revision=options.revision, version=options.version,
-                                                  max_length=options.max_length)
+        tokenizer = RankTokenizer.from_pretrained(
+            options.tokenizer, revision=options.revision, version=options.version, max_length=options.max_length
+        )
     else:
-        tokenizer = RankTokenizer.fit(cells, layer=options.layer, gene_column=options.gene_column,
-                                      special=options.special, max_length=options.max_length or 2048)
+        tokenizer = RankTokenizer.fit(
+            cells,
+            layer=options.layer,
+            gene_column=options.gene_column,
+            special=options.special,
+            max_length=options.max_length or 2048,
+        )
         tokenizer.save_pretrained(options.fit)
-    ask = dict(layer=options.layer, columns=tuple(options.columns), keep_counts=options.keep_counts,
-               empty=options.empty, gene_column=options.gene_column)
+    ask = dict(
+        layer=options.layer,
+        columns=tuple(options.columns),
+        keep_counts=options.keep_counts,
+        empty=options.empty,
+        gene_column=options.gene_column,
+    )
     if isinstance(cells, str):
         tokenizer.tokenize_files(cells, options.out, **ask)
     else:
@@ -69,8 +98,12 @@ def tokenize(options: argparse.Namespace) -> str:
 
 def tokenize_options(parsers) -> None:
     "The options of `scellfm tokenize`."
-    parser = add_command(parsers, "tokenize", "turn raw counts into ranked gene tokens",
-                         "scellfm tokenize demo --fit runs/tokenizer --columns cell_type --out runs/demo.dataset")
+    parser = add_command(
+        parsers,
+        "tokenize",
+        "turn raw counts into ranked gene tokens",
+        "scellfm tokenize demo --fit runs/tokenizer --columns cell_type --out runs/demo.dataset",
+    )
     add(parser, "cells", "h5ad, loom or zarr file, a folder of such files, or the word demo")
     add(parser, "--layer", "layer of the file that holds raw counts, or raw; X where none is given")
     dictionaries = parser.add_mutually_exclusive_group(required=True)
@@ -117,8 +150,20 @@ def finetune(options: argparse.Namespace) -> str:
     "Fine-tune a classifier, save it; its scores and its folder."
     classes = None if options.classes is None else gene_classes(options.classes)
     cells = cells_from(options.cells)
-    names = ("epochs", "freeze_layers", "lora", "learning_rate", "batch_size", "warmup", "weight_decay",
-             "class_weights", "seed", "layer", "n_boot", "folder")
+    names = (
+        "epochs",
+        "freeze_layers",
+        "lora",
+        "learning_rate",
+        "batch_size",
+        "warmup",
+        "weight_decay",
+        "class_weights",
+        "seed",
+        "layer",
+        "n_boot",
+        "folder",
+    )
     ask = {name: getattr(options, name) for name in names}
     report = begin(f"A classifier of {options.label or 'genes'}", options)
     with report.recording():
@@ -136,9 +181,13 @@ def finetune(options: argparse.Namespace) -> str:
 # %% ../../nbs/commands/geneformer.ipynb #7c3bbfda
 def finetune_options(parsers) -> None:
     "The options of `scellfm finetune`."
-    parser = add_command(parsers, "finetune", "a classifier of cells or of genes, judged on those held out",
-                         "scellfm finetune demo --model runs/demo/classifier --label cell_type "
-                         "--stratify cell_type --k 2 --out runs/cell-types")
+    parser = add_command(
+        parsers,
+        "finetune",
+        "a classifier of cells or of genes, judged on those held out",
+        "scellfm finetune demo --model runs/demo/classifier --label cell_type "
+        "--stratify cell_type --k 2 --out runs/cell-types",
+    )
     add_cells(parser)
     add_model(parser, required=True)
     add(parser, "--out", "folder of the classifier", required=True)
@@ -147,19 +196,27 @@ def finetune_options(parsers) -> None:
     add(what, "--classes", 'JSON file of classes of genes, {"name": ["gene", ...]}')
     add(parser, "--by", "column of obs whose groups (donors) are never cut")
     add(parser, "--k", "folds", type=int, default=5)
-    add(parser, "--fractions", "instead of folds, one split into train, valid and test, such as .8 .1 .1", type=float,
-        nargs=3)
+    add(
+        parser,
+        "--fractions",
+        "instead of folds, one split into train, valid and test, such as .8 .1 .1",
+        type=float,
+        nargs=3,
+    )
     add(parser, "--stratify", "column of obs whose composition the parts share")
     add(parser, "--max-cells", "with --classes: at most so many cells", type=int)
     for name, kind, value, about in (
         ("epochs", int, 1, "passes over the training cells"),
         ("freeze-layers", int, 0, "lowest layers that stay as they are"),
         ("lora", int, None, "rank of adapters that learn instead of the weights"),
-        ("learning-rate", float, 5e-5, "largest step size"), ("batch-size", int, 12, "cells of one step"),
+        ("learning-rate", float, 5e-5, "largest step size"),
+        ("batch-size", int, 12, "cells of one step"),
         ("warmup", float, 0.1, "share of the steps, or a number of steps"),
         ("weight-decay", float, 0.001, "decay of matrices"),
-        ("class-weights", str, None, "balanced, or none"), ("seed", int, 0, "seed of every random draw"),
-        ("n-boot", int, 200, "resamples for the intervals"), ("folder", str, None, "keeps checkpoints, to resume"),
+        ("class-weights", str, None, "balanced, or none"),
+        ("seed", int, 0, "seed of every random draw"),
+        ("n-boot", int, 200, "resamples for the intervals"),
+        ("folder", str, None, "keeps checkpoints, to resume"),
     ):
         add(parser, f"--{name}", about, type=kind, default=value)
 
@@ -170,7 +227,9 @@ def where_of(conditions: list[str] | None) -> dict | None:
         return None
     for condition in conditions:
         if not all(condition.partition("=")[::2]):
-            raise OptionError(f"--where {condition}: write a column of obs, = and the values, as in sex=female batch=1,2")
+            raise OptionError(
+                f"--where {condition}: write a column of obs, = and the values, as in sex=female batch=1,2"
+            )
     return {name: values.split(",") for name, _, values in (condition.partition("=") for condition in conditions)}
 
 # %% ../../nbs/commands/geneformer.ipynb #2e7e8361
@@ -180,8 +239,26 @@ def perturb(options: argparse.Namespace) -> str:
 
     one_of("method", options.method, METHODS)
     cells = cells_from(options.cells)
-    names = ("kind", "anchor", "state", "start", "goal", "alt", "groupby", "emb_layer", "max_cells", "seed", "layer",
-             "token_budget", "folder", "combine", "matched", "screen", "top", "check_cells")
+    names = (
+        "kind",
+        "anchor",
+        "state",
+        "start",
+        "goal",
+        "alt",
+        "groupby",
+        "emb_layer",
+        "max_cells",
+        "seed",
+        "layer",
+        "token_budget",
+        "folder",
+        "combine",
+        "matched",
+        "screen",
+        "top",
+        "check_cells",
+    )
     ask = {name: getattr(options, name) for name in names}
     ask["genes"] = "all" if options.genes == ["all"] else options.genes
     ask["where"] = where_of(options.where)
@@ -206,15 +283,18 @@ def perturb(options: argparse.Namespace) -> str:
 # %% ../../nbs/commands/geneformer.ipynb #fe430eb0
 def perturb_options(parsers) -> None:
     "The options of `scellfm perturb`."
-    parser = add_command(parsers, "perturb", "delete or overexpress genes in silico, cell by cell",
-                         "scellfm perturb demo --model runs/demo/classifier --state cell_type "
-                         "--start 'CD56+ NK' --goal 'CD19+ B' --out runs/screen")
+    parser = add_command(
+        parsers,
+        "perturb",
+        "delete or overexpress genes in silico, cell by cell",
+        "scellfm perturb demo --model runs/demo/classifier --state cell_type "
+        "--start 'CD56+ NK' --goal 'CD19+ B' --out runs/screen",
+    )
     add_cells(parser)
     add_model(parser, required=True)
     add(parser, "--out", "folder of the screen and of table.csv", required=True)
     add(parser, "--kind", "delete, overexpress or another kind that perturb() knows", default="delete")
-    add(parser, "--genes", "all (each by itself), or ids or symbols: see --combine", nargs="+",
-        default=["all"])
+    add(parser, "--genes", "all (each by itself), or ids or symbols: see --combine", nargs="+", default=["all"])
     for name, kind, value, about in (
         ("combine", str, None, "a list of genes: joint (together, the default), each, or pairs"),
         ("matched", int, None, "a list of genes, each by itself: also test them against so many genes like each"),
@@ -223,10 +303,12 @@ def perturb_options(parsers) -> None:
         ("check-cells", int, None, "with gradient: in how many cells all genes are computed (20)"),
         ("anchor", str, None, "with all: each gene is deleted together with this one"),
         ("quartiles", int, None, "how far the kinds that shift a gene's rank shift it, 1 to 3"),
-        ("state", str, None, "column of obs that holds states"), ("goal", str, None, "state to move to"),
+        ("state", str, None, "column of obs that holds states"),
+        ("goal", str, None, "state to move to"),
         ("start", str, None, "state of the cells that are perturbed"),
         ("groupby", str, None, "column of obs within whose groups all happens"),
-        ("donor", str, None, "column of obs that holds donors"), ("seed", int, 0, "seed of the draw of cells"),
+        ("donor", str, None, "column of obs that holds donors"),
+        ("seed", int, 0, "seed of the draw of cells"),
         ("max-cells", int, None, "at most so many cells of each group"),
         ("token-budget", int, 16384, "tokens of one batch, padding included"),
         ("folder", str, None, "keeps finished blocks, to resume"),

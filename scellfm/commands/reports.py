@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pandas as pd
+
     from scellfm.report import Report
 
 # %% auto #0
@@ -59,7 +60,9 @@ def add_classifier(report: Report, classifier) -> None:
     if judged is not None:
         add_confusion(report, judged.confusion, "Held out: true classes in rows, what they were called in columns.")
     for fold, history in enumerate(classifier.histories):
-        add_picture(report, history.plot(), f"Losses while the model of fold {fold} was trained.", "" if fold else "Training")
+        add_picture(
+            report, history.plot(), f"Losses while the model of fold {fold} was trained.", "" if fold else "Training"
+        )
 
 # %% ../../nbs/commands/reports.ipynb #e1f682b0
 def add_screen(report: Report, screen, table: pd.DataFrame, rows: int = 50) -> None:
@@ -67,10 +70,18 @@ def add_screen(report: Report, screen, table: pd.DataFrame, rows: int = 50) -> N
     for group in screen.groups:
         part = table[table["group"] == group] if "group" in table else table
         if table.attrs["method"] == "matched" and part["z"].notna().sum() >= 10:
-            add_picture(report, screen.plot(group=group), f"{group}: the mean shift of each gene against its mean rank; the band is "
-                        "what genes of like rank and detection do.", "" if report.sections else "The screen")
-    note = "" if table.attrs["method"] != "matched" or not table.attrs.get("exploratory") else (
-        "Exploratory: these cells have too few donors for p-values. ")
+            add_picture(
+                report,
+                screen.plot(group=group),
+                f"{group}: the mean shift of each gene against its mean rank; the band is "
+                "what genes of like rank and detection do.",
+                "" if report.sections else "The screen",
+            )
+    note = (
+        ""
+        if table.attrs["method"] != "matched" or not table.attrs.get("exploratory")
+        else ("Exploratory: these cells have too few donors for p-values. ")
+    )
     report.add_table(table.dropna(axis=1, how="all"), "Genes", f"{note}All genes are in table.csv", rows=rows)
 
 # %% ../../nbs/commands/reports.ipynb #a1f3b7d3
@@ -78,7 +89,16 @@ def add_map(report: Report, reference, labels: pd.DataFrame, scores=None) -> Non
     "The scores of a ReferenceMap (if it could be judged), its confusion, and how many cells have each label (`labels`: label, confidence)."
     if scores is not None:
         report.add_scores(scores, "Named by the reference, beside simple methods")
-        add_confusion(report, scores.details[reference.use_rep]["confusion"], "The cells' own labels in rows, what the reference called them in columns.")
+        add_confusion(
+            report,
+            scores.details[reference.use_rep]["confusion"],
+            "The cells' own labels in rows, what the reference called them in columns.",
+        )
     label, confidence = labels.columns
     counted = labels.groupby(label, observed=True)[confidence].agg(cells="size", mean_confidence="mean").reset_index()
-    report.add_table(counted.sort_values("cells", ascending=False, kind="stable"), "Labels", "Every cell is in labels.csv", rows=len(counted))
+    report.add_table(
+        counted.sort_values("cells", ascending=False, kind="stable"),
+        "Labels",
+        "Every cell is in labels.csv",
+        rows=len(counted),
+    )

@@ -11,8 +11,17 @@ import argparse
 from pathlib import Path
 
 from .reports import add_map, begin
-from .shared import add, add_cells, add_command, add_layer, add_model
-from .shared import cells_from, embed_into, model_from, write_table
+from scellfm.commands.shared import (
+    add,
+    add_cells,
+    add_command,
+    add_layer,
+    add_model,
+    cells_from,
+    embed_into,
+    model_from,
+    write_table,
+)
 from ..core import OptionError, warn
 
 # %% ../../nbs/commands/scgpt.ipynb #342cc6ec
@@ -33,12 +42,16 @@ def reference_map(options: argparse.Namespace, model):
     if (folder / "index.json").exists():
         refused = [*given(options, (*MAP, "use_rep", *CALIBRATE))] + ["calibrate"] * options.calibrate
         if refused:
-            raise OptionError(f"--{refused[0].replace('_', '-')} belongs to a new map, and {options.ref} is a saved one; "
-                              "leave it out, or give the annotated cells")
+            raise OptionError(
+                f"--{refused[0].replace('_', '-')} belongs to a new map, and {options.ref} is a saved one; "
+                "leave it out, or give the annotated cells"
+            )
         return ReferenceMap.load(folder, search=options.search)
     idle = [] if options.calibrate else [*given(options, CALIBRATE[:-1])]
     if idle:
-        raise OptionError(f"--{idle[0].replace('_', '-')} has a meaning with --calibrate alone; add it, or leave this out")
+        raise OptionError(
+            f"--{idle[0].replace('_', '-')} has a meaning with --calibrate alone; add it, or leave this out"
+        )
     cells, settings = whole_cells(options.ref), given(options, ("use_rep", *MAP))
     if model is not None:
         settings["use_rep"] = embed_into(model, cells, options)[1]
@@ -61,8 +74,12 @@ def judged(options: argparse.Namespace, reference, query):
     if options.truth is None and reference.label not in query.obs:
         return None
     if reference.ref is None:
-        warn(f"{options.ref} is a saved map without counts: HVG + PCA cannot stand beside it; give the annotated cells to compare")
-    return reference.evaluate(query, options.truth, layer=options.layer, baselines=reference.ref is not None, **given(options, ("seed",)))
+        warn(
+            f"{options.ref} is a saved map without counts: HVG + PCA cannot stand beside it; give the annotated cells to compare"
+        )
+    return reference.evaluate(
+        query, options.truth, layer=options.layer, baselines=reference.ref is not None, **given(options, ("seed",))
+    )
 
 
 def map(options: argparse.Namespace) -> str:
@@ -82,7 +99,10 @@ def map(options: argparse.Namespace) -> str:
     tables = {"labels.csv": query.obs[columns].rename_axis("cell")}
     if scores is not None:
         lines = [repr(scores), ""]
-        tables |= {"scores.csv": scores.table.rename_axis("method"), "classes.csv": scores.details[reference.use_rep]["per_class"]}
+        tables |= {
+            "scores.csv": scores.table.rename_axis("method"),
+            "classes.csv": scores.details[reference.use_rep]["per_class"],
+        }
     for name, table in tables.items():
         write_table(table, folder / name)
     if options.save is not None:
@@ -90,26 +110,43 @@ def map(options: argparse.Namespace) -> str:
     add_map(report, reference, tables["labels.csv"], scores)
     page, called = report.save(folder), query.obs[columns[0]].astype(str)
     lines.append(f"{len(called):,} cells, {(called == 'unknown').sum():,} of them unknown: {reference!r}")
-    return "\n".join([*lines, *(str(folder / name) for name in tables), str(page), *([options.save] if options.save else [])])
+    return "\n".join(
+        [*lines, *(str(folder / name) for name in tables), str(page), *([options.save] if options.save else [])]
+    )
 
 # %% ../../nbs/commands/scgpt.ipynb #6a363a24
 def map_options(parsers) -> None:
     "The options of `scellfm map`."
-    parser = add_command(parsers, "map", "name the cells of a new sample by an annotated one",
-                         "scellfm map demo-reference demo-query --model runs/demo/classifier --calibrate --accuracy 0.8 --out runs/mapped")
+    parser = add_command(
+        parsers,
+        "map",
+        "name the cells of a new sample by an annotated one",
+        "scellfm map demo-reference demo-query --model runs/demo/classifier --calibrate --accuracy 0.8 --out runs/mapped",
+    )
     add(parser, "ref", "annotated cells (h5ad and other files, or demo-reference), or the folder of a saved map")
     add(parser, "query", "cells to be named (h5ad and other files, or demo-query)")
     add_layer(parser)
     add_model(parser)
-    add(parser, "--out", "folder of labels.csv and of a report, and of scores.csv and classes.csv where the query has labels", required=True)
+    add(
+        parser,
+        "--out",
+        "folder of labels.csv and of a report, and of scores.csv and classes.csv where the query has labels",
+        required=True,
+    )
     add(parser, "--save", "keep the map in this folder, to be given as the reference later")
     add(parser, "--truth", "column of the query to judge by; that of --label where the query has it")
-    add(parser, "--calibrate", "set --min-confidence and --max-distance on held-out reference cells", action="store_true")
+    add(
+        parser,
+        "--calibrate",
+        "set --min-confidence and --max-distance on held-out reference cells",
+        action="store_true",
+    )
     add(parser, "--search", "exact, or faiss (extra search)", default="exact")
     for name, kind, about in (
         ("use-rep", str, "embedding in obsm of both, where no --model makes it (default: X_scGPT)"),
         ("label", str, "column of the reference with the labels (default: cell_type)"),
-        ("k", int, "neighbours that vote (default: 10)"), ("vote", str, "majority or balanced (default: majority)"),
+        ("k", int, "neighbours that vote (default: 10)"),
+        ("vote", str, "majority or balanced (default: majority)"),
         ("ties", str, "first or nearest (default: first)"),
         ("min-confidence", float, "share of votes below which a cell is unknown (default: 0.0)"),
         ("max-distance", float, "squared distance to the k-th neighbour beyond which it is (default: inf)"),
@@ -125,6 +162,7 @@ def map_options(parsers) -> None:
 def integrate(options: argparse.Namespace) -> str:
     "Score embeddings of cells for integration, and draw them; the scores and the paths."
     import matplotlib.pyplot as plt
+
     from scellfm.plotting import png
     from scellfm.scores import integration, umaps
     from scellfm.store import atomic_write
@@ -149,8 +187,12 @@ def integrate(options: argparse.Namespace) -> str:
 
 def integrate_options(parsers) -> None:
     "The options of `scellfm integrate`."
-    parser = add_command(parsers, "integrate", "score how an embedding keeps cell types and mixes batches",
-                         "scellfm integrate demo --model runs/demo/classifier --batch phase --label cell_type --out runs/integrated")
+    parser = add_command(
+        parsers,
+        "integrate",
+        "score how an embedding keeps cell types and mixes batches",
+        "scellfm integrate demo --model runs/demo/classifier --batch phase --label cell_type --out runs/integrated",
+    )
     add_cells(parser)
     add_model(parser)
     add(parser, "--out", "folder of scores.csv and umap.png", required=True)

@@ -61,8 +61,13 @@ def add_command(parsers, name: str, about: str, example: str) -> argparse.Argume
     "A subcommand that calls `scellfm.commands.<name>(options)`."
     import scellfm.commands
 
-    parser = parsers.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.",
-                                epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parsers.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.set_defaults(run=getattr(scellfm.commands, name))
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
@@ -91,7 +96,11 @@ def add_model(parser, **more) -> None:
     add(parser, "--model", "folder of a Geneformer or scGPT model, or the hub id of a Geneformer", **more)
     add(parser, "--subfolder", "the model's folder inside the repository")
     add(parser, "--revision", "commit of the hub repository")
-    add(parser, "--tokenizer", "Geneformer: folder or hub id of the dictionaries; those that fit the model where none is given")
+    add(
+        parser,
+        "--tokenizer",
+        "Geneformer: folder or hub id of the dictionaries; those that fit the model where none is given",
+    )
     add(parser, "--device", "auto, cpu, cuda or mps", default="auto")
     add(parser, "--dtype", "float32 or bfloat16", default="float32")
 
@@ -118,8 +127,10 @@ def refuse_options_of_others(options: argparse.Namespace) -> None:
     for other, names in OWN.items():
         for name in names:
             if other != system and getattr(options, name, None) is not None:
-                raise OptionError(f"--{name.replace('_', '-')} is an option of {SYSTEMS[other]}, and {options.model} "
-                                  f"is a model of {SYSTEMS[system]}; leave it out")
+                raise OptionError(
+                    f"--{name.replace('_', '-')} is an option of {SYSTEMS[other]}, and {options.model} "
+                    f"is a model of {SYSTEMS[system]}; leave it out"
+                )
 
 
 def model_from(options: argparse.Namespace):
@@ -153,9 +164,15 @@ def embed_tokens(options: argparse.Namespace, path: str):
     from scellfm.geneformer import TokenizedCells
 
     if system_of(options.model, options.subfolder) != "geneformer":
-        raise OptionError(f"{path} holds tokens for Geneformer, and {options.model} is a model of scGPT; give the cells themselves")
+        raise OptionError(
+            f"{path} holds tokens for Geneformer, and {options.model} is a model of scGPT; give the cells themselves"
+        )
     cells = TokenizedCells.load(path)
-    given = {name: getattr(options, name) for name in ("pool", "token_budget", "emb_layer") if getattr(options, name) is not None}
+    given = {
+        name: getattr(options, name)
+        for name in ("pool", "token_budget", "emb_layer")
+        if getattr(options, name) is not None
+    }
     return model_from(options).embed(cells, **given), cells.obs.index
 
 
@@ -174,16 +191,34 @@ def layer_number(text: str) -> int | str:
 
 def embed_options(parsers) -> None:
     "The options of `scellfm embed`."
-    parser = add_command(parsers, "embed", "one vector per cell",
-                         "scellfm embed demo --model runs/demo/classifier --out runs/embedded.h5ad")
+    parser = add_command(
+        parsers,
+        "embed",
+        "one vector per cell",
+        "scellfm embed demo --model runs/demo/classifier --out runs/embedded.h5ad",
+    )
     add_cells(parser)
     add_model(parser, required=True)
     add(parser, "--out", "file to write: .h5ad (cells and vectors), .csv or .parquet (vectors)", required=True)
-    add(parser, "--pool", "Geneformer: cell (mean over genes), cls or auto, which is cls where the tokenizer has it (default: auto); "
-        "scGPT: cls, mean or weighted (default: cls)")
+    add(
+        parser,
+        "--pool",
+        "Geneformer: cell (mean over genes), cls or auto, which is cls where the tokenizer has it (default: auto); "
+        "scGPT: cls, mean or weighted (default: cls)",
+    )
     add(parser, "--key-added", "name of the vectors in obsm (default: X_geneformer or X_scGPT)")
-    add(parser, "--token-budget", "tokens of one batch, padding included (default: 16384; scGPT: what suits the device)", type=int)
-    add(parser, "--emb-layer", "Geneformer: 0 or last, -1 or second_to_last, and so on down (default: -1)", type=layer_number)
+    add(
+        parser,
+        "--token-budget",
+        "tokens of one batch, padding included (default: 16384; scGPT: what suits the device)",
+        type=int,
+    )
+    add(
+        parser,
+        "--emb-layer",
+        "Geneformer: 0 or last, -1 or second_to_last, and so on down (default: -1)",
+        type=layer_number,
+    )
     add(parser, "--max-length", "scGPT: most tokens of a cell (default: 1200)", type=int)
     add(parser, "--overlong", "scGPT: genes of a longer cell: sample or top (default: sample)")
     add(parser, "--seed", "scGPT: seed of every random draw (default: 0)", type=int)
@@ -194,11 +229,15 @@ def embed(options: argparse.Namespace) -> str:
     "Write embeddings of cells; the path."
     suffix = out_format(options.out, (".h5ad", ".csv", ".parquet"))
     refuse_options_of_others(options)
-    streams = suffix != ".h5ad" and options.cells.endswith(".h5ad") and system_of(options.model, options.subfolder) == "scgpt"
+    streams = (
+        suffix != ".h5ad" and options.cells.endswith(".h5ad") and system_of(options.model, options.subfolder) == "scgpt"
+    )
     cells = Path(options.cells).expanduser() if streams else cells_from(options.cells)
     if isinstance(cells, str) and suffix == ".h5ad":
-        raise OptionError(f"--out {options.out}: a tokenized data set has no counts to write into an h5ad; "
-                          "end the name in .csv or .parquet")
+        raise OptionError(
+            f"--out {options.out}: a tokenized data set has no counts to write into an h5ad; "
+            "end the name in .csv or .parquet"
+        )
     if isinstance(cells, str):
         write_vectors(*embed_tokens(options, cells), options.key_added or "X_geneformer", options.out)
         return options.out

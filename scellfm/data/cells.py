@@ -53,26 +53,41 @@ class Design:
         "OptionError where the numbers make no cells."
         needed = len(self.cell_types) * self.programme_size + self.regulators * (1 + self.targets)
         if needed > self.n_genes:
-            raise OptionError(f"n_genes={self.n_genes} is too few: the programmes need {needed} (cell types x "
-                              "programme_size + regulators x (1 + targets)); raise n_genes or lower one of these")
+            raise OptionError(
+                f"n_genes={self.n_genes} is too few: the programmes need {needed} (cell types x "
+                "programme_size + regulators x (1 + targets)); raise n_genes or lower one of these"
+            )
         for name in ("n_cells", "donors", "batches"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)} must be at least 1")
         if self.batches > self.donors:
-            raise OptionError(f"batches={self.batches} is more than donors={self.donors}, and a donor is in one batch; "
-                              "raise donors")
+            raise OptionError(
+                f"batches={self.batches} is more than donors={self.donors}, and a donor is in one batch; raise donors"
+            )
         for name in ("case_fraction", "penetrance", "contrast"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"{name}={getattr(self, name)} must be between 0 and 1")
-        for name in ("donor_sd", "batch_scale_sd", "batch_shift", "batch_gene_sd", "depth_sd", "dispersion",
-                     "target_effect", "regulators", "targets", "programme_size"):
+        for name in (
+            "donor_sd",
+            "batch_scale_sd",
+            "batch_shift",
+            "batch_gene_sd",
+            "depth_sd",
+            "dispersion",
+            "target_effect",
+            "regulators",
+            "targets",
+            "programme_size",
+        ):
             if not getattr(self, name) >= 0:
                 raise OptionError(f"{name}={getattr(self, name)} must not be negative")
         if not self.depth > 0:
             raise OptionError(f"depth={self.depth} (mean counts of a cell) must be above 0")
         if not self.paired and 0 < self.case_fraction < 1 and self.case_donors in (0, self.donors):
-            raise OptionError(f"donors={self.donors} with paired=False and case_fraction={self.case_fraction} gives "
-                              "donors of one state only; raise donors")
+            raise OptionError(
+                f"donors={self.donors} with paired=False and case_fraction={self.case_fraction} gives "
+                "donors of one state only; raise donors"
+            )
         return self
 
     @property
@@ -91,19 +106,24 @@ def simulate_genes(design: Design) -> tuple[pd.DataFrame, np.ndarray]:
     programme, leader = np.full(design.n_genes, "", dtype=object), np.full(design.n_genes, "", dtype=object)
     order, used = rng.permutation(design.n_genes), 0
     for _ in range(design.regulators):
-        regulator, targets = order[used], order[used + 1:used + 1 + design.targets]
+        regulator, targets = order[used], order[used + 1 : used + 1 + design.targets]
         used += 1 + design.targets
         level[regulator] = rng.uniform(1.5, 2.0)
         effect[targets] = rng.uniform(0.5, 1.5, design.targets) * rng.choice([1, 1, 1, -1], design.targets)
         programme[[regulator, *targets]], leader[[regulator, *targets]] = "case", names[regulator]
     by_type = np.zeros((len(design.cell_types), design.n_genes))
     for number, cell_type in enumerate(design.cell_types):
-        members = order[used:used + design.programme_size]
+        members = order[used : used + design.programme_size]
         used += design.programme_size
         programme[members] = cell_type
         by_type[number, members] = design.programme_effect * rng.uniform(0.5, 1.5, design.programme_size)
-    columns = {"programme": programme, "is_regulator": leader == names, "regulator": leader,
-               "effect": design.target_effect * effect, "level": level}
+    columns = {
+        "programme": programme,
+        "is_regulator": leader == names,
+        "regulator": leader,
+        "effect": design.target_effect * effect,
+        "level": level,
+    }
     return pd.DataFrame(columns, index=names), by_type
 
 # %% ../../nbs/data/cells.ipynb #fe755327
@@ -122,14 +142,17 @@ def simulate_obs(design: Design) -> tuple[pd.DataFrame, np.ndarray]:
         case = (rng.permutation(design.donors) < design.case_donors)[donor]
     on = rng.random((n, design.regulators)) < design.penetrance
     activity = rng.exponential(1.0, on.shape) * on * np.where(case, 1.0, 1.0 - design.contrast)[:, None]
-    obs = pd.DataFrame({
-        "cell_type": pd.Categorical(types[kind], categories=types),
-        "donor": pd.Categorical([f"donor{d + 1}" for d in donor]),
-        "batch": pd.Categorical([f"batch{d % design.batches + 1}" for d in donor]),
-        "condition": pd.Categorical(np.where(case, "case", "control"), categories=["control", "case"]),
-        "n_active": (activity > 0).sum(axis=1),
-        "size": rng.lognormal(-design.depth_sd**2 / 2, design.depth_sd, n),
-    }, index=[f"cell{i:06d}" for i in range(n)])
+    obs = pd.DataFrame(
+        {
+            "cell_type": pd.Categorical(types[kind], categories=types),
+            "donor": pd.Categorical([f"donor{d + 1}" for d in donor]),
+            "batch": pd.Categorical([f"batch{d % design.batches + 1}" for d in donor]),
+            "condition": pd.Categorical(np.where(case, "case", "control"), categories=["control", "case"]),
+            "n_active": (activity > 0).sum(axis=1),
+            "size": rng.lognormal(-(design.depth_sd**2) / 2, design.depth_sd, n),
+        },
+        index=[f"cell{i:06d}" for i in range(n)],
+    )
     return obs, activity
 
 # %% ../../nbs/data/cells.ipynb #c759a0c3
@@ -167,8 +190,17 @@ def draw_rates(design: Design, genes: pd.DataFrame, by_type: np.ndarray, obs: pd
     scale = np.exp(rng.normal(0.0, 1.0, design.batches) * design.batch_scale_sd)
     shift = rng.random(design.batches) * design.batch_shift * design.depth / design.n_genes
     number = obs["donor"].str.removeprefix("donor").astype(int).to_numpy() - 1
-    return Rates(design.depth * weight / weight.sum() * np.exp(by_type), donor, batch, scale, shift,
-                 obs["cell_type"].cat.codes.to_numpy(), number, number % design.batches, obs["size"].to_numpy())
+    return Rates(
+        design.depth * weight / weight.sum() * np.exp(by_type),
+        donor,
+        batch,
+        scale,
+        shift,
+        obs["cell_type"].cat.codes.to_numpy(),
+        number,
+        number % design.batches,
+        obs["size"].to_numpy(),
+    )
 
 # %% ../../nbs/data/cells.ipynb #7e62e0d3
 LEAK = 0.05  # a regulator's expression in a control cell, as a share of its mean where it is on
@@ -324,9 +356,28 @@ def simulate_cells(
     if not names or len(set(names)) < len(names):
         raise OptionError(f"cell_types={cell_types!r}: give at least one, each name once")
     design = Design(
-        n_cells, n_genes, tuple(names), donors, batches, case_fraction, paired, penetrance, contrast, regulators,
-        targets, target_effect, programme_size, programme_effect, donor_sd, batch_scale_sd, batch_shift, batch_gene_sd,
-        depth, depth_sd, dispersion, seed,
+        n_cells,
+        n_genes,
+        tuple(names),
+        donors,
+        batches,
+        case_fraction,
+        paired,
+        penetrance,
+        contrast,
+        regulators,
+        targets,
+        target_effect,
+        programme_size,
+        programme_effect,
+        donor_sd,
+        batch_scale_sd,
+        batch_shift,
+        batch_gene_sd,
+        depth,
+        depth_sd,
+        dispersion,
+        seed,
     ).check()
     genes, by_type = simulate_genes(design)
     obs, activity = simulate_obs(design)

@@ -29,8 +29,10 @@ def recover_counts(logged: sparse.spmatrix) -> tuple[sparse.csr_matrix, np.ndarr
     csr.eliminate_zeros()
     filled = np.diff(csr.indptr)
     if not csr.shape[0] or filled.min() == 0:
-        raise DataError(f"cell {int(filled.argmin())} of {csr.shape[0]} has no value above zero, so its scale "
-                        "cannot be told; drop empty cells first")
+        raise DataError(
+            f"cell {int(filled.argmin())} of {csr.shape[0]} has no value above zero, so its scale "
+            "cannot be told; drop empty cells first"
+        )
     csr.data = np.expm1(csr.data)
     unit = np.minimum.reduceat(csr.data, csr.indptr[:-1])
     ratio = csr.data / np.repeat(unit, filled)
@@ -51,8 +53,8 @@ def evidence(counts: sparse.csr_matrix, deviation: np.ndarray, unit: np.ndarray,
         "share_of_total_low": float(kept.min()),
         "share_of_total_high": float(kept.max()),
         "note": "counts recovered from log1p values: each cell's expm1 over its smallest, rounded. deviation: largest "
-                "distance from an integer; smallest_count: by the totals over all genes, 1 if right; share_of_total: "
-                "recovered counts over those totals",
+        "distance from an integer; smallest_count: by the totals over all genes, 1 if right; share_of_total: "
+        "recovered counts over those totals",
     }
 
 # %% ../../nbs/data/demonstration.ipynb #298871cf
@@ -70,8 +72,10 @@ def demo() -> AnnData:
     counts, deviation, unit = recover_counts(source.raw.X)
     found = evidence(counts, deviation, unit, source.obs["n_counts"].to_numpy(dtype=np.float64))
     if found["deviation"] > 0.25 or found["smallest_count_high"] > 1.05 or found["smallest_count_low"] < 0.95:
-        raise DataError(f"counts cannot be recovered from the pbmc68k_reduced of scanpy {version('scanpy')}: {found}; "
-                        "install scanpy>=1.10,<2")
+        raise DataError(
+            f"counts cannot be recovered from the pbmc68k_reduced of scanpy {version('scanpy')}: {found}; "
+            "install scanpy>=1.10,<2"
+        )
     adata = anndata.AnnData(counts, obs=source.obs[["phase"]].copy(), var=source.raw.var[[]].copy())
     adata.obs_names.name = None
     adata.obs["cell_type"] = source.obs["bulk_labels"].astype(str).astype("category")

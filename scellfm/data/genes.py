@@ -41,10 +41,26 @@ def gene_ids(adata: AnnData, column: str | None = None) -> np.ndarray:
 
 # %% ../../nbs/data/genes.ipynb #3b3fc5f0
 SPECIES = {
-    "ENSG": "human", "ENSMUSG": "mouse", "ENSRNOG": "rat", "ENSDARG": "zebrafish", "ENSMMUG": "rhesus macaque",
-    "ENSMFAG": "crab-eating macaque", "ENSCJAG": "marmoset", "ENSPTRG": "chimpanzee", "ENSGGOG": "gorilla",
-    "ENSSSCG": "pig", "ENSBTAG": "cow", "ENSOARG": "sheep", "ENSGALG": "chicken", "ENSCAFG": "dog", "ENSFCAG": "cat",
-    "ENSECAG": "horse", "ENSOCUG": "rabbit", "ENSCPOG": "guinea pig", "ENSXETG": "frog", "FBGN": "fruit fly",
+    "ENSG": "human",
+    "ENSMUSG": "mouse",
+    "ENSRNOG": "rat",
+    "ENSDARG": "zebrafish",
+    "ENSMMUG": "rhesus macaque",
+    "ENSMFAG": "crab-eating macaque",
+    "ENSCJAG": "marmoset",
+    "ENSPTRG": "chimpanzee",
+    "ENSGGOG": "gorilla",
+    "ENSSSCG": "pig",
+    "ENSBTAG": "cow",
+    "ENSOARG": "sheep",
+    "ENSGALG": "chicken",
+    "ENSCAFG": "dog",
+    "ENSFCAG": "cat",
+    "ENSECAG": "horse",
+    "ENSOCUG": "rabbit",
+    "ENSCPOG": "guinea pig",
+    "ENSXETG": "frog",
+    "FBGN": "fruit fly",
     "WBGENE": "worm",
 }
 GENOME = re.compile(r"^(?:(?P<human>grch|hg)|(?P<mouse>grcm|mm))\d+_+", re.I)
@@ -133,21 +149,29 @@ def refuse_other_species(names: list[str], settled: np.ndarray, vocabulary: list
     examples = [names[i] for i in np.flatnonzero(foreign)[:3]]
     kinds = " and ".join(f"{kind} ({n:,})" for kind, n in told.most_common(3))
     if share >= 0.5:
-        raise DataError(f"these genes are of another species: {kinds}, e.g. {examples}; the vocabulary has e.g. "
-                        f"{vocabulary[-1]!r}. Pass a table of orthologs: mapping={{'ENSMUSG...': 'ENSG...'}}")
-    raise DataError(f"two species are mixed: {kinds} of {len(names):,} genes, e.g. {examples}. Keep one species' cells "
-                    "and genes, or pass a table of orthologs with mapping=")
+        raise DataError(
+            f"these genes are of another species: {kinds}, e.g. {examples}; the vocabulary has e.g. "
+            f"{vocabulary[-1]!r}. Pass a table of orthologs: mapping={{'ENSMUSG...': 'ENSG...'}}"
+        )
+    raise DataError(
+        f"two species are mixed: {kinds} of {len(names):,} genes, e.g. {examples}. Keep one species' cells "
+        "and genes, or pass a table of orthologs with mapping="
+    )
 
 # %% ../../nbs/data/genes.ipynb #1cbf33e5
 def describe_unknown(names: list[str], columns: Iterable[str]) -> str:
     "What kind of names these seem to be, and what to do."
     if sum(name.isdigit() for name in names) > len(names) / 2:
-        return ("The names are integers (a lost index, or Entrez ids): put Ensembl ids into var['ensembl_id'], or name "
-                f"the column that holds gene names; var has {list(columns)}")
+        return (
+            "The names are integers (a lost index, or Entrez ids): put Ensembl ids into var['ensembl_id'], or name "
+            f"the column that holds gene names; var has {list(columns)}"
+        )
     if sum(name.upper().startswith("ENST") for name in names) > len(names) / 2:
         return "These are transcripts (ENST): sum them to genes first"
-    return ("If these are symbols, pass symbols={symbol: Ensembl id}; if they are outdated ids, mapping={old: "
-            f"current}}; or name the column of var that holds ids (var has {list(columns)})")
+    return (
+        "If these are symbols, pass symbols={symbol: Ensembl id}; if they are outdated ids, mapping={old: "
+        f"current}}; or name the column of var that holds ids (var has {list(columns)})"
+    )
 
 # %% ../../nbs/data/genes.ipynb #981741ff
 def warn_of_names(names: list[str], report: dict, columns: list[str], vocabulary: list[str]) -> None:
@@ -157,18 +181,24 @@ def warn_of_names(names: list[str], report: dict, columns: list[str], vocabulary
     of = "" if report["n_genes"] <= n_known else f" of the {n_known:,} that it has"
     found = f"{report['n_matched']:,} of {report['n_genes']:,} genes ({share:.1%}{of}) are in the vocabulary"
     if share < 0.1:
-        raise DataError(f"only {found}: the data has e.g. {report['dropped'][:3]}, the vocabulary e.g. "
-                        f"{vocabulary[-3:]}. {describe_unknown(names, columns)}")
+        raise DataError(
+            f"only {found}: the data has e.g. {report['dropped'][:3]}, the vocabulary e.g. "
+            f"{vocabulary[-3:]}. {describe_unknown(names, columns)}"
+        )
     if share < 0.5:
         warn(f"only {found}; dropped are e.g. {report['dropped'][:5]}. {describe_unknown(names, columns)}")
     dates = [name for name in names if EXCEL_DATE.match(name)]
     if dates:
-        warn(f"{len(dates)} genes look like dates, e.g. {dates[:3]}: a spreadsheet changed their names "
-             "(MARCH1 -> 1-Mar); take the names from the original file")
+        warn(
+            f"{len(dates)} genes look like dates, e.g. {dates[:3]}: a spreadsheet changed their names "
+            "(MARCH1 -> 1-Mar); take the names from the original file"
+        )
     lower = sum(name.islower() for name in names)
     if lower > len(names) / 2:
-        warn(f"{lower:,} gene names are in lower case and were matched as upper case; zebrafish symbols are in lower "
-             "case: if these are not human cells, they are the wrong genes")
+        warn(
+            f"{lower:,} gene names are in lower case and were matched as upper case; zebrafish symbols are in lower "
+            "case: if these are not human cells, they are the wrong genes"
+        )
 
 # %% ../../nbs/data/genes.ipynb #391b509c
 def match_report(names: list[str], index: np.ndarray, routes: np.ndarray, counts: np.ndarray | None) -> dict:
@@ -183,9 +213,13 @@ def match_report(names: list[str], index: np.ndarray, routes: np.ndarray, counts
         share = float(counts[known].sum() / counts.sum()) if counts.sum() else 0.0
         dropped = dropped[np.argsort(-counts[dropped], kind="stable")]
     return {
-        "n_genes": len(names), "n_matched": int(known.sum()), "n_mapped": int(np.isin(routes, (2, 3)).sum()),
-        "n_duplicated": int(known.sum() - len(np.unique(index[known]))), "share_of_counts": share,
-        "n_dropped": len(dropped), "dropped": [names[i] or "(no id)" for i in dropped[:8]],
+        "n_genes": len(names),
+        "n_matched": int(known.sum()),
+        "n_mapped": int(np.isin(routes, (2, 3)).sum()),
+        "n_duplicated": int(known.sum() - len(np.unique(index[known]))),
+        "share_of_counts": share,
+        "n_dropped": len(dropped),
+        "dropped": [names[i] or "(no id)" for i in dropped[:8]],
         "routes": {route: int((routes == i).sum()) for i, route in enumerate(ROUTES)},
     }
 

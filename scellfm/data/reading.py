@@ -88,7 +88,7 @@ def csc_windows(stored, n_rows: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
     pieces = np.unique(np.append(pieces, n_genes))  # the columns at which a new read starts
     per_row = np.zeros(n_rows, dtype=np.int64)
     for first, last in zip(pieces[:-1], pieces[1:]):
-        per_row += np.bincount(group["indices"][indptr[first]:indptr[last]], minlength=n_rows)
+        per_row += np.bincount(group["indices"][indptr[first] : indptr[last]], minlength=n_rows)
     filled = np.concatenate([[0], np.cumsum(per_row)])
     start = 0
     while start < n_rows:
@@ -96,7 +96,7 @@ def csc_windows(stored, n_rows: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
         parts = []
         for first, last in zip(pieces[:-1], pieces[1:]):
             low, high = indptr[first], indptr[last]
-            part = (group["data"][low:high], group["indices"][low:high], indptr[first:last + 1] - low)
+            part = (group["data"][low:high], group["indices"][low:high], indptr[first : last + 1] - low)
             parts.append(sparse.csc_matrix(part, shape=(n_rows, last - first))[start:stop])
         yield start, sparse.hstack(parts, format="csr")
         start = stop
@@ -113,7 +113,7 @@ def slices(counts, rows: int) -> Iterator[tuple[int, object]]:
         windows = iter([(0, counts)])
     for first, window in windows:
         for start in range(0, window.shape[0], rows):
-            yield first + start, window[start:start + rows]
+            yield first + start, window[start : start + rows]
 
 # %% ../../nbs/data/reading.ipynb #c01440ff
 def existing(path: str | Path) -> Path:
@@ -153,11 +153,15 @@ def refuse_pickled(path: Path) -> None:
         try:
             told = json.dumps(json.loads(described.read_bytes()))  # one way to write each letter
         except ValueError as error:
-            raise DataError(f"{described} is damaged and no description of a zarr array ({error}); copy the store again") from error
+            raise DataError(
+                f"{described} is damaged and no description of a zarr array ({error}); copy the store again"
+            ) from error
         codecs = re.findall(r'"(?:id|name|object_codec_id)": "([^"]*pickle[^"]*)"', told)
         if codecs:
-            raise DataError(f"{described} asks for the codec {codecs[0]!r}, which would run a program from the "
-                            "file; nothing was run. Take the store from its publisher, or use h5ad")
+            raise DataError(
+                f"{described} asks for the codec {codecs[0]!r}, which would run a program from the "
+                "file; nothing was run. Take the store from its publisher, or use h5ad"
+            )
 
 # %% ../../nbs/data/reading.ipynb #85591893
 @contextmanager
@@ -219,6 +223,7 @@ def count_matrix(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:
 @dataclass
 class Fault:
     "How often a rule is broken, and where first."
+
     n: int = 0
     cell: int = -1
     gene: int = -1
@@ -237,6 +242,7 @@ class Fault:
 @dataclass
 class CountFaults:
     "What is wrong in the blocks added so far: values not finite, negative, not whole, or too large for float32."
+
     infinite: Fault = field(default_factory=Fault)
     negative: Fault = field(default_factory=Fault)
     fraction: Fault = field(default_factory=Fault)
@@ -285,16 +291,20 @@ def remedy(adata: AnnData, layer: str | None) -> str:
 def warn_of_oddities(adata: AnnData, layer: str | None, faults: CountFaults, inexact: str) -> None:
     "Warn of counts that float32 cannot hold, of integers that may be rounded logarithms, and of repeated cell names."
     if faults.inexact.n:
-        warn(f"{faults.inexact.n} counts above 2**24 are in float32, which cannot hold them exactly; the "
-             f"first: {inexact}. Store them as float64 or int64")
+        warn(
+            f"{faults.inexact.n} counts above 2**24 are in float32, which cannot hold them exactly; the "
+            f"first: {inexact}. Store them as float64 or int64"
+        )
     if layer is None and "log1p" in adata.uns:
         warn("X holds integers, yet uns['log1p'] says that it was log-transformed; make sure that X holds raw counts")
     if layer is None and faults.largest <= 20:
         others = ((name, judge(adata, name)) for name in places(adata))
         larger = [(name, other.largest) for name, other in others if other.counts and other.largest > faults.largest]
         for name, largest in larger[:1]:
-            warn(f"X holds integers up to {faults.largest:g} and layer={name!r} integers up to {largest:g}: if X was "
-                 f"transformed and rounded, pass layer={name!r}")
+            warn(
+                f"X holds integers up to {faults.largest:g} and layer={name!r} integers up to {largest:g}: if X was "
+                f"transformed and rounded, pass layer={name!r}"
+            )
     if not adata.obs_names.is_unique:
         name = str(adata.obs_names[adata.obs_names.duplicated()][0])
         warn(f"cell names repeat, e.g. {name!r}, so they name no cell: call adata.obs_names_make_unique()")

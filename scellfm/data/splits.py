@@ -83,7 +83,11 @@ class Folds:
 def check_split(split, one: bool = False) -> None:
     "OptionError for what is neither a Split nor Folds; with `one`, Folds are refused too."
     if not isinstance(split, Split if one else (Split, Folds)):
-        wanted = "one Split: hold_out(adata, by='donor')" if one else "Folds or a Split: scellfm.data.folds(adata, by='donor')"
+        wanted = (
+            "one Split: hold_out(adata, by='donor')"
+            if one
+            else "Folds or a Split: scellfm.data.folds(adata, by='donor')"
+        )
         raise OptionError(f"split is of the type {type(split).__name__}; give {wanted}")
 
 # %% ../../nbs/data/splits.ipynb #5526fcc2
@@ -96,8 +100,10 @@ def column_of(obs: pd.DataFrame, name: str, use: str) -> np.ndarray:
     missing = obs[name].isna().to_numpy()
     if missing.any():
         first = obs.index[int(missing.argmax())]
-        raise DataError(f"obs[{name!r}] is missing (NaN) for {missing.sum():,} of {len(obs):,} cells, first {first!r}; "
-                        f"leave them out: adata[adata.obs[{name!r}].notna()]")
+        raise DataError(
+            f"obs[{name!r}] is missing (NaN) for {missing.sum():,} of {len(obs):,} cells, first {first!r}; "
+            f"leave them out: adata[adata.obs[{name!r}].notna()]"
+        )
     return obs[name].astype(str).to_numpy(dtype=object)
 
 # %% ../../nbs/data/splits.ipynb #b0ed4b80
@@ -106,8 +112,10 @@ def labels_of(obs: pd.DataFrame, stratify: str | None) -> np.ndarray:
     labels = np.full(len(obs), "all", dtype=object) if stratify is None else column_of(obs, stratify, "stratify")
     names, codes = np.unique(labels.astype(str), return_inverse=True)
     if stratify is not None and len(names) < 2:
-        raise DataError(f"obs[{stratify!r}] has a single class, {str(names[0])!r}, in all {len(obs):,} cells: there is "
-                        "nothing to stratify or to learn; choose another column")
+        raise DataError(
+            f"obs[{stratify!r}] has a single class, {str(names[0])!r}, in all {len(obs):,} cells: there is "
+            "nothing to stratify or to learn; choose another column"
+        )
     return names, codes
 
 # %% ../../nbs/data/splits.ipynb #e0d521e3
@@ -142,9 +150,13 @@ def deal_cells(names, labels: np.ndarray, codes: np.ndarray, fractions: np.ndarr
         members = np.flatnonzero(codes == label)
         if len(members) < used.sum():
             if len(labels) == 1:
-                raise DataError(f"there are {len(members)} cells for {used.sum()} parts; ask for fewer parts or check the filters")
-            raise DataError(f"label {str(labels[label])!r} has {len(members)} cells for {used.sum()} parts; leave "
-                            "the label out, join it with another, or split without stratify")
+                raise DataError(
+                    f"there are {len(members)} cells for {used.sum()} parts; ask for fewer parts or check the filters"
+                )
+            raise DataError(
+                f"label {str(labels[label])!r} has {len(members)} cells for {used.sum()} parts; leave "
+                "the label out, join it with another, or split without stratify"
+            )
         seen += len(members)
         sizes = used + whole_numbers((fractions * seen - dealt - used) * used, len(members) - used.sum())
         dealt += sizes
@@ -199,8 +211,10 @@ def deal_by(obs: pd.DataFrame, by: str, codes: np.ndarray, fractions: np.ndarray
     groups, member = np.unique(column_of(obs, by, "by").astype(str), return_inverse=True)
     n_parts = int((fractions > 0).sum())
     if len(groups) < n_parts:
-        raise DataError(f"obs[{by!r}] has {len(groups)} groups ({', '.join(groups)}) for {n_parts} parts, and a "
-                        "group is never cut; ask for fewer parts or folds, or split by cells (by=None)")
+        raise DataError(
+            f"obs[{by!r}] has {len(groups)} groups ({', '.join(groups)}) for {n_parts} parts, and a "
+            "group is never cut; ask for fewer parts or folds, or split by cells (by=None)"
+        )
     table = np.zeros((len(groups), codes.max() + 1), dtype=np.int64)
     np.add.at(table, (member, codes), 1)
     dealt = deal_groups(list(groups), table, fractions, seed)
@@ -222,8 +236,10 @@ def deal(adata, by: str | None, fractions: np.ndarray, stratify: str | None, see
         part = deal_cells(obs.index.astype(str), labels, codes, fractions, seed)
     else:
         name = str(obs.index[obs.index.duplicated()][0])
-        raise DataError(f"cell names repeat (e.g. {name!r}), and a split by cells is keyed by them; call "
-                        "adata.obs_names_make_unique() first")
+        raise DataError(
+            f"cell names repeat (e.g. {name!r}), and a split by cells is keyed by them; call "
+            "adata.obs_names_make_unique() first"
+        )
     counts["cells"] = np.bincount(part, minlength=len(fractions))
     for i, label in enumerate(labels if stratify is not None else ()):
         counts[str(label)] = np.bincount(part[codes == i], minlength=len(fractions))
@@ -247,8 +263,10 @@ def hold_out(
     labels = table.drop(columns=["cells", by] if by else ["cells"])[table["cells"] > 0]
     absent = list(labels.columns[(labels == 0).any()])
     if absent:
-        warn(f"labels {absent[:5]} of {stratify!r} are missing from a part, because no group of {by!r} is cut: they "
-             "cannot be learnt or scored there")
+        warn(
+            f"labels {absent[:5]} of {stratify!r} are missing from a part, because no group of {by!r} is cut: they "
+            "cannot be learnt or scored there"
+        )
     return Split(*(np.flatnonzero(part == i) for i in range(3)), by, len(part), table)
 
 # %% ../../nbs/data/splits.ipynb #ae156ff9
@@ -282,16 +300,22 @@ def check_leakage(split: Split | Folds, groups) -> None:
     groups = np.asarray(groups, dtype=object).astype(str)
     for number, one in enumerate(split.folds()):
         if len(groups) != one.n:
-            raise DataError(f"groups has {len(groups)} values and the split is of {one.n} cells; pass adata.obs[...] "
-                            "of the same cells")
+            raise DataError(
+                f"groups has {len(groups)} values and the split is of {one.n} cells; pass adata.obs[...] "
+                "of the same cells"
+            )
         place = f"fold {number}: " if len(split.folds()) > 1 else ""
         for first, second in (("train", "test"), ("train", "valid"), ("valid", "test")):
             one_side, other_side = getattr(one, first), getattr(one, second)
             rows = np.intersect1d(one_side, other_side)
             if rows.size:
-                raise DataError(f"{place}row {rows[0]} is in both {first} and {second} ({rows.size} such rows); deal "
-                                "the cells again")
+                raise DataError(
+                    f"{place}row {rows[0]} is in both {first} and {second} ({rows.size} such rows); deal "
+                    "the cells again"
+                )
             shared = np.intersect1d(groups[one_side], groups[other_side])
             if shared.size:
-                raise DataError(f"{place}group {str(shared[0])!r} is in both {first} and {second} ({shared.size} such "
-                                "groups), so the score would be too kind; split with hold_out(adata, by=...)")
+                raise DataError(
+                    f"{place}group {str(shared[0])!r} is in both {first} and {second} ({shared.size} such "
+                    "groups), so the score would be too kind; split with hold_out(adata, by=...)"
+                )

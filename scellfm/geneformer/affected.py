@@ -15,23 +15,40 @@ import torch
 from .. import inference
 from ..core import DataError, progress
 from scellfm.geneformer.edits import (
-    Edits, compared, edit_labels, edited_batch, gene_cosines, make_edits, original_block, plan_blocks,
+    Edits,
+    compared,
+    edit_labels,
+    edited_batch,
+    gene_cosines,
+    make_edits,
+    original_block,
+    plan_blocks,
 )
 from .model import Geneformer, layer_index
 from .question import asked_genes, asked_quartiles, cell_names, take
 
 # %% ../../nbs/geneformer/affected.ipynb #7a20c005
-def gene_effects(gf: Geneformer, data, *, kind: str = "delete", genes="all", anchor: str | None = None,
-                 quartiles: int | None = None, emb_layer: int | str = -1,
-                 layer: str | None = None, token_budget: int = 16384) -> pd.DataFrame:
+def gene_effects(
+    gf: Geneformer,
+    data,
+    *,
+    kind: str = "delete",
+    genes="all",
+    anchor: str | None = None,
+    quartiles: int | None = None,
+    emb_layer: int | str = -1,
+    layer: str | None = None,
+    token_budget: int = 16384,
+) -> pd.DataFrame:
     """Per edit and remaining gene: gene (edited), affected, cell, cosine to the same gene in the unedited cell, and
     the affected gene's symbol. Grows with genes squared; Screen.table(method='aggregate_gene_shifts') averages it."""
     (tokens,), anchor_token = asked_genes(gf.tokenizer, kind, genes, anchor)
     index, vocabulary = layer_index(emb_layer, gf.n_layers), np.asarray(gf.tokenizer.genes, dtype=object)
     cells = gf.cells(data, layer=layer)
     readable, names = gf.readable(cells), cell_names(cells)
-    edits = make_edits(readable, kind, tokens, anchor_token, gf.special, gf.max_length,
-                       asked_quartiles(kind, quartiles))
+    edits = make_edits(
+        readable, kind, tokens, anchor_token, gf.special, gf.max_length, asked_quartiles(kind, quartiles)
+    )
     symbols = np.array([str(gf.tokenizer.symbol(gene)) for gene in vocabulary], dtype=object)
     label = edit_labels(readable, edits, vocabulary)
     parts = []
@@ -40,9 +57,17 @@ def gene_effects(gf: Geneformer, data, *, kind: str = "delete", genes="all", anc
             for at, ids, chosen, cosine in gene_block(gf, readable, edits[rows], index, token_budget, bar):
                 edit, column = np.nonzero(chosen)
                 batch = edits[rows[at]]
-                parts.append(pd.DataFrame({"gene": label[rows[at][edit]], "affected": vocabulary[ids[edit, column]],
-                                           "cell": names[batch.cell[edit]], "cosine": cosine[edit, column],
-                                           "affected_symbol": symbols[ids[edit, column]]}))
+                parts.append(
+                    pd.DataFrame(
+                        {
+                            "gene": label[rows[at][edit]],
+                            "affected": vocabulary[ids[edit, column]],
+                            "cell": names[batch.cell[edit]],
+                            "cosine": cosine[edit, column],
+                            "affected_symbol": symbols[ids[edit, column]],
+                        }
+                    )
+                )
     if not parts:
         raise DataError("no cell has the genes asked for; nothing can be perturbed")
     return pd.concat(parts, ignore_index=True)
@@ -65,6 +90,7 @@ def gene_block(gf: Geneformer, cells, edits: Edits, index: int, token_budget: in
         chosen = compared(batch, source, mask)
         return ids, chosen, gene_cosines(block, batch, source, chosen, hidden).cpu().numpy()
 
-    for rows, (ids, chosen, cosine) in inference.batches(make, one_batch, edits.lengths, token_budget=token_budget,
-                                                         bar=bar):
+    for rows, (ids, chosen, cosine) in inference.batches(
+        make, one_batch, edits.lengths, token_budget=token_budget, bar=bar
+    ):
         yield rows, ids, chosen, cosine

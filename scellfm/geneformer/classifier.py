@@ -22,7 +22,15 @@ from .finetuning import Part, probabilities, train_fold
 from .model import Geneformer, fitting_tokenizer, translate
 from .pretraining import by_name, token_rows
 from scellfm.scores.classifiers import (
-    Judged, calls, check_cells, judgement_of, load_known, save_known, warn_of_seen, write_calls, write_record,
+    Judged,
+    calls,
+    check_cells,
+    judgement_of,
+    load_known,
+    save_known,
+    warn_of_seen,
+    write_calls,
+    write_record,
 )
 from ..scores.heldout import Gathered, KnownCells, baseline_probabilities, check_folds, classes_of, judge
 
@@ -48,11 +56,15 @@ class CellClassifier(Judged):
 
     def __repr__(self) -> str:
         classes = ", ".join(map(str, self.classes))
-        return f"CellClassifier({self.label!r}: {classes}; {len(self.models)} model(s), {self.models[0]!r}{self.learned})"
+        return (
+            f"CellClassifier({self.label!r}: {classes}; {len(self.models)} model(s), {self.models[0]!r}{self.learned})"
+        )
 
     def model_of(self, data) -> np.ndarray:
         "For each cell the fold whose model has not seen it (0 if new to all); warns of cells that all have seen."
-        cells = data if hasattr(data, "obs") else self.models[0].cells(data, columns=(self.label,))  # refuses what has no obs
+        cells = (
+            data if hasattr(data, "obs") else self.models[0].cells(data, columns=(self.label,))
+        )  # refuses what has no obs
         fold = self.known.fold_of(cells.obs.index)
         warn_of_seen(fold)
         return np.maximum(fold, 0)
@@ -96,8 +108,18 @@ class CellClassifier(Judged):
         save_classifier(self, Path(folder))
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, *, subfolder=None, revision=None, local_files_only=False, tokenizer=None,
-                        label: str = "class", device="auto", dtype="float32") -> "CellClassifier":
+    def from_pretrained(
+        cls,
+        path_or_hub_id,
+        *,
+        subfolder=None,
+        revision=None,
+        local_files_only=False,
+        tokenizer=None,
+        label: str = "class",
+        device="auto",
+        dtype="float32",
+    ) -> "CellClassifier":
         "Load what `save_pretrained` wrote, or a model fine-tuned by the original (`label` then names its predictions)."
         folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
         if (folder / RECORD).exists():
@@ -114,9 +136,11 @@ def load_fold(folder: Path, tokenizer, device, dtype) -> Geneformer:
     config = read_dictionary(folder / "config.json")
     tensors = translate(read_tensors(folder))
     if "classifier.weight" not in tensors or tensors["classifier.weight"].ndim != 2:
-        raise AssetError(f"{folder} holds no cell classifier: no classifier.weight is among its {len(tensors)} "
-                         f"tensors (config.json says {config.get('architectures')}); load it with "
-                         "Geneformer.from_pretrained and fine-tune it")
+        raise AssetError(
+            f"{folder} holds no cell classifier: no classifier.weight is among its {len(tensors)} "
+            f"tensors (config.json says {config.get('architectures')}); load it with "
+            "Geneformer.from_pretrained and fine-tune it"
+        )
     return with_head(AutoModelForSequenceClassification, config, tensors, folder, tokenizer, device, dtype)
 
 
@@ -146,10 +170,16 @@ def class_dictionary(folder: Path) -> Path | None:
     for place in places:
         files = sorted(place.glob("*id_class_dict.*"), reverse=True)  # of one name .json comes last, and is taken
         found = {path.name.partition("id_class_dict")[0].strip("_"): path for path in files}
-        own = [prefix for prefix in found if len(found) == 1 or prefix and any(one.name.endswith(f"_{prefix}") for one in places[:2])]
+        own = [
+            prefix
+            for prefix in found
+            if len(found) == 1 or prefix and any(one.name.endswith(f"_{prefix}") for one in places[:2])
+        ]
         if found and not own:
-            raise AssetError(f"{place} has class names of several models ({', '.join(path.name for path in files[::-1])}), and "
-                             f"none has the prefix of {folder}; copy the model's own beside its config.json")
+            raise AssetError(
+                f"{place} has class names of several models ({', '.join(path.name for path in files[::-1])}), and "
+                f"none has the prefix of {folder}; copy the model's own beside its config.json"
+            )
         if own:
             return found[max(own, key=len)]
     return None
@@ -160,8 +190,10 @@ def class_names(folder: Path, config) -> np.ndarray:
     path = class_dictionary(folder)
     names = {int(k): str(v) for k, v in (read_dictionary(path) if path else config.id2label).items()}
     if sorted(names) != list(range(config.num_labels)):
-        raise AssetError(f"{path or folder / 'config.json'} names the classes {sorted(names)} and the "
-                         f"model has {config.num_labels}, numbered from 0; the file belongs to another model")
+        raise AssetError(
+            f"{path or folder / 'config.json'} names the classes {sorted(names)} and the "
+            f"model has {config.num_labels}, numbered from 0; the file belongs to another model"
+        )
     return np.array([names[i] for i in range(len(names))])
 
 # %% ../../nbs/geneformer/classifier.ipynb #21bfd7ca
@@ -184,8 +216,7 @@ def save_classifier(clf: CellClassifier, folder: Path) -> None:
 
 def record_of(clf: CellClassifier) -> dict:
     "What classifier.json says."
-    return {"label": clf.label, "classes": list(map(str, clf.classes)), "folds": len(clf.models),
-            **clf.judgement()}
+    return {"label": clf.label, "classes": list(map(str, clf.classes)), "folds": len(clf.models), **clf.judgement()}
 
 
 def load_classifier(folder: Path, tokenizer, device, dtype) -> CellClassifier:
@@ -260,14 +291,25 @@ def finetune(
 ) -> CellClassifier:
     "Fine-tune one classifier per fold; judge it on the cells held out, beside simple methods. DataError, OptionError."
     prepared = prepare(gf, data, label, split, layer)
-    options = dict(epochs=epochs, freeze_layers=freeze_layers, lora=lora, learning_rate=learning_rate, batch_size=batch_size,
-                   warmup=warmup, weight_decay=weight_decay, class_weights=class_weights, seed=seed, **recipe)
+    options = dict(
+        epochs=epochs,
+        freeze_layers=freeze_layers,
+        lora=lora,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        class_weights=class_weights,
+        seed=seed,
+        **recipe,
+    )
     settings = {"label": label, "held_out_by": split.by, "folds": len(split.folds()), **options}
     return train_and_judge(gf, data, prepared, [options] * len(split.folds()), settings, layer, n_boot, folder)
 
 
-def train_and_judge(gf: Geneformer, data, prepared, options: list[dict], settings: dict, layer, n_boot: int,
-                    folder) -> CellClassifier:
+def train_and_judge(
+    gf: Geneformer, data, prepared, options: list[dict], settings: dict, layer, n_boot: int, folder
+) -> CellClassifier:
     "The classifier of what `prepare` found, each fold trained with its own options; warns where it has memorised."
     codes, classes, cells, parts, groups = prepared
     sequences, own, models, histories = gf.readable(cells), Gathered(len(cells), len(classes)), [], []
@@ -285,5 +327,13 @@ def train_and_judge(gf: Geneformer, data, prepared, options: list[dict], setting
     if verdict.overfitted:
         warn(str(verdict))
     known = KnownCells.of(cells.obs.index, parts)
-    return CellClassifier(models, settings["label"], classes, known, scores=scores, histories=histories, verdict=verdict,
-                          settings=settings)
+    return CellClassifier(
+        models,
+        settings["label"],
+        classes,
+        known,
+        scores=scores,
+        histories=histories,
+        verdict=verdict,
+        settings=settings,
+    )

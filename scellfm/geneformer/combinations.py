@@ -26,15 +26,32 @@ def pair_rows(joint: pd.DataFrame, singles: pd.DataFrame, anchor: str | None = N
         own = singles[["group", "gene", "cell", "shift"]].rename(columns={"gene": name, "shift": f"{name}_shift"})
         pairs = pairs.merge(own, on=["group", name, "cell"])
     if not len(pairs):
-        raise DataError(f"none of the {len(joint):,} joint edits has both of its single ones among the {len(singles):,} "
-                        "rows compared with; screen the singles in the same cells: the same data, where, max_cells and seed")
+        raise DataError(
+            f"none of the {len(joint):,} joint edits has both of its single ones among the {len(singles):,} "
+            "rows compared with; screen the singles in the same cells: the same data, where, max_cells and seed"
+        )
     pairs["sum"] = pairs["first_shift"] + pairs["second_shift"]
     pairs["excess"] = pairs["joint"] - pairs["sum"]
     return pairs[["gene", "first", "second", "group", "cell", "donor", "joint", "sum", "excess"]]
 
 # %% ../../nbs/geneformer/combinations.ipynb #7d10c008
-COLUMNS = ("group", "gene", "effect", "se", "low", "high", "df", "p", "fdr", "joint", "sum", "n_cells", "n_donors",
-           "n_same_sign", "status")
+COLUMNS = (
+    "group",
+    "gene",
+    "effect",
+    "se",
+    "low",
+    "high",
+    "df",
+    "p",
+    "fdr",
+    "joint",
+    "sum",
+    "n_cells",
+    "n_donors",
+    "n_same_sign",
+    "status",
+)
 
 
 def pair_summary(rows: pd.DataFrame) -> dict:
@@ -44,23 +61,44 @@ def pair_summary(rows: pd.DataFrame) -> dict:
     by_donor = rows.groupby("donor", observed=True)[["excess", "joint", "sum"]].agg(["mean", "size"])
     means = by_donor.xs("mean", axis=1, level=1)
     enough = by_donor["excess", "size"] >= MIN_CELLS
-    used = means[enough] if enough.any() else means if len(means) else rows[["excess", "joint", "sum"]].mean().to_frame().T
+    used = (
+        means[enough] if enough.any() else means if len(means) else rows[["excess", "joint", "sum"]].mean().to_frame().T
+    )
     n, excess = int(enough.sum()), used["excess"].to_numpy()
-    result = {"effect": excess.mean(), "joint": used["joint"].mean(), "sum": used["sum"].mean(), "n_cells": len(rows),
-              "n_donors": n, "n_same_sign": int((np.sign(excess) == np.sign(excess.mean())).sum()) if n else 0}
+    result = {
+        "effect": excess.mean(),
+        "joint": used["joint"].mean(),
+        "sum": used["sum"].mean(),
+        "n_cells": len(rows),
+        "n_donors": n,
+        "n_same_sign": int((np.sign(excess) == np.sign(excess.mean())).sum()) if n else 0,
+    }
     if n < MIN_DONORS:
-        few = "no donors" if not len(means) else f"{n} donor{'s' * (n != 1)} with {MIN_CELLS} cells, {MIN_DONORS} are needed"
+        few = (
+            "no donors"
+            if not len(means)
+            else f"{n} donor{'s' * (n != 1)} with {MIN_CELLS} cells, {MIN_DONORS} are needed"
+        )
         return result | {"status": f"exploratory: {few}"}
     se = excess.std(ddof=1) / np.sqrt(n)
     half = student_t.ppf(0.975, n - 1) * se
     p = 2 * student_t.sf(abs(excess.mean()) / max(se, np.finfo(float).tiny), n - 1)
-    return result | {"se": se, "low": excess.mean() - half, "high": excess.mean() + half, "df": n - 1, "p": p, "status": "tested"}
+    return result | {
+        "se": se,
+        "low": excess.mean() - half,
+        "high": excess.mean() + half,
+        "df": n - 1,
+        "p": p,
+        "status": "tested",
+    }
 
 
 def combination_table(rows: pd.DataFrame) -> pd.DataFrame:
     "One row per pair and group: COLUMNS; the most significant first, then the largest excess."
-    parts = [{"group": group, "gene": gene, **pair_summary(part)}
-             for (group, gene), part in rows.groupby(["group", "gene"], sort=True, observed=True)]
+    parts = [
+        {"group": group, "gene": gene, **pair_summary(part)}
+        for (group, gene), part in rows.groupby(["group", "gene"], sort=True, observed=True)
+    ]
     table = pd.DataFrame(parts).reindex(columns=list(COLUMNS))
     table["fdr"] = table.groupby("group", observed=True)["p"].transform(lambda p: bh(p.to_numpy()))
     order = np.lexsort((-table["effect"].abs(), table["p"].fillna(2)))

@@ -30,8 +30,10 @@ def dataset_folders(paths) -> list[Path]:
         inside = sorted(p for p in path.iterdir() if (p / "state.json").exists()) if path.is_dir() else []
         if not inside and not (path / "state.json").exists():
             held = sorted(p.name for p in path.iterdir())[:5] if path.is_dir() else "nothing: there is no such folder"
-            raise DataError(f"{path} is no saved data set and holds none (it holds {held}); name folders that were written by "
-                            "save(), tokenize_files() or the original Geneformer (prefix.dataset)")
+            raise DataError(
+                f"{path} is no saved data set and holds none (it holds {held}); name folders that were written by "
+                "save(), tokenize_files() or the original Geneformer (prefix.dataset)"
+            )
         found += [path] if (path / "state.json").exists() else inside
     if not found:
         raise DataError("the list of data sets is empty; name at least one folder")
@@ -66,7 +68,7 @@ class CellNames:
         same = np.zeros(len(order), dtype=bool)
         for start in range(1, len(order), block):
             stop = min(start + block, len(order))
-            names = self[order[start - 1:stop]]
+            names = self[order[start - 1 : stop]]
             same[start:stop] = names[1:] == names[:-1]
         return same
 
@@ -108,7 +110,9 @@ class Corpus:
         self.folders = dataset_folders(paths)
         self.tables = [read_table(folder) for folder in self.folders]
         self.blocks = [stretch(chunk) for table in self.tables for chunk in table["input_ids"].chunks if len(chunk)]
-        self.lengths = np.concatenate([np.empty(0, np.int64), *(np.diff(offsets) for _, offsets in self.blocks)]).astype(np.int64)
+        self.lengths = np.concatenate(
+            [np.empty(0, np.int64), *(np.diff(offsets) for _, offsets in self.blocks)]
+        ).astype(np.int64)
         self.starts = np.cumsum([0, *(len(offsets) - 1 for _, offsets in self.blocks)])
         self.cell_index = np.arange(len(self.lengths))
         self.names = CellNames(names_of_folders(self.folders, self.tables))
@@ -125,19 +129,25 @@ class Corpus:
         block = int(np.searchsorted(self.starts, i, side="right")) - 1
         tokens, offsets = self.blocks[block]
         at = int(i) - int(self.starts[block])
-        return tokens[offsets[at]:offsets[at + 1]].astype(np.int64)
+        return tokens[offsets[at] : offsets[at + 1]].astype(np.int64)
 
     @property
     def obs(self) -> pd.DataFrame:
         "The columns that all data sets share, read into memory (to split by donor, say); the index holds the names."
-        shared = [name for name in self.tables[0].column_names if name not in ("input_ids", "length", "counts")
-                  and all(name in table.column_names for table in self.tables)]
+        shared = [
+            name
+            for name in self.tables[0].column_names
+            if name not in ("input_ids", "length", "counts")
+            and all(name in table.column_names for table in self.tables)
+        ]
         parts = [table.select(shared).to_pandas() for table in self.tables]
         return pd.concat(parts, ignore_index=True).set_axis(pd.Index(list(self.names), dtype=str))
 
     def __repr__(self) -> str:
-        return (f"Corpus({len(self):,} cells, {self.lengths.sum():,} tokens in {len(self.folders)} data set(s): "
-                f"{', '.join(folder.name for folder in self.folders[:3])}{', ...' * (len(self.folders) > 3)})")
+        return (
+            f"Corpus({len(self):,} cells, {self.lengths.sum():,} tokens in {len(self.folders)} data set(s): "
+            f"{', '.join(folder.name for folder in self.folders[:3])}{', ...' * (len(self.folders) > 3)})"
+        )
 
 
 def stretch(chunk) -> tuple[np.ndarray, np.ndarray]:

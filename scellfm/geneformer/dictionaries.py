@@ -18,9 +18,18 @@ __all__ = ['FILES', 'WRITTEN', 'PLACES', 'Dictionaries', 'check_dictionaries', '
            'companion', 'choose_tokens', 'read_dictionaries']
 
 # %% ../../nbs/geneformer/dictionaries.ipynb #fbd2b942
-FILES = {"tokens": "token_dictionary", "medians": "gene_median", "mapping": "ensembl_mapping", "gene_names": "gene_name_id"}
-WRITTEN = {"tokens": "token_dictionary.json", "medians": "gene_median_dictionary.json",
-           "mapping": "ensembl_mapping_dict.json", "gene_names": "gene_name_id_dict.json"}
+FILES = {
+    "tokens": "token_dictionary",
+    "medians": "gene_median",
+    "mapping": "ensembl_mapping",
+    "gene_names": "gene_name_id",
+}
+WRITTEN = {
+    "tokens": "token_dictionary.json",
+    "medians": "gene_median_dictionary.json",
+    "mapping": "ensembl_mapping_dict.json",
+    "gene_names": "gene_name_id_dict.json",
+}
 
 
 @dataclass
@@ -42,21 +51,31 @@ def check_dictionaries(found: Dictionaries) -> Dictionaries:
     "Return `found` with plain int and float values, or raise an AssetError that names what does not fit."
     tokens = {str(gene): int(token) for gene, token in found.tokens.items()}
     if tokens.get("<pad>") != 0 or tokens.get("<mask>") != 1:
-        raise AssetError(f"the token dictionary gives <pad> {tokens.get('<pad>')} and <mask> {tokens.get('<mask>')}; Geneformer "
-                         "has 0 and 1: this is a dictionary of another model")
+        raise AssetError(
+            f"the token dictionary gives <pad> {tokens.get('<pad>')} and <mask> {tokens.get('<mask>')}; Geneformer "
+            "has 0 and 1: this is a dictionary of another model"
+        )
     if ("<cls>" in tokens) != ("<eos>" in tokens):
-        raise AssetError("the token dictionary has one of <cls> and <eos> without the other; V1 has neither, V2 has both")
+        raise AssetError(
+            "the token dictionary has one of <cls> and <eos> without the other; V1 has neither, V2 has both"
+        )
     if len(set(tokens.values())) < len(tokens) or min(tokens.values()) < 0:
-        raise AssetError(f"{len(tokens)} genes share {len(set(tokens.values()))} tokens, or one is negative; the file is damaged")
+        raise AssetError(
+            f"{len(tokens)} genes share {len(set(tokens.values()))} tokens, or one is negative; the file is damaged"
+        )
     genes = [gene for gene in tokens if not gene.startswith("<")]
     lacking = [gene for gene in genes if gene not in found.medians]
     if lacking or not genes:
-        raise AssetError(f"{len(lacking)} of {len(genes)} genes of the token dictionary have no median, e.g. {lacking[:3]}; the "
-                         "medians belong to another vocabulary (V1 and V2 have files of their own)")
+        raise AssetError(
+            f"{len(lacking)} of {len(genes)} genes of the token dictionary have no median, e.g. {lacking[:3]}; the "
+            "medians belong to another vocabulary (V1 and V2 have files of their own)"
+        )
     medians = {gene: float(found.medians[gene]) for gene in genes}
     bad = [gene for gene, median in medians.items() if not (median > 0 and math.isfinite(median))]
     if bad:
-        raise AssetError(f"the median of {bad[0]} is {medians[bad[0]]} ({len(bad)} such genes); a typical level is above 0")
+        raise AssetError(
+            f"the median of {bad[0]} is {medians[bad[0]]} ({len(bad)} such genes); a typical level is above 0"
+        )
     return Dictionaries(tokens, medians, found.mapping, found.gene_names)
 
 # %% ../../nbs/geneformer/dictionaries.ipynb #eafb7e5a
@@ -90,8 +109,10 @@ def companion(folder: Path, kind: str, tail: str) -> Path | None:
     if tail in found:
         return found[tail]
     if len(found) > 1:
-        raise AssetError(f"{folder} holds {sorted(p.name for p in found.values())}, none of which ends in {tail!r} like the token "
-                         "dictionary; keep one, or give the dictionaries themselves")
+        raise AssetError(
+            f"{folder} holds {sorted(p.name for p in found.values())}, none of which ends in {tail!r} like the token "
+            "dictionary; keep one, or give the dictionaries themselves"
+        )
     return next(iter(found.values()), None)
 
 # %% ../../nbs/geneformer/dictionaries.ipynb #cc056210
@@ -109,11 +130,15 @@ def choose_tokens(folder: Path, version: str | None) -> tuple[Path, str, dict]:
             break
     if not choices:
         kind = f" of {version}" if version else ""
-        raise AssetError(f"no token_dictionary*.json or .pkl{kind} in {folder}; the official files lie in the folder 'geneformer' of "
-                         "the Geneformer repository (V1: 'geneformer/gene_dictionaries_30m')")
+        raise AssetError(
+            f"no token_dictionary*.json or .pkl{kind} in {folder}; the official files lie in the folder 'geneformer' of "
+            "the Geneformer repository (V1: 'geneformer/gene_dictionaries_30m')"
+        )
     if len(choices) > 1:
         names = [path.name for path, _, _ in choices]
-        raise AssetError(f"{choices[0][0].parent} holds {names}: which one was the model trained with? Pass version='V1' or 'V2'")
+        raise AssetError(
+            f"{choices[0][0].parent} holds {names}: which one was the model trained with? Pass version='V1' or 'V2'"
+        )
     path, tail, tokens = choices[0]
     return path.parent, tail, tokens
 
@@ -126,5 +151,7 @@ def read_dictionaries(folder: str | Path, version: str | None = None) -> Diction
     place, tail, tokens = choose_tokens(Path(folder), version)
     paths = {kind: companion(place, kind, tail) for kind in ("medians", "mapping", "gene_names")}
     if paths["medians"] is None:
-        raise AssetError(f"{place} has a token dictionary and no gene_median*.json or .pkl; rank value encoding needs both")
+        raise AssetError(
+            f"{place} has a token dictionary and no gene_median*.json or .pkl; rank value encoding needs both"
+        )
     return Dictionaries(tokens, **{k: read_dictionary(p) if p else None for k, p in paths.items()})

@@ -26,6 +26,7 @@ KINDS = ("delete", "overexpress", "inhibit", "activate")
 class Edits:
     """Edits of cells, one per row: which cell [k], its length [k], the positions [k, m] that are edited (-1: gene
     absent), and, where genes are moved by quartiles, the positions [k, m] they are moved to."""
+
     kind: str
     cell: np.ndarray
     length: np.ndarray
@@ -40,8 +41,14 @@ class Edits:
 
     def __getitem__(self, rows) -> "Edits":
         tokens, targets = (None if given is None else given[rows] for given in (self.tokens, self.targets))
-        return replace(self, cell=self.cell[rows], length=self.length[rows], positions=self.positions[rows],
-                       tokens=tokens, targets=targets)
+        return replace(
+            self,
+            cell=self.cell[rows],
+            length=self.length[rows],
+            positions=self.positions[rows],
+            tokens=tokens,
+            targets=targets,
+        )
 
     @property
     def inserted(self) -> np.ndarray:
@@ -83,7 +90,6 @@ def sources(edits: Edits) -> np.ndarray:
     if not edits.overflow[0]:
         return moved
     return np.concatenate([moved[:, : edits.max_length - first], np.full((k, first), n - 1)], axis=1)
-
 
 
 def moved_to(stay: np.ndarray, positions: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -149,8 +155,9 @@ def with_targets(edits: Edits, quartiles: int) -> Edits:
     return replace(edits, targets=targets)[np.flatnonzero(changes)]
 
 # %% ../../nbs/geneformer/edits.ipynb #3b7a40b3
-def make_edits(cells, kind: str, genes: np.ndarray | None, anchor: int | None, special: bool, max_length: int,
-               quartiles: int = 1) -> Edits:
+def make_edits(
+    cells, kind: str, genes: np.ndarray | None, anchor: int | None, special: bool, max_length: int, quartiles: int = 1
+) -> Edits:
     """All edits of `cells` (token ids by position), cell by cell; an edit that spares no gene of
     its cell is left out: there is nothing that it could have moved.
 
@@ -161,8 +168,15 @@ def make_edits(cells, kind: str, genes: np.ndarray | None, anchor: int | None, s
     positions = np.concatenate([*(positions for positions, _ in made), np.empty((0, width), dtype=np.int64)])
     lengths = np.asarray(cells.lengths, dtype=np.int64)
     tokens = None if genes is None else genes[np.concatenate([*(which for _, which in made), np.empty(0, np.int64)])]
-    edits = Edits(kind, np.repeat(np.arange(len(number)), number), np.repeat(lengths, number), positions, tokens, special,
-                  max_length)
+    edits = Edits(
+        kind,
+        np.repeat(np.arange(len(number)), number),
+        np.repeat(lengths, number),
+        positions,
+        tokens,
+        special,
+        max_length,
+    )
     edits = edits[np.flatnonzero(edits.others > 0)]
     return with_targets(edits, quartiles) if kind in ("inhibit", "activate") else edits
 
@@ -181,19 +195,23 @@ def edit_labels(cells, edits: Edits, names: np.ndarray) -> np.ndarray:
 class Block:
     """Original cells on the device: tokens [t] one cell after the other, where each starts [c], what they are
     compared by."""
+
     tokens: np.ndarray
     start: np.ndarray
     genes: torch.Tensor | None  # [t, H] vectors of every token, where genes are compared
     cells: torch.Tensor  # [c, H] embeddings
 
 
-def original_block(gf: Geneformer, cells, cut: np.ndarray, index: int, pool: str, keep_genes: bool,
-                   token_budget: int) -> Block:
+def original_block(
+    gf: Geneformer, cells, cut: np.ndarray, index: int, pool: str, keep_genes: bool, token_budget: int
+) -> Block:
     "Embed the original cells, each shortened by `cut` [c] tokens (genes at its end)."
     lengths = np.asarray(cells.lengths)
     start = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    shown = [np.delete(cells[i], np.arange(len(cells[i]) - c, len(cells[i])) - gf.special) if c else cells[i]
-             for i, c in enumerate(cut)]
+    shown = [
+        np.delete(cells[i], np.arange(len(cells[i]) - c, len(cells[i])) - gf.special) if c else cells[i]
+        for i, c in enumerate(cut)
+    ]
     size = gf.model.config.hidden_size
     genes = torch.zeros(int(lengths.sum()), size, device=gf.device) if keep_genes else None
     embeddings = torch.zeros(len(lengths), size, device=gf.device)
@@ -213,8 +231,9 @@ def original_block(gf: Geneformer, cells, cut: np.ndarray, index: int, pool: str
     with progress(desc="original cells", total=len(shown), unit="cell") as bar:
         for _ in inference.batches(make, one_batch, [len(s) for s in shown], token_budget=token_budget, bar=bar):
             pass
-    return Block(np.concatenate([np.asarray(cells[i], dtype=np.int64) for i in range(len(lengths))]), start, genes,
-                 embeddings)
+    return Block(
+        np.concatenate([np.asarray(cells[i], dtype=np.int64) for i in range(len(lengths))]), start, genes, embeddings
+    )
 
 # %% ../../nbs/geneformer/edits.ipynb #6420b674
 def edited_batch(block: Block, edits: Edits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -244,16 +263,27 @@ def compared(edits: Edits, source: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def gene_cosines(block: Block, edits: Edits, source: np.ndarray, chosen: np.ndarray,
-                 hidden: torch.Tensor) -> torch.Tensor:
+def gene_cosines(
+    block: Block, edits: Edits, source: np.ndarray, chosen: np.ndarray, hidden: torch.Tensor
+) -> torch.Tensor:
     "The cosine of every token's vector in the edited cell with its own in the original [k, L]; 0 where not `chosen`."
     at = torch.from_numpy(block.start[edits.cell][:, None] + np.maximum(source, 0)).to(hidden.device)
     cosine = F.cosine_similarity(hidden, block.genes[at], dim=-1, eps=1e-8)
     return cosine * torch.from_numpy(chosen).to(hidden.device)
 
 # %% ../../nbs/geneformer/edits.ipynb #9fe96cb7
-def edit_effects(gf: Geneformer, block: Block, edits: Edits, index: int, pool: str, states: torch.Tensor | None, *,
-                 token_budget: int = 16384, bar=None, record=None) -> np.ndarray:
+def edit_effects(
+    gf: Geneformer,
+    block: Block,
+    edits: Edits,
+    index: int,
+    pool: str,
+    states: torch.Tensor | None,
+    *,
+    token_budget: int = 16384,
+    bar=None,
+    record=None,
+) -> np.ndarray:
     "Per edit the shift to each of `states` [s, H]: [k, s]; without states the cosine to the original cell: [k, 1]."
     effects = np.full((len(edits), 1 if states is None else len(states)), np.nan, dtype=np.float32)
 
@@ -275,8 +305,9 @@ def edit_effects(gf: Geneformer, block: Block, edits: Edits, index: int, pool: s
         return gene_cosines(block, batch, source, chosen, hidden).sum(1, keepdim=True) / number
 
     spread = 0.0 if len(edits) >= 8 * len(block.start) else 0.25  # many edits of a cell have one length
-    for rows, values in inference.batches(make, one_batch, edits.lengths, token_budget=token_budget, spread=spread,
-                                          desc="edits", bar=bar, record=record):
+    for rows, values in inference.batches(
+        make, one_batch, edits.lengths, token_budget=token_budget, spread=spread, desc="edits", bar=bar, record=record
+    ):
         effects[rows] = values.cpu().numpy()
     return effects
 
@@ -306,8 +337,21 @@ def plan_blocks(edits: Edits, estimated: bool = False) -> list[np.ndarray]:
     return [*blocks, np.concatenate(current)] if current else []
 
 # %% ../../nbs/geneformer/edits.ipynb #6bbaaa7c
-def run_edits(gf: Geneformer, cells, edits: Edits, index: int, pool: str, states: torch.Tensor | None, *,
-              token_budget=16384, store=None, label: str = "", bar=None, record=None, estimate=None) -> np.ndarray:
+def run_edits(
+    gf: Geneformer,
+    cells,
+    edits: Edits,
+    index: int,
+    pool: str,
+    states: torch.Tensor | None,
+    *,
+    token_budget=16384,
+    store=None,
+    label: str = "",
+    bar=None,
+    record=None,
+    estimate=None,
+) -> np.ndarray:
     """The effects of all edits of `cells`, block by block; blocks that `store` has are read from it.
 
     estimate: a function that takes the place of `block_effects`; the bar then counts cells."""
@@ -327,11 +371,21 @@ def run_edits(gf: Geneformer, cells, edits: Edits, index: int, pool: str, states
     return effects
 
 
-def block_effects(gf, cells, edits: Edits, index: int, pool: str, states, token_budget: int, bar=None,
-                  record=None) -> np.ndarray:
+def block_effects(
+    gf, cells, edits: Edits, index: int, pool: str, states, token_budget: int, bar=None, record=None
+) -> np.ndarray:
     "The effects of one block of edits; each is compared with its cell, cut by as much as the edit makes it overflow."
     (which, cut), local = np.unique(np.stack([edits.cell, edits.overflow]), axis=1, return_inverse=True)
     own = CutCells([np.asarray(cells[int(i)]) for i in which], gf.max_length)
     block = original_block(gf, own, cut, index, pool, states is None and pool == "cell", token_budget)
-    return edit_effects(gf, block, replace(edits, cell=local.ravel()), index, pool, states, token_budget=token_budget,
-                        bar=bar, record=record)
+    return edit_effects(
+        gf,
+        block,
+        replace(edits, cell=local.ravel()),
+        index,
+        pool,
+        states,
+        token_budget=token_budget,
+        bar=bar,
+        record=record,
+    )

@@ -20,16 +20,32 @@ from .model import Geneformer, layer_index, pool_cells, pooling
 # %% ../../nbs/geneformer/embedding.ipynb #3f6cdffa
 def embed_cells(gf: Geneformer, cells, index: int, pool: str, token_budget: int = 16384, record=None) -> np.ndarray:
     "Embeddings [cells, H] (float32) read at hidden_states[index]; `cells` gives token ids by position."
+
     def one_batch(ids, mask):
         return pool_cells(gf.hidden(ids, mask, index).float(), mask, gf.special, pool)
 
-    return inference.run(one_batch, gf.readable(cells), device=gf.device, pad_id=gf.tokenizer.pad,
-                         token_budget=token_budget,
-                         desc="embedding cells", record=record).numpy()
+    return inference.run(
+        one_batch,
+        gf.readable(cells),
+        device=gf.device,
+        pad_id=gf.tokenizer.pad,
+        token_budget=token_budget,
+        desc="embedding cells",
+        record=record,
+    ).numpy()
 
 
-def embed(gf: Geneformer, data, *, emb_layer=-1, pool="auto", key_added="X_geneformer", layer=None,
-          token_budget=16384, copy=False):
+def embed(
+    gf: Geneformer,
+    data,
+    *,
+    emb_layer=-1,
+    pool="auto",
+    key_added="X_geneformer",
+    layer=None,
+    token_budget=16384,
+    copy=False,
+):
     "See `Geneformer.embed`."
     index, mode, record = layer_index(emb_layer, gf.n_layers), pooling(pool, gf.special), []
     cells = gf.cells(data, layer=layer)
@@ -40,8 +56,10 @@ def embed(gf: Geneformer, data, *, emb_layer=-1, pool="auto", key_added="X_genef
     full = np.full((data.n_obs, embeddings.shape[1]), np.nan, dtype=np.float32)
     full[cells.cell_index] = embeddings
     if len(cells) < data.n_obs:
-        warn(f"{data.n_obs - len(cells):,} of {data.n_obs:,} cells have no gene that the model knows (or a "
-             f"filter_pass that is not 1); their rows of obsm[{key_added!r}] are NaN")
+        warn(
+            f"{data.n_obs - len(cells):,} of {data.n_obs:,} cells have no gene that the model knows (or a "
+            f"filter_pass that is not 1); their rows of obsm[{key_added!r}] are NaN"
+        )
     data.obsm[key_added] = full
     data.uns[key_added] = {"params": parameters(gf, emb_layer, index, layer, record) | {"pool": mode}}
     return data if copy else None
@@ -49,8 +67,14 @@ def embed(gf: Geneformer, data, *, emb_layer=-1, pool="auto", key_added="X_genef
 
 def parameters(gf: Geneformer, emb_layer, index: int, layer, record: list) -> dict:
     "What a later reader needs to know of how embeddings were made, in types that AnnData can save."
-    return {"model": repr(gf), "emb_layer": emb_layer, "hidden_state": index, "n_layers": gf.n_layers,
-            "counts": "X" if layer is None else layer, "out_of_memory": [step["token_budget"] for step in record]}
+    return {
+        "model": repr(gf),
+        "emb_layer": emb_layer,
+        "hidden_state": index,
+        "n_layers": gf.n_layers,
+        "counts": "X" if layer is None else layer,
+        "out_of_memory": [step["token_budget"] for step in record],
+    }
 
 # %% ../../nbs/geneformer/embedding.ipynb #708dd763
 def gene_means(gf: Geneformer, cells, index: int, token_budget: int = 16384, record=None) -> tuple:
@@ -67,16 +91,18 @@ def gene_means(gf: Geneformer, cells, index: int, token_budget: int = 16384, rec
     def one_batch(ids, mask):
         return ids[mask].cpu(), gf.hidden(ids, mask, index)[mask].cpu()
 
-    for _, (tokens, vectors) in inference.batches(make, one_batch, sequences.lengths, token_budget=token_budget,
-                                                  desc="embedding genes", record=record):
+    for _, (tokens, vectors) in inference.batches(
+        make, one_batch, sequences.lengths, token_budget=token_budget, desc="embedding genes", record=record
+    ):
         sums.index_add_(0, tokens, vectors.double())
         counts += torch.bincount(tokens, minlength=len(counts))
     means = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), torch.nan)
     return means.float().numpy(), counts.numpy()
 
 
-def embed_genes(gf: Geneformer, data, *, emb_layer=-1, key_added="X_geneformer", layer=None, token_budget=16384,
-                copy=False):
+def embed_genes(
+    gf: Geneformer, data, *, emb_layer=-1, key_added="X_geneformer", layer=None, token_budget=16384, copy=False
+):
     "See `Geneformer.embed_genes`."
     index, record = layer_index(emb_layer, gf.n_layers), []
     cells = gf.cells(data, layer=layer)
@@ -116,8 +142,9 @@ def block_vectors(gf: Geneformer, block: list, index: int, token_budget: int) ->
     def one_batch(ids, mask):
         return gf.hidden(ids, mask, index).float().cpu().numpy()
 
-    for positions, hidden in inference.batches(make, one_batch, [len(tokens) for tokens in block],
-                                               token_budget=token_budget, desc="embedding genes"):
+    for positions, hidden in inference.batches(
+        make, one_batch, [len(tokens) for tokens in block], token_budget=token_budget, desc="embedding genes"
+    ):
         for position, values in zip(positions, hidden):
             vectors[position] = values[: len(block[position])]
     return vectors
@@ -129,9 +156,18 @@ def summarize(embeddings: np.ndarray, statistic: str = "mean") -> np.ndarray:
     return (values.double().mean(0).float() if statistic == "mean" else values.median(0).values).numpy()
 
 
-def state_embeddings(gf: Geneformer, data, *, state: str, groupby=None, statistic="mean", emb_layer=-1, pool="auto",
-                     layer=None,
-                     token_budget=16384) -> dict:
+def state_embeddings(
+    gf: Geneformer,
+    data,
+    *,
+    state: str,
+    groupby=None,
+    statistic="mean",
+    emb_layer=-1,
+    pool="auto",
+    layer=None,
+    token_budget=16384,
+) -> dict:
     "See `Geneformer.state_embeddings`."
     one_of("statistic", statistic, ("mean", "median"))
     columns = [state] if groupby is None else [state, groupby]

@@ -30,13 +30,22 @@ def advice_for(by: str | None, epochs: int, freeze_layers: int, n_layers: int) -
     "The maintainers' five remedies against overfitting: those that these settings leave untried, then the others."
     more = min(n_layers, freeze_layers + max(1, n_layers // 3))
     training = [
-        (by is None, "hold out whole donors: split=folds(adata, by='donor')", f"whole groups held out (split= by={by!r})"),
+        (
+            by is None,
+            "hold out whole donors: split=folds(adata, by='donor')",
+            f"whole groups held out (split= by={by!r})",
+        ),
         (epochs > 1, f"train for one epoch (epochs=1 instead of {epochs})", "one epoch (epochs=1)"),
-        (freeze_layers < n_layers, f"freeze more layers (freeze_layers={more} of {n_layers}, not {freeze_layers})",
-         f"all layers frozen (freeze_layers={freeze_layers})"),
+        (
+            freeze_layers < n_layers,
+            f"freeze more layers (freeze_layers={more} of {n_layers}, not {freeze_layers})",
+            f"all layers frozen (freeze_layers={freeze_layers})",
+        ),
     ]
-    reading = ["when you perturb, screen every gene, so that yours stands among genes like it (genes='all')",
-               "when you perturb or embed, read the second to last layer (emb_layer=-1)"]
+    reading = [
+        "when you perturb, screen every gene, so that yours stands among genes like it (genes='all')",
+        "when you perturb or embed, read the second to last layer (emb_layer=-1)",
+    ]
     done = [followed for untried, _, followed in training if not untried]
     untried = [advice for untried, advice, _ in training if untried] + reading
     return untried + ([f"already followed: {', '.join(done)}"] if done else [])

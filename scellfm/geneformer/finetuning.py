@@ -70,8 +70,9 @@ def weights_of(class_weights, classes: np.ndarray, codes: np.ndarray) -> torch.T
         return torch.as_tensor(len(codes) / (len(classes) * sizes), dtype=torch.float32)
     by_name = {str(name): float(weight) for name, weight in class_weights.items()}
     if set(by_name) != set(classes):
-        raise OptionError(f"class_weights has {sorted(by_name)} and the classes are {list(map(str, classes))}; give "
-                          "each a weight")
+        raise OptionError(
+            f"class_weights has {sorted(by_name)} and the classes are {list(map(str, classes))}; give each a weight"
+        )
     return torch.tensor([by_name[name] for name in classes])
 
 # %% ../../nbs/geneformer/finetuning.ipynb #a4d5043d
@@ -120,12 +121,26 @@ def probabilities(gf: Geneformer, sequences, token_budget: int = 16384, blocks=N
         logits = gf.model(input_ids=ids, attention_mask=mask).logits.double()
         return torch.cat([head.softmax(1) for head in logits.split(list(blocks or logits.shape[1:]), 1)], 1)
 
-    return inference.run(one_batch, sequences, device=gf.device, pad_id=gf.tokenizer.pad, token_budget=token_budget,
-                         desc="classifying").numpy()
+    return inference.run(
+        one_batch, sequences, device=gf.device, pad_id=gf.tokenizer.pad, token_budget=token_budget, desc="classifying"
+    ).numpy()
 
 # %% ../../nbs/geneformer/finetuning.ipynb #042443ac
-def train_fold(gf: Geneformer, sequences, codes, classes, part: Split, k: int, *, freeze_layers=0, lora=None,
-               class_weights=None, folder=None, loss=None, **recipe):
+def train_fold(
+    gf: Geneformer,
+    sequences,
+    codes,
+    classes,
+    part: Split,
+    k: int,
+    *,
+    freeze_layers=0,
+    lora=None,
+    class_weights=None,
+    folder=None,
+    loss=None,
+    **recipe,
+):
     "(Geneformer with a trained head, History) of fold k; `recipe` holds fields of scellfm.training.Recipe."
     model, report = new_classifier(gf, classes, keyed_seed(recipe["seed"], "head", k) % 2**63)
     model, adapters = choose_learners(model, freeze_layers, lora, keyed_seed(recipe["seed"], "adapters", k) % 2**63)
@@ -133,12 +148,24 @@ def train_fold(gf: Geneformer, sequences, codes, classes, part: Split, k: int, *
     if loss is None:
         loss = class_loss(weights_of(class_weights, classes, codes[part.train]))
     history = fit(
-        model, loss, rows.n, rows.batch, lengths=rows.lengths, valid={"valid": held_out} if held_out.n else None,
-        device=gf.device, dtype=str(gf.dtype).removeprefix("torch."), desc=f"fine-tuning, fold {k}",
+        model,
+        loss,
+        rows.n,
+        rows.batch,
+        lengths=rows.lengths,
+        valid={"valid": held_out} if held_out.n else None,
+        device=gf.device,
+        dtype=str(gf.dtype).removeprefix("torch."),
+        desc=f"fine-tuning, fold {k}",
         folder=None if folder is None else Path(folder) / f"fold{k}",
-        inputs={"cells": fingerprint([(sequences.lengths[r], codes[r]) for r in (part.train, part.valid)]),
-                "frozen": freeze_layers, "class_weights": str(class_weights), "adapters": adapters},
-        **recipe)
+        inputs={
+            "cells": fingerprint([(sequences.lengths[r], codes[r]) for r in (part.train, part.valid)]),
+            "frozen": freeze_layers,
+            "class_weights": str(class_weights),
+            "adapters": adapters,
+        },
+        **recipe,
+    )
     model = merge_adapters(model).requires_grad_(True)
     fold = Geneformer(model, gf.tokenizer, device=model.device, dtype=gf.dtype)
     fold.load_report = report

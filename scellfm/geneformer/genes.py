@@ -20,7 +20,8 @@ import torch
 from .. import inference
 from ..assets import find, load_state, read_dictionary, read_tensors, save_model
 from ..core import AssetError, DataError, check_number, keyed_seed, warn
-from ..data.splits import Split, folds as deal_folds
+from ..data.splits import Split
+from ..data.splits import folds as deal_folds
 from .classifier import class_names, with_head
 from .embedding import gene_means
 from .evaluation import score_table
@@ -101,16 +102,31 @@ def gene_probabilities(gf: Geneformer, sequences, wanted: np.ndarray, token_budg
         logits = gf.model.classifier(gf.hidden(ids, mask, gf.n_layers)[on])
         return ids[on].cpu(), logits.double().softmax(1).cpu()
 
-    for _, (tokens, values) in inference.batches(make, one_batch, sequences.lengths, token_budget=token_budget,
-                                                 desc="classifying genes"):
+    for _, (tokens, values) in inference.batches(
+        make, one_batch, sequences.lengths, token_budget=token_budget, desc="classifying genes"
+    ):
         sums.index_add_(0, tokens, values)
         counts += torch.bincount(tokens, minlength=len(counts))
     means = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), torch.nan)
     return means.numpy(), counts.numpy()
 
 # %% ../../nbs/geneformer/genes.ipynb #9b526566
-def train_gene_fold(gf: Geneformer, cells, sequences, labels: pd.Series, codes, classes, part: Split, k: int, *,
-                    freeze_layers=0, lora=None, class_weights=None, folder=None, **recipe):
+def train_gene_fold(
+    gf: Geneformer,
+    cells,
+    sequences,
+    labels: pd.Series,
+    codes,
+    classes,
+    part: Split,
+    k: int,
+    *,
+    freeze_layers=0,
+    lora=None,
+    class_weights=None,
+    folder=None,
+    **recipe,
+):
     "(Geneformer with a trained head on every place, History) of fold k; `recipe`: fields of scellfm.training.Recipe."
     model, report = new_gene_model(gf, classes, keyed_seed(recipe["seed"], "head", k) % 2**63)
     model, adapters = choose_learners(model, freeze_layers, lora, keyed_seed(recipe["seed"], "adapters", k) % 2**63)
@@ -121,12 +137,24 @@ def train_gene_fold(gf: Geneformer, cells, sequences, labels: pd.Series, codes, 
     occurrences = label_of[cells.tokens.astype(np.int64)]
     weights = weights_of(class_weights, classes, occurrences[occurrences >= 0])
     history = fit(
-        model, gene_loss(weights), rows.n, rows.batch, lengths=rows.lengths, device=gf.device,
-        dtype=str(gf.dtype).removeprefix("torch."), desc=f"gene classes, fold {k}",
+        model,
+        gene_loss(weights),
+        rows.n,
+        rows.batch,
+        lengths=rows.lengths,
+        device=gf.device,
+        dtype=str(gf.dtype).removeprefix("torch."),
+        desc=f"gene classes, fold {k}",
         folder=None if folder is None else Path(folder) / f"fold{k}",
-        inputs={"cells": fingerprint(sequences.lengths[which], cells.tokens), "genes": fingerprint(label_of),
-                "frozen": freeze_layers, "class_weights": str(class_weights), "adapters": adapters},
-        **recipe)
+        inputs={
+            "cells": fingerprint(sequences.lengths[which], cells.tokens),
+            "genes": fingerprint(label_of),
+            "frozen": freeze_layers,
+            "class_weights": str(class_weights),
+            "adapters": adapters,
+        },
+        **recipe,
+    )
     model = merge_adapters(model).requires_grad_(True)
     fold = Geneformer(model, gf.tokenizer, device=model.device, dtype=gf.dtype)
     fold.load_report = report
@@ -141,9 +169,13 @@ def load_gene_model(folder: Path, tokenizer, device, dtype) -> Geneformer:
     kind = (config.get("architectures") or ["unnamed"])[0]
     of_cells = kind == "BertForSequenceClassification"
     if of_cells or "classifier.weight" not in tensors or tensors["classifier.weight"].ndim != 2:
-        raise AssetError(f"{folder} holds no gene classifier (config.json says {kind}, which gives no class to each "
-                         f"gene); load it with {'CellClassifier' if of_cells else 'Geneformer'}.from_pretrained")
-    return with_head(AutoModelForTokenClassification, config, tensors, folder, tokenizer, device, dtype, ignore=("bert.pooler.",))
+        raise AssetError(
+            f"{folder} holds no gene classifier (config.json says {kind}, which gives no class to each "
+            f"gene); load it with {'CellClassifier' if of_cells else 'Geneformer'}.from_pretrained"
+        )
+    return with_head(
+        AutoModelForTokenClassification, config, tensors, folder, tokenizer, device, dtype, ignore=("bert.pooler.",)
+    )
 
 # %% ../../nbs/geneformer/genes.ipynb #7c63e77d
 RECORD = "gene_classifier.json"
@@ -192,8 +224,10 @@ class GeneClassifier(Judged):
         names = tokenizer.medians if genes is None else [genes] if isinstance(genes, str) else genes
         wanted[[tokenizer.token(str(gene)) for gene in names]] = True
         if not has_any(cells, wanted).any():
-            raise DataError(f"none of the {len(cells):,} cells has any of the {int(wanted.sum()):,} genes asked for: "
-                            "there is no context to judge them by; use cells that express them")
+            raise DataError(
+                f"none of the {len(cells):,} cells has any of the {int(wanted.sum()):,} genes asked for: "
+                "there is no context to judge them by; use cells that express them"
+            )
         return wanted
 
     def _table(self, tokens: np.ndarray, values: np.ndarray, cells) -> pd.DataFrame:
@@ -201,11 +235,17 @@ class GeneClassifier(Judged):
         tokenizer = self.models[0].tokenizer
         names = pd.Index(tokenizer.genes[tokens].astype(str), name="gene")
         n_cells = np.bincount(cells.tokens.astype(np.int64), minlength=len(tokenizer.genes))[tokens]
-        table = pd.DataFrame({
-            "symbol": [tokenizer.symbol(gene) for gene in names],
-            "class": self.genes["class"].reindex(names).to_numpy(),
-            "predicted": pd.Categorical.from_codes(values.argmax(1), self.classes), "confidence": values.max(1),
-            **{str(name): values[:, i] for i, name in enumerate(self.classes)}, "n_cells": n_cells}, index=names)
+        table = pd.DataFrame(
+            {
+                "symbol": [tokenizer.symbol(gene) for gene in names],
+                "class": self.genes["class"].reindex(names).to_numpy(),
+                "predicted": pd.Categorical.from_codes(values.argmax(1), self.classes),
+                "confidence": values.max(1),
+                **{str(name): values[:, i] for i, name in enumerate(self.classes)},
+                "n_cells": n_cells,
+            },
+            index=names,
+        )
         return table.sort_index()
 
     def save_pretrained(self, folder) -> None:
@@ -214,13 +254,26 @@ class GeneClassifier(Judged):
         for k, model in enumerate(self.models):
             save_model(model.model, folder / f"fold{k}")
         self.models[0].tokenizer.save_pretrained(folder)
-        record = {"classes": list(map(str, self.classes)), "folds": len(self.models),
-                  "genes": self.genes.to_dict("split"), **self.judgement()}
+        record = {
+            "classes": list(map(str, self.classes)),
+            "folds": len(self.models),
+            "genes": self.genes.to_dict("split"),
+            **self.judgement(),
+        }
         write_record(folder / RECORD, record)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, *, subfolder=None, revision=None, local_files_only=False, tokenizer=None,
-                        device="auto", dtype="float32") -> "GeneClassifier":
+    def from_pretrained(
+        cls,
+        path_or_hub_id,
+        *,
+        subfolder=None,
+        revision=None,
+        local_files_only=False,
+        tokenizer=None,
+        device="auto",
+        dtype="float32",
+    ) -> "GeneClassifier":
         "Load what `save_pretrained` wrote, or a gene classifier fine-tuned by the original. AssetError."
         folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
         if not (folder / RECORD).exists():
@@ -229,8 +282,12 @@ class GeneClassifier(Judged):
             return cls([model], class_names(folder, model.model.config), nothing_known)
         record = read_dictionary(folder / RECORD)
         models = [load_gene_model(folder / f"fold{k}", tokenizer, device, dtype) for k in range(record["folds"])]
-        return cls(models, np.array(record["classes"]), pd.DataFrame(**record["genes"]).rename_axis("gene"),
-                   **judgement_of(record))
+        return cls(
+            models,
+            np.array(record["classes"]),
+            pd.DataFrame(**record["genes"]).rename_axis("gene"),
+            **judgement_of(record),
+        )
 
 # %% ../../nbs/geneformer/genes.ipynb #411560fb
 def prepare_genes(gf: Geneformer, data, classes, folds: int, layer, max_cells, seed: int):
@@ -255,8 +312,10 @@ def prepare_genes(gf: Geneformer, data, classes, folds: int, layer, max_cells, s
     silent = [gf.tokenizer.genes[token] for token in labels.index if not read[token]]
     labels = labels[read[labels.index]]
     if unknown or silent:
-        warn(f"{len(unknown):,} genes of the classes are not in the vocabulary ({', '.join(unknown[:5]) or '-'}) and "
-             f"{len(silent):,} are in no cell ({', '.join(silent[:5]) or 'none'}); they are left out")
+        warn(
+            f"{len(unknown):,} genes of the classes are not in the vocabulary ({', '.join(unknown[:5]) or '-'}) and "
+            f"{len(silent):,} are in no cell ({', '.join(silent[:5]) or 'none'}); they are left out"
+        )
     check_classes(labels, classes, [*unknown, *silent], folds)
     return cells, labels, {"not in the vocabulary": unknown, "in no cell": silent}
 
@@ -267,7 +326,8 @@ def advice_for_genes(epochs: int, freeze_layers: int, n_layers: int) -> list[str
     remedies = [
         (epochs > 1, f"train for one epoch (epochs=1 instead of {epochs})"),
         (freeze_layers < n_layers, f"freeze more layers (freeze_layers={more} of {n_layers}, not {freeze_layers})"),
-        (True, "name more genes per class")]
+        (True, "name more genes per class"),
+    ]
     return [advice for untried, advice in remedies if untried]
 
 # %% ../../nbs/geneformer/genes.ipynb #46fe7ae6
@@ -298,8 +358,18 @@ def finetune_genes(
     ids = pd.Index(gf.tokenizer.genes[labels.index].astype(str), name="gene")
     genes = pd.DataFrame({"class": labels.to_numpy().astype(str)}, index=ids)
     parts = deal_folds(genes, k=folds, stratify="class", seed=seed).folds()
-    options = dict(epochs=epochs, freeze_layers=freeze_layers, lora=lora, learning_rate=learning_rate, batch_size=batch_size,
-                   warmup=warmup, weight_decay=weight_decay, class_weights=class_weights, seed=seed, **recipe)
+    options = dict(
+        epochs=epochs,
+        freeze_layers=freeze_layers,
+        lora=lora,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        class_weights=class_weights,
+        seed=seed,
+        **recipe,
+    )
     settings = {"label": "gene classes", "folds": len(parts), "max_cells": max_cells, **options, "left_out": left_out}
     sequences, own, models, histories = gf.readable(cells), Gathered(len(genes), len(names)), [], []
     wanted = np.isin(np.arange(gf.model.config.vocab_size), labels.index)
@@ -311,12 +381,21 @@ def finetune_genes(
         genes.loc[genes.index[part.test], "fold"] = k
         models.append(model)
         histories.append(history)
-    features = {LEVELS: gene_levels(cells, len(wanted))[labels.index],
-                UNTUNED: gene_means(gf, cells, layer_index(-1, gf.n_layers))[0][labels.index]}
+    features = {
+        LEVELS: gene_levels(cells, len(wanted))[labels.index],
+        UNTUNED: gene_means(gf, cells, layer_index(-1, gf.n_layers))[0][labels.index],
+    }
     simple = simple_methods(features, codes, parts, len(names))
     scores = score_table(own, simple, codes, names, None, n_boot=n_boot, seed=seed, origin=settings, unit="genes")
     verdict = judge(scores, advice_for_genes(epochs, freeze_layers, gf.n_layers), unit="genes")
     if verdict.overfitted:
         warn(str(verdict))
-    return GeneClassifier(models, names, genes.astype({"fold": int}), scores=scores, histories=histories, verdict=verdict,
-                          settings=settings)
+    return GeneClassifier(
+        models,
+        names,
+        genes.astype({"fold": int}),
+        scores=scores,
+        histories=histories,
+        verdict=verdict,
+        settings=settings,
+    )

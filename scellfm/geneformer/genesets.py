@@ -41,8 +41,10 @@ def labelled_genes(tokenizer, classes: Mapping[str, Iterable[str]]) -> tuple[pd.
             if token is None:
                 unknown.append(gene)
             elif found.setdefault(token, str(name)) != str(name):
-                raise DataError(f"gene {gene!r} ({tokenizer.genes[token]}) is in the classes {found[token]!r} and "
-                                f"{str(name)!r}; a gene has one class: take it out of one")
+                raise DataError(
+                    f"gene {gene!r} ({tokenizer.genes[token]}) is in the classes {found[token]!r} and "
+                    f"{str(name)!r}; a gene has one class: take it out of one"
+                )
     order = sorted(found, key=lambda token: tokenizer.genes[token])
     return pd.Series({token: found[token] for token in order}, dtype=object), unknown
 
@@ -50,16 +52,20 @@ def labelled_genes(tokenizer, classes: Mapping[str, Iterable[str]]) -> tuple[pd.
 def check_classes(labels: pd.Series, given: Mapping, absent: list[str], k: int) -> None:
     "DataError for fewer than two classes, or a class with fewer than max(5, folds) genes that the cells have."
     if len(given) < 2:
-        raise DataError(f"classes has {len(given)} class ({', '.join(map(str, given)) or 'none'}): there is nothing to "
-                        "tell apart; give at least two")
+        raise DataError(
+            f"classes has {len(given)} class ({', '.join(map(str, given)) or 'none'}): there is nothing to "
+            "tell apart; give at least two"
+        )
     least, why = max(FEWEST, k), f" for {k} folds" if k > FEWEST else ""
     for name in given:
         n = int((labels == str(name)).sum())
         if n < least:
             lost = [gene for gene in map(str, given[name]) if gene in set(absent)]
             left_out = f"; not in the vocabulary or in no cell: {', '.join(lost[:5])}" if lost else ""
-            raise DataError(f"class {str(name)!r} has {n} genes that the model knows and the cells have, and needs at "
-                            f"least {least}{why}{left_out}. Name more genes, or use fewer folds if there are {FEWEST}")
+            raise DataError(
+                f"class {str(name)!r} has {n} genes that the model knows and the cells have, and needs at "
+                f"least {least}{why}{left_out}. Name more genes, or use fewer folds if there are {FEWEST}"
+            )
 
 # %% ../../nbs/geneformer/genesets.ipynb #d85b25a2
 LEVELS, MAJORITY = "expression + logistic regression", "majority class"
@@ -86,8 +92,10 @@ def simple_methods(features: Mapping[str, np.ndarray], codes: np.ndarray, parts:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    methods = {name: (values, make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)))
-               for name, values in features.items()}
+    methods = {
+        name: (values, make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)))
+        for name, values in features.items()
+    }
     methods[MAJORITY] = (np.zeros((len(codes), 1)), DummyClassifier(strategy="prior"))
     found = {name: Gathered(len(codes), n_classes) for name in methods}
     for part in parts:

@@ -21,20 +21,28 @@ from .model import CutCells, Geneformer
 from .question import draw
 
 # %% ../../nbs/geneformer/gradient.ipynb #7b10c005
-def asked_gradient(screen: str, kind: str, genes, anchor, goal, top: int | None, check_cells: int | None) -> tuple | None:
+def asked_gradient(
+    screen: str, kind: str, genes, anchor, goal, top: int | None, check_cells: int | None
+) -> tuple | None:
     "(top, check_cells) of a gradient screen, checked; None for an exact one."
     one_of("screen", screen, ("exact", "gradient"))
     if screen == "exact":
         if top is not None or check_cells is not None:
-            raise OptionError(f"top={top} and check_cells={check_cells} belong to screen='gradient'; an exact screen "
-                              "computes every gene in every cell")
+            raise OptionError(
+                f"top={top} and check_cells={check_cells} belong to screen='gradient'; an exact screen "
+                "computes every gene in every cell"
+            )
         return None
     if kind != "delete" or not isinstance(genes, str) or anchor is not None:
-        raise OptionError(f"screen='gradient' estimates deletions of all genes, one at a time, and kind={kind!r}, "
-                          f"genes={genes!r}, anchor={anchor!r} were asked; use screen='exact'")
+        raise OptionError(
+            f"screen='gradient' estimates deletions of all genes, one at a time, and kind={kind!r}, "
+            f"genes={genes!r}, anchor={anchor!r} were asked; use screen='exact'"
+        )
     if goal is None:
-        raise OptionError("screen='gradient' needs a goal: the cosine of a cell with itself has no slope where nothing is "
-                          "deleted; give state=, start= and goal=, or use screen='exact'")
+        raise OptionError(
+            "screen='gradient' needs a goal: the cosine of a cell with itself has no slope where nothing is "
+            "deleted; give state=, start= and goal=, or use screen='exact'"
+        )
     top, check_cells = 100 if top is None else top, 20 if check_cells is None else check_cells
     check_number("top", top, 1)
     check_number("check_cells", check_cells, 2)
@@ -71,12 +79,14 @@ def slopes(bert, inputs: torch.Tensor, log_weight: torch.Tensor, index: int, poo
     inputs, log_weight = inputs.detach().requires_grad_(), log_weight.detach().requires_grad_()
     hidden = weighted_hidden(bert, inputs, log_weight, index).float()
     cell = hidden[:, 0] if pool == "cls" else (hidden * log_weight.exp()[..., None]).sum(1)
-    return [torch.autograd.grad(value, (inputs, log_weight), retain_graph=True)
-            for value in similarity(cell, states).sum(0)]
+    return [
+        torch.autograd.grad(value, (inputs, log_weight), retain_graph=True) for value in similarity(cell, states).sum(0)
+    ]
 
 # %% ../../nbs/geneformer/gradient.ipynb #3069ebdb
-def deletion_estimates(gf: Geneformer, ids: torch.Tensor, mask: torch.Tensor, index: int, pool: str,
-                       states: torch.Tensor) -> torch.Tensor:
+def deletion_estimates(
+    gf: Geneformer, ids: torch.Tensor, mask: torch.Tensor, index: int, pool: str, states: torch.Tensor
+) -> torch.Tensor:
     "The estimated shift to each state when each token of the cells [b, L] is deleted: [b, L, s]."
     bert = gf.model.bert
     embeddings, place = bert.embeddings, torch.arange(ids.shape[1], device=ids.device)
@@ -98,8 +108,9 @@ def deletion_estimates(gf: Geneformer, ids: torch.Tensor, mask: torch.Tensor, in
     return torch.stack(estimates, -1).detach()
 
 # %% ../../nbs/geneformer/gradient.ipynb #cae02f59
-def estimate_block(gf: Geneformer, cells, edits: Edits, index: int, pool: str, states, token_budget: int, bar=None,
-                   record=None) -> np.ndarray:
+def estimate_block(
+    gf: Geneformer, cells, edits: Edits, index: int, pool: str, states, token_budget: int, bar=None, record=None
+) -> np.ndarray:
     "The estimated effects of one block of deletions of single genes; takes and gives what `edits.block_effects` does."
     which, local = np.unique(edits.cell, return_inverse=True)
     own = CutCells([np.asarray(cells[int(i)]) for i in which], gf.max_length)
@@ -113,8 +124,9 @@ def estimate_block(gf: Geneformer, cells, edits: Edits, index: int, pool: str, s
         with torch.enable_grad():
             return deletion_estimates(gf, ids, mask, index, pool, states)
 
-    for positions, values in inference.batches(make, one_batch, own.lengths, token_budget=token_budget, desc="estimates",
-                                               bar=bar, record=record):
+    for positions, values in inference.batches(
+        make, one_batch, own.lengths, token_budget=token_budget, desc="estimates", bar=bar, record=record
+    ):
         effects[positions, : values.shape[1]] = values.cpu().numpy()
     return effects[local, edits.positions[:, 0]]
 
@@ -147,15 +159,23 @@ def agreement(rows: pd.DataFrame, top: int) -> dict:
     means = rows.groupby("gene", observed=True)[["estimate", "exact"]].mean().loc[candidates].rank()
     best = leading_genes(rows, "exact", top)
     found = len(best.intersection(leading_genes(rows, "estimate", top)))
-    return {"cells": int(rows["cell"].nunique()), "genes": len(candidates), "top": len(best),
-            "spearman_cells": float(within.median()), "spearman_genes": float(means["estimate"].corr(means["exact"])),
-            "recall": found / max(len(best), 1), "by_chance": len(best) / max(len(candidates), 1)}
+    return {
+        "cells": int(rows["cell"].nunique()),
+        "genes": len(candidates),
+        "top": len(best),
+        "spearman_cells": float(within.median()),
+        "spearman_genes": float(means["estimate"].corr(means["exact"])),
+        "recall": found / max(len(best), 1),
+        "by_chance": len(best) / max(len(candidates), 1),
+    }
 
 
 def judge_estimates(reports: list[dict]) -> None:
     "Warn of the groups in which the estimate missed more than a fifth of the leading genes."
     for report in reports:
         if report["recall"] < 0.8:
-            warn(f"group {report['group']!r}: the gradient estimate found {report['recall']:.0%} of the {report['top']} "
-                 f"leading genes of the {report['cells']} checked cells ({report['by_chance']:.0%} by chance); raise top= "
-                 "or use screen='exact'")
+            warn(
+                f"group {report['group']!r}: the gradient estimate found {report['recall']:.0%} of the {report['top']} "
+                f"leading genes of the {report['cells']} checked cells ({report['by_chance']:.0%} by chance); raise top= "
+                "or use screen='exact'"
+            )

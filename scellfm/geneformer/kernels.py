@@ -118,7 +118,9 @@ def settle_ties(packed, n, limit, value, token):
 
 # %% ../../nbs/geneformer/kernels.ipynb #2b2a8b3e
 @compiled
-def rank_rows(data, indices, indptr, tokens, medians, slot, collapse, limit, out_tokens, out_counts, lengths, detected, known):
+def rank_rows(
+    data, indices, indptr, tokens, medians, slot, collapse, limit, out_tokens, out_counts, lengths, detected, known
+):
     "Rank every row into out_tokens, one after the other; fills lengths, detected and known, returns the number of tokens."
     width = 1
     for row in range(len(indptr) - 1):
@@ -128,7 +130,9 @@ def rank_rows(data, indices, indptr, tokens, medians, slot, collapse, limit, out
     bits, bins = single.view(np.int32), np.zeros((2, 2048), np.int32)
     at = 0
     for row in range(len(indptr) - 1):
-        n, known[row] = gather_row(data, indices, indptr[row], indptr[row + 1], tokens, medians, slot, collapse, token, count, value)
+        n, known[row] = gather_row(
+            data, indices, indptr[row], indptr[row + 1], tokens, medians, slot, collapse, token, count, value
+        )
         radix_sort(value, n, single, bits, packed, spare, bins)
         settle_ties(packed, n, limit, value, token)
         kept = min(n, limit)

@@ -21,23 +21,29 @@ def lora_config(lora, freeze_layers: int, n_layers: int):
     if isinstance(lora, peft.LoraConfig):
         config = copying.deepcopy(lora)
     elif isinstance(lora, (int, np.integer)) and not isinstance(lora, bool) and lora > 0:
-        config = peft.LoraConfig(r=int(lora), lora_alpha=2 * int(lora), lora_dropout=0.1,
-                                 target_modules=["query", "value"])
+        config = peft.LoraConfig(
+            r=int(lora), lora_alpha=2 * int(lora), lora_dropout=0.1, target_modules=["query", "value"]
+        )
     else:
-        raise OptionError(f"lora={lora!r}: give the rank of the adapters, a whole number such as 8, or a "
-                          "peft.LoraConfig; None trains the weights themselves")
+        raise OptionError(
+            f"lora={lora!r}: give the rank of the adapters, a whole number such as 8, or a "
+            "peft.LoraConfig; None trains the weights themselves"
+        )
     if freeze_layers:
         wanted = range(n_layers) if config.layers_to_transform is None else np.atleast_1d(config.layers_to_transform)
         config.layers_to_transform = [int(layer) for layer in wanted if layer >= freeze_layers]
         config.layers_pattern = config.layers_pattern or "layer"
         if not config.layers_to_transform:
-            raise OptionError(f"freeze_layers={freeze_layers} freezes all layers that lora={lora!r} would adapt (the model has "
-                              f"{n_layers}); freeze fewer, or leave lora out to train the head alone")
+            raise OptionError(
+                f"freeze_layers={freeze_layers} freezes all layers that lora={lora!r} would adapt (the model has "
+                f"{n_layers}); freeze fewer, or leave lora out to train the head alone"
+            )
     return config
 
 
 def config_text(config) -> str:
     "A LoraConfig as text that is the same in every run (its sets are sorted)."
+
     def plain(value):
         return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 

@@ -33,7 +33,9 @@ def levels(block: sparse.csr_matrix, totals: np.ndarray, tokens: np.ndarray) -> 
     return summed.indices, summed.data * 1e4 / np.repeat(totals, np.diff(summed.indptr))
 
 # %% ../../nbs/geneformer/medians.ipynb #fdb5b23a
-def narrow(low: np.ndarray, place: np.ndarray, shift: int, blocks: Iterator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def narrow(
+    low: np.ndarray, place: np.ndarray, shift: int, blocks: Iterator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Find the part that holds each place: the new low [2, n_genes], the places within it, how many values it holds."
     n_genes = low.shape[1]
     filled = np.zeros((2, n_genes * PARTS), np.int64)

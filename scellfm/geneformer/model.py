@@ -32,11 +32,18 @@ def shape_config(name: str, vocabulary: int, max_length: int) -> dict:
     one_of("name", name, SHAPES)
     shape = SHAPES[name]
     return dict(
-        vocab_size=vocabulary, num_hidden_layers=shape["layers"], hidden_size=shape["hidden"],
-        num_attention_heads=shape["heads"], intermediate_size=shape["feed_forward"], hidden_act="relu",
-        max_position_embeddings=shape["positions"] or max_length, hidden_dropout_prob=shape["dropout"],
-        attention_probs_dropout_prob=shape.get("attention_dropout", shape["dropout"]), layer_norm_eps=1e-12,
-        type_vocab_size=2, pad_token_id=0,
+        vocab_size=vocabulary,
+        num_hidden_layers=shape["layers"],
+        hidden_size=shape["hidden"],
+        num_attention_heads=shape["heads"],
+        intermediate_size=shape["feed_forward"],
+        hidden_act="relu",
+        max_position_embeddings=shape["positions"] or max_length,
+        hidden_dropout_prob=shape["dropout"],
+        attention_probs_dropout_prob=shape.get("attention_dropout", shape["dropout"]),
+        layer_norm_eps=1e-12,
+        type_vocab_size=2,
+        pad_token_id=0,
     )
 
 
@@ -53,8 +60,10 @@ def layer_index(emb_layer: int | str, n_layers: int) -> int:
     "The index into hidden_states (0 = input, n_layers = last) of `emb_layer`: 0 or 'last', -1 or 'second_to_last', ..."
     offset = {"last": 0, "second_to_last": -1}.get(emb_layer, emb_layer)
     if isinstance(offset, bool) or not isinstance(offset, (int, np.integer)) or not -n_layers <= offset <= 0:
-        raise OptionError(f"emb_layer={emb_layer!r}: give 0 or 'last', -1 or 'second_to_last', down to {-n_layers} "
-                          f"(the input) for this model of {n_layers} layers")
+        raise OptionError(
+            f"emb_layer={emb_layer!r}: give 0 or 'last', -1 or 'second_to_last', down to {-n_layers} "
+            f"(the input) for this model of {n_layers} layers"
+        )
     return n_layers + int(offset)
 
 # %% ../../nbs/geneformer/model.ipynb #023ea745
@@ -123,20 +132,26 @@ def check_tokens(cells, vocabulary: int, cls: int | None, eos: int | None) -> No
     for tokens, offsets in token_blocks(cells):
         some = np.diff(offsets) > 0
         ends.append(np.stack([tokens[offsets[:-1][some]], tokens[offsets[1:][some] - 1]], axis=1))
-        highest = max(highest, int(tokens[offsets[0]:offsets[-1]].max(initial=0)))
+        highest = max(highest, int(tokens[offsets[0] : offsets[-1]].max(initial=0)))
     ends = np.concatenate(ends)
     if highest >= vocabulary:
-        raise DataError(f"the cells hold token {highest:,} and the model knows {vocabulary:,} tokens (0 to "
-                        f"{vocabulary - 1:,}): they were tokenized with another dictionary; tokenize them with this "
-                        "model's tokenizer")
+        raise DataError(
+            f"the cells hold token {highest:,} and the model knows {vocabulary:,} tokens (0 to "
+            f"{vocabulary - 1:,}): they were tokenized with another dictionary; tokenize them with this "
+            "model's tokenizer"
+        )
     if cls is not None and len(full) and not (ends == (cls, eos)).all():
         i = int(full[np.flatnonzero((ends != (cls, eos)).any(1))[0]])
-        raise DataError(f"cell {i} does not begin with <cls> ({cls}) and end with <eos> ({eos}), which this model's "
-                        "dictionary has: it was tokenized for V1 or without special tokens; tokenize it with this "
-                        "model's tokenizer")
+        raise DataError(
+            f"cell {i} does not begin with <cls> ({cls}) and end with <eos> ({eos}), which this model's "
+            "dictionary has: it was tokenized for V1 or without special tokens; tokenize it with this "
+            "model's tokenizer"
+        )
     if cls is None and len(full) > 1 and (ends == (2, 3)).all():
-        raise DataError("every cell begins with token 2 and ends with token 3, the <cls> and <eos> of V2, and this "
-                        "model's dictionary has neither; tokenize the cells with this model's tokenizer")
+        raise DataError(
+            "every cell begins with token 2 and ends with token 3, the <cls> and <eos> of V2, and this "
+            "model's dictionary has neither; tokenize the cells with this model's tokenizer"
+        )
 
 # %% ../../nbs/geneformer/model.ipynb #80580fca
 UNUSED = ("bert.pooler.", "classifier.", "bert.embeddings.position_ids", "cls.seq_relationship.")
@@ -156,21 +171,24 @@ def load_model(folder: Path):
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf8"))
     except FileNotFoundError:
-        raise AssetError(f"{folder} has no config.json; a Geneformer checkpoint has config.json and "
-                         f"model.safetensors") from None
+        raise AssetError(
+            f"{folder} has no config.json; a Geneformer checkpoint has config.json and model.safetensors"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AssetError(f"{folder / 'config.json'} is no JSON ({error}); download it again") from error
     if not isinstance(config, dict):
         raise AssetError(f"{folder / 'config.json'} holds a {type(config).__name__} and no settings; download it again")
     if config.get("model_type") != "bert":
-        raise AssetError(f"{folder / 'config.json'} describes a model of type {config.get('model_type')!r}; "
-                         f"Geneformer is 'bert'")
+        raise AssetError(
+            f"{folder / 'config.json'} describes a model of type {config.get('model_type')!r}; Geneformer is 'bert'"
+        )
     model, tensors = build_model(config), translate(read_tensors(folder))
     headless = not any(name.startswith("cls.predictions.") for name in tensors)
     report = load_state(model, tensors, ignore=UNUSED, fresh=("cls.",) if headless else ())
     if headless:
-        logger.info("%s: the encoder of a fine-tuned model is loaded; the head that guesses masked genes is new",
-                    folder)
+        logger.info(
+            "%s: the encoder of a fine-tuned model is loaded; the head that guesses masked genes is new", folder
+        )
     return model, report
 
 # %% ../../nbs/geneformer/model.ipynb #6671258a
@@ -205,16 +223,20 @@ def fitting_tokenizer(folder: Path, vocabulary: int, positions: int, hub: dict |
         if len(errors) == 3 and place == folder and any(folder.glob("*token_dictionary*")):
             raise errors[0]  # the model's own dictionary is damaged: another folder's might mean other genes
     seen = f"found: {', '.join(dict.fromkeys(found))}" if found else "no token dictionary was found"
-    raise AssetError(f"no tokenizer with the model's {vocabulary:,} tokens lies in {folder} or next to it; {seen}. "
-                     "Pass the right one: tokenizer=RankTokenizer.from_pretrained(folder_of_the_dictionaries)")
+    raise AssetError(
+        f"no tokenizer with the model's {vocabulary:,} tokens lies in {folder} or next to it; {seen}. "
+        "Pass the right one: tokenizer=RankTokenizer.from_pretrained(folder_of_the_dictionaries)"
+    )
 
 
 def check_fit(tokenizer, vocabulary: int) -> None:
     "Raise an AssetError where the tokenizer's dictionary and the model's vocabulary have different sizes."
     if len(tokenizer.genes) != vocabulary:
-        raise AssetError(f"the tokenizer ({tokenizer.version}) has {len(tokenizer.genes):,} tokens and the model "
-                         f"{vocabulary:,}: they do not belong together (V1 has 25,426, V2 20,275); pass the model's "
-                         f"own")
+        raise AssetError(
+            f"the tokenizer ({tokenizer.version}) has {len(tokenizer.genes):,} tokens and the model "
+            f"{vocabulary:,}: they do not belong together (V1 has 25,426, V2 20,275); pass the model's "
+            f"own"
+        )
 
 # %% ../../nbs/geneformer/model.ipynb #0fcd2fb0
 class Geneformer:
@@ -241,8 +263,18 @@ class Geneformer:
         return cls(model, tokenizer, device=device, dtype=dtype)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, *, subfolder=None, revision=None, tokenizer=None, local_files_only=False,
-                        device="auto", dtype="float32", quantize: str | None = None) -> "Geneformer":
+    def from_pretrained(
+        cls,
+        path_or_hub_id,
+        *,
+        subfolder=None,
+        revision=None,
+        tokenizer=None,
+        local_files_only=False,
+        device="auto",
+        dtype="float32",
+        quantize: str | None = None,
+    ) -> "Geneformer":
         """Load a checkpoint folder in the official layout (config.json, model.safetensors) or a hub id, every tensor
         accounted for. quantize: '8bit' or '4bit' weights, on a CUDA card with bitsandbytes (*Quantized weights*)."""
         from scellfm.assets import find
@@ -252,8 +284,11 @@ class Geneformer:
         folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
         model, report = load_model(folder)
         if tokenizer is None:
-            hub = None if Path(path_or_hub_id).expanduser().exists() else dict(
-                path_or_hub_id=path_or_hub_id, revision=revision, local_files_only=local_files_only)
+            hub = (
+                None
+                if Path(path_or_hub_id).expanduser().exists()
+                else dict(path_or_hub_id=path_or_hub_id, revision=revision, local_files_only=local_files_only)
+            )
             tokenizer = fitting_tokenizer(folder, model.config.vocab_size, model.config.max_position_embeddings, hub)
         if settings:
             model = load_quantized(folder, settings, inference.pick_device(device))
@@ -285,8 +320,10 @@ class Geneformer:
 
     def __repr__(self) -> str:
         config = self.model.config
-        return (f"Geneformer({self.tokenizer.version}: {self.n_layers} layers, hidden size {config.hidden_size}, "
-                f"{config.vocab_size:,} tokens, {self.device}, {str(self.dtype).removeprefix('torch.')})")
+        return (
+            f"Geneformer({self.tokenizer.version}: {self.n_layers} layers, hidden size {config.hidden_size}, "
+            f"{config.vocab_size:,} tokens, {self.device}, {str(self.dtype).removeprefix('torch.')})"
+        )
 
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor | None, layer: int) -> torch.Tensor:
         "hidden_states[layer] [b, L, H] (layer 0 is the input) without running what lies above, in evaluation mode."
@@ -301,7 +338,9 @@ class Geneformer:
         if hasattr(data, "obs_names") and hasattr(data, "var_names"):
             return self.tokenizer(data, layer=layer, columns=tuple(columns))
         if not hasattr(data, "lengths") and (columns or not isinstance(data, list)):  # plain lists of ids have no obs
-            raise DataError(f"a {type(data).__name__} holds no cells; give an AnnData, the path of a saved data set, or TokenizedCells")
+            raise DataError(
+                f"a {type(data).__name__} holds no cells; give an AnnData, the path of a saved data set, or TokenizedCells"
+            )
         return data
 
     def readable(self, cells) -> CutCells:
@@ -309,19 +348,30 @@ class Geneformer:
         check_tokens(cells, self.model.config.vocab_size, self.tokenizer.cls, self.tokenizer.eos)
         cut = CutCells(cells, self.max_length, self.tokenizer.eos)
         if cut.n_cut:
-            warn(f"{cut.n_cut:,} of {len(cut):,} cells have more than {self.max_length:,} tokens, which is all that "
-                 "this model reads; their least ranked genes were cut")
+            warn(
+                f"{cut.n_cut:,} of {len(cut):,} cells have more than {self.max_length:,} tokens, which is all that "
+                "this model reads; their least ranked genes were cut"
+            )
         return cut
 
-    def embed(self, data, *, emb_layer=-1, pool="auto", key_added="X_geneformer", layer=None, token_budget=16384,
-              copy=False):
+    def embed(
+        self, data, *, emb_layer=-1, pool="auto", key_added="X_geneformer", layer=None, token_budget=16384, copy=False
+    ):
         """Embed cells. Writes obsm[key_added] [cells, H] (NaN for cells without a known gene) and uns[key_added].
 
         With a saved dataset or TokenizedCells the array is returned. `pool`: 'cell' mean over genes, 'cls', 'auto'."""
         from scellfm.geneformer.embedding import embed
 
-        return embed(self, data, emb_layer=emb_layer, pool=pool, key_added=key_added, layer=layer,
-                     token_budget=token_budget, copy=copy)
+        return embed(
+            self,
+            data,
+            emb_layer=emb_layer,
+            pool=pool,
+            key_added=key_added,
+            layer=layer,
+            token_budget=token_budget,
+            copy=copy,
+        )
 
     def embed_genes(self, data, *, emb_layer=-1, key_added="X_geneformer", layer=None, token_budget=16384, copy=False):
         """Embed genes in their context: the mean over the cells that have the gene. Writes varm[key_added] and uns.
@@ -329,17 +379,37 @@ class Geneformer:
         With a saved dataset or TokenizedCells a DataFrame (gene by dimension) is returned."""
         from scellfm.geneformer.embedding import embed_genes
 
-        return embed_genes(self, data, emb_layer=emb_layer, key_added=key_added, layer=layer,
-                           token_budget=token_budget, copy=copy)
+        return embed_genes(
+            self, data, emb_layer=emb_layer, key_added=key_added, layer=layer, token_budget=token_budget, copy=copy
+        )
 
-    def state_embeddings(self, data, *, state: str, groupby=None, statistic="mean", emb_layer=-1, pool="auto",
-                         layer=None, token_budget=16384) -> dict:
+    def state_embeddings(
+        self,
+        data,
+        *,
+        state: str,
+        groupby=None,
+        statistic="mean",
+        emb_layer=-1,
+        pool="auto",
+        layer=None,
+        token_budget=16384,
+    ) -> dict:
         """One vector [H] per value of obs[state] (within each group of obs[groupby]: a dict of dicts): 'mean' or
         exact 'median'."""
         from scellfm.geneformer.embedding import state_embeddings
 
-        return state_embeddings(self, data, state=state, groupby=groupby, statistic=statistic, emb_layer=emb_layer,
-                                pool=pool, layer=layer, token_budget=token_budget)
+        return state_embeddings(
+            self,
+            data,
+            state=state,
+            groupby=groupby,
+            statistic=statistic,
+            emb_layer=emb_layer,
+            pool=pool,
+            layer=layer,
+            token_budget=token_budget,
+        )
 
     def pretrain(self, data, **settings) -> "Geneformer":
         """Train by masked-gene modelling on cells (see `scellfm.geneformer.pretraining.pretrain`); returns the model

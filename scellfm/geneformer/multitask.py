@@ -21,7 +21,14 @@ from ..assets import find, read_dictionary
 from ..core import AssetError, DataError, OptionError, one_of, warn
 from ..data.splits import Folds, Split, column_of
 from scellfm.geneformer.classifier import (
-    CellClassifier, classifier_from, counts_for, gather, load_fold, prepare_cells, record_of, save_models,
+    CellClassifier,
+    classifier_from,
+    counts_for,
+    gather,
+    load_fold,
+    prepare_cells,
+    record_of,
+    save_models,
 )
 from .evaluation import advice_for, score_table
 from .finetuning import Part, probabilities, train_fold, weights_of
@@ -36,6 +43,7 @@ from ..training import History
 @dataclass
 class Task:
     "A label to learn: its name, its classes, each cell's class number (-100: none), and the head's columns."
+
     label: str
     classes: np.ndarray
     codes: np.ndarray
@@ -48,8 +56,10 @@ class Task:
 
     def parts(self, parts: list[Split]) -> list[Split]:
         "The folds without the cells that lack the label."
-        return [Split(*(rows[self.known[rows]] for rows in (part.train, part.valid, part.test)), part.by, part.n)
-                for part in parts]
+        return [
+            Split(*(rows[self.known[rows]] for rows in (part.train, part.valid, part.test)), part.by, part.n)
+            for part in parts
+        ]
 
 
 def tasks_of(obs: pd.DataFrame, labels: Sequence[str]) -> list[Task]:
@@ -58,8 +68,10 @@ def tasks_of(obs: pd.DataFrame, labels: Sequence[str]) -> list[Task]:
     for label in labels:
         known = obs[label].notna().to_numpy() if label in obs else np.ones(len(obs), bool)
         if not known.any():
-            raise DataError(f"obs[{label!r}] is missing (NaN) for all {len(obs):,} cells: there is nothing to learn; "
-                            "leave the label out")
+            raise DataError(
+                f"obs[{label!r}] is missing (NaN) for all {len(obs):,} cells: there is nothing to learn; "
+                "leave the label out"
+            )
         classes, found = classes_of(column_of(obs[known], label, "label"), label)
         codes = np.full(len(obs), IGNORED, dtype=np.int64)
         codes[known] = found
@@ -83,8 +95,10 @@ def weights_of_tasks(task_weights: Mapping | None, labels: Sequence[str], class_
     given = dict(task_weights or {})
     for label, weight in given.items():
         if label not in labels or not weight > 0:
-            raise OptionError(f"task_weights has {label!r}: {weight!r}; give a positive number for any of "
-                              f"{', '.join(map(repr, labels))}")
+            raise OptionError(
+                f"task_weights has {label!r}: {weight!r}; give a positive number for any of "
+                f"{', '.join(map(repr, labels))}"
+            )
     return torch.tensor([float(given.get(label, 1.0)) for label in labels])
 
 # %% ../../nbs/geneformer/multitask.ipynb #7c52e067
@@ -97,7 +111,9 @@ def task_loss(tasks: Sequence[Task], class_weights: Sequence[torch.Tensor], task
         totals, counts = [], []
         for logits, codes, weights in zip(heads, batch["codes"].T, class_weights):
             weights, known = weights.to(logits.device), codes != IGNORED
-            totals.append(torch.nn.functional.cross_entropy(logits[known], codes[known], weight=weights, reduction="sum"))
+            totals.append(
+                torch.nn.functional.cross_entropy(logits[known], codes[known], weight=weights, reduction="sum")
+            )
             counts.append(weights[codes[known]].sum())
         return torch.stack(totals) * task_weights.to(heads[0].device), torch.stack(counts)
 
@@ -176,8 +192,10 @@ class TaskClassifier:
         warn_of_seen(fold)
         sizes = [len(task.classes) for task in self.tasks.values()]
         values = np.split(gather(self.models, cells, fold, sizes, token_budget), np.cumsum(sizes)[:-1], axis=1)
-        return {label: pd.DataFrame(block, index=cells.obs.index, columns=task.classes)
-                for block, (label, task) in zip(values, self.tasks.items())}
+        return {
+            label: pd.DataFrame(block, index=cells.obs.index, columns=task.classes)
+            for block, (label, task) in zip(values, self.tasks.items())
+        }
 
     def predict(self, data, *, layer: str | None = None, token_budget: int = 16384, copy: bool = False):
         "Writes obs['{label}_predicted'], obs['{label}_confidence'] and uns for every label; see `CellClassifier.predict`."
@@ -202,18 +220,32 @@ class TaskClassifier:
         "One folder per fold (all heads in one layer), the dictionaries, who has seen whom, and tasks.json."
         folder = Path(folder)
         save_models(folder, self.models, self.first.known)
-        record = {"folds": len(self.models), "histories": [history.to_dict() for history in self.histories],
-                  "tasks": [{**record_of(task), "histories": []} for task in self.tasks.values()]}
+        record = {
+            "folds": len(self.models),
+            "histories": [history.to_dict() for history in self.histories],
+            "tasks": [{**record_of(task), "histories": []} for task in self.tasks.values()],
+        }
         write_record(folder / RECORD, record)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, *, subfolder=None, revision=None, local_files_only=False, tokenizer=None,
-                        device="auto", dtype="float32") -> "TaskClassifier":
+    def from_pretrained(
+        cls,
+        path_or_hub_id,
+        *,
+        subfolder=None,
+        revision=None,
+        local_files_only=False,
+        tokenizer=None,
+        device="auto",
+        dtype="float32",
+    ) -> "TaskClassifier":
         "Load what `save_pretrained` wrote. AssetError."
         folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
         if not (folder / RECORD).exists():
-            raise AssetError(f"{folder} has no {RECORD}, so it holds no classifier of several labels; load a classifier of "
-                             "one with CellClassifier.from_pretrained")
+            raise AssetError(
+                f"{folder} has no {RECORD}, so it holds no classifier of several labels; load a classifier of "
+                "one with CellClassifier.from_pretrained"
+            )
         record = read_dictionary(folder / RECORD)
         models = [load_fold(folder / f"fold{k}", tokenizer, device, dtype) for k in range(record["folds"])]
         tasks = [classifier_from(task, [], load_known(folder)) for task in record["tasks"]]
@@ -260,19 +292,35 @@ def finetune_tasks(
     tasks = tasks_of(obs, labels)
     for task in tasks:
         check_folds(task.parts(parts), task.classes, task.codes, task.label)
-    options = dict(epochs=epochs, freeze_layers=freeze_layers, lora=lora, learning_rate=learning_rate, batch_size=batch_size,
-                   warmup=warmup, weight_decay=weight_decay, seed=seed, **recipe)
+    options = dict(
+        epochs=epochs,
+        freeze_layers=freeze_layers,
+        lora=lora,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        seed=seed,
+        **recipe,
+    )
     sequences, own = gf.readable(cells), Gathered(len(cells), tasks[-1].block.stop)
     weights = {"tasks": {label: float(of_tasks[i]) for i, label in enumerate(labels)}, "classes": class_weights}
     models, histories = [], []
     for k, part in enumerate(parts):
         model, history = train_task_fold(gf, sequences, tasks, part, k, weights, folder=folder, **options)
         for rows, seen in ((part.test, False), (part.train, True)):
-            own.add(rows, probabilities(model, Part(sequences, rows), blocks=[len(task.classes) for task in tasks]), seen)
+            own.add(
+                rows, probabilities(model, Part(sequences, rows), blocks=[len(task.classes) for task in tasks]), seen
+            )
         models.append(model)
         histories.append(history)
-    settings = {"held_out_by": split.by, "folds": len(parts), "task_weights": weights["tasks"],
-                "class_weights": class_weights, **options}
+    settings = {
+        "held_out_by": split.by,
+        "folds": len(parts),
+        "task_weights": weights["tasks"],
+        "class_weights": class_weights,
+        **options,
+    }
     counts, advice = counts_for(data, cells, gf, layer), advice_for(split.by, epochs, freeze_layers, gf.n_layers)
     known = KnownCells.of(cells.obs.index, parts)
     judged = [judge_task(task, own, known, counts, parts, groups, advice, n_boot, settings) for task in tasks]
@@ -294,13 +342,22 @@ def train_task_fold(gf: Geneformer, sequences, tasks: Sequence[Task], part: Spli
     return train_fold(gf, sequences, codes, names, part, k, loss=loss, class_weights=weights, **options)
 
 
-def judge_task(task: Task, own: Gathered, known: KnownCells, counts, parts, groups, advice, n_boot: int,
-               settings: dict) -> CellClassifier:
+def judge_task(
+    task: Task, own: Gathered, known: KnownCells, counts, parts, groups, advice, n_boot: int, settings: dict
+) -> CellClassifier:
     "The classifier of one label, still without models: scores beside baselines, and the verdict with its warning."
     settings = {"label": task.label, "cells_with_label": int(task.known.sum()), **settings}
     simple = baseline_probabilities(counts, task.codes, task.parts(parts), len(task.classes), settings["seed"])
-    scores = score_table(share_of(own, task), simple, task.codes, task.classes, groups, n_boot=n_boot,
-                         seed=settings["seed"], origin=settings)
+    scores = score_table(
+        share_of(own, task),
+        simple,
+        task.codes,
+        task.classes,
+        groups,
+        n_boot=n_boot,
+        seed=settings["seed"],
+        origin=settings,
+    )
     verdict = judge(scores, advice)
     if verdict.overfitted:
         warn(f"{task.label}: {verdict}")

@@ -18,9 +18,11 @@ from ..statistics.table import bh
 def cosines(shifts: pd.DataFrame, method: str) -> pd.DataFrame:
     "The rows that have a cosine to the unedited cell; OptionError where the screen was made towards a goal."
     if "cosine" not in shifts:
-        raise OptionError(f"method={method!r} compares each cell with itself before the edit, and this screen measured "
-                          f"shifts to a goal; perturb without goal= (state= and start= may stay), or use "
-                          f"method='matched'")
+        raise OptionError(
+            f"method={method!r} compares each cell with itself before the edit, and this screen measured "
+            f"shifts to a goal; perturb without goal= (state= and start= may stay), or use "
+            f"method='matched'"
+        )
     return shifts[shifts["cosine"].notna()].astype({"cosine": np.float64})
 
 # %% ../../nbs/geneformer/original_modes.ipynb #d723f4ef
@@ -41,15 +43,19 @@ def vs_null(shifts: pd.DataFrame, null: pd.DataFrame, genes: list) -> pd.DataFra
     "Per gene (in the order of `genes` where all else is equal): mean cosine here and in `null`, rank-sum p and BH."
     from scipy.stats import ranksums
 
-    test, other = ({gene: rows.to_numpy() for gene, rows in
-                    cosines(part, "vs_null").groupby("gene", observed=True)["cosine"]} for part in (shifts, null))
+    test, other = (
+        {gene: rows.to_numpy() for gene, rows in cosines(part, "vs_null").groupby("gene", observed=True)["cosine"]}
+        for part in (shifts, null)
+    )
     empty = np.empty(0)
     rows = [(gene, test[gene], other.get(gene, empty)) for gene in genes if gene in test]
-    table = pd.DataFrame({
-        "gene": [gene for gene, _, _ in rows],
-        "cosine": [ours.mean() for _, ours, _ in rows],
-        "null_cosine": [theirs.mean() if len(theirs) else np.nan for _, _, theirs in rows],
-    })
+    table = pd.DataFrame(
+        {
+            "gene": [gene for gene, _, _ in rows],
+            "cosine": [ours.mean() for _, ours, _ in rows],
+            "null_cosine": [theirs.mean() if len(theirs) else np.nan for _, _, theirs in rows],
+        }
+    )
     table["difference"] = table["cosine"] - table["null_cosine"]
     table["p"] = [float(ranksums(ours, theirs).pvalue) if len(theirs) else 1.0 for _, ours, theirs in rows]
     table["fdr"] = bh(table["p"])
@@ -66,8 +72,10 @@ def mixture_model(shifts: pd.DataFrame, genes: list) -> pd.DataFrame:
     mean = by_gene.mean()
     mean = mean.loc[[gene for gene in genes if gene in mean.index]]
     if mean.nunique() < 2:
-        raise DataError(f"method='mixture_model' divides genes into those with an impact and the others, and this "
-                        f"screen has {len(mean)} with {mean.nunique()} different effects; perturb genes='all'")
+        raise DataError(
+            f"method='mixture_model' divides genes into those with an impact and the others, and this "
+            f"screen has {len(mean)} with {mean.nunique()} different effects; perturb genes='all'"
+        )
     mixture = GaussianMixture(n_components=2, random_state=0).fit(mean.to_numpy()[:, None])
     table = pd.DataFrame({"gene": mean.index.to_numpy(), "cosine": mean.to_numpy()})
     table["impact"] = impact(mixture, table["cosine"].to_numpy()).astype(int)
@@ -95,13 +103,17 @@ EFFECTS = ("gene", "affected", "cell", "cosine")
 def aggregate_gene_shifts(shifts: pd.DataFrame, effects: pd.DataFrame) -> pd.DataFrame:
     "Per pair (gene, affected): mean cosine, its population standard deviation, n_cells; `effects` from gene_effects."
     if effects is None or not set(EFFECTS) <= set(effects):
-        raise OptionError("method='aggregate_gene_shifts' needs what each gene felt: "
-                          "effects=gene_effects(model, data, ...), with the columns " + ", ".join(EFFECTS))
+        raise OptionError(
+            "method='aggregate_gene_shifts' needs what each gene felt: "
+            "effects=gene_effects(model, data, ...), with the columns " + ", ".join(EFFECTS)
+        )
     cells = cosines(shifts, "aggregate_gene_shifts")[["gene", "cell", "cosine"]].assign(affected="cell_emb")
     own = effects[effects["cell"].isin(cells["cell"]) & effects["gene"].isin(cells["gene"])]
     if not len(own):
-        raise DataError(f"none of the {len(effects):,} effects belongs to a gene and a cell of this screen; make them "
-                        f"with the same data, kind and genes")
+        raise DataError(
+            f"none of the {len(effects):,} effects belongs to a gene and a cell of this screen; make them "
+            f"with the same data, kind and genes"
+        )
     columns = [*EFFECTS, *(["affected_symbol"] if "affected_symbol" in own else [])]
     rows = pd.concat([cells, own[columns].astype({"cosine": np.float64})], ignore_index=True)
     pairs = rows.groupby(["gene", "affected"], sort=False, observed=True)

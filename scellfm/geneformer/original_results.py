@@ -23,8 +23,10 @@ def raw_files(folder, files: str = RAW) -> list[tuple[int | None, Path]]:
     "The number of the cell (None where the name has none) and the path of every raw file, in the order of the cells."
     paths = sorted(Path(folder).expanduser().glob(files))
     if not paths:
-        raise AssetError(f"{folder} holds no {files}; give the folder that the original's InSilicoPerturber wrote to "
-                         f"(output_directory), or files= for other names")
+        raise AssetError(
+            f"{folder} holds no {files}; give the folder that the original's InSilicoPerturber wrote to "
+            f"(output_directory), or files= for other names"
+        )
     found = []
     for path in paths:
         numbers = re.search(r"_(\d+)batch(-?\d+)", path.name)
@@ -36,12 +38,16 @@ def raw_files(folder, files: str = RAW) -> list[tuple[int | None, Path]]:
 def checked_items(path: Path, values):
     "The (key, list) pairs of one dictionary of raw results; AssetError where it is something else."
     if not isinstance(values, dict):
-        raise AssetError(f"{path} holds a {type(values).__name__} where results by gene are expected; it is no raw result "
-                         "of the original's InSilicoPerturber")
+        raise AssetError(
+            f"{path} holds a {type(values).__name__} where results by gene are expected; it is no raw result "
+            "of the original's InSilicoPerturber"
+        )
     for key, one in values.items():
         if not (isinstance(key, tuple) and len(key) == 2 and isinstance(one, list)):
-            raise AssetError(f"{path} has the entry {key!r}: {str(one)[:40]}; raw results are lists of numbers by (token, "
-                             "'cell_emb') or (token, token). It is another file of the original's, or of another program")
+            raise AssetError(
+                f"{path} has the entry {key!r}: {str(one)[:40]}; raw results are lists of numbers by (token, "
+                "'cell_emb') or (token, token). It is another file of the original's, or of another program"
+            )
         yield key, one
 
 # %% ../../nbs/geneformer/original_results.ipynb #469c46cf
@@ -70,8 +76,10 @@ def gene_names(tokens: pd.Series, tokenizer, folder) -> pd.Series:
         parts = token if isinstance(token, tuple) else (token,)
         wrong = [part for part in parts if not (isinstance(part, int) and 0 <= part < len(vocabulary))]
         if wrong:
-            raise AssetError(f"{folder} has results of token {wrong[0]!r}, and the tokenizer ({tokenizer.version}) has the "
-                             f"tokens 0 to {len(vocabulary) - 1:,}; pass the tokenizer of the model that was perturbed")
+            raise AssetError(
+                f"{folder} has results of token {wrong[0]!r}, and the tokenizer ({tokenizer.version}) has the "
+                f"tokens 0 to {len(vocabulary) - 1:,}; pass the tokenizer of the model that was perturbed"
+            )
         names[token] = "+".join(vocabulary[part] for part in parts)
     return tokens.map(names)
 
@@ -80,39 +88,60 @@ def known_states(rows: pd.DataFrame, folder, goal: str | None) -> list[str]:
     "The states of the results, the goal first; OptionErrors where the goal is missing, unknown, or not asked for."
     states = [state for state in dict.fromkeys(rows["state"]) if state]
     if (goal is not None) != bool(states) or (states and goal not in states):
-        found = f"shifts to {', '.join(map(repr, states))}: name one, goal={states[0]!r}" if states else "no states: leave goal out"
+        found = (
+            f"shifts to {', '.join(map(repr, states))}: name one, goal={states[0]!r}"
+            if states
+            else "no states: leave goal out"
+        )
         raise OptionError(f"goal={goal!r}, and {folder} has {found}")
     return [goal, *(state for state in states if state != goal)] if states else []
 
 
-def original_shifts(folder, tokenizer, *, goal: str | None = None, files: str = RAW) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
+def original_shifts(
+    folder, tokenizer, *, goal: str | None = None, files: str = RAW
+) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     "The shifts, genes and params of a Screen of the original's raw results in `folder`."
     rows = raw_rows(folder, files, is_cell=True)
     if not len(rows):
         raise AssetError(f"{folder} has effects on genes only; read them with original_effects(folder, tokenizer)")
     states, rows["gene"] = known_states(rows, folder, goal), gene_names(rows["perturbed"], tokenizer, folder)
     values = rows.pivot_table(index=["gene", "cell"], columns="state", values="value", sort=False).reset_index()
-    shifts = pd.DataFrame({"gene": values["gene"], "cell": values["cell"], "donor": np.nan, "group": "all", "rank": np.nan})
+    shifts = pd.DataFrame(
+        {"gene": values["gene"], "cell": values["cell"], "donor": np.nan, "group": "all", "rank": np.nan}
+    )
     if states:
         shifts["shift"] = values[goal]
         shifts = shifts.assign(**{f"shift_{state}": values[state] for state in states})
     else:
         shifts = shifts.assign(shift=1 - values[""], cosine=values[""])
-    order = rows.drop_duplicates("gene").set_index("gene")["perturbed"].map(lambda token: token if isinstance(token, tuple) else (token,))
+    order = (
+        rows.drop_duplicates("gene")
+        .set_index("gene")["perturbed"]
+        .map(lambda token: token if isinstance(token, tuple) else (token,))
+    )
     genes = sorted(order.index, key=lambda gene: order[gene])
     symbols = ["+".join(str(tokenizer.symbol(part)) for part in gene.split("+")) for gene in genes]
     facts = pd.DataFrame({"group": "all", "gene": genes, "symbol": symbols, "log2fc": np.nan})
     kind = re.search(r"in_silico_(delete|overexpress|inhibit|activate)_", raw_files(folder, files)[0][1].name)
-    return shifts, facts, {"kind": kind.group(1) if kind else "perturb", "goal": goal, "alt": states[1:], "original": True}
+    return (
+        shifts,
+        facts,
+        {"kind": kind.group(1) if kind else "perturb", "goal": goal, "alt": states[1:], "original": True},
+    )
 
 
 def original_effects(folder, tokenizer, *, files: str = RAW) -> pd.DataFrame:
     "The original's effects on genes (gene, affected, cell, cosine, affected_symbol), for method='aggregate_gene_shifts'."
     rows = raw_rows(folder, files, is_cell=False)
     if not len(rows):
-        raise AssetError(f"{folder} has no effects on genes; the original writes them with emb_mode='cell_and_gene' or "
-                         "'cls_and_gene'")
-    names = {column: gene_names(rows[source], tokenizer, folder) for column, source in (("gene", "perturbed"), ("affected", "affected"))}
+        raise AssetError(
+            f"{folder} has no effects on genes; the original writes them with emb_mode='cell_and_gene' or "
+            "'cls_and_gene'"
+        )
+    names = {
+        column: gene_names(rows[source], tokenizer, folder)
+        for column, source in (("gene", "perturbed"), ("affected", "affected"))
+    }
     table = pd.DataFrame({**names, "cell": rows["cell"], "cosine": rows["value"]})
     symbol = {gene: str(tokenizer.symbol(gene)) for gene in table["affected"].unique()}
     return table.assign(affected_symbol=table["affected"].map(symbol))

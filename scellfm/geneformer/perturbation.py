@@ -20,14 +20,24 @@ from .gradient import agreement, asked_gradient, choose_exact, estimate_block, j
 from .matched import genes_like
 from .model import CutCells, Geneformer, layer_index, pooling
 from scellfm.geneformer.question import (
-    Question, Task, asked_combination, asked_filter, asked_genes, asked_quartiles, cell_names,
-    plan_tasks, rows_of_models, take,
+    Question,
+    Task,
+    asked_combination,
+    asked_filter,
+    asked_genes,
+    asked_quartiles,
+    cell_names,
+    plan_tasks,
+    rows_of_models,
+    take,
 )
 from .screen import Screen
 from ..store import Store, fingerprint
 
 # %% ../../nbs/geneformer/perturbation.ipynb #683fd390
-def effect_rows(edits: Edits, effects: np.ndarray, labels: np.ndarray, states: list, name: str = "shift") -> pd.DataFrame:
+def effect_rows(
+    edits: Edits, effects: np.ndarray, labels: np.ndarray, states: list, name: str = "shift"
+) -> pd.DataFrame:
     """The rows of edits: gene, cell (position), rank, `name` and the columns of the states, in the order of the edits.
 
     The rank of several genes is their mean; a gene that the cell lacks (overexpression) stands behind its last one."""
@@ -47,6 +57,7 @@ def effect_rows(edits: Edits, effects: np.ndarray, labels: np.ndarray, states: l
 @dataclass
 class Job:
     "The edits of one task: its cells as its model reads them, and what each edit is called."
+
     name: str
     task: Task
     cells: CutCells
@@ -62,6 +73,7 @@ class Job:
 @dataclass
 class Bench:
     "What computing needs: the models, all cells, the question, the layer that is read, and where blocks are kept."
+
     models: list
     cells: CutCells
     question: Question
@@ -77,8 +89,9 @@ class Bench:
             return None
         if (task.group, task.model) not in self.known:
             gf, used = self.models[task.model], np.unique(np.concatenate(list(task.states.values())))
-            embeddings = embed_cells(gf, take(self.cells, used, gf), self.index, pooling("auto", gf.special),
-                                     self.token_budget)
+            embeddings = embed_cells(
+                gf, take(self.cells, used, gf), self.index, pooling("auto", gf.special), self.token_budget
+            )
             centres = [summarize(embeddings[np.searchsorted(used, task.states[s])]) for s in self.question.states]
             self.known[task.group, task.model] = torch.from_numpy(np.stack(centres)).to(gf.device)
         return self.known[task.group, task.model]
@@ -86,9 +99,20 @@ class Bench:
     def effects(self, job: Job, edits: Edits, bar, label: str = "", estimate=None) -> np.ndarray:
         "The effects of some edits of a job [k, s], exact or by `estimate`."
         gf = self.models[job.task.model]
-        return run_edits(gf, job.cells, edits, self.index, pooling("auto", gf.special), self.states(job.task),
-                         token_budget=self.token_budget, store=self.store, label=job.name + label, bar=bar,
-                         record=self.record, estimate=estimate)
+        return run_edits(
+            gf,
+            job.cells,
+            edits,
+            self.index,
+            pooling("auto", gf.special),
+            self.states(job.task),
+            token_budget=self.token_budget,
+            store=self.store,
+            label=job.name + label,
+            bar=bar,
+            record=self.record,
+            estimate=estimate,
+        )
 
 # %% ../../nbs/geneformer/perturbation.ipynb #510a0837
 def company(bench: Bench, tasks: list[Task], group: str, targets: np.ndarray, matched: int) -> np.ndarray:
@@ -97,8 +121,9 @@ def company(bench: Bench, tasks: list[Task], group: str, targets: np.ndarray, ma
     return genes_like(take(bench.cells, rows, bench.models[0]), targets, matched, bench.models[0].special)[:, None]
 
 # %% ../../nbs/geneformer/perturbation.ipynb #7b30c009
-def plan_jobs(bench: Bench, tasks: list[Task], kind: str, sets: list, anchor: int | None, quartiles: int,
-              matched: int) -> list[Job]:
+def plan_jobs(
+    bench: Bench, tasks: list[Task], kind: str, sets: list, anchor: int | None, quartiles: int, matched: int
+) -> list[Job]:
     "The edits of every task; DataError where there is none at all."
     jobs = []
     for i, task in enumerate(tasks):
@@ -111,16 +136,24 @@ def plan_jobs(bench: Bench, tasks: list[Task], kind: str, sets: list, anchor: in
     if not any(len(job.edits) for job in jobs):
         wanted = "the anchor" if anchor is not None else "all of the genes" if sets[0] is not None else "a gene to edit"
         far = " at a rank from which it can move" if kind in ("inhibit", "activate") else ""
-        raise DataError(f"none of the {sum(len(task.rows) for task in tasks):,} cells has {wanted}{far}; nothing can be "
-                        f"perturbed")
+        raise DataError(
+            f"none of the {sum(len(task.rows) for task in tasks):,} cells has {wanted}{far}; nothing can be perturbed"
+        )
     return [job for job in jobs if len(job.edits)]
 
 # %% ../../nbs/geneformer/perturbation.ipynb #e9b97d62
 def cost(jobs: list[Job]) -> pd.DataFrame:
     "What an exact screen of the jobs would read: group, cells, sets of genes, edits (forward passes) and their tokens."
-    each = pd.DataFrame({"group": [job.task.group for job in jobs], "cells": [len(job.cells) for job in jobs],
-                         "genes": [len(set(job.labels)) for job in jobs], "edits": [len(job.edits) for job in jobs],
-                         "tokens": [int(job.edits.lengths.sum()) for job in jobs], "model": [job.task.model for job in jobs]})
+    each = pd.DataFrame(
+        {
+            "group": [job.task.group for job in jobs],
+            "cells": [len(job.cells) for job in jobs],
+            "genes": [len(set(job.labels)) for job in jobs],
+            "edits": [len(job.edits) for job in jobs],
+            "tokens": [int(job.edits.lengths.sum()) for job in jobs],
+            "model": [job.task.model for job in jobs],
+        }
+    )
     cells = each.groupby(["group", "model"])["cells"].first().groupby("group").sum()
     genes = {group: len(set().union(*(job.labels for job in jobs if job.task.group == group))) for group in cells.index}
     sums = each.groupby("group")[["edits", "tokens"]].sum()
@@ -138,8 +171,10 @@ def gradient_rows(bench: Bench, jobs: list[Job], top: int, check_cells: int, nam
     "The rows of all jobs, estimated, those of the leading genes and of the checked cells computed; the agreement."
     states = bench.question.states
     with progress(desc="estimates", total=sum(len(job.cells) for job in jobs), unit="cell") as bar:
-        parts = [job.rows(bench.effects(job, job.edits, bar, "estimate-", estimate_block), states, "estimate")
-                 for job in jobs]
+        parts = [
+            job.rows(bench.effects(job, job.edits, bar, "estimate-", estimate_block), states, "estimate")
+            for job in jobs
+        ]
     rows = pd.concat(parts, ignore_index=True)
     rows["exact"], checked = choose_exact(rows, names, top, check_cells, seed)
     columns, at = ["", *(f"_{state}" for state in states)], np.cumsum([0, *map(len, parts)])
@@ -183,8 +218,9 @@ def compute(bench: Bench, jobs: list[Job], gradient: tuple | None, names: np.nda
             store.close()
 
 # %% ../../nbs/geneformer/perturbation.ipynb #a520c319
-def finish_rows(rows: pd.DataFrame, obs: pd.DataFrame, names: np.ndarray, question: Question,
-                n_models: int) -> pd.DataFrame:
+def finish_rows(
+    rows: pd.DataFrame, obs: pd.DataFrame, names: np.ndarray, question: Question, n_models: int
+) -> pd.DataFrame:
     "Rows in the order of the cells, with the cell's name and donor; the column `model` only where there are several."
     order = np.lexsort((np.arange(len(rows)), rows["cell"], pd.factorize(rows["group"], sort=True)[0]))
     rows = rows.iloc[order].reset_index(drop=True)
@@ -215,8 +251,9 @@ def gene_facts(gf: Geneformer, shifts: pd.DataFrame, cells, data, question: Ques
         mask = question.passes(data.obs)
         if question.groupby:
             mask &= (data.obs[question.groupby].astype(str) == group).to_numpy()
-        fold = log2_fold_change(data, question.state, question.start, question.goal, donor=question.donor,
-                                layer=layer, mask=mask)
+        fold = log2_fold_change(
+            data, question.state, question.start, question.goal, donor=question.donor, layer=layer, mask=mask
+        )
         by_gene = pd.Series(fold.to_numpy(), index=genes).groupby(level=0).first()
         inside = facts["group"] == group
         facts.loc[inside, "log2fc"] = facts.loc[inside, "gene"].map(by_gene)
@@ -224,12 +261,33 @@ def gene_facts(gf: Geneformer, shifts: pd.DataFrame, cells, data, question: Ques
 
 # %% ../../nbs/geneformer/perturbation.ipynb #7b30c006
 def perturb(
-    models, data, *, kind: str = "delete", genes="all", combine: str | None = None, matched: int | None = None,
-    anchor: str | None = None, quartiles: int | None = None, state: str | None = None, start: str | None = None,
-    goal: str | None = None, alt=None, groupby: str | None = None, donor: str | None = None, where: dict | None = None,
-    emb_layer: int | str = -1, screen: str = "exact", top: int | None = None, check_cells: int | None = None,
-    model_of=None, max_cells: int | None = None, seed: int = 0, layer: str | None = None, token_budget: int = 16384,
-    folder=None, dry_run: bool = False,
+    models,
+    data,
+    *,
+    kind: str = "delete",
+    genes="all",
+    combine: str | None = None,
+    matched: int | None = None,
+    anchor: str | None = None,
+    quartiles: int | None = None,
+    state: str | None = None,
+    start: str | None = None,
+    goal: str | None = None,
+    alt=None,
+    groupby: str | None = None,
+    donor: str | None = None,
+    where: dict | None = None,
+    emb_layer: int | str = -1,
+    screen: str = "exact",
+    top: int | None = None,
+    check_cells: int | None = None,
+    model_of=None,
+    max_cells: int | None = None,
+    seed: int = 0,
+    layer: str | None = None,
+    token_budget: int = 16384,
+    folder=None,
+    dry_run: bool = False,
 ) -> Screen:
     """Perturb genes in silico and measure how far each cell moves: a Screen with one row per edit of a cell.
 
@@ -265,12 +323,25 @@ def perturb(
     if dry_run:
         return cost(jobs)
     targets = None if matched is None else [str(gf.tokenizer.genes[token]) for token in sets[0][:, 0]]
-    params = {"kind": kind, "genes": genes if isinstance(genes, str) else list(map(str, genes)), "combine": combine,
-              "matched": matched, "targets": targets,
-              "anchor": None if anchor is None else str(gf.tokenizer.genes[anchor_token]), "quartiles": quartiles if kind in ("inhibit", "activate") else None,
-              **asdict(question), "alt": list(alt), "emb_layer": emb_layer, "hidden_state": index, "screen": screen,
-              "gradient": gradient, "pool": pooling("auto", gf.special), "max_cells": max_cells, "seed": seed,
-              "models": [repr(m) for m in models]}
+    params = {
+        "kind": kind,
+        "genes": genes if isinstance(genes, str) else list(map(str, genes)),
+        "combine": combine,
+        "matched": matched,
+        "targets": targets,
+        "anchor": None if anchor is None else str(gf.tokenizer.genes[anchor_token]),
+        "quartiles": quartiles if kind in ("inhibit", "activate") else None,
+        **asdict(question),
+        "alt": list(alt),
+        "emb_layer": emb_layer,
+        "hidden_state": index,
+        "screen": screen,
+        "gradient": gradient,
+        "pool": pooling("auto", gf.special),
+        "max_cells": max_cells,
+        "seed": seed,
+        "models": [repr(m) for m in models],
+    }
     rows, more = compute(bench, jobs, gradient, names, seed, open_store(folder, models, bench.cells, tasks, params))
     shifts = finish_rows(rows, obs, names, question, len(models))
     return Screen(shifts, gene_facts(gf, shifts, cells, data, question, layer), params | more)

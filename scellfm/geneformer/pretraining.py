@@ -108,8 +108,10 @@ def token_rows(cells, rows: np.ndarray, n: int) -> np.ndarray:
         return np.asarray(rows, dtype=np.int64)
     index = np.asarray(cells.cell_index)
     if len(index) and index.max() >= n:
-        raise OptionError(f"the split is of {n:,} cells, and the tokenized cells come from at least "
-                          f"{index.max() + 1:,}; make the split from the same cells")
+        raise OptionError(
+            f"the split is of {n:,} cells, and the tokenized cells come from at least "
+            f"{index.max() + 1:,}; make the split from the same cells"
+        )
     position = np.full(n, -1, dtype=np.int64)
     position[index] = np.arange(len(index))
     found = position[rows]
@@ -148,8 +150,11 @@ def start_from_frequencies(model, counts: np.ndarray) -> None:
 # %% ../../nbs/geneformer/pretraining.ipynb #a1486bdf
 def identity_of(names: CellNames, lengths: np.ndarray, parts, block: int = 2**18) -> list[str]:
     "A fingerprint of the names and lengths of the cells of each part, block by block."
-    return [fingerprint(names[rows[start:start + block]], lengths[rows[start:start + block]])
-            for rows in parts for start in range(0, max(len(rows), 1), block)]
+    return [
+        fingerprint(names[rows[start : start + block]], lengths[rows[start : start + block]])
+        for rows in parts
+        for start in range(0, max(len(rows), 1), block)
+    ]
 
 
 def pretrain(
@@ -193,10 +198,26 @@ def pretrain(
     inputs = {"cells": fingerprint(identity_of(names, sequences.lengths, (train, judged)), mask_share)}
     try:
         history = fit(
-            gf.model, masked_loss, rows.n, rows.batch, lengths=rows.lengths, valid=valid, epochs=epochs,
-            learning_rate=learning_rate, batch_size=batch_size, warmup=warmup, weight_decay=weight_decay,
-            seed=seed, dtype=str(gf.dtype).removeprefix("torch."), device=gf.device, folder=folder, save_every=save_every,
-            desc="pretraining", inputs=inputs, **recipe)
+            gf.model,
+            masked_loss,
+            rows.n,
+            rows.batch,
+            lengths=rows.lengths,
+            valid=valid,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            seed=seed,
+            dtype=str(gf.dtype).removeprefix("torch."),
+            device=gf.device,
+            folder=folder,
+            save_every=save_every,
+            desc="pretraining",
+            inputs=inputs,
+            **recipe,
+        )
     except DivergedError as error:
         raise DivergedError(f"{error}. This model's weights are spoilt: load it, or make it, anew") from error
     gf.model.to(gf.dtype)
@@ -212,6 +233,8 @@ def tell_if_useless(history: History) -> None:
     last = history.epoch_rows[history.best if history.best is not None else -1]
     loss, simple = last.get("valid_loss", last["train_loss"]), min(history.baselines.values())
     if loss >= simple:
-        warn(f"after pretraining the loss is {loss:.3f} nats, and guessing genes by their frequency gives "
-             f"{simple:.3f}: the model has learned no more than which genes are common; train "
-             "longer, on more cells, or at another learning_rate")
+        warn(
+            f"after pretraining the loss is {loss:.3f} nats, and guessing genes by their frequency gives "
+            f"{simple:.3f}: the model has learned no more than which genes are common; train "
+            "longer, on more cells, or at another learning_rate"
+        )

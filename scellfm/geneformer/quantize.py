@@ -19,29 +19,41 @@ def quantization_settings(quantize: str) -> dict:
     one_of("quantize", quantize, ("8bit", "4bit"))
     if quantize == "8bit":
         return {"load_in_8bit": True}
-    return {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": torch.bfloat16}
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": torch.bfloat16,
+    }
 
 
 def check_quantize(quantize: str, device: torch.device) -> dict:
     "The settings, if this machine can use them; ExtraError or OptionError naming everything that is missing."
     settings = quantization_settings(quantize)
     package = importlib.util.find_spec("bitsandbytes") is not None
-    lacking = [text for have, text in (
-        (device.type == "cuda", f"a CUDA card (the device is {str(device)!r})"),
-        (package, "the package bitsandbytes (pip install 'scellfm[quantize]')")) if not have]
+    lacking = [
+        text
+        for have, text in (
+            (device.type == "cuda", f"a CUDA card (the device is {str(device)!r})"),
+            (package, "the package bitsandbytes (pip install 'scellfm[quantize]')"),
+        )
+        if not have
+    ]
     if lacking:
         raise (OptionError if package else ExtraError)(
             f"quantize={quantize!r} needs {' and '.join(lacking)}; without, leave quantize out: dtype='bfloat16' halves the "
-            "memory on every device")
+            "memory on every device"
+        )
     return settings
 
 # %% ../../nbs/geneformer/quantize.ipynb #6c61d8c5
 def refuse_quantized(model) -> None:
     "OptionError where a quantized model is to be trained."
     if getattr(model, "is_quantized", False):
-        raise OptionError("this model was loaded with quantize= and only reads; load it without, and let adapters learn "
-                          "(lora=8) where memory is short")
+        raise OptionError(
+            "this model was loaded with quantize= and only reads; load it without, and let adapters learn "
+            "(lora=8) where memory is short"
+        )
 
 # %% ../../nbs/geneformer/quantize.ipynb #eb9ae13d
 def load_quantized(folder: Path, settings: dict, device: torch.device):
@@ -49,10 +61,17 @@ def load_quantized(folder: Path, settings: dict, device: torch.device):
     from transformers import AutoModelForMaskedLM, BitsAndBytesConfig
 
     model, found = AutoModelForMaskedLM.from_pretrained(
-        folder, quantization_config=BitsAndBytesConfig(**settings), device_map={"": device}, attn_implementation="sdpa",
-        output_loading_info=True, local_files_only=True)
+        folder,
+        quantization_config=BitsAndBytesConfig(**settings),
+        device_map={"": device},
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        local_files_only=True,
+    )
     missing = [name for name in found["missing_keys"] if not name.startswith("cls.")]
     if missing:
-        raise AssetError(f"{folder}: {len(missing)} tensors were not found when loading quantized weights, e.g. "
-                         f"{missing[0]!r}; load without quantize")
+        raise AssetError(
+            f"{folder}: {len(missing)} tensors were not found when loading quantized weights, e.g. "
+            f"{missing[0]!r}; load without quantize"
+        )
     return model.eval()

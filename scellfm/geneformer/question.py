@@ -23,17 +23,23 @@ def asked_filter(where: dict | None) -> dict | None:
     if where is None:
         return None
     if not isinstance(where, dict) or not where:
-        raise OptionError(f"where={where!r}: name columns of obs and the values wanted: where={{'sex': 'female', "
-                          "'batch': [1, 2]}")
-    lists = {column: [values] if isinstance(values, str) or not np.iterable(values) else list(values)
-             for column, values in where.items()}
-    return {str(column): [getattr(value, "item", lambda value=value: value)() for value in values]
-            for column, values in lists.items()}
+        raise OptionError(
+            f"where={where!r}: name columns of obs and the values wanted: where={{'sex': 'female', 'batch': [1, 2]}}"
+        )
+    lists = {
+        column: [values] if isinstance(values, str) or not np.iterable(values) else list(values)
+        for column, values in where.items()
+    }
+    return {
+        str(column): [getattr(value, "item", lambda value=value: value)() for value in values]
+        for column, values in lists.items()
+    }
 
 # %% ../../nbs/geneformer/question.ipynb #cbb48426
 @dataclass(frozen=True)
 class Question:
     "Which obs columns and values a screen is about; all None: every cell is edited and no state is asked for."
+
     state: str | None = None
     start: str | None = None
     goal: str | None = None
@@ -49,12 +55,15 @@ class Question:
         if (self.goal is not None or self.start is not None or self.alt) and self.state is None:
             raise OptionError("start, goal and alt are values of an obs column; name it: state='condition'")
         if self.state is not None and self.start is None:
-            raise OptionError(f"state={self.state!r} is given without start: say which cells are perturbed, "
-                              f"start='diseased'")
+            raise OptionError(
+                f"state={self.state!r} is given without start: say which cells are perturbed, start='diseased'"
+            )
         if self.alt and self.goal is None:
             raise OptionError("alt states are measured beside a goal; name it: goal='healthy'")
         if len(set(map(str, self.states))) < len(self.states):
-            raise OptionError(f"goal={self.goal!r}, start={self.start!r} and alt={list(self.alt)!r}: the states must differ")
+            raise OptionError(
+                f"goal={self.goal!r}, start={self.start!r} and alt={list(self.alt)!r}: the states must differ"
+            )
 
     @property
     def columns(self) -> list[str]:
@@ -76,8 +85,10 @@ class Question:
         found = set(kept[self.state].astype(str)) if self.state else set()
         for name in (self.start, *self.states):
             if name is not None and str(name) not in found:
-                raise DataError(f"no cell has {self.state}={name!r}; its values are {', '.join(sorted(found)[:12])}"
-                                + (f" among the cells where {self.where}" if self.where else ""))
+                raise DataError(
+                    f"no cell has {self.state}={name!r}; its values are {', '.join(sorted(found)[:12])}"
+                    + (f" among the cells where {self.where}" if self.where else "")
+                )
 
     def passes(self, obs: pd.DataFrame) -> np.ndarray:
         "Which cells take part [cells]: those whose columns have the values that `where` names; DataError if none."
@@ -87,14 +98,17 @@ class Question:
             kept &= inside
             if not kept.any():
                 found = ", ".join(map(str, pd.unique(obs[column])[:12]))
-                raise DataError(f"where={self.where}: no cell {'is left' if inside.any() else 'has these values'} at "
-                                f"{column!r}, whose values are {found}")
+                raise DataError(
+                    f"where={self.where}: no cell {'is left' if inside.any() else 'has these values'} at "
+                    f"{column!r}, whose values are {found}"
+                )
         return kept
 
 # %% ../../nbs/geneformer/question.ipynb #1d01ad6f
 @dataclass
 class Task:
     "One group read by one model: positions of the cells to edit, and of the cells that make each state."
+
     group: str
     model: int
     rows: np.ndarray
@@ -116,10 +130,13 @@ def draw(rows: np.ndarray, names: np.ndarray, number: int | None, seed: int) -> 
     return rows[np.sort(np.argsort(lots, kind="stable")[:number])]
 
 
-def plan_tasks(obs: pd.DataFrame, question: Question, model_of: np.ndarray, names: np.ndarray, max_cells,
-               seed: int) -> list[Task]:
+def plan_tasks(
+    obs: pd.DataFrame, question: Question, model_of: np.ndarray, names: np.ndarray, max_cells, seed: int
+) -> list[Task]:
     "The tasks of a screen, group by group and model by model."
-    groups = obs[question.groupby].astype(str).to_numpy() if question.groupby else np.full(len(obs), "all", dtype=object)
+    groups = (
+        obs[question.groupby].astype(str).to_numpy() if question.groupby else np.full(len(obs), "all", dtype=object)
+    )
     state = obs[question.state].astype(str).to_numpy() if question.state else None
     tasks, passes = [], question.passes(obs)
     for group in sorted(set(groups[passes])):
@@ -135,8 +152,9 @@ def plan_tasks(obs: pd.DataFrame, question: Question, model_of: np.ndarray, name
                 continue
             tasks.append(Task(group, int(model), mine, members))
     if not tasks:
-        raise DataError("there is no cell to perturb: no group has cells of the start state and of every state asked "
-                        "for")
+        raise DataError(
+            "there is no cell to perturb: no group has cells of the start state and of every state asked for"
+        )
     return tasks
 
 
@@ -166,13 +184,17 @@ def rows_of_models(model_of, n_models: int, cells, data) -> np.ndarray:
     model_of = np.asarray(model_of, dtype=np.int64)
     expected = data.n_obs if hasattr(data, "n_obs") else len(cells)
     if len(model_of) != expected or model_of.max(initial=-1) >= n_models:
-        raise OptionError(f"model_of has {len(model_of):,} entries up to {model_of.max(initial=-1)}; needed is one "
-                          f"of 0 to "
-                          f"{n_models - 1} (negative: none) for each of {expected:,} cells")
+        raise OptionError(
+            f"model_of has {len(model_of):,} entries up to {model_of.max(initial=-1)}; needed is one "
+            f"of 0 to "
+            f"{n_models - 1} (negative: none) for each of {expected:,} cells"
+        )
     chosen = model_of[cells.cell_index] if hasattr(data, "n_obs") else model_of
     if (chosen < 0).any():
-        warn(f"{int((chosen < 0).sum()):,} cells have been seen by every model in training and are left out of the "
-             f"screen")
+        warn(
+            f"{int((chosen < 0).sum()):,} cells have been seen by every model in training and are left out of the "
+            f"screen"
+        )
     return chosen
 
 # %% ../../nbs/geneformer/question.ipynb #cc7f7091
@@ -183,16 +205,20 @@ def asked_combination(genes, combine: str | None, matched: int | None) -> str:
     "How the genes of a list are combined: `combine`, 'each' where `matched` is given, else 'joint'; OptionErrors."
     if isinstance(genes, str) and genes == "all":
         if combine is not None or matched is not None:
-            raise OptionError(f"combine={combine!r}, matched={matched} go with a list of genes; genes='all' perturbs each "
-                              "gene by itself, and all of them are there to compare with")
+            raise OptionError(
+                f"combine={combine!r}, matched={matched} go with a list of genes; genes='all' perturbs each "
+                "gene by itself, and all of them are there to compare with"
+            )
         return "each"
     combine = combine or ("joint" if matched is None else "each")
     one_of("combine", combine, COMBINATIONS)
     if matched is not None:
         check_number("matched", matched, 0)
         if combine != "each":
-            raise OptionError(f"matched={matched} with combine={combine!r}: single genes are compared with so many others like "
-                              "them; use combine='each'")
+            raise OptionError(
+                f"matched={matched} with combine={combine!r}: single genes are compared with so many others like "
+                "them; use combine='each'"
+            )
     if combine == "pairs" and len(dict.fromkeys(genes)) < 2:
         raise OptionError(f"genes={genes!r}, combine='pairs': name at least two genes")
     return combine
@@ -204,8 +230,9 @@ def asked_genes(tokenizer, kind: str, genes, anchor, combine: str = "joint") -> 
     if isinstance(genes, str) and genes != "all":
         genes = [genes]
     if anchor is not None and (not isinstance(genes, str) or kind != "delete"):
-        raise OptionError("anchor= pairs one gene with every other in deletions: use it with genes='all' and "
-                          "kind='delete'")
+        raise OptionError(
+            "anchor= pairs one gene with every other in deletions: use it with genes='all' and kind='delete'"
+        )
     if len(genes) == 0:
         raise OptionError("genes=[]: name at least one gene, or 'all'")
     if isinstance(genes, str):

@@ -66,7 +66,11 @@ def rank_numpy(csr: sparse.csr_matrix, medians: np.ndarray, tokens: np.ndarray, 
         ranked.append(genes[order])
         kept.append(counts[order])
     detected = np.diff(summed.indptr).astype(np.int64)
-    flat, counts, known = np.concatenate([[], *ranked]), np.concatenate([[], *kept]), np.asarray(summed.sum(axis=1)).ravel()
+    flat, counts, known = (
+        np.concatenate([[], *ranked]),
+        np.concatenate([[], *kept]),
+        np.asarray(summed.sum(axis=1)).ravel(),
+    )
     return flat.astype(np.int64), counts, np.minimum(detected, limit), detected, known
 
 # %% ../../nbs/geneformer/ranking.ipynb #d8150a3c
@@ -90,8 +94,21 @@ def rank_numba(csr: sparse.csr_matrix, medians: np.ndarray, tokens: np.ndarray, 
     lengths, detected, sums = np.empty(n_rows, np.int64), np.empty(n_rows, np.int64), np.empty(n_rows)
     slot = np.full(int(known.max(initial=0)) + 1, -1, np.int64)
     collapse = bool(np.bincount(known).max(initial=0) > 1)
-    used = kernel()(data, csr.indices.astype(np.int32, copy=False), csr.indptr.astype(np.int64, copy=False),
-                    tokens, medians, slot, collapse, limit, out_tokens, out_counts, lengths, detected, sums)
+    used = kernel()(
+        data,
+        csr.indices.astype(np.int32, copy=False),
+        csr.indptr.astype(np.int64, copy=False),
+        tokens,
+        medians,
+        slot,
+        collapse,
+        limit,
+        out_tokens,
+        out_counts,
+        lengths,
+        detected,
+        sums,
+    )
     return out_tokens[:used], out_counts[:used], lengths, detected, sums
 
 # %% ../../nbs/geneformer/ranking.ipynb #e449f612
@@ -121,7 +138,9 @@ def encode(
     medians = np.ascontiguousarray(medians, np.float64)
     bad = np.flatnonzero((tokens >= 0) & ~((medians > 0) & (medians < np.inf)))
     if len(bad):
-        raise DataError(f"the median of token {tokens[bad[0]]} is {medians[bad[0]]}; a typical level is above 0 and finite")
+        raise DataError(
+            f"the median of token {tokens[bad[0]]} is {medians[bad[0]]}; a typical level is above 0 and finite"
+        )
     limit = max_length - (2 if special else 0)
     if limit < 1:
         raise DataError(f"max_length={max_length} leaves no room for a gene; use at least {3 if special else 1}")

@@ -68,8 +68,11 @@ def mark_exact(table: pd.DataFrame, shifts: pd.DataFrame) -> pd.DataFrame:
     estimated_shift is the mean estimate; exact says which genes were computed; status, what the test was made of."""
     by_gene = shifts.groupby("gene", observed=True)
     exact = table["gene"].map(by_gene["exact"].all())
-    marks = {"mean_shift": table["gene"].map(by_gene["shift"].mean()).where(exact),
-             "estimated_shift": table["gene"].map(by_gene["estimate"].mean()), "exact": exact}
+    marks = {
+        "mean_shift": table["gene"].map(by_gene["shift"].mean()).where(exact),
+        "estimated_shift": table["gene"].map(by_gene["estimate"].mean()),
+        "exact": exact,
+    }
     table = table.drop(columns="mean_shift", errors="ignore")
     for place, (name, values) in enumerate(marks.items(), start=1):
         table.insert(place, name, values)
@@ -85,13 +88,17 @@ def check_method(method: str, null, effects) -> None:
     "Raise an OptionError where the method is unknown, or what it compares with is missing, or given to another."
     one_of("method", method, METHODS)
     if (null is not None) != (method == "vs_null"):
-        raise OptionError(f"method={method!r} with null={'a screen' if null is not None else None}: 'vs_null', and no "
-                          f"other, compares with a second screen, of cells in which the genes should not matter: "
-                          f"table(method='vs_null', null=other_screen)")
+        raise OptionError(
+            f"method={method!r} with null={'a screen' if null is not None else None}: 'vs_null', and no "
+            f"other, compares with a second screen, of cells in which the genes should not matter: "
+            f"table(method='vs_null', null=other_screen)"
+        )
     if (effects is not None) != (method == "aggregate_gene_shifts"):
-        raise OptionError(f"method={method!r} with effects={'given' if effects is not None else None}: "
-                          f"'aggregate_gene_shifts', and no other, needs what each gene felt: "
-                          f"table(method='aggregate_gene_shifts', effects=gene_effects(model, data, ...))")
+        raise OptionError(
+            f"method={method!r} with effects={'given' if effects is not None else None}: "
+            f"'aggregate_gene_shifts', and no other, needs what each gene felt: "
+            f"table(method='aggregate_gene_shifts', effects=gene_effects(model, data, ...))"
+        )
 
 # %% ../../nbs/geneformer/screen.ipynb #77d82cc3
 def saved_table(path: Path) -> pd.DataFrame:
@@ -99,8 +106,10 @@ def saved_table(path: Path) -> pd.DataFrame:
     try:
         return pd.read_parquet(path)
     except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise AssetError(f"{path} is missing, damaged or no table of a screen ({error}); copy the whole folder again, "
-                         f"or save the screen anew") from error
+        raise AssetError(
+            f"{path} is missing, damaged or no table of a screen ({error}); copy the whole folder again, "
+            f"or save the screen anew"
+        ) from error
 
 # %% ../../nbs/geneformer/screen.ipynb #50ebd892
 @dataclass
@@ -135,13 +144,21 @@ class Screen:
         n_cells, n_donors = self.shifts["cell"].nunique(), self.shifts["donor"].nunique()
         towards = f" from {self.params['start']!r} towards {self.params['goal']!r}" if self.params.get("goal") else ""
         exact = f" ({int(self.shifts['exact'].sum()):,} exact, the others estimated)" if self.estimated else ""
-        return (f"Screen({self.params.get('kind', 'perturb')} of {self.shifts['gene'].nunique():,} genes in "
-                f"{n_cells:,} cells of "
-                f"{n_donors or 'unknown'} donors, {len(self.shifts):,} edits{exact}{towards}; groups: "
-                f"{', '.join(self.groups)})")
+        return (
+            f"Screen({self.params.get('kind', 'perturb')} of {self.shifts['gene'].nunique():,} genes in "
+            f"{n_cells:,} cells of "
+            f"{n_donors or 'unknown'} donors, {len(self.shifts):,} edits{exact}{towards}; groups: "
+            f"{', '.join(self.groups)})"
+        )
 
-    def table(self, method: str = "matched", group: str | None = None, *, null: "Screen | None" = None,
-              effects: pd.DataFrame | None = None) -> pd.DataFrame:
+    def table(
+        self,
+        method: str = "matched",
+        group: str | None = None,
+        *,
+        null: "Screen | None" = None,
+        effects: pd.DataFrame | None = None,
+    ) -> pd.DataFrame:
         """One row per gene (and group): symbol, mean shift, and the columns of the method's test.
 
         'matched': statistics.screen_test on shifts standardised within donor; the original's, cells as samples:
@@ -150,7 +167,9 @@ class Screen:
         check_method(method, null, effects)
         if group is not None:
             one_of("group", group, self.groups)
-        parts = [group_table(self, method, name, null, effects) for name in ([group] if group is not None else self.groups)]
+        parts = [
+            group_table(self, method, name, null, effects) for name in ([group] if group is not None else self.groups)
+        ]
         table = pd.concat(parts, ignore_index=True)
         table.attrs = {**parts[0].attrs, "method": method}
         return table
@@ -162,8 +181,10 @@ class Screen:
         its own."""
         anchor, paired = self.params.get("anchor"), self.params.get("combine") == "pairs"
         if not (paired if singles is None else anchor is not None):
-            raise OptionError("combinations() compares two genes with one and one: call it on a screen with genes=[...], "
-                              "combine='pairs', or, as combinations(singles=perturb(..., genes='all')), on one with anchor=")
+            raise OptionError(
+                "combinations() compares two genes with one and one: call it on a screen with genes=[...], "
+                "combine='pairs', or, as combinations(singles=perturb(..., genes='all')), on one with anchor="
+            )
         is_pair = self.shifts["gene"].str.contains("+", regex=False) | (anchor is not None)
         alone = self.shifts[~is_pair] if singles is None else singles.shifts
         table = combination_table(pair_rows(self.shifts[is_pair], alone, anchor))
@@ -189,8 +210,10 @@ class Screen:
     def _one_group(self, group: str | None) -> str:
         "The group that is meant: the only one, or the one that is named."
         if group is None and len(self.groups) > 1:
-            raise OptionError(f"this screen has {len(self.groups)} groups; name one: group={self.groups[0]!r} "
-                              f"(of {', '.join(self.groups)})")
+            raise OptionError(
+                f"this screen has {len(self.groups)} groups; name one: group={self.groups[0]!r} "
+                f"(of {', '.join(self.groups)})"
+            )
         if group is not None:
             one_of("group", group, self.groups)
         return group if group is not None else self.groups[0]
@@ -218,13 +241,18 @@ class Screen:
         "Read a folder that `save` wrote; AssetError where it is none, or a file in it is damaged."
         path = Path(path)
         if not (path / "screen.json").exists():
-            raise AssetError(f"{path} is no saved screen (it has no screen.json); give the folder that Screen.save "
-                             f"wrote")
-        return cls(*(saved_table(path / f"{name}.parquet") for name in ("shifts", "genes")),
-                   read_dictionary(path / "screen.json"))
+            raise AssetError(
+                f"{path} is no saved screen (it has no screen.json); give the folder that Screen.save wrote"
+            )
+        return cls(
+            *(saved_table(path / f"{name}.parquet") for name in ("shifts", "genes")),
+            read_dictionary(path / "screen.json"),
+        )
 
 # %% ../../nbs/geneformer/screen.ipynb #90479610
-def original_table(screen: "Screen", method: str, group: str, shifts: pd.DataFrame, genes: list, null, effects) -> pd.DataFrame:
+def original_table(
+    screen: "Screen", method: str, group: str, shifts: pd.DataFrame, genes: list, null, effects
+) -> pd.DataFrame:
     "One of the original's tables of one group."
     if method == "goal_state_shift":
         return original_modes.goal_state_shift(shifts, screen.params.get("alt") or ())
@@ -241,8 +269,10 @@ def original_table(screen: "Screen", method: str, group: str, shifts: pd.DataFra
 def tested_table(screen: "Screen", shifts: pd.DataFrame, log2fc: pd.Series) -> pd.DataFrame:
     "The matched test of one group, as what was perturbed asks for: all genes, pairs, or targets among genes like them."
     if screen.params.get("original"):
-        raise OptionError("method='matched' needs the rank of a gene in a cell and the cell's donor, and the original's raw "
-                          f"results have neither; choose one of {', '.join(map(repr, METHODS[1:]))}")
+        raise OptionError(
+            "method='matched' needs the rank of a gene in a cell and the cell's donor, and the original's raw "
+            f"results have neither; choose one of {', '.join(map(repr, METHODS[1:]))}"
+        )
     if screen.params.get("combine") == "pairs":
         return singles_then_pairs(shifts, log2fc)
     table = matched_table(shifts, log2fc)

@@ -18,7 +18,18 @@ import numpy as np
 import pandas as pd
 
 from ..assets import read_dictionary
-from ..core import DataError, DivergedError, OptionError, check_number, keyed_seed, logger, one_of, optional, progress, warn
+from scellfm.core import (
+    DataError,
+    DivergedError,
+    OptionError,
+    check_number,
+    keyed_seed,
+    logger,
+    one_of,
+    optional,
+    progress,
+    warn,
+)
 from ..data.splits import Folds, Split, hold_out
 from .classifier import CellClassifier, finetune, prepare, train_and_judge
 from .finetuning import Part, probabilities, train_fold
@@ -37,9 +48,16 @@ def default_space(n_layers: int, lora=None) -> dict:
 
 def check_space(space: Mapping) -> None:
     "OptionError for a name that `finetune` does not know, an empty list, or ends that make no range."
-    known = ("freeze_layers", "lora", "class_weights", *(f for f in Recipe.__dataclass_fields__ if f not in ("seed", "dtype")))
+    known = (
+        "freeze_layers",
+        "lora",
+        "class_weights",
+        *(f for f in Recipe.__dataclass_fields__ if f not in ("seed", "dtype")),
+    )
     if not space:
-        raise OptionError("space={} leaves nothing to search; give settings and their ranges, {'learning_rate': (1e-5, 1e-3)}")
+        raise OptionError(
+            "space={} leaves nothing to search; give settings and their ranges, {'learning_rate': (1e-5, 1e-3)}"
+        )
     for name, choice in space.items():
         one_of("setting", name, known)
         good = isinstance(choice, list) and len(choice) > 0
@@ -47,8 +65,10 @@ def check_space(space: Mapping) -> None:
             whole = all(isinstance(end, int) for end in choice)
             good = choice[0] < choice[1] and (whole or choice[0] > 0)
         if not good:
-            raise OptionError(f"space[{name!r}]={choice!r}: give a list of choices, or a pair (low, high) of whole numbers "
-                              "or of numbers above 0")
+            raise OptionError(
+                f"space[{name!r}]={choice!r}: give a list of choices, or a pair (low, high) of whole numbers "
+                "or of numbers above 0"
+            )
 
 
 def suggest(trial, space: Mapping) -> dict:
@@ -91,10 +111,13 @@ def inner_split(obs: pd.DataFrame, part: Split, k: int, label: str, inner: float
         return Split(part.train, nobody, part.valid, part.by, part.n)
     mine = obs.iloc[part.train]
     if part.by and mine[part.by].nunique() < 2:
-        raise DataError(f"the training cells of fold {k} come from one {part.by} only ({mine[part.by].iloc[0]!r}), and the "
-                        "search needs another to judge its trials by; use more folds, or a hold_out with a valid part")
-    dealt = hold_out(mine, by=part.by, fractions=(1 - inner, 0, inner), stratify=label,
-                     seed=keyed_seed(seed, "inner", k) % 2**31)
+        raise DataError(
+            f"the training cells of fold {k} come from one {part.by} only ({mine[part.by].iloc[0]!r}), and the "
+            "search needs another to judge its trials by; use more folds, or a hold_out with a valid part"
+        )
+    dealt = hold_out(
+        mine, by=part.by, fractions=(1 - inner, 0, inner), stratify=label, seed=keyed_seed(seed, "inner", k) % 2**31
+    )
     return Split(part.train[dealt.train], nobody, part.train[dealt.test], part.by, part.n)
 
 # %% ../../nbs/geneformer/search.ipynb #d13662b0
@@ -128,8 +151,9 @@ def search_fold(score, space: Mapping, start: Mapping, trials: int, best_is_smal
     "The trials of one fold in order, each {**settings, score, best}; `score(settings)` judges one."
     optuna = optional("optuna", "tuning")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="minimize" if best_is_small else "maximize",
-                                sampler=optuna.samplers.TPESampler(seed=seed))
+    study = optuna.create_study(
+        direction="minimize" if best_is_small else "maximize", sampler=optuna.samplers.TPESampler(seed=seed)
+    )
     study.enqueue_trial(place_of(space, start))
     rows = []
     for _ in range(trials):
@@ -144,7 +168,9 @@ def search_fold(score, space: Mapping, start: Mapping, trials: int, best_is_smal
         tick()
     scores = np.array([row["score"] for row in rows])
     if np.isnan(scores).all():
-        raise DivergedError(f"every trial of a fold diverged ({trials} of {trials}); lower the learning rates of space={space}")
+        raise DivergedError(
+            f"every trial of a fold diverged ({trials} of {trials}); lower the learning rates of space={space}"
+        )
     rows[(np.nanargmin if best_is_small else np.nanargmax)(scores)]["best"] = True  # of equals the first
     return rows
 
@@ -178,6 +204,7 @@ def judge_of(gf: Geneformer, prepared, part: Split, k: int, options: dict, metri
 class Search:
     """`trials`: one row per fold and trial, judged inside the training cells (score NaN: diverged). `best`: settings by fold.
     `classifier`: theirs."""
+
     trials: pd.DataFrame
     best: list[dict]
     classifier: CellClassifier
@@ -220,16 +247,35 @@ def search(
     check_folds(inside, classes, codes, label)
     start = {**{field.name: field.default for field in fields(Recipe)}, **options}
     notes, bar = Notes(folder), progress(desc="searching", total=trials * len(parts), unit="trial")
-    tried = [search_fold(judge_of(gf, prepared, part, k, options, metric, notes), space, start, trials,
-                         smaller_is_better(metric), keyed_seed(seed, "search", k) % 2**32, bar.update)
-             for k, part in enumerate(inside)]
+    tried = [
+        search_fold(
+            judge_of(gf, prepared, part, k, options, metric, notes),
+            space,
+            start,
+            trials,
+            smaller_is_better(metric),
+            keyed_seed(seed, "search", k) % 2**32,
+            bar.update,
+        )
+        for k, part in enumerate(inside)
+    ]
     bar.close()
     best = [{name: row[name] for name in space} for rows in tried for row in rows if row["best"]]
     settings = {"label": label, "held_out_by": split.by, "folds": len(parts), **options, "searched": best}
-    classifier = train_and_judge(gf, data, prepared, [{**options, **found} for found in best], settings, layer, n_boot,
-                                 None if folder is None else Path(folder) / "best")
+    classifier = train_and_judge(
+        gf,
+        data,
+        prepared,
+        [{**options, **found} for found in best],
+        settings,
+        layer,
+        n_boot,
+        None if folder is None else Path(folder) / "best",
+    )
     table = pd.DataFrame([{"fold": k, "trial": i, **row} for k, rows in enumerate(tried) for i, row in enumerate(rows)])
     if lost := [{name: row[name] for name in space} for rows in tried for row in rows if math.isnan(row["score"])]:
-        warn(f"{len(lost)} of {len(table)} trials diverged and have no score, the first with {lost[0]}; lower the learning "
-             "rates of the space")
+        warn(
+            f"{len(lost)} of {len(table)} trials diverged and have no score, the first with {lost[0]}; lower the learning "
+            "rates of the space"
+        )
     return Search(table, best, classifier)

@@ -38,7 +38,9 @@ class CellSource:
     columns: list[str]  # what obs holds
     column: Callable[[str], pd.Series]  # one column of obs
     names: Callable[[int, int], np.ndarray]  # obs_names of the rows start..stop
-    blocks: Callable[[int], Iterator[tuple[int, sparse.csr_matrix]]]  # (first row, canonical csr) of at most so many rows
+    blocks: Callable[
+        [int], Iterator[tuple[int, sparse.csr_matrix]]
+    ]  # (first row, canonical csr) of at most so many rows
     stored: str = "counts"  # where the matrix was found, for messages
 
     def obs(self, column: str) -> pd.Series:
@@ -66,8 +68,12 @@ def from_adata(adata: AnnData, layer: str | None = None) -> CellSource:
     raw = layer == "raw" and layer not in adata.layers
     dense = not sparse.issparse(counts) and not hasattr(counts, "group")
     return CellSource(
-        name="AnnData", n_cells=adata.n_obs, var=adata.raw.var if raw else adata.var, columns=list(adata.obs.columns),
-        column=lambda name: adata.obs[name], names=lambda start, stop: adata.obs_names[start:stop].to_numpy(),
+        name="AnnData",
+        n_cells=adata.n_obs,
+        var=adata.raw.var if raw else adata.var,
+        columns=list(adata.obs.columns),
+        column=lambda name: adata.obs[name],
+        names=lambda start, stop: adata.obs_names[start:stop].to_numpy(),
         blocks=lambda rows: count_blocks(adata, layer, block_rows(rows, counts.shape[1], dense)),
         stored=f"{'X' if layer is None else repr(layer)} (this AnnData also has {places(adata) or 'no layers'})",
     )
@@ -94,9 +100,11 @@ def stored_rows(path: Path, kind: str, key: str, rows: int, n_genes: int) -> Ite
         group = file[key]
         indptr = group["indptr"][:].astype(np.int64)
         for start in range(0, len(indptr) - 1, rows):
-            part = indptr[start:start + rows + 1]
+            part = indptr[start : start + rows + 1]
             entries = slice(int(part[0]), int(part[-1]))
-            block = sparse.csr_matrix((group["data"][entries], group["indices"][entries], part - part[0]), shape=(len(part) - 1, n_genes))
+            block = sparse.csr_matrix(
+                (group["data"][entries], group["indices"][entries], part - part[0]), shape=(len(part) - 1, n_genes)
+            )
             plain = block.dtype.kind in "iuf" and block.dtype != np.float16
             yield start, block if plain and block.has_canonical_format and block.data.all() else canonical_csr(block)
 
@@ -139,8 +147,9 @@ def from_anndata_file(path: Path, layer: str | None, kind: str) -> CellSource:
             return stored_rows(path, kind, key, rows, len(var))
         return count_blocks(path, layer, block_rows(rows, len(var), dense))
 
-    return CellSource(str(path), n_cells, var, columns, column, names, blocks,
-                      f"{key} (the file also has the layers {layers})")
+    return CellSource(
+        str(path), n_cells, var, columns, column, names, blocks, f"{key} (the file also has the layers {layers})"
+    )
 
 # %% ../../nbs/geneformer/sources.ipynb #46f0044c
 def loom_table(group, index: tuple[str, ...], n: int) -> pd.DataFrame:
@@ -159,7 +168,9 @@ def from_loom(path: Path, layer: str | None) -> CellSource:
     key = "matrix" if layer is None else f"layers/{layer}"
     with opened(path, "loom") as file:
         if key not in file:
-            raise DataError(f"{path} has no {key!r}; layers: {list(file.get('layers', []))} (layer=None reads the main matrix)")
+            raise DataError(
+                f"{path} has no {key!r}; layers: {list(file.get('layers', []))} (layer=None reads the main matrix)"
+            )
         n_genes, n_cells = file[key].shape
         var = loom_table(file["row_attrs"], ("Gene", "var_names"), n_genes)
         obs = loom_table(file["col_attrs"], ("CellID", "obs_names"), n_cells)
@@ -168,10 +179,18 @@ def from_loom(path: Path, layer: str | None) -> CellSource:
         step = block_rows(rows, n_genes, dense=True)
         with opened(path, "loom") as file:
             for start in range(0, n_cells, step):
-                yield start, canonical_csr(file[key][:, start:start + step].T)
+                yield start, canonical_csr(file[key][:, start : start + step].T)
 
-    return CellSource(str(path), n_cells, var, list(obs.columns), lambda name: obs[name],
-                      lambda start, stop: obs.index[start:stop].to_numpy(), blocks, key)
+    return CellSource(
+        str(path),
+        n_cells,
+        var,
+        list(obs.columns),
+        lambda name: obs[name],
+        lambda start, stop: obs.index[start:stop].to_numpy(),
+        blocks,
+        key,
+    )
 
 
 def open_source(adata_or_path: AnnData | str | Path, layer: str | None = None) -> CellSource:
@@ -201,7 +220,9 @@ def cell_files(path_or_folder: str | Path) -> list[Path]:
         return [path]
     files = sorted(p for p in path.iterdir() if p.suffix in (".h5ad", ".loom", ".zarr") and not p.name.startswith("."))
     if not files:
-        raise DataError(f"the folder {path} holds no .h5ad, .loom or .zarr file; it holds {sorted(p.name for p in path.iterdir())[:5]}")
+        raise DataError(
+            f"the folder {path} holds no .h5ad, .loom or .zarr file; it holds {sorted(p.name for p in path.iterdir())[:5]}"
+        )
     return files
 
 # %% ../../nbs/geneformer/sources.ipynb #b3a8615b
@@ -209,12 +230,14 @@ def cell_totals(source: CellSource, start: int, block: sparse.csr_matrix, stored
     "float64 [rows]: the total count of each cell of a block."
     if stored is None:
         return np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
-    totals = stored[start:start + block.shape[0]]
+    totals = stored[start : start + block.shape[0]]
     wrong = np.flatnonzero(~(totals > 0) & (np.diff(block.indptr) > 0))
     if len(wrong):
         cell = source.names(start + wrong[0], start + wrong[0] + 1)[0]
-        raise DataError(f"{source.name}: obs['n_counts'] is {totals[wrong[0]]} for cell {cell!r}, which has counts; "
-                        "correct the column or remove it (the sum is then taken)")
+        raise DataError(
+            f"{source.name}: obs['n_counts'] is {totals[wrong[0]]} for cell {cell!r}, which has counts; "
+            "correct the column or remove it (the sum is then taken)"
+        )
     return totals
 
 

@@ -34,8 +34,13 @@ def gather_rows(offsets: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.
 # %% ../../nbs/geneformer/tokenized.ipynb #fba2e47b
 def report_rows(report: dict) -> list[tuple[str, str]]:
     "The lines of a tokenizer's report that a reader wants to see, as (what, how many)."
-    words = {"n_cells": "cells read", "n_filtered": "left out by filter_pass", "n_empty": "without any known gene",
-             "n_kept": "cells kept", "n_truncated": "cut to the longest allowed sequence"}
+    words = {
+        "n_cells": "cells read",
+        "n_filtered": "left out by filter_pass",
+        "n_empty": "without any known gene",
+        "n_kept": "cells kept",
+        "n_truncated": "cut to the longest allowed sequence",
+    }
     rows = [(text, f"{report[key]:,}") for key, text in words.items() if key in report]
     genes = report.get("genes")
     if genes:
@@ -67,7 +72,7 @@ class TokenizedCells:
             place = int(key) + len(self) if key < 0 else int(key)
             if not 0 <= place < len(self):
                 raise IndexError(f"cell {key} of {len(self)}")
-            return self.tokens[self.offsets[place]:self.offsets[place + 1]].astype(np.int64)
+            return self.tokens[self.offsets[place] : self.offsets[place + 1]].astype(np.int64)
         index = np.arange(len(self))[key]
         entries, offsets = gather_rows(self.offsets, index)
         counts = None if self.counts is None else self.counts[entries]
@@ -88,7 +93,7 @@ class TokenizedCells:
         "Write a folder that `datasets.load_from_disk` (and so the original Geneformer) and `TokenizedCells.load` open."
         with atomic_write(path) as folder, DatasetWriter(folder) as writer:
             for start in range(0, max(len(self), 1), 1000):
-                writer.write(self[start:start + 1000])
+                writer.write(self[start : start + 1000])
             writer.finish(self.report, self.special)
 
     @classmethod
@@ -109,7 +114,9 @@ class TokenizedCells:
     def _repr_html_(self) -> str:
         "The report as a small table."
         rows = "".join(f"<tr><td>{what}</td><td>{n}</td></tr>" for what, n in report_rows(self.report))
-        return f"<table><caption>{self!r}</caption>{rows}</table>".replace("<cls>", "&lt;cls&gt;").replace("<eos>", "&lt;eos&gt;")
+        return f"<table><caption>{self!r}</caption>{rows}</table>".replace("<cls>", "&lt;cls&gt;").replace(
+            "<eos>", "&lt;eos&gt;"
+        )
 
 # %% ../../nbs/geneformer/tokenized.ipynb #ea239b34
 def arrow_column(values: pd.Series) -> pyarrow.Array:
@@ -128,7 +135,9 @@ def ragged_column(values: np.ndarray, offsets: np.ndarray) -> pyarrow.Array:
     "A list column over flat `values`, without a copy."
     import pyarrow as pa
 
-    return pa.ListArray.from_arrays(pa.array((offsets - offsets[0]).astype(np.int32)), pa.array(values[offsets[0]:offsets[-1]]))
+    return pa.ListArray.from_arrays(
+        pa.array((offsets - offsets[0]).astype(np.int32)), pa.array(values[offsets[0] : offsets[-1]])
+    )
 
 
 def hugging_face_type(kind: pyarrow.DataType) -> dict:
@@ -184,14 +193,19 @@ class DatasetWriter:
         try:
             table = table.cast(self.schema)
         except (pa.ArrowInvalid, ValueError) as error:
-            raise DataError(f"the obs columns of {file or 'these cells'} do not fit those before ({error}); "
-                            "give each column one type in all files") from error
+            raise DataError(
+                f"the obs columns of {file or 'these cells'} do not fit those before ({error}); "
+                "give each column one type in all files"
+            ) from error
         if self.stream is None or self.filled > self.shard_bytes:
             self._next_shard()
         self.stream.write_table(table)
         self.filled += table.nbytes
-        origin = {"name": pa.array(cells.obs.index.astype(str)), "cell_index": pa.array(cells.cell_index, pa.int64()),
-                  "file": pa.array([file] * len(cells), pa.string())}
+        origin = {
+            "name": pa.array(cells.obs.index.astype(str)),
+            "cell_index": pa.array(cells.cell_index, pa.int64()),
+            "file": pa.array([file] * len(cells), pa.string()),
+        }
         if self.names is None:
             self.names = pa.ipc.new_stream(str(self.folder / "cells.arrow"), self.names_schema)
         self.names.write_table(pa.table(origin).cast(self.names_schema))
@@ -221,8 +235,15 @@ class DatasetWriter:
         features = json.loads(self.schema.metadata[b"huggingface"])["info"]["features"]
         info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
         digest = fingerprint([sha256(self.folder / name) for name in names])[:16]  # `datasets` keeps results under it
-        state = {"_data_files": [{"filename": name} for name in names], "_fingerprint": digest, "_format_columns": None,
-                 "_format_kwargs": {}, "_format_type": None, "_output_all_columns": False, "_split": None}
+        state = {
+            "_data_files": [{"filename": name} for name in names],
+            "_fingerprint": digest,
+            "_format_columns": None,
+            "_format_kwargs": {},
+            "_format_type": None,
+            "_output_all_columns": False,
+            "_split": None,
+        }
         ours = {"report": report, "special": special}
         for name, content in (("dataset_info", info), ("state", state), ("tokenizer_report", ours)):
             (self.folder / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf8")
@@ -236,7 +257,9 @@ def read_stream(path: Path) -> pyarrow.Table:
         with pa.memory_map(str(path)) as file:
             return pa.ipc.open_stream(file).read_all()
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} cannot be read ({error}); it may be truncated: tokenize again or copy it again") from error
+        raise DataError(
+            f"{path} cannot be read ({error}); it may be truncated: tokenize again or copy it again"
+        ) from error
 
 
 def flat_column(column: pyarrow.ChunkedArray) -> np.ndarray:
@@ -252,17 +275,25 @@ def read_table(folder: Path) -> pyarrow.Table:
     from scellfm.assets import read_dictionary
 
     if folder.is_file():
-        raise DataError(f"{folder} is a file and no saved data set; read its cells first: adata = scellfm.data.read({str(folder)!r})")
+        raise DataError(
+            f"{folder} is a file and no saved data set; read its cells first: adata = scellfm.data.read({str(folder)!r})"
+        )
     if not (folder / "state.json").exists():
-        raise DataError(f"{folder} is not a saved data set (no state.json in it); name the folder that was written by "
-                        "save(), tokenize_files() or the original Geneformer (prefix.dataset)")
+        raise DataError(
+            f"{folder} is not a saved data set (no state.json in it); name the folder that was written by "
+            "save(), tokenize_files() or the original Geneformer (prefix.dataset)"
+        )
     state = read_dictionary(folder / "state.json")
     if not state.get("_data_files"):
-        raise DataError(f"{folder / 'state.json'} names no data files (_data_files); the data set is not whole, save it again")
+        raise DataError(
+            f"{folder / 'state.json'} names no data files (_data_files); the data set is not whole, save it again"
+        )
     table = pa.concat_tables([read_stream(folder / part["filename"]) for part in state["_data_files"]])
     if "input_ids" not in table.column_names or state.get("_indices_data_files"):
-        raise DataError(f"{folder} has the columns {table.column_names} and {'an' if state.get('_indices_data_files') else 'no'} "
-                        "index of rows; a tokenized data set has input_ids and no such index (save it again with datasets)")
+        raise DataError(
+            f"{folder} has the columns {table.column_names} and {'an' if state.get('_indices_data_files') else 'no'} "
+            "index of rows; a tokenized data set has input_ids and no such index (save it again with datasets)"
+        )
     return table
 
 
@@ -281,7 +312,9 @@ def read_dataset(folder: Path) -> TokenizedCells:
     counts = flat_column(table["counts"]).astype(np.float32) if "counts" in table.column_names else None
     names, cell_index = np.arange(len(lengths)).astype(str), np.arange(len(lengths))
     full = lengths > 1
-    special = bool(full.any() and full.all() and (tokens[offsets[:-1]] == 2).all() and (tokens[offsets[1:] - 1] == 3).all())
+    special = bool(
+        full.any() and full.all() and (tokens[offsets[:-1]] == 2).all() and (tokens[offsets[1:] - 1] == 3).all()
+    )
     report = {"n_cells": len(lengths), "n_kept": len(lengths)}
     if (folder / "cells.arrow").exists():
         origin = read_stream(folder / "cells.arrow")

@@ -15,17 +15,32 @@ import numpy as np
 
 from ..core import DataError, OptionError, check_number, progress
 from ..data.genes import gene_ids, match_genes, plain_id
-from .dictionaries import FILES, Dictionaries, check_dictionaries, read_dictionaries, write_dictionaries
+from scellfm.geneformer.dictionaries import (
+    FILES,
+    Dictionaries,
+    check_dictionaries,
+    read_dictionaries,
+    write_dictionaries,
+)
 from .medians import exact_medians, levels
 from .sources import CellSource, cell_files, cell_totals, open_source, stored_totals
 from .tokenized import DatasetWriter, TokenizedCells
 from scellfm.geneformer.tokenizing import (
-    Request, Tally, chosen_cells, column_names, join_cells, merge_reports, tokenize_blocks, vet_counts, warn_of_empty,
+    Request,
+    Tally,
+    chosen_cells,
+    column_names,
+    join_cells,
+    merge_reports,
+    tokenize_blocks,
+    vet_counts,
+    warn_of_empty,
 )
 from ..store import atomic_write
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
     from scellfm.data.genes import GeneMatch
 
 # %% auto #0
@@ -45,7 +60,7 @@ def source_levels(source: CellSource, tokens: np.ndarray):
         vet_counts(source, start, block, stored)
         totals = cell_totals(source, start, block, stored)
         if chosen is not None:
-            inside = chosen[start:start + block.shape[0]]
+            inside = chosen[start : start + block.shape[0]]
             block, totals = block[inside], totals[inside]
         yield levels(block, totals, tokens)
 
@@ -67,9 +82,18 @@ def fit_dictionaries(sources: list[CellSource], column: str | None, mapping, spe
     words = ["<pad>", "<mask>", *(["<cls>", "<eos>"] if special else [])]
     detected = [i for i in range(len(genes)) if medians[i] > 0]
     tokens = {word: i for i, word in enumerate([*words, *(genes[i] for i in detected)])}
-    names = {str(symbol): gene for source, found in zip(sources, ids) for symbol, gene in zip(source.var.index, found)
-             if gene in tokens and str(symbol) != gene}
-    return Dictionaries(tokens, {genes[i]: float(np.float32(medians[i])) for i in detected}, dict(mapping) if mapping else None, names or None)
+    names = {
+        str(symbol): gene
+        for source, found in zip(sources, ids)
+        for symbol, gene in zip(source.var.index, found)
+        if gene in tokens and str(symbol) != gene
+    }
+    return Dictionaries(
+        tokens,
+        {genes[i]: float(np.float32(medians[i])) for i in detected},
+        dict(mapping) if mapping else None,
+        names or None,
+    )
 
 # %% ../../nbs/geneformer/tokenizer.ipynb #c77b3ae2
 PATTERNS = tuple(f"{start}{stem}*" for stem in (*FILES.values(), "rank_tokenizer") for start in ("", "*/", "*/*/"))
@@ -111,9 +135,17 @@ class RankTokenizer:
     gene_names = property(lambda self: self.dictionaries.gene_names, doc="symbol -> id, or None")
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path, *, subfolder: str | None = None, revision: str | None = None,
-                        local_files_only: bool = False, version: str | None = None, max_length: int | None = None,
-                        special: bool | None = None) -> RankTokenizer:
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        version: str | None = None,
+        max_length: int | None = None,
+        special: bool | None = None,
+    ) -> RankTokenizer:
         """Read the dictionaries in a folder (official V1 or V2, pickle or JSON; or ours) or of a hub repository.
 
         `version` ("V1", "V2") chooses where a folder holds both. AssetError: missing, unsafe, or not fitting each other.
@@ -124,12 +156,22 @@ class RankTokenizer:
         found, settings = read_dictionaries(folder, version), {}
         if (Path(folder) / "rank_tokenizer.json").exists():
             settings = read_dictionary(Path(folder) / "rank_tokenizer.json")
-        settings |= {key: value for key, value in (("max_length", max_length), ("special", special)) if value is not None}
+        settings |= {
+            key: value for key, value in (("max_length", max_length), ("special", special)) if value is not None
+        }
         return cls(found.tokens, found.medians, found.mapping, found.gene_names, **settings)
 
     @classmethod
-    def fit(cls, adata: AnnData | str | Path | Iterable, *, layer: str | None = None, gene_column: str | None = None,
-            mapping: Mapping[str, str] | None = None, special: bool = False, max_length: int = 2048) -> RankTokenizer:
+    def fit(
+        cls,
+        adata: AnnData | str | Path | Iterable,
+        *,
+        layer: str | None = None,
+        gene_column: str | None = None,
+        mapping: Mapping[str, str] | None = None,
+        special: bool = False,
+        max_length: int = 2048,
+    ) -> RankTokenizer:
         """Vocabulary and exact medians of your own cells: an AnnData, a path, a folder of files, or a list of these.
 
         Every gene that is detected becomes a token. `mapping` renames outdated ids first. Files are read in blocks, more than once
@@ -162,13 +204,30 @@ class RankTokenizer:
             for known in (name, (self.mapping or {}).get(name), (self.gene_names or {}).get(name)):
                 if known in self.medians:
                     return self.token_dictionary[known]
-        names = [name for name in [*(self.gene_names or ()), *self.medians] if not name.startswith("ENS")]  # the next number is another gene
+        names = [
+            name for name in [*(self.gene_names or ()), *self.medians] if not name.startswith("ENS")
+        ]  # the next number is another gene
         close = difflib.get_close_matches(gene, names, n=1)
-        raise DataError(f"the gene {gene!r} is not in the vocabulary of {len(self.medians):,} genes" +
-                        (f"; did you mean {close[0]!r}?" if close else "; give an id or symbol of one that is: tokenizer.genes lists them"))
+        raise DataError(
+            f"the gene {gene!r} is not in the vocabulary of {len(self.medians):,} genes"
+            + (
+                f"; did you mean {close[0]!r}?"
+                if close
+                else "; give an id or symbol of one that is: tokenizer.genes lists them"
+            )
+        )
 
-    def __call__(self, adata: AnnData | str | Path, *, layer: str | None = None, columns=(), keep_counts: bool = False,
-                 empty: str = "drop", gene_column: str | None = None, engine: str = "auto") -> TokenizedCells:
+    def __call__(
+        self,
+        adata: AnnData | str | Path,
+        *,
+        layer: str | None = None,
+        columns=(),
+        keep_counts: bool = False,
+        empty: str = "drop",
+        gene_column: str | None = None,
+        engine: str = "auto",
+    ) -> TokenizedCells:
         """Tokenize an AnnData (any matrix, backed or not; never changed) or one file. Returns TokenizedCells in the order of the cells.
 
         columns: obs columns to keep, names or {column: new name}. keep_counts: also x / n_counts * 10^4 of each token.
@@ -183,8 +242,17 @@ class RankTokenizer:
         warn_of_empty(report, empty)
         return join_cells(parts, report, self.special)
 
-    def tokenize_files(self, path_or_folder: str | Path, out: str | Path, *, layer: str | None = None, columns=(),
-                       keep_counts: bool = False, empty: str = "drop", gene_column: str | None = None) -> dict:
+    def tokenize_files(
+        self,
+        path_or_folder: str | Path,
+        out: str | Path,
+        *,
+        layer: str | None = None,
+        columns=(),
+        keep_counts: bool = False,
+        empty: str = "drop",
+        gene_column: str | None = None,
+    ) -> dict:
         """Tokenize one file, or all h5ad, loom and zarr files of a folder in the order of their names, into the data set `out`.
 
         `out` is a folder that `datasets.load_from_disk`, `TokenizedCells.load` and the original open. Cells are read in blocks of

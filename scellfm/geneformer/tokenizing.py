@@ -41,16 +41,20 @@ def vet_counts(source: CellSource, start: int, block: sparse.csr_matrix, stored:
         return False
     low, high = values.min(), values.max()
     if not (low >= 0 and high < np.inf):
-        raise DataError(f"{source.name}: {fault_place(source, start, block, 'negative')}, and a count is a number from 0 up; the values "
-                        f"were read from {source.stored}: name the raw counts with layer=")
+        raise DataError(
+            f"{source.name}: {fault_place(source, start, block, 'negative')}, and a count is a number from 0 up; the values "
+            f"were read from {source.stored}: name the raw counts with layer="
+        )
     if values.dtype.kind == "i" or np.array_equal(values, np.rint(values)):
         return False
     if high < LOG_LIKE:
         sums = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
-        if stored is None or not np.allclose(sums, stored[start:start + block.shape[0]], rtol=1e-3, atol=1.0):
-            raise DataError(f"{source.name}: {fault_place(source, start, block, 'fraction')}, and no value exceeds {high:.3g}: this looks "
-                            f"log-normalised, on which the medians have no meaning. It was read from {source.stored}: name the raw "
-                            "counts with layer=. (If it is linear: give the sums of each cell in obs['n_counts'].)")
+        if stored is None or not np.allclose(sums, stored[start : start + block.shape[0]], rtol=1e-3, atol=1.0):
+            raise DataError(
+                f"{source.name}: {fault_place(source, start, block, 'fraction')}, and no value exceeds {high:.3g}: this looks "
+                f"log-normalised, on which the medians have no meaning. It was read from {source.stored}: name the raw "
+                "counts with layer=. (If it is linear: give the sums of each cell in obs['n_counts'].)"
+            )
     return True
 
 # %% ../../nbs/geneformer/tokenizing.ipynb #ee921f11
@@ -71,7 +75,9 @@ class Tally:
     def report(self) -> dict:
         "As a dictionary of plain values, ready for JSON."
         share = self.known / self.total if self.total else 0.0
-        figures = {name: int(getattr(self, name)) for name in ("n_cells", "n_filtered", "n_empty", "n_kept", "n_truncated")}
+        figures = {
+            name: int(getattr(self, name)) for name in ("n_cells", "n_filtered", "n_empty", "n_kept", "n_truncated")
+        }
         return {"file": self.file, **figures, "genes": {**self.genes, "share_of_counts": share}}
 
 # %% ../../nbs/geneformer/tokenizing.ipynb #867d6e6b
@@ -79,15 +85,20 @@ def merge_reports(reports: list[dict], max_length: int) -> dict:
     "One report for several files: sums, and the gene match of the file where it went worst."
     keys = ("n_cells", "n_filtered", "n_empty", "n_kept", "n_truncated")
     worst = min(reports, key=lambda report: report["genes"]["n_matched"] / report["genes"]["n_genes"])
-    merged = {key: sum(report[key] for report in reports) for key in keys} | {"max_length": max_length, "genes": worst["genes"]}
+    merged = {key: sum(report[key] for report in reports) for key in keys} | {
+        "max_length": max_length,
+        "genes": worst["genes"],
+    }
     return merged | ({"files": reports} if len(reports) > 1 else {})
 
 
 def warn_of_empty(report: dict, empty: str) -> None:
     "Say how many cells had no known gene; DataError if that is all of them."
     if not report["n_kept"] or report["n_empty"] == report["n_cells"]:
-        raise DataError(f"no cell is left of {report['n_cells']:,}: {report['n_empty']:,} have no known gene and {report['n_filtered']:,} are "
-                        f"marked by filter_pass; the gene match: {report['genes']}")
+        raise DataError(
+            f"no cell is left of {report['n_cells']:,}: {report['n_empty']:,} have no known gene and {report['n_filtered']:,} are "
+            f"marked by filter_pass; the gene match: {report['genes']}"
+        )
     if report["n_empty"]:
         what = "were dropped; cell_index tells which rows remain" if empty == "drop" else "stay, without any gene token"
         warn(f"{report['n_empty']:,} of {report['n_cells']:,} cells have no count in any known gene and {what}")
@@ -112,7 +123,9 @@ class Request:
         one_of("empty", self.empty, ("drop", "keep", "error"))
         taken = [name for name in self.columns.values() if name in RESERVED]
         if taken:
-            raise DataError(f"the obs column {taken[0]!r} would overwrite the tokens' own column; rename it: columns={{{taken[0]!r}: 'other name'}}")
+            raise DataError(
+                f"the obs column {taken[0]!r} would overwrite the tokens' own column; rename it: columns={{{taken[0]!r}: 'other name'}}"
+            )
 
 
 def column_names(columns) -> dict[str, str]:
@@ -129,12 +142,18 @@ def chosen_cells(source: CellSource) -> np.ndarray | None:
     return pd.to_numeric(source.obs("filter_pass"), errors="coerce").to_numpy(np.float64) == 1
 
 # %% ../../nbs/geneformer/tokenizing.ipynb #a8f0e3d5
-def tokenize_blocks(source: CellSource, medians: np.ndarray, tokens: np.ndarray, ask: Request, tally: Tally,
-                    rows: int = 2048) -> Iterator[TokenizedCells]:
+def tokenize_blocks(
+    source: CellSource, medians: np.ndarray, tokens: np.ndarray, ask: Request, tally: Tally, rows: int = 2048
+) -> Iterator[TokenizedCells]:
     "Tokenize a source block by block; `medians` and `tokens` are those of its columns. Fills `tally`."
     stored, chosen = stored_totals(source), chosen_cells(source)
-    obs = pd.DataFrame({new: source.obs(old).to_numpy() if isinstance(source.obs(old).dtype, np.dtype) else source.obs(old).array
-                        for old, new in ask.columns.items()}, index=range(source.n_cells))
+    obs = pd.DataFrame(
+        {
+            new: source.obs(old).to_numpy() if isinstance(source.obs(old).dtype, np.dtype) else source.obs(old).array
+            for old, new in ask.columns.items()
+        },
+        index=range(source.n_cells),
+    )
     fractions = False
     for start, block in source.blocks(rows):
         if vet_counts(source, start, block, stored) and not fractions:
@@ -153,20 +172,28 @@ def tokenize_blocks(source: CellSource, medians: np.ndarray, tokens: np.ndarray,
 
 def tokenize_block(source, block, totals, index, obs, medians, tokens, ask: Request, tally: Tally) -> TokenizedCells:
     "Encode one block, drop or keep its empty cells, count."
-    ranked = encode(block, medians, tokens, ask.max_length, special=ask.special, keep_counts=ask.keep_counts, engine=ask.engine)
+    ranked = encode(
+        block, medians, tokens, ask.max_length, special=ask.special, keep_counts=ask.keep_counts, engine=ask.engine
+    )
     lengths, counts = np.diff(ranked.offsets), None
     if ask.keep_counts:
         with np.errstate(divide="ignore", invalid="ignore"):
-            counts = np.where(ranked.counts > 0, ranked.counts / np.repeat(totals, lengths) * 1e4, 0.0).astype(np.float32)
+            counts = np.where(ranked.counts > 0, ranked.counts / np.repeat(totals, lengths) * 1e4, 0.0).astype(
+                np.float32
+            )
     names = pd.Index(source.names(index[0], index[-1] + 1)[index - index[0]] if len(index) else [], dtype=object)
-    cells = TokenizedCells(ranked.tokens, ranked.offsets, obs.iloc[index].set_axis(names), index, counts, {}, bool(ask.special))
+    cells = TokenizedCells(
+        ranked.tokens, ranked.offsets, obs.iloc[index].set_axis(names), index, counts, {}, bool(ask.special)
+    )
     empty = ranked.detected == 0
     tally.known += float(ranked.known.sum())
     tally.n_empty += int(empty.sum())
     tally.n_truncated += int((ranked.detected > ask.max_length - 2 * bool(ask.special)).sum())
     if empty.any() and ask.empty == "error":
-        raise DataError(f"{source.name}: cell {str(names[int(empty.argmax())])!r} has no count in any known gene; filter such cells, or pass "
-                        "empty='drop' or empty='keep'")
+        raise DataError(
+            f"{source.name}: cell {str(names[int(empty.argmax())])!r} has no count in any known gene; filter such cells, or pass "
+            "empty='drop' or empty='keep'"
+        )
     cells = cells[~empty] if empty.any() and ask.empty == "drop" else cells
     tally.n_kept += len(cells)
     return cells
@@ -182,4 +209,6 @@ def join_cells(parts: list[TokenizedCells], report: dict, special: bool) -> Toke
         if isinstance(parts[0].obs[name].dtype, pd.CategoricalDtype):
             obs[name] = obs[name].astype(parts[0].obs[name].dtype)
     cell_index = np.concatenate([part.cell_index for part in parts])
-    return TokenizedCells(np.concatenate([part.tokens for part in parts]), offsets, obs, cell_index, counts, report, special)
+    return TokenizedCells(
+        np.concatenate([part.tokens for part in parts]), offsets, obs, cell_index, counts, report, special
+    )

@@ -20,7 +20,15 @@ from ..data.splits import Folds, Split, check_leakage, check_split, column_of
 from .embedding import ScGPT
 from .training import HiddenGenes, binned_cells, by_name, class_probabilities, label_scores, learner
 from scellfm.scores.classifiers import (
-    Judged, calls, check_cells, judgement_of, load_known, save_known, warn_of_seen, write_calls, write_record,
+    Judged,
+    calls,
+    check_cells,
+    judgement_of,
+    load_known,
+    save_known,
+    warn_of_seen,
+    write_calls,
+    write_record,
 )
 from ..scores.heldout import Gathered, KnownCells, check_folds, classes_of, judge
 from ..store import fingerprint
@@ -34,7 +42,9 @@ __all__ = ['RECORD', 'class_loss', 'freeze', 'CellAnnotator', 'save_annotator', 
 def class_loss(model, batch: dict) -> tuple[torch.Tensor, int]:
     "Sum of the cross-entropies of the cell types and the number of cells."
     states = model.encode(batch["genes"], batch["values"], batch["mask"], cell_only=True)
-    return F.cross_entropy(model.cls_decoder(states[:, 0]).float(), batch["codes"], reduction="sum"), len(batch["codes"])
+    return F.cross_entropy(model.cls_decoder(states[:, 0]).float(), batch["codes"], reduction="sum"), len(
+        batch["codes"]
+    )
 
 # %% ../../nbs/scgpt/annotation.ipynb #189f749e
 def freeze(model, n: int) -> None:
@@ -58,7 +68,9 @@ class CellAnnotator(Judged):
     def __repr__(self) -> str:
         return f"CellAnnotator({self.label!r}: {', '.join(map(str, self.classes))}; {len(self.models)} model(s), {self.models[0]!r}{self.learned})"
 
-    def probabilities(self, adata, *, layer: str | None = None, column=None, mapping=None, symbols=None) -> pd.DataFrame:
+    def probabilities(
+        self, adata, *, layer: str | None = None, column=None, mapping=None, symbols=None
+    ) -> pd.DataFrame:
         "Class probabilities [cells, classes] from the fold that has not seen a cell, else the mean; NaN without a known gene."
         fold = self.known.fold_of(adata.obs_names)
         warn_of_seen(fold)
@@ -67,16 +79,30 @@ class CellAnnotator(Judged):
         for k, model in enumerate(self.models):
             rows = np.flatnonzero((fold == k) | (fold < 0))
             if len(rows):
-                gathered.add(rows, class_probabilities(model, adata[rows], index, layer=layer, max_length=self.settings["max_length"],
-                                                       seed=self.settings["seed"]), False)
+                gathered.add(
+                    rows,
+                    class_probabilities(
+                        model,
+                        adata[rows],
+                        index,
+                        layer=layer,
+                        max_length=self.settings["max_length"],
+                        seed=self.settings["seed"],
+                    ),
+                    False,
+                )
         return pd.DataFrame(gathered.of(False)[1], index=adata.obs_names, columns=self.classes)
 
     def predict(self, adata, *, layer: str | None = None, column=None, mapping=None, symbols=None, copy: bool = False):
         "Writes obs['{label}_predicted'] (categorical), obs['{label}_confidence'] (its probability), settings in uns."
         table = self.probabilities(adata, layer=layer, column=column, mapping=mapping, symbols=symbols)
         adata, known = adata.to_memory(copy=True) if copy else adata, table.notna().all(axis=1).to_numpy()
-        write_calls(adata, np.flatnonzero(known), calls(table[known], self.label),
-                    {"model": repr(self), "counts": "X" if layer is None else layer})
+        write_calls(
+            adata,
+            np.flatnonzero(known),
+            calls(table[known], self.label),
+            {"model": repr(self), "counts": "X" if layer is None else layer},
+        )
         return adata if copy else None
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -97,15 +123,24 @@ def save_annotator(annotator: CellAnnotator, folder: Path) -> None:
     for k, model in enumerate(annotator.models):
         model.save_pretrained(folder / f"fold{k}")
     save_known(folder, annotator.known)
-    write_record(folder / RECORD, {"label": annotator.label, "classes": list(map(str, annotator.classes)),
-                                   "folds": len(annotator.models), **annotator.judgement()})
+    write_record(
+        folder / RECORD,
+        {
+            "label": annotator.label,
+            "classes": list(map(str, annotator.classes)),
+            "folds": len(annotator.models),
+            **annotator.judgement(),
+        },
+    )
 
 
 def load_annotator(folder: Path, device, dtype) -> CellAnnotator:
     "An annotator that `save_annotator` wrote."
     record = read_dictionary(folder / RECORD)
     models = [ScGPT.from_pretrained(folder / f"fold{k}", device=device, dtype=dtype) for k in range(record["folds"])]
-    return CellAnnotator(models, record["label"], np.array(record["classes"]), load_known(folder), **judgement_of(record))
+    return CellAnnotator(
+        models, record["label"], np.array(record["classes"]), load_known(folder), **judgement_of(record)
+    )
 
 # %% ../../nbs/scgpt/annotation.ipynb #e5d5003a
 def folds_of(adata, lengths: np.ndarray, split) -> tuple[list[Split], np.ndarray | None]:
@@ -126,9 +161,11 @@ def folds_of(adata, lengths: np.ndarray, split) -> tuple[list[Split], np.ndarray
 def advice_for(by: str | None, epochs: int, freeze_layers: int, n_layers: int) -> list[str]:
     "The remedies against overfitting that these settings leave untried."
     more = min(n_layers, freeze_layers + max(1, n_layers // 3))
-    remedies = [(by is None, "hold out whole donors: split=folds(adata, by='donor')"),
-                (epochs > 1, f"train for fewer epochs (epochs={max(1, epochs // 2)} instead of {epochs})"),
-                (freeze_layers < n_layers, f"freeze more layers (freeze_layers={more} of {n_layers}, not {freeze_layers})")]
+    remedies = [
+        (by is None, "hold out whole donors: split=folds(adata, by='donor')"),
+        (epochs > 1, f"train for fewer epochs (epochs={max(1, epochs // 2)} instead of {epochs})"),
+        (freeze_layers < n_layers, f"freeze more layers (freeze_layers={more} of {n_layers}, not {freeze_layers})"),
+    ]
     return [text for untried, text in remedies if untried]
 
 # %% ../../nbs/scgpt/annotation.ipynb #7034e8fb
@@ -157,11 +194,26 @@ def finetune(
     check_split(split)
     adata = read(adata) if isinstance(adata, (str, Path)) else adata
     classes, codes = classes_of(column_of(adata.obs, label, "label"), label)
-    cells, index = binned_cells(gpt, adata, layer=layer, names=dict(column=column, mapping=mapping, symbols=symbols), seed=seed)
+    cells, index = binned_cells(
+        gpt, adata, layer=layer, names=dict(column=column, mapping=mapping, symbols=symbols), seed=seed
+    )
     parts, groups = folds_of(adata, cells.lengths, split)
     check_folds(parts, classes, codes, label)
-    options = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, weight_decay=weight_decay, seed=seed, **recipe)
-    settings = {"label": label, "held_out_by": split.by, "folds": len(parts), "freeze_layers": freeze_layers, "max_length": max_length} | options
+    options = dict(
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        seed=seed,
+        **recipe,
+    )
+    settings = {
+        "label": label,
+        "held_out_by": split.by,
+        "folds": len(parts),
+        "freeze_layers": freeze_layers,
+        "max_length": max_length,
+    } | options
     hiding = HiddenGenes(gpt, cells, adata.obs_names, shares=(0.0,), max_length=max_length, seed=seed, codes=codes)
     models, histories, values = [], [], []
     for k, part in enumerate(parts):
@@ -174,20 +226,45 @@ def finetune(
     verdict = judge(scores, advice_for(split.by, epochs, freeze_layers, gpt.model.config.n_layers))
     if verdict.overfitted:
         warn(str(verdict))
-    return CellAnnotator(models, label, classes, KnownCells.of(adata.obs_names, parts), scores=scores, histories=histories,
-                         verdict=verdict, settings=settings)
+    return CellAnnotator(
+        models,
+        label,
+        classes,
+        KnownCells.of(adata.obs_names, parts),
+        scores=scores,
+        histories=histories,
+        verdict=verdict,
+        settings=settings,
+    )
 
 
-def train_fold(gpt: ScGPT, hiding: HiddenGenes, part: Split, k: int, classes, freeze_layers: int, folder, options: dict) -> ScGPT:
+def train_fold(
+    gpt: ScGPT, hiding: HiddenGenes, part: Split, k: int, classes, freeze_layers: int, folder, options: dict
+) -> ScGPT:
     "The model of fold k with its history."
     model = learner(gpt, classes, keyed_seed(options["seed"], "fold", k) % 2**63, decoders=False)
     freeze(model.model, freeze_layers)
     rows, valid = hiding.rows(part.train), hiding.rows(part.valid)
     model.history = fit(
-        model.model, class_loss, rows.n, rows.batch, lengths=rows.lengths, valid={"valid": valid} if valid.n else None,
-        device=model.device, folder=folder, desc=f"fine-tuning, fold {k}", dtype=str(gpt.dtype).removeprefix("torch."),
-        inputs={"cells": fingerprint(hiding.cells.genes, hiding.cells.values, hiding.codes[part.train], part.train, part.valid),
-                "frozen": freeze_layers, "max_length": hiding.max_length}, **options)
+        model.model,
+        class_loss,
+        rows.n,
+        rows.batch,
+        lengths=rows.lengths,
+        valid={"valid": valid} if valid.n else None,
+        device=model.device,
+        folder=folder,
+        desc=f"fine-tuning, fold {k}",
+        dtype=str(gpt.dtype).removeprefix("torch."),
+        inputs={
+            "cells": fingerprint(
+                hiding.cells.genes, hiding.cells.values, hiding.codes[part.train], part.train, part.valid
+            ),
+            "frozen": freeze_layers,
+            "max_length": hiding.max_length,
+        },
+        **options,
+    )
     model.model.requires_grad_(True)
     model.device, model.dtype = next(model.model.parameters()).device, gpt.dtype
     model.model.to(gpt.dtype)

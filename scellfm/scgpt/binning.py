@@ -14,8 +14,9 @@ from ..core import DataError, OptionError, keyed_generator
 def bin_edges(values: np.ndarray, n_bins: int = 51) -> np.ndarray:
     "The n_bins - 1 quantiles [float64] of the non-zero values of a cell, in np.quantile's own arithmetic."
     if n_bins < 3:
-        raise OptionError(f"n_bins={n_bins}: at least 3 are needed (0 is 'not seen', and two to tell apart); scGPT "
-                          "has 51")
+        raise OptionError(
+            f"n_bins={n_bins}: at least 3 are needed (0 is 'not seen', and two to tell apart); scGPT has 51"
+        )
     return np.quantile(values, np.linspace(0, 1, n_bins - 1))
 
 
@@ -38,8 +39,9 @@ def bin_values(values: np.ndarray, n_bins: int = 51, *, draws: np.ndarray | None
     values = np.asarray(values)
     if not np.isfinite(values).all():
         where = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise DataError(f"value {where} of the cell is {values[where]}; scGPT needs finite counts: repair or drop "
-                        "the cell")
+        raise DataError(
+            f"value {where} of the cell is {values[where]}; scGPT needs finite counts: repair or drop the cell"
+        )
     bins = np.zeros(len(values), dtype=np.int64)
     seen = np.flatnonzero(values)
     if len(seen):

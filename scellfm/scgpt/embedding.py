@@ -62,23 +62,32 @@ def in_order(make, function, cells: BinnedCells, size: int = 64) -> Iterator:
     "(positions, function of their batch) as the original batches: in the order of the cells, empty ones left out."
     full = np.flatnonzero(cells.lengths)
     for start in range(0, len(full), size):
-        positions = full[start:start + size]
+        positions = full[start : start + size]
         yield positions, function(*make(positions))
 
 # %% ../../nbs/scgpt/embedding.ipynb #abe411ec
 def tell(totals: dict, n_cells: int, max_length: int, overlong: str, key: str) -> None:
     "Warn about cells that are empty, constant or too long."
     if totals["n_empty"]:
-        warn(f"{totals['n_empty']:,} of {n_cells:,} cells have no gene that the model knows; their rows of "
-             f"obsm[{key!r}] are NaN")
+        warn(
+            f"{totals['n_empty']:,} of {n_cells:,} cells have no gene that the model knows; their rows of "
+            f"obsm[{key!r}] are NaN"
+        )
     if totals["n_constant"]:
-        warn(f"{totals['n_constant']:,} of {n_cells:,} cells have one and the same value in all their genes: binning "
-             "cannot order them and their bins are draws; raw counts of a deeper cell, or fewer filters, would help")
+        warn(
+            f"{totals['n_constant']:,} of {n_cells:,} cells have one and the same value in all their genes: binning "
+            "cannot order them and their bins are draws; raw counts of a deeper cell, or fewer filters, would help"
+        )
     if totals["n_overlong"]:
-        how = {"sample": "were sampled (the same in every run)", "top": "with the highest values were kept",
-               "first": "were kept"}
-        warn(f"{totals['n_overlong']:,} of {n_cells:,} cells express more than the {max_length - 1:,} genes that fit; "
-             f"{max_length - 1:,} {how[overlong]}. Choose variable genes beforehand to decide yourself which")
+        how = {
+            "sample": "were sampled (the same in every run)",
+            "top": "with the highest values were kept",
+            "first": "were kept",
+        }
+        warn(
+            f"{totals['n_overlong']:,} of {n_cells:,} cells express more than the {max_length - 1:,} genes that fit; "
+            f"{max_length - 1:,} {how[overlong]}. Choose variable genes beforehand to decide yourself which"
+        )
 
 # %% ../../nbs/scgpt/embedding.ipynb #c3bd6401
 class ScGPT:
@@ -86,19 +95,29 @@ class ScGPT:
 
     Make one with `from_pretrained` (a checkpoint folder) or `from_config` (random weights, to be trained)."""
 
-    def __init__(self, model: ScGPTModel, vocabulary: Vocabulary, *, args: Mapping | None = None, device="auto",
-                 dtype="float32"):
+    def __init__(
+        self, model: ScGPTModel, vocabulary: Vocabulary, *, args: Mapping | None = None, device="auto", dtype="float32"
+    ):
         if model.config.n_tokens != len(vocabulary):
-            raise OptionError(f"the vocabulary has {len(vocabulary):,} tokens and the model "
-                              f"{model.config.n_tokens:,}; pass its own")
+            raise OptionError(
+                f"the vocabulary has {len(vocabulary):,} tokens and the model {model.config.n_tokens:,}; pass its own"
+            )
         self.device, self.dtype = inference.pick_device(device), inference.pick_dtype(dtype)
         self.model = model.to(device=self.device, dtype=self.dtype).eval()
         self.vocabulary, self.args, self.load_report = vocabulary, dict(args or {}), None
         self.history = self.losses = self.scores = None  # of training, where there was any
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str | Path, *, subfolder=None, revision=None, local_files_only=False,
-                        device="auto", dtype="float32") -> ScGPT:
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        *,
+        subfolder=None,
+        revision=None,
+        local_files_only=False,
+        device="auto",
+        dtype="float32",
+    ) -> ScGPT:
         """Load a checkpoint folder in the original's layout; `load_report` says what became of each tensor.
         AssetError otherwise."""
         folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
@@ -129,14 +148,18 @@ class ScGPT:
         with atomic_write(folder / "best_model.pt") as temporary:
             torch.save(tensors, temporary)
         with atomic_write(folder / "args.json") as temporary:
-            temporary.write_text(json.dumps({"n_bins": self.n_bins} | self.args | self.model.config.to_args(),
-                                            indent=2), encoding="utf-8")
+            temporary.write_text(
+                json.dumps({"n_bins": self.n_bins} | self.args | self.model.config.to_args(), indent=2),
+                encoding="utf-8",
+            )
         self.vocabulary.save(folder / "vocab.json")
 
     def __repr__(self) -> str:
         c = self.model.config
-        return (f"ScGPT({c.n_layers} layers, {c.d_model} dimensions, {c.n_tokens:,} tokens, {self.device}, "
-                f"{str(self.dtype).removeprefix('torch.')})")
+        return (
+            f"ScGPT({c.n_layers} layers, {c.d_model} dimensions, {c.n_tokens:,} tokens, {self.device}, "
+            f"{str(self.dtype).removeprefix('torch.')})"
+        )
 
     @property
     def cell_types(self) -> list[str]:
@@ -152,9 +175,23 @@ class ScGPT:
         "Which genes of `adata` the model knows (see `Vocabulary.match`)."
         return self.vocabulary.match(adata, column=column, mapping=mapping, symbols=symbols, counts=counts)
 
-    def embed(self, adata: AnnData | str | Path, *, pool="cls", layer=None, column=None, mapping=None, symbols=None,
-              max_length=1200, overlong="sample", seed=0, original=False, token_budget=None, key_added="X_scGPT",
-              copy=False):
+    def embed(
+        self,
+        adata: AnnData | str | Path,
+        *,
+        pool="cls",
+        layer=None,
+        column=None,
+        mapping=None,
+        symbols=None,
+        max_length=1200,
+        overlong="sample",
+        seed=0,
+        original=False,
+        token_budget=None,
+        key_added="X_scGPT",
+        copy=False,
+    ):
         """Embed cells: obsm[key_added] [cells, d] (float32, length 1; NaN for cells without a known gene) and uns.
 
         Returns None, or with copy=True the copy; for the path of a file an AnnData with its obs, var and the embedding.
@@ -162,9 +199,17 @@ class ScGPT:
         alias: symbol}, symbols {symbol: Ensembl id}: how genes are named. overlong: 'sample' or 'top'. original=True:
         the original's random stream after np.random.seed(seed), its batches and its pooling over padding. DataError:
         negative or missing values, no known gene."""
-        return embed(self, adata, pool=pool, layer=layer, names=dict(column=column, mapping=mapping, symbols=symbols),
-                     how=dict(max_length=max_length, overlong=overlong, seed=seed, original=original),
-                     token_budget=token_budget, key_added=key_added, copy=copy)
+        return embed(
+            self,
+            adata,
+            pool=pool,
+            layer=layer,
+            names=dict(column=column, mapping=mapping, symbols=symbols),
+            how=dict(max_length=max_length, overlong=overlong, seed=seed, original=original),
+            token_budget=token_budget,
+            key_added=key_added,
+            copy=copy,
+        )
 
     def continue_pretraining(self, adata: AnnData | str | Path, *, label: str | None = None, **settings) -> ScGPT:
         """A new model, trained further on these cells by the published recipe: hidden values, expression from the
@@ -183,11 +228,28 @@ class ScGPT:
         "The model's own vector of each gene [genes, d], out of any cell (None: all tokens, special ones included)."
         return gene_embeddings(self, genes)
 
-    def attention(self, adata: AnnData, *, head_layer=-1, layer=None, column=None, mapping=None, symbols=None,
-                  max_length=1200, overlong="sample", seed=0) -> Iterator[AttentionMap]:
+    def attention(
+        self,
+        adata: AnnData,
+        *,
+        head_layer=-1,
+        layer=None,
+        column=None,
+        mapping=None,
+        symbols=None,
+        max_length=1200,
+        overlong="sample",
+        seed=0,
+    ) -> Iterator[AttentionMap]:
         "The attention of one layer (-1: the last) in each cell, one after the other; empty cells are left out."
-        return attention(self, adata, head_layer, layer, dict(column=column, mapping=mapping, symbols=symbols),
-                         dict(max_length=max_length, overlong=overlong, seed=seed))
+        return attention(
+            self,
+            adata,
+            head_layer,
+            layer,
+            dict(column=column, mapping=mapping, symbols=symbols),
+            dict(max_length=max_length, overlong=overlong, seed=seed),
+        )
 
 # %% ../../nbs/scgpt/embedding.ipynb #155de09b
 def opened(data: AnnData | str | Path) -> tuple[AnnData, AnnData | Path]:
@@ -236,21 +298,50 @@ def cell_vectors(gpt: ScGPT, genes, values, mask, pool: str = "cls", original: b
     "Vectors of length 1 [b, d] (float32) of one batch."
     states = gpt.model.encode(genes, values, mask, cell_only=pool == "cls")
     if original:
-        states = states * mask[:, :states.shape[1], None]  # torch's fast path leaves zeros where there is padding
+        states = states * mask[:, : states.shape[1], None]  # torch's fast path leaves zeros where there is padding
     return F.normalize(pool_cells(states.float(), values, mask, pool, original), dim=1)
 
 # %% ../../nbs/scgpt/embedding.ipynb #ea57e4ed
-def over_cells(gpt: ScGPT, source, obs_names, index: np.ndarray, function, width: int, *, layer, how: dict,
-               token_budget=None, desc: str = "embedding"):
+def over_cells(
+    gpt: ScGPT,
+    source,
+    obs_names,
+    index: np.ndarray,
+    function,
+    width: int,
+    *,
+    layer,
+    how: dict,
+    token_budget=None,
+    desc: str = "embedding",
+):
     """`function`(genes, values, mask) of every cell in batches: rows [cells, width] (float32, NaN for empty cells),
     how many cells were empty, constant, over-long, and the record of batches that were too large."""
     rows = np.full((len(obs_names), width), np.nan, dtype=np.float32)
     seen, record = {"n_empty": 0, "n_constant": 0, "n_overlong": 0}, []
-    for start, cells in tokenize(source, obs_names, index, gpt.vocabulary, layer=layer, n_bins=gpt.n_bins,
-                                 cls_value=gpt.model.config.pad_value, **how):
+    for start, cells in tokenize(
+        source,
+        obs_names,
+        index,
+        gpt.vocabulary,
+        layer=layer,
+        n_bins=gpt.n_bins,
+        cls_value=gpt.model.config.pad_value,
+        **how,
+    ):
         make, what = make_batch(gpt, cells), f"{desc} cells {start:,} to {start + len(cells):,}"
-        plan = in_order(make, function, cells) if how.get("original") else planned(
-            make, function, cells, token_budget=default_budget(gpt.device) if token_budget is None else token_budget, desc=what, record=record)
+        plan = (
+            in_order(make, function, cells)
+            if how.get("original")
+            else planned(
+                make,
+                function,
+                cells,
+                token_budget=default_budget(gpt.device) if token_budget is None else token_budget,
+                desc=what,
+                record=record,
+            )
+        )
         for positions, values in plan:
             rows[start + positions] = values
         seen = {name: seen[name] + cells.report[name] for name in seen}
@@ -269,12 +360,29 @@ def embed(gpt: ScGPT, data, *, pool, layer, names: dict, how: dict, token_budget
     def one_batch(genes, values, mask):
         return cell_vectors(gpt, genes, values, mask, pool, how["original"]).cpu().numpy()
 
-    vectors, seen, record = over_cells(gpt, source, result.obs_names, match.index, one_batch,
-                                       gpt.model.config.d_model, layer=layer, how=how, token_budget=token_budget)
+    vectors, seen, record = over_cells(
+        gpt,
+        source,
+        result.obs_names,
+        match.index,
+        one_batch,
+        gpt.model.config.d_model,
+        layer=layer,
+        how=how,
+        token_budget=token_budget,
+    )
     tell(seen, result.n_obs, how["max_length"], how["overlong"], key_added)
     result.obsm[key_added] = vectors
-    settings = {"model": repr(gpt), "pool": pool, "counts": "X" if layer is None else layer, "whole_numbers": whole,
-                **how, **seen, "genes": match.report, "out_of_memory": [step["token_budget"] for step in record]}
+    settings = {
+        "model": repr(gpt),
+        "pool": pool,
+        "counts": "X" if layer is None else layer,
+        "whole_numbers": whole,
+        **how,
+        **seen,
+        "genes": match.report,
+        "out_of_memory": [step["token_budget"] for step in record],
+    }
     result.uns[key_added] = {"params": settings}
     return None if result is data else result
 
@@ -292,6 +400,7 @@ def gene_embeddings(gpt: ScGPT, genes: Iterable[str] | None = None) -> pd.DataFr
 # %% ../../nbs/scgpt/embedding.ipynb #7f313d41
 class AttentionMap(NamedTuple):
     "Who looks at whom in one cell."
+
     cell: str
     genes: list[str]  # the tokens of the cell, <cls> first
     weights: np.ndarray  # [heads, tokens, tokens], rows sum to 1
@@ -302,8 +411,16 @@ def attention(gpt: ScGPT, adata: AnnData, head_layer: int, layer, names: dict, h
     columns = columns_of(adata, adata, layer)
     totals, _ = survey(adata, adata.obs_names, columns.var_names, layer)
     index = gpt.match(columns, counts=totals, **names).index
-    for start, cells in tokenize(adata, adata.obs_names, index, gpt.vocabulary, layer=layer, n_bins=gpt.n_bins,
-                                 cls_value=gpt.model.config.pad_value, **how):
+    for start, cells in tokenize(
+        adata,
+        adata.obs_names,
+        index,
+        gpt.vocabulary,
+        layer=layer,
+        n_bins=gpt.n_bins,
+        cls_value=gpt.model.config.pad_value,
+        **how,
+    ):
         for i in np.flatnonzero(cells.lengths):
             with torch.inference_mode():
                 weights = gpt.model.attention(*make_batch(gpt, cells)([i]), layer=head_layer)[0]

@@ -28,23 +28,31 @@ def vectors_of(adata, key: str, what: str) -> tuple[np.ndarray, np.ndarray]:
     if not hasattr(adata, "obsm"):
         raise DataError(f"the {what} is a {type(adata).__name__}; give an AnnData with obsm[{key!r}]")
     if key not in adata.obsm:
-        raise DataError(f"the {what} has no obsm[{key!r}]; it holds {', '.join(map(repr, adata.obsm.keys())) or 'nothing'}: embed it first")
+        raise DataError(
+            f"the {what} has no obsm[{key!r}]; it holds {', '.join(map(repr, adata.obsm.keys())) or 'nothing'}: embed it first"
+        )
     values = np.asarray(adata.obsm[key])
     if values.ndim != 2 or not len(values) or not np.issubdtype(values.dtype, np.number):
-        raise DataError(f"obsm[{key!r}] of the {what} is {values.dtype} of shape {values.shape}; a matrix of numbers [cells, dimensions] is needed")
+        raise DataError(
+            f"obsm[{key!r}] of the {what} is {values.dtype} of shape {values.shape}; a matrix of numbers [cells, dimensions] is needed"
+        )
     values = np.asarray(values, dtype=np.float32)
     finite, empty = np.isfinite(values).all(1), np.isnan(values).all(1)
     broken = np.flatnonzero(~finite & ~empty)
     if len(broken):
-        raise DataError(f"obsm[{key!r}] of the {what} has NaN or infinity in {len(broken)} cells, the first is {adata.obs_names[broken[0]]!r} "
-                        f"(row {broken[0]}); embed these cells again")
+        raise DataError(
+            f"obsm[{key!r}] of the {what} has NaN or infinity in {len(broken)} cells, the first is {adata.obs_names[broken[0]]!r} "
+            f"(row {broken[0]}); embed these cells again"
+        )
     return values, finite
 
 # %% ../../nbs/scgpt/mapping.ipynb #090ab740
 def label_codes(obs: pd.DataFrame, label: str, what: str) -> tuple[np.ndarray, np.ndarray]:
     "obs[label] as (codes int64 [cells], -1 where it is missing; classes: categories in their order, else sorted by name)."
     if label not in obs:
-        raise DataError(f"obs of the {what} has no column {label!r}; it holds {', '.join(map(repr, obs.columns)) or 'nothing'}")
+        raise DataError(
+            f"obs of the {what} has no column {label!r}; it holds {', '.join(map(repr, obs.columns)) or 'nothing'}"
+        )
     values = obs[label]
     if isinstance(values.dtype, pd.CategoricalDtype):
         values = values.cat.remove_unused_categories()
@@ -59,17 +67,23 @@ def usable_cells(adata, key: str, label: str) -> tuple[np.ndarray, np.ndarray, n
     codes, classes = label_codes(adata.obs, label, "reference")
     kept = finite & (codes >= 0)
     if not kept.all():
-        warn(f"{(~kept).sum()} of {len(kept)} reference cells are left out: {(~finite).sum()} have no embedding, "
-             f"{(finite & (codes < 0)).sum()} of the others no {label!r}")
+        warn(
+            f"{(~kept).sum()} of {len(kept)} reference cells are left out: {(~finite).sum()} have no embedding, "
+            f"{(finite & (codes < 0)).sum()} of the others no {label!r}"
+        )
         values, codes = values[kept], codes[kept]
         present = np.unique(codes)
         codes, classes = np.searchsorted(present, codes), classes[present]
     if len(classes) < 2:
-        raise DataError(f"obs[{label!r}] of the reference holds {len(classes)} label(s) ({', '.join(map(str, classes))}); every cell would be called that: two are needed")
+        raise DataError(
+            f"obs[{label!r}] of the reference holds {len(classes)} label(s) ({', '.join(map(str, classes))}); every cell would be called that: two are needed"
+        )
     return values, codes, classes
 
 # %% ../../nbs/scgpt/mapping.ipynb #fe8d689f
-def held_out_neighbours(rows, chosen: np.ndarray, k: int, groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def held_out_neighbours(
+    rows, chosen: np.ndarray, k: int, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     "The neighbours of the `chosen` reference cells among all others, or among the cells of other groups."
     distances, positions = np.empty((len(chosen), k), np.float32), np.empty((len(chosen), k), np.int64)
     if groups is None:
@@ -80,7 +94,9 @@ def held_out_neighbours(rows, chosen: np.ndarray, k: int, groups: np.ndarray | N
     for group in np.unique(groups[chosen]):
         here, others = np.flatnonzero(groups[chosen] == group), np.flatnonzero(groups != group)
         if len(others) < k:
-            raise DataError(f"without group {group!r} {len(others)} reference cells remain and k={k}; calibrate by another column, or with a smaller k")
+            raise DataError(
+                f"without group {group!r} {len(others)} reference cells remain and k={k}; calibrate by another column, or with a smaller k"
+            )
         distances[here], found = nearest(Subset(rows, others), rows[chosen[here]], k)
         positions[here] = others[found]
     return distances, positions
@@ -98,8 +114,10 @@ def lowest_threshold(table: pd.DataFrame, accuracy: float, enough: int = 20) -> 
     judged = table[table["n"] >= min(enough, table["n"].max())]
     reached = judged[judged["accuracy"] >= accuracy]
     if reached.empty:
-        warn(f"no threshold reaches an accuracy of {accuracy:.0%}: at a confidence of {judged['min_confidence'].iloc[-1]:.2f} or more it is "
-             f"{judged['accuracy'].iloc[-1]:.1%}; that one is set")
+        warn(
+            f"no threshold reaches an accuracy of {accuracy:.0%}: at a confidence of {judged['min_confidence'].iloc[-1]:.2f} or more it is "
+            f"{judged['accuracy'].iloc[-1]:.1%}; that one is set"
+        )
         return float(judged["min_confidence"].iloc[-1])
     return float(reached["min_confidence"].iloc[0])
 
@@ -115,7 +133,10 @@ def save_map(path: str | Path, vectors: np.ndarray, codes: np.ndarray, record: d
     with atomic_write(path) as folder:
         Path(folder).mkdir()
         try:
-            save_file({"embedding": np.ascontiguousarray(vectors, dtype=np.float32), "codes": codes.astype(np.int64)}, Path(folder) / "index.safetensors")
+            save_file(
+                {"embedding": np.ascontiguousarray(vectors, dtype=np.float32), "codes": codes.astype(np.int64)},
+                Path(folder) / "index.safetensors",
+            )
         except SafetensorError as error:  # its way to say that the disk is full
             raise OSError(str(error)) from error
         (Path(folder) / "index.json").write_text(json.dumps(record, indent=1), encoding="utf8")
@@ -126,15 +147,25 @@ def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
     file, described = Path(path) / "index.safetensors", Path(path) / "index.json"
     for part in (file, described):
         if not part.is_file():
-            raise AssetError(f"{part} is missing; a reference map is a folder with index.safetensors and index.json, as ReferenceMap.save writes it")
+            raise AssetError(
+                f"{part} is missing; a reference map is a folder with index.safetensors and index.json, as ReferenceMap.save writes it"
+            )
     try:
         record = json.loads(described.read_text(encoding="utf8"))
         vectors, codes = mapped(file, "embedding", np.float32), np.array(mapped(file, "codes", np.int64))
-        fits = vectors.ndim == 2 and codes.shape == (len(vectors),) and set(SAVED) <= record.keys() and 0 <= codes.min() and codes.max() < len(record["classes"])
+        fits = (
+            vectors.ndim == 2
+            and codes.shape == (len(vectors),)
+            and set(SAVED) <= record.keys()
+            and codes.min() >= 0
+            and codes.max() < len(record["classes"])
+        )
     except Exception as error:  # whatever damaged bytes make of the libraries
         raise AssetError(f"{path} is damaged or no reference map: {error}; save it again") from error
     if not fits:
-        raise AssetError(f"{path}: index.json does not belong to index.safetensors ({vectors.shape} vectors, {codes.shape} labels); save it again")
+        raise AssetError(
+            f"{path}: index.json does not belong to index.safetensors ({vectors.shape} vectors, {codes.shape} labels); save it again"
+        )
     return vectors, codes, record
 
 
@@ -171,11 +202,35 @@ class ReferenceMap:
     min_confidence, or farther than max_distance (squared Euclidean, k-th neighbour), are 'unknown'.
     """
 
-    def __init__(self, ref, use_rep: str = "X_scGPT", label: str = "cell_type", k: int = 10, *, vote: str = "majority",
-                 ties: str = "first", search: str = "exact", min_confidence: float = 0.0, max_distance: float = np.inf):
+    def __init__(
+        self,
+        ref,
+        use_rep: str = "X_scGPT",
+        label: str = "cell_type",
+        k: int = 10,
+        *,
+        vote: str = "majority",
+        ties: str = "first",
+        search: str = "exact",
+        min_confidence: float = 0.0,
+        max_distance: float = np.inf,
+    ):
         vectors, codes, classes = usable_cells(ref, use_rep, label)
-        self._set(vectors, codes, classes, dict(use_rep=use_rep, label=label, k=k, vote=vote, ties=ties,
-                                                min_confidence=min_confidence, max_distance=max_distance), search)
+        self._set(
+            vectors,
+            codes,
+            classes,
+            dict(
+                use_rep=use_rep,
+                label=label,
+                k=k,
+                vote=vote,
+                ties=ties,
+                min_confidence=min_confidence,
+                max_distance=max_distance,
+            ),
+            search,
+        )
         self.ref = ref
 
     def _set(self, vectors, codes, classes, settings: dict, search: str) -> None:
@@ -186,8 +241,10 @@ class ReferenceMap:
         k = settings["k"]
         check_number("k", k, 1)
         if not (0 <= settings["min_confidence"] <= 1 and settings["max_distance"] >= 0):
-            raise OptionError(f"min_confidence={settings['min_confidence']!r} is a share of the votes, 0 to 1, and "
-                              f"max_distance={settings['max_distance']!r} a squared distance, at least 0")
+            raise OptionError(
+                f"min_confidence={settings['min_confidence']!r} is a share of the votes, 0 to 1, and "
+                f"max_distance={settings['max_distance']!r} a squared distance, at least 0"
+            )
         if k > len(vectors):
             raise DataError(f"k={k} neighbours are asked for and the reference has {len(vectors)} cells; lower k")
         self.vectors, self.codes, self.classes, self.search, self.ref = vectors, codes, classes, search, None
@@ -196,8 +253,10 @@ class ReferenceMap:
             setattr(self, name, settings[name])
 
     def __repr__(self) -> str:
-        return (f"ReferenceMap: {len(self.vectors):,} cells, {len(self.classes)} labels of {self.label!r}, {self.use_rep} of {self.vectors.shape[1]} dimensions, "
-                f"k={self.k}, unknown below {self.min_confidence:g} of the votes or beyond {self.max_distance:g}")
+        return (
+            f"ReferenceMap: {len(self.vectors):,} cells, {len(self.classes)} labels of {self.label!r}, {self.use_rep} of {self.vectors.shape[1]} dimensions, "
+            f"k={self.k}, unknown below {self.min_confidence:g} of the votes or beyond {self.max_distance:g}"
+        )
 
     def settings(self) -> dict:
         "What a result depends on besides the cells."
@@ -207,7 +266,9 @@ class ReferenceMap:
         "(squared distances, positions among the reference cells that were kept) [mapped cells, k], and which cells were mapped."
         values, finite = vectors_of(query, self.use_rep, "query")
         if values.shape[1] != self.vectors.shape[1]:
-            raise DataError(f"obsm[{self.use_rep!r}] has {values.shape[1]} dimensions in the query and {self.vectors.shape[1]} in the reference; embed both with one model")
+            raise DataError(
+                f"obsm[{self.use_rep!r}] has {values.shape[1]} dimensions in the query and {self.vectors.shape[1]} in the reference; embed both with one model"
+            )
         find = nearest if self.search == "exact" else nearest_faiss
         return *find(self.vectors, values[finite], self.k), finite
 
@@ -234,16 +295,24 @@ class ReferenceMap:
         if unmapped:
             warn(f"{unmapped} of {query.n_obs} cells have no embedding and are 'unknown'")
         labels = np.where(known, self.classes[votes.code], "unknown")
-        query.obs[f"{self.label}_transferred"] = pd.Categorical(labels, [*self.classes] + ["unknown"] * ("unknown" not in self.classes))
+        query.obs[f"{self.label}_transferred"] = pd.Categorical(
+            labels, [*self.classes] + ["unknown"] * ("unknown" not in self.classes)
+        )
         query.obs[f"{self.label}_confidence"] = votes.confidence
-        query.uns[f"{self.label}_transferred"] = {"params": self.settings(), "n_unknown": int((~known).sum()), "n_without_embedding": unmapped}
+        query.uns[f"{self.label}_transferred"] = {
+            "params": self.settings(),
+            "n_unknown": int((~known).sum()),
+            "n_without_embedding": unmapped,
+        }
         return query if copy else None
 
     def is_known(self, votes: Votes) -> np.ndarray:
         "Whether each cell passes both thresholds."
         return (votes.confidence >= self.min_confidence - 1e-9) & (votes.far <= self.max_distance)
 
-    def calibrate(self, accuracy: float = 0.95, far: float = 0.01, by: str | None = None, *, n_cells: int = 5000, seed: int = 0) -> pd.DataFrame:
+    def calibrate(
+        self, accuracy: float = 0.95, far: float = 0.01, by: str | None = None, *, n_cells: int = 5000, seed: int = 0
+    ) -> pd.DataFrame:
         """
         Set min_confidence and max_distance on held-out reference cells; returns the accuracy at each confidence.
 
@@ -251,7 +320,9 @@ class ReferenceMap:
         how many reference cells, drawn by `seed`, are held out in turn.
         """
         if not 0 < accuracy <= 1 or not 0 <= far < 1:
-            raise OptionError(f"accuracy={accuracy!r} must be above 0 and at most 1, far={far!r} at least 0 and below 1: shares of the held-out cells")
+            raise OptionError(
+                f"accuracy={accuracy!r} must be above 0 and at most 1, far={far!r} at least 0 and below 1: shares of the held-out cells"
+            )
         check_number("n_cells", n_cells, 1)
         n = len(self.vectors)
         chosen = np.sort(keyed_generator(seed, "calibration").choice(n, min(n, n_cells), replace=False))
@@ -267,14 +338,23 @@ class ReferenceMap:
         "obs[by] of the reference cells that are kept."
         if by is None:
             if self.k >= len(self.vectors):
-                raise DataError(f"k={self.k} and the reference has {len(self.vectors)} cells: none is left to judge a held-out one; lower k")
+                raise DataError(
+                    f"k={self.k} and the reference has {len(self.vectors)} cells: none is left to judge a held-out one; lower k"
+                )
             return None
         if self.ref is None or by not in self.ref.obs:
-            raise DataError(f"obs of the reference has no column {by!r}" + (": a loaded map has no obs, calibrate before saving" if self.ref is None else ""))
-        kept = vectors_of(self.ref, self.use_rep, "reference")[1] & (label_codes(self.ref.obs, self.label, "reference")[0] >= 0)
+            raise DataError(
+                f"obs of the reference has no column {by!r}"
+                + (": a loaded map has no obs, calibrate before saving" if self.ref is None else "")
+            )
+        kept = vectors_of(self.ref, self.use_rep, "reference")[1] & (
+            label_codes(self.ref.obs, self.label, "reference")[0] >= 0
+        )
         return self.ref.obs[by].astype(str).to_numpy()[kept]
 
-    def evaluate(self, query, label: str | None = None, *, layer: str | None = None, baselines: bool = True, seed: int = 0) -> Scores:
+    def evaluate(
+        self, query, label: str | None = None, *, layer: str | None = None, baselines: bool = True, seed: int = 0
+    ) -> Scores:
         "Score the transfer against obs[label] of the query (None: the same column), beside the same map on HVG + PCA; see `evaluate`."
         return evaluate(self, query, label or self.label, layer, baselines, seed)
 
@@ -302,8 +382,12 @@ def label_scores(truth: np.ndarray, called: np.ndarray) -> tuple[dict, dict]:
     parts = precision_recall_fscore_support(truth, called, labels=names, zero_division=0)
     per_class = pd.DataFrame(dict(zip(("precision", "recall", "f1", "support"), parts)), pd.Index(names, name="class"))
     means = precision_recall_fscore_support(truth, called, average="macro", zero_division=0)[:3]
-    metrics = dict(zip(("accuracy", "macro_precision", "macro_recall", "macro_f1"), (accuracy_score(truth, called), *means)))
-    confusion = pd.DataFrame(confusion_matrix(truth, called, labels=names), per_class.index.rename("true"), per_class.index.rename("called"))
+    metrics = dict(
+        zip(("accuracy", "macro_precision", "macro_recall", "macro_f1"), (accuracy_score(truth, called), *means))
+    )
+    confusion = pd.DataFrame(
+        confusion_matrix(truth, called, labels=names), per_class.index.rename("true"), per_class.index.rename("called")
+    )
     return metrics, {"per_class": per_class, "confusion": confusion}
 
 # %% ../../nbs/scgpt/mapping.ipynb #88e2a5f4
@@ -314,8 +398,10 @@ def pca_pair(ref, query, layer: str | None, seed: int) -> tuple[np.ndarray, np.n
 
     genes = query.var_names.intersection(ref.var_names, sort=False)
     if len(genes) < 2 or not (ref.var_names.is_unique and query.var_names.is_unique):
-        raise DataError(f"reference and query share {len(genes)} gene names (unique: {ref.var_names.is_unique}, {query.var_names.is_unique}); the HVG + PCA "
-                        "baseline needs common, unique ones: rename them, or set baselines=False")
+        raise DataError(
+            f"reference and query share {len(genes)} gene names (unique: {ref.var_names.is_unique}, {query.var_names.is_unique}); the HVG + PCA "
+            "baseline needs common, unique ones: rename them, or set baselines=False"
+        )
     for cells in (ref, query):
         check_counts(cells, layer)
     counts = [count_matrix(cells, layer)[:, cells.var_names.get_indexer(genes)] for cells in (ref, query)]
@@ -328,7 +414,9 @@ def baseline_map(reference: ReferenceMap, query, layer: str | None, seed: int):
     import anndata
 
     if reference.ref is None:
-        raise DataError("a loaded map holds no counts for the HVG + PCA baseline; make the map from the AnnData, or set baselines=False")
+        raise DataError(
+            "a loaded map holds no counts for the HVG + PCA baseline; make the map from the AnnData, or set baselines=False"
+        )
     pairs = zip((reference.ref, query), pca_pair(reference.ref, query, layer, seed))
     ref, cells = (anndata.AnnData(obs=adata.obs, obsm={"X_pca": values}) for adata, values in pairs)
     return ReferenceMap(ref, "X_pca", reference.label, reference.k, vote=reference.vote, ties=reference.ties), cells
@@ -343,7 +431,9 @@ def score_map(reference: ReferenceMap, query, truth: np.ndarray) -> tuple[dict, 
         known = reference.is_known(votes)
         metrics.update(called=known.mean(), accuracy_called=(called == truth)[known].mean() if known.any() else np.nan)
     if (votes.near == 0).mean() > 0.5:
-        warn("more than half of the query cells lie exactly on a reference cell: are they in the reference? Then the scores are too good")
+        warn(
+            "more than half of the query cells lie exactly on a reference cell: are they in the reference? Then the scores are too good"
+        )
     return metrics, details
 
 
@@ -358,13 +448,19 @@ def evaluate(reference: ReferenceMap, query, label: str, layer: str | None, base
     truth = names[codes].astype(str)
     strange = np.isin(truth, reference.classes.astype(str), invert=True)
     if strange.any():
-        warn(f"{strange.sum()} of {len(truth)} query cells are of types that the reference does not hold ({', '.join(np.unique(truth[strange])[:5])}): "
-             "they count as wrong")
+        warn(
+            f"{strange.sum()} of {len(truth)} query cells are of types that the reference does not hold ({', '.join(np.unique(truth[strange])[:5])}): "
+            "they count as wrong"
+        )
     results = {reference.use_rep: score_map(reference, query, truth)}
     if baselines:
         results["HVG + PCA"] = score_map(*baseline_map(reference, query, layer, seed), truth)
         commonest = np.full(len(truth), reference.classes[reference.proportions.argmax()]).astype(str)
         results["majority class"] = label_scores(truth, commonest)
     table = pd.DataFrame({method: metrics for method, (metrics, _) in results.items()}).T
-    return Scores(table[list(results[reference.use_rep][0])], details={method: tables for method, (_, tables) in results.items()},
-                  title=f"{len(truth):,} cells mapped to {len(reference.vectors):,}", origin={**reference.settings(), "truth": label, "layer": layer, "seed": seed})
+    return Scores(
+        table[list(results[reference.use_rep][0])],
+        details={method: tables for method, (_, tables) in results.items()},
+        title=f"{len(truth):,} cells mapped to {len(reference.vectors):,}",
+        origin={**reference.settings(), "truth": label, "layer": layer, "seed": seed},
+    )

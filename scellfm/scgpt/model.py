@@ -44,8 +44,9 @@ class ScGPTConfig:
 
     def __post_init__(self):
         if self.d_model % self.n_heads:
-            raise OptionError(f"d_model={self.d_model} cannot be split among n_heads={self.n_heads}; it must be a "
-                              "multiple")
+            raise OptionError(
+                f"d_model={self.d_model} cannot be split among n_heads={self.n_heads}; it must be a multiple"
+            )
 
     @classmethod
     def from_args(cls, args: Mapping, n_tokens: int, pad_id: int, **heads) -> "ScGPTConfig":
@@ -60,9 +61,16 @@ class ScGPTConfig:
 
     def to_args(self) -> dict:
         "The values under the names that the original reads from args.json."
-        return {"embsize": self.d_model, "nheads": self.n_heads, "d_hid": self.d_hid, "nlayers": self.n_layers,
-                "n_layers_cls": self.n_layers_cls, "dropout": self.dropout, "pad_token": "<pad>",
-                "pad_value": self.pad_value}
+        return {
+            "embsize": self.d_model,
+            "nheads": self.n_heads,
+            "d_hid": self.d_hid,
+            "nlayers": self.n_layers,
+            "n_layers_cls": self.n_layers_cls,
+            "dropout": self.dropout,
+            "pad_token": "<pad>",
+            "pad_value": self.pad_value,
+        }
 
 # %% ../../nbs/scgpt/model.ipynb #9a2d7d9e
 class LabelEncoder(nn.Module):
@@ -137,8 +145,9 @@ class Layer(nn.Module):
     def __init__(self, config: ScGPTConfig):
         super().__init__()
         d, attention_dropout = config.d_model, config.attention_dropout
-        self.self_attn = Attention(d, config.n_heads,
-                                   config.dropout if attention_dropout is None else attention_dropout)
+        self.self_attn = Attention(
+            d, config.n_heads, config.dropout if attention_dropout is None else attention_dropout
+        )
         self.linear1, self.linear2 = nn.Linear(d, config.d_hid), nn.Linear(config.d_hid, d)
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.dropout = nn.Dropout(config.dropout)
@@ -166,8 +175,10 @@ class Encoder(nn.Module):
     def attention(self, x: torch.Tensor, mask: torch.Tensor | None, layer: int) -> torch.Tensor:
         "Attention [b, heads, L, L] of one layer (-1: the last); the layers above are not run."
         if not -len(self.layers) <= layer < len(self.layers):
-            raise OptionError(f"layer={layer}: this model has {len(self.layers)} layers, 0 to {len(self.layers) - 1} "
-                              f"or -1 for the last")
+            raise OptionError(
+                f"layer={layer}: this model has {len(self.layers)} layers, 0 to {len(self.layers) - 1} "
+                f"or -1 for the last"
+            )
         layer %= len(self.layers)
         for below in self.layers[:layer]:
             x = below(x, mask)
@@ -241,8 +252,9 @@ class ReverseGradient(torch.autograd.Function):
 POOLS = ("cls", "mean", "weighted")
 
 
-def pool_cells(states: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, pool: str = "cls",
-               original: bool = False):
+def pool_cells(
+    states: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, pool: str = "cls", original: bool = False
+):
     "States [b, L, d], values [b, L], mask of real tokens [b, L] -> cells [b, d] by 'cls', 'mean' or 'weighted'."
     one_of("pool", pool, POOLS)
     if pool == "cls":
@@ -284,8 +296,9 @@ class ScGPTModel(nn.Module):
     def encode(self, genes, values, mask=None, cell_only: bool = False) -> torch.Tensor:
         """States [b, L, d] of all positions, or with `cell_only` those of <cls> [b, 1, d]. mask=None: every token is
         real."""
-        return self.transformer_encoder(self.inputs(self.encoder(genes), values), mask,
-                                        queries=1 if cell_only else None)
+        return self.transformer_encoder(
+            self.inputs(self.encoder(genes), values), mask, queries=1 if cell_only else None
+        )
 
     def attention(self, genes, values, mask=None, layer: int = -1) -> torch.Tensor:
         "Attention [b, heads, L, L] of one layer."
@@ -296,8 +309,9 @@ class ScGPTModel(nn.Module):
         if self.batch_encoder is None:
             return x
         if batch is None:
-            raise OptionError(f"this model was trained with {self.config.n_batches} batch labels: pass batch=, one "
-                              "number per cell")
+            raise OptionError(
+                f"this model was trained with {self.config.n_batches} batch labels: pass batch=, one number per cell"
+            )
         vectors = self.batch_encoder(batch)
         return torch.cat([x, vectors if x.ndim == 2 else vectors.unsqueeze(1).expand(*x.shape[:2], -1)], dim=-1)
 
@@ -367,24 +381,32 @@ def heads_of(tensors: Mapping[str, torch.Tensor]) -> dict:
         return any(name.startswith(prefix) for name in shapes)
 
     return {
-        "decoder": has("decoder."), "mvc": has("mvc_decoder."), "n_cls": rows("cls_decoder.out_layer.bias"),
+        "decoder": has("decoder."),
+        "mvc": has("mvc_decoder."),
+        "n_cls": rows("cls_decoder.out_layer.bias"),
         "n_batches": rows("batch_encoder.embedding.weight"),
         "adversary": rows("grad_reverse_discriminator.out_layer.bias"),
-        "explicit_zero": has("decoder.zero_logit."), "batch_norm": has("bn."),
+        "explicit_zero": has("decoder.zero_logit."),
+        "batch_norm": has("bn."),
     }
 
 # %% ../../nbs/scgpt/model.ipynb #e8b27052
-def load_model(tensors: Mapping[str, torch.Tensor], args: Mapping, n_tokens: int,
-               pad_id: int) -> tuple[ScGPTModel, LoadReport]:
+def load_model(
+    tensors: Mapping[str, torch.Tensor], args: Mapping, n_tokens: int, pad_id: int
+) -> tuple[ScGPTModel, LoadReport]:
     "The model of a checkpoint's tensors and args.json; AssetError where a tensor is missing, unknown or misfit."
     table = {our_name(name): tensor for name, tensor in tensors.items()}.get("encoder.embedding.weight")
     if table is None:
-        raise AssetError("the checkpoint has no encoder.embedding.weight; it has e.g. "
-                         f"{', '.join(list(tensors)[:4])}. Is it scGPT's?")
+        raise AssetError(
+            "the checkpoint has no encoder.embedding.weight; it has e.g. "
+            f"{', '.join(list(tensors)[:4])}. Is it scGPT's?"
+        )
     if table.shape[0] != n_tokens:
-        raise AssetError(f"the vocabulary has {n_tokens:,} tokens (with <pad>, <cls>, <eoc>) and the checkpoint's "
-                         f"embedding {table.shape[0]:,} rows: they do not belong together; use the vocab.json that "
-                         "came with the checkpoint")
+        raise AssetError(
+            f"the vocabulary has {n_tokens:,} tokens (with <pad>, <cls>, <eoc>) and the checkpoint's "
+            f"embedding {table.shape[0]:,} rows: they do not belong together; use the vocab.json that "
+            "came with the checkpoint"
+        )
     model = ScGPTModel(ScGPTConfig.from_args(args, n_tokens, pad_id, **heads_of(tensors)))
     report = load_state(model, tensors, rename=our_name, ignore=UNUSED)
     return model.eval(), report

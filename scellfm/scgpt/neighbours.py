@@ -39,7 +39,7 @@ class Subset:
 def row_blocks(rows, size: int = BLOCK) -> Iterator[tuple[int, np.ndarray]]:
     "Yield (start, float32 rows) of an array in memory, mapped from a file, or a `Subset`."
     for start in range(0, len(rows), size):
-        yield start, np.array(rows[start:start + size], dtype=np.float32)
+        yield start, np.array(rows[start : start + size], dtype=np.float32)
 
 # %% ../../nbs/scgpt/neighbours.ipynb #10d44192
 def merge(best: tuple, distances: np.ndarray, positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +107,11 @@ def nearest(rows, queries: np.ndarray, k: int, *, block: int = BLOCK) -> tuple[n
         raise DataError(f"k={k} neighbours of {len(rows)} rows: k must lie between 1 and the number of rows")
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     starts = range(0, max(len(queries), 1), QUERIES)
-    parts = [nearest_of_few(rows, queries[start:start + QUERIES], k, block) for start in progress(starts, desc="searching", unit="block") if len(queries)]
+    parts = [
+        nearest_of_few(rows, queries[start : start + QUERIES], k, block)
+        for start in progress(starts, desc="searching", unit="block")
+        if len(queries)
+    ]
     parts = parts or [(np.empty((0, k), np.float32), np.empty((0, k), np.int64))]
     return tuple(np.concatenate(column) for column in zip(*parts))
 

@@ -15,7 +15,14 @@ from torch import nn
 from ..assets import LoadReport, load_state
 from ..core import AssetError, OptionError, one_of
 from scellfm.scgpt.model import (
-    Classifier, Encoder, ExpressionDecoder, FromCellDecoder, LabelEncoder, ScGPTConfig, ValueEncoder, our_name,
+    Classifier,
+    Encoder,
+    ExpressionDecoder,
+    FromCellDecoder,
+    LabelEncoder,
+    ScGPTConfig,
+    ValueEncoder,
+    our_name,
     pool_cells,
 )
 
@@ -84,8 +91,15 @@ class PerturbationModel(nn.Module):
 
 # %% ../../nbs/scgpt/perturbation.ipynb #e91c7009
 @torch.no_grad()
-def predict(model: PerturbationModel, gene_ids: torch.Tensor, values: torch.Tensor, flags: torch.Tensor, *,
-            genes: str = "all", original: bool = False) -> torch.Tensor:
+def predict(
+    model: PerturbationModel,
+    gene_ids: torch.Tensor,
+    values: torch.Tensor,
+    flags: torch.Tensor,
+    *,
+    genes: str = "all",
+    original: bool = False,
+) -> torch.Tensor:
     "Predicted values [b, n] of control cells' values [b, n] with perturbation flags [b, n], for genes with tokens [n]."
     one_of("genes", genes, ("all", "seen"))
     kept = torch.ones(values.shape[1], dtype=torch.bool, device=values.device)
@@ -104,8 +118,9 @@ SHARED = ("encoder.", "value_encoder.", "transformer_encoder.")
 HEADS = ("decoder.", "mvc_decoder.", "cls_decoder.", "flag_encoder.")
 
 
-def load_perturbation_model(tensors: Mapping[str, torch.Tensor],
-                            config: PerturbationConfig) -> tuple[PerturbationModel, LoadReport]:
+def load_perturbation_model(
+    tensors: Mapping[str, torch.Tensor], config: PerturbationConfig
+) -> tuple[PerturbationModel, LoadReport]:
     """A PerturbationModel from its own checkpoint's tensors or, where these have no flags, from those of an
     embedding model."""
     model = PerturbationModel(config)
@@ -115,6 +130,7 @@ def load_perturbation_model(tensors: Mapping[str, torch.Tensor],
     if any(name.startswith("pert_encoder.") for name in tensors):
         report = load_state(model, tensors, ignore=("flag_encoder.",))
     else:  # the heads of the other model have no place in this one, even where their names and shapes agree
+
         def rename(name):
             return name if name.startswith(SHARED) else f"other model's {name}"
 

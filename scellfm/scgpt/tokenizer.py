@@ -40,9 +40,17 @@ def cut(values: np.ndarray, length: int, overlong: str, draws) -> np.ndarray:
     return draws.permutation(len(values))[:length]
 
 # %% ../../nbs/scgpt/tokenizer.ipynb #d598a6c9
-def encode_cell(genes: np.ndarray, values: np.ndarray, *, cls: int, draws=None, n_bins: int | None = 51,
-                max_length: int = 1200, overlong: str = "sample",
-                cls_value: float = -2) -> tuple[np.ndarray, np.ndarray]:
+def encode_cell(
+    genes: np.ndarray,
+    values: np.ndarray,
+    *,
+    cls: int,
+    draws=None,
+    n_bins: int | None = 51,
+    max_length: int = 1200,
+    overlong: str = "sample",
+    cls_value: float = -2,
+) -> tuple[np.ndarray, np.ndarray]:
     """The tokens [n + 1] (int64) and values [n + 1] (float32) of one cell with `<cls>` in front, at most
     `max_length` of them.
 
@@ -124,21 +132,38 @@ def survey(data: AnnData | str, obs_names, genes, layer: str | None = None) -> t
         faults.add(start, block)
         totals += np.asarray(block.sum(0, dtype=np.float64)).ravel()
     where = "X" if layer is None else f"layer {layer!r}"
-    kinds = (("NaN or infinite", faults.infinite, "repair or drop them"),
-             ("negative", faults.negative, "scaled values cannot be binned: pass raw or log-normalised counts, layer="))
+    kinds = (
+        ("NaN or infinite", faults.infinite, "repair or drop them"),
+        ("negative", faults.negative, "scaled values cannot be binned: pass raw or log-normalised counts, layer="),
+    )
     for kind, fault, remedy in kinds:
         if fault.n:
-            raise DataError(f"{where} has {fault.n:,} {kind} values; the first: cell {str(obs_names[fault.cell])!r}, "
-                            f"gene {str(genes[fault.gene])!r} holds {fault.value:.6g}; {remedy}")
+            raise DataError(
+                f"{where} has {fault.n:,} {kind} values; the first: cell {str(obs_names[fault.cell])!r}, "
+                f"gene {str(genes[fault.gene])!r} holds {fault.value:.6g}; {remedy}"
+            )
     if not faults.total:
-        raise DataError(f"{where} holds only zeros ({len(obs_names):,} cells x {len(genes):,} genes): there is "
-                        "nothing to read")
+        raise DataError(
+            f"{where} holds only zeros ({len(obs_names):,} cells x {len(genes):,} genes): there is nothing to read"
+        )
     return totals, not faults.fraction.n
 
 # %% ../../nbs/scgpt/tokenizer.ipynb #65723997
-def tokenize(data: AnnData | str, obs_names, index: np.ndarray, vocabulary: Vocabulary, *, layer: str | None = None,
-             n_bins: int | None = 51, max_length: int = 1200, overlong: str = "sample", seed: int = 0,
-             original: bool = False, cls_value: float = -2, rows: int = 2048) -> Iterator[tuple[int, BinnedCells]]:
+def tokenize(
+    data: AnnData | str,
+    obs_names,
+    index: np.ndarray,
+    vocabulary: Vocabulary,
+    *,
+    layer: str | None = None,
+    n_bins: int | None = 51,
+    max_length: int = 1200,
+    overlong: str = "sample",
+    seed: int = 0,
+    original: bool = False,
+    cls_value: float = -2,
+    rows: int = 2048,
+) -> Iterator[tuple[int, BinnedCells]]:
     """Yield (index of the first cell, BinnedCells) for row blocks of `data`, an AnnData or the path of an h5ad.
 
     `index` is the token of each column (`Vocabulary.match`). Draws are keyed by (seed, name of the cell, occurrence);
@@ -162,14 +187,31 @@ def tokenize(data: AnnData | str, obs_names, index: np.ndarray, vocabulary: Voca
                 continue
             report["n_constant"] += int(len(values) > 1 and values.min() == values.max())
             report["n_overlong"] += int(len(values) > max_length - 1)
-            cells.append(encode_cell(tokens[block.indices[here]], values, cls=vocabulary.cls, n_bins=n_bins,
-                                     overlong=overlong, max_length=max_length, cls_value=cls_value,
-                                     draws=draws.cell(obs_names[start + i], repeat[start + i])))
+            cells.append(
+                encode_cell(
+                    tokens[block.indices[here]],
+                    values,
+                    cls=vocabulary.cls,
+                    n_bins=n_bins,
+                    overlong=overlong,
+                    max_length=max_length,
+                    cls_value=cls_value,
+                    draws=draws.cell(obs_names[start + i], repeat[start + i]),
+                )
+            )
         yield start, BinnedCells.of(cells, report)
 
 # %% ../../nbs/scgpt/tokenizer.ipynb #38102b2f
-def table_cells(table: np.ndarray, genes: np.ndarray, *, cls: int | None, max_length: int, include_zero: bool = False,
-                cls_value: float = 0, draws=None) -> BinnedCells:
+def table_cells(
+    table: np.ndarray,
+    genes: np.ndarray,
+    *,
+    cls: int | None,
+    max_length: int,
+    include_zero: bool = False,
+    cls_value: float = 0,
+    draws=None,
+) -> BinnedCells:
     """Cells from a dense table [cells, genes] of bins: the original's tokenize_and_pad_batch (cls=None: no <cls> in
     front)."""
     cells = []
@@ -196,8 +238,15 @@ def mask_share(values: np.ndarray, share: float, *, draws, mask_value: float = -
     return masked
 
 
-def mask_coins(values: torch.Tensor, probability: float, *, generator: torch.Generator, keep_first: int = 1,
-               mask_value: float = -1, pad_value: float = -2) -> torch.Tensor:
+def mask_coins(
+    values: torch.Tensor,
+    probability: float,
+    *,
+    generator: torch.Generator,
+    keep_first: int = 1,
+    mask_value: float = -1,
+    pad_value: float = -2,
+) -> torch.Tensor:
     """A copy of values [cells, L] with each real position hidden with a probability: the original's collator with
     do_mlm."""
     chance = torch.full(values.shape, float(probability))

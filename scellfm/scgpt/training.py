@@ -41,16 +41,21 @@ def learner(gpt: ScGPT, classes: list[str], seed: int, decoders: bool = True) ->
     if not decoders:
         return with_head(gpt, replace(config, n_cls=len(classes)), classes, seed)
     if config.n_batches or config.explicit_zero or config.adversary:
-        raise OptionError("this model was fine-tuned for integration: its decoders take batch labels or tell zeros apart, "
-                          "which the published recipe of continual pretraining does not; begin with a pretrained model")
+        raise OptionError(
+            "this model was fine-tuned for integration: its decoders take batch labels or tell zeros apart, "
+            "which the published recipe of continual pretraining does not; begin with a pretrained model"
+        )
     return with_head(gpt, replace(config, decoder=True, mvc=True, n_cls=len(classes)), classes, seed)
 
 
 def with_head(gpt: ScGPT, config, classes: list[str], seed: int) -> ScGPT:
     "A copy of `gpt` (float32) of another `config`: its tensors where it has them, new heads where it has not."
     had = gpt.model.config
-    lacks = {"decoder.": not had.decoder, "mvc_decoder.": not had.mvc,
-             "cls_decoder.": not classes or gpt.cell_types != classes}
+    lacks = {
+        "decoder.": not had.decoder,
+        "mvc_decoder.": not had.mvc,
+        "cls_decoder.": not classes or gpt.cell_types != classes,
+    }
     fresh = tuple(head for head, missing in lacks.items() if missing)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(seed, "heads") % 2**63)
@@ -70,16 +75,29 @@ def start_at_mean(model: ScGPTModel, mean: float, largest: float) -> None:
         model.value_encoder.linear1.weight /= largest / 2
         model.decoder.fc[-1].bias.fill_(mean)
         model.transformer_encoder.layers[-1].norm2.bias.fill_(offset)
-        model.mvc_decoder.W.weight += mean / (d / 2 * d * offset)  # sigmoids are near 1/2, and the cell sums to d * offset
+        model.mvc_decoder.W.weight += mean / (
+            d / 2 * d * offset
+        )  # sigmoids are near 1/2, and the cell sums to d * offset
 
 # %% ../../nbs/scgpt/training.ipynb #d342b9ed
 def binned_cells(gpt: ScGPT, adata, *, layer, names: dict, seed: int) -> tuple[BinnedCells, np.ndarray]:
     "All cells of `adata` with all their known genes, and the token of each column (-1: unknown)."
     totals, _ = survey(adata, adata.obs_names, adata.var_names, layer)
     index = gpt.match(adata, counts=totals, **names).index
-    blocks = [block for _, block in tokenize(adata, adata.obs_names, index, gpt.vocabulary, layer=layer, seed=seed,
-                                             n_bins=gpt.n_bins, cls_value=gpt.model.config.pad_value,
-                                             max_length=adata.n_vars + 2)]
+    blocks = [
+        block
+        for _, block in tokenize(
+            adata,
+            adata.obs_names,
+            index,
+            gpt.vocabulary,
+            layer=layer,
+            seed=seed,
+            n_bins=gpt.n_bins,
+            cls_value=gpt.model.config.pad_value,
+            max_length=adata.n_vars + 2,
+        )
+    ]
     lengths = np.concatenate([block.lengths for block in blocks])
     genes, values = (np.concatenate([getattr(block, part) for block in blocks]) for part in ("genes", "values"))
     return BinnedCells(genes, values, np.append(0, np.cumsum(lengths))), index
@@ -100,7 +118,7 @@ class HiddenGenes:
         generator = keyed_generator(self.seed, "hide", epoch, self.names[i])
         share = self.shares[int(generator.random() * len(self.shares))]
         if len(genes) > self.max_length:
-            kept = np.append(0, 1 + np.argsort(generator.random(len(genes) - 1), kind="stable")[:self.max_length - 1])
+            kept = np.append(0, 1 + np.argsort(generator.random(len(genes) - 1), kind="stable")[: self.max_length - 1])
             genes, values = genes[kept], values[kept]
         hidden = generator.random(len(genes)) < share
         hidden[0] = False
@@ -115,8 +133,13 @@ class HiddenGenes:
             genes, values, mask = cells.batch(range(len(cells)), self.pad_id, self.pad_value)
             hidden = torch.zeros_like(mask)
             hidden[mask] = torch.from_numpy(np.concatenate([part[2] for part in parts]))
-            batch = {"genes": genes, "values": values.masked_fill(hidden, self.mask_value), "mask": mask,
-                     "hidden": hidden, "targets": values[hidden]}
+            batch = {
+                "genes": genes,
+                "values": values.masked_fill(hidden, self.mask_value),
+                "mask": mask,
+                "hidden": hidden,
+                "targets": values[hidden],
+            }
             return batch if self.codes is None else batch | {"codes": torch.as_tensor(self.codes[which[rows]])}
 
         return Rows(len(which), batch, np.minimum(self.cells.lengths[which], self.max_length))
@@ -126,8 +149,10 @@ def check_shares(mask_share) -> tuple[float, ...]:
     "The shares of genes to hide, one of which is drawn for each cell; OptionError unless all lie between 0 and 1."
     shares = tuple(np.atleast_1d(mask_share).tolist())
     if not shares or not all(isinstance(share, float) and 0 < share < 1 for share in shares):
-        raise OptionError(f"mask_share={mask_share!r}: give a share of genes to hide between 0 and 1, or several to draw "
-                          "from, such as (0.25, 0.5, 0.75)")
+        raise OptionError(
+            f"mask_share={mask_share!r}: give a share of genes to hide between 0 and 1, or several to draw "
+            "from, such as (0.25, 0.5, 0.75)"
+        )
     return shares
 
 # %% ../../nbs/scgpt/training.ipynb #f33aeeaf
@@ -160,7 +185,7 @@ def mean_parts(gpt: ScGPT, rows: Rows, batch_size: int) -> np.ndarray:
 # %% ../../nbs/scgpt/training.ipynb #460b2b30
 def known_values(cells: BinnedCells, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Genes and values (float64) of all places but <cls> in some cells, end to end."
-    places = np.concatenate([np.arange(*cells.offsets[i:i + 2])[1:] for i in rows])
+    places = np.concatenate([np.arange(*cells.offsets[i : i + 2])[1:] for i in rows])
     return cells.genes[places], cells.values[places].astype(np.float64)
 
 
@@ -182,8 +207,9 @@ def guessers(hiding: HiddenGenes, train: np.ndarray, judged: np.ndarray, n_class
     return found
 
 # %% ../../nbs/scgpt/training.ipynb #c22a9c2a
-def class_probabilities(gpt: ScGPT, adata, index: np.ndarray, *, layer=None, max_length: int = 1200, seed: int = 0,
-                        token_budget=None) -> np.ndarray:
+def class_probabilities(
+    gpt: ScGPT, adata, index: np.ndarray, *, layer=None, max_length: int = 1200, seed: int = 0, token_budget=None
+) -> np.ndarray:
     "Probabilities [cells, classes] (float32; NaN for cells without a known gene) of the cell-type head."
 
     @torch.inference_mode()
@@ -192,34 +218,52 @@ def class_probabilities(gpt: ScGPT, adata, index: np.ndarray, *, layer=None, max
         return gpt.model.cls_decoder(states[:, 0]).float().softmax(1).cpu().numpy()
 
     how = dict(max_length=max_length, overlong="sample", seed=seed)
-    return over_cells(gpt, adata, adata.obs_names, index, one_batch, gpt.model.config.n_cls, layer=layer, how=how,
-                      token_budget=token_budget, desc="classifying")[0]
+    return over_cells(
+        gpt,
+        adata,
+        adata.obs_names,
+        index,
+        one_batch,
+        gpt.model.config.n_cls,
+        layer=layer,
+        how=how,
+        token_budget=token_budget,
+        desc="classifying",
+    )[0]
 
 # %% ../../nbs/scgpt/training.ipynb #c72b7d05
 MODEL = "scGPT"
 
 
-def label_scores(values: list[np.ndarray], parts: list[Split], counts, codes, classes, groups, n_boot: int, settings) -> Scores:
+def label_scores(
+    values: list[np.ndarray], parts: list[Split], counts, codes, classes, groups, n_boot: int, settings
+) -> Scores:
     "The table of held-out classes: probabilities [cells, classes] of each fold's model, beside simple methods."
     own = Gathered(len(codes), len(classes))
     for table, part in zip(values, parts):
         for rows, seen in ((part.test, False), (part.train, True)):
             own.add(rows, table[rows], seen)
     simple = baseline_probabilities(counts, codes, parts, len(classes), settings["seed"])
-    return score_table(own, simple, codes, classes, groups, model=MODEL, n_boot=n_boot, seed=settings["seed"], origin=settings)
+    return score_table(
+        own, simple, codes, classes, groups, model=MODEL, n_boot=n_boot, seed=settings["seed"], origin=settings
+    )
 
 # %% ../../nbs/scgpt/training.ipynb #69dfed02
 def learning_cells(adata, cells: BinnedCells, split: Split | None, held_out: float, seed: int) -> Split:
     "The cells to train on and (as test) to judge by, without those that have no known gene. DataError, OptionError."
     if not adata.obs_names.is_unique:
-        raise DataError(f"obs_names repeat (e.g. {adata.obs_names[adata.obs_names.duplicated()][0]!r}), and what is hidden "
-                        "in a cell is drawn by its name; call adata.obs_names_make_unique()")
+        raise DataError(
+            f"obs_names repeat (e.g. {adata.obs_names[adata.obs_names.duplicated()][0]!r}), and what is hidden "
+            "in a cell is drawn by its name; call adata.obs_names_make_unique()"
+        )
     nobody = np.empty(0, np.int64)
     if split is None and held_out == 0:
         split = Split(np.arange(adata.n_obs), nobody, nobody, None, adata.n_obs)
     split = split or hold_out(adata, fractions=(1 - held_out, 0, held_out), seed=seed)
     if split.n != adata.n_obs:
-        raise DataError(f"the split is of {split.n:,} cells and the data have {adata.n_obs:,}; make the split from these")
+        raise DataError(
+            f"the split is of {split.n:,} cells and the data have {adata.n_obs:,}; make the split from these"
+        )
     judged = split.valid if len(split.valid) else split.test
     full = cells.lengths > 1
     parts = [by_name(rows[full[rows]], adata.obs_names) for rows in (split.train, judged)]
@@ -242,14 +286,19 @@ def report_losses(model: ScGPT, hiding: HiddenGenes, part: Split, batch_size: in
     rows = dict(zip(row_names(MODEL), (part.test, part.train)))
     found = {name: mean_parts(model, hiding.rows(which), batch_size) for name, which in rows.items() if len(which)}
     simple = guessers(hiding, part.train, judged, n_classes)
-    columns = list(PARTS[:2 + bool(n_classes)])
-    model.losses = Scores(pd.DataFrame(found | simple, index=columns).T, title="hidden values (in bins) and cell types",
-                          origin={"recipe": model.history.recipe, "held_out_by": part.by})
+    columns = list(PARTS[: 2 + bool(n_classes)])
+    model.losses = Scores(
+        pd.DataFrame(found | simple, index=columns).T,
+        title="hidden values (in bins) and cell types",
+        origin={"recipe": model.history.recipe, "held_out_by": part.by},
+    )
     model.history.baselines = {name: float(parts.sum()) for name, parts in simple.items()}
     own, gene_means = next(iter(found.values()))[0], simple["gene means"][0]
     if own >= gene_means:
-        warn(f"hidden values are missed by {own:.1f} squared bins, and by {gene_means:.1f} when each gene's mean is guessed: "
-             "the model has learned no more than that; train longer, on more cells, or at another learning_rate")
+        warn(
+            f"hidden values are missed by {own:.1f} squared bins, and by {gene_means:.1f} when each gene's mean is guessed: "
+            "the model has learned no more than that; train longer, on more cells, or at another learning_rate"
+        )
 
 # %% ../../nbs/scgpt/training.ipynb #e01d1a6e
 def continue_pretraining(
@@ -283,7 +332,9 @@ def continue_pretraining(
     shares = check_shares(mask_share)
     labels = None if label is None else column_of(adata.obs, label, "label")
     classes, codes = (np.array([]), None) if label is None else classes_of(labels, label)
-    cells, index = binned_cells(gpt, adata, layer=layer, names=dict(column=column, mapping=mapping, symbols=symbols), seed=seed)
+    cells, index = binned_cells(
+        gpt, adata, layer=layer, names=dict(column=column, mapping=mapping, symbols=symbols), seed=seed
+    )
     part = learning_cells(adata, cells, split, held_out, seed)
     groups = column_of(adata.obs, part.by, "split.by") if part.by else None
     check_leakage(part, np.arange(adata.n_obs) if groups is None else groups)
@@ -295,18 +346,37 @@ def continue_pretraining(
     hiding = HiddenGenes(model, cells, adata.obs_names, shares=shares, max_length=max_length, seed=seed, codes=codes)
     rows, judged = hiding.rows(part.train), hiding.rows(part.test)
     model.history = fit(
-        model.model, pretraining_loss, rows.n, rows.batch, lengths=rows.lengths, device=model.device, folder=folder,
-        valid={"valid": judged} if judged.n else None, desc="continual pretraining", epochs=epochs,
-        learning_rate=learning_rate, batch_size=batch_size, warmup=warmup, schedule=schedule, weight_decay=weight_decay,
-        seed=seed, dtype=str(gpt.dtype).removeprefix("torch."),
-        inputs={"cells": fingerprint(cells.genes, cells.values, part.train, part.test, labels), "hiding": str((shares, max_length))},
-        **recipe)
+        model.model,
+        pretraining_loss,
+        rows.n,
+        rows.batch,
+        lengths=rows.lengths,
+        device=model.device,
+        folder=folder,
+        valid={"valid": judged} if judged.n else None,
+        desc="continual pretraining",
+        epochs=epochs,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        warmup=warmup,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        seed=seed,
+        dtype=str(gpt.dtype).removeprefix("torch."),
+        inputs={
+            "cells": fingerprint(cells.genes, cells.values, part.train, part.test, labels),
+            "hiding": str((shares, max_length)),
+        },
+        **recipe,
+    )
     model.device = next(model.model.parameters()).device
     report_losses(model, hiding, part, batch_size)
     if label is not None and len(part.test):
         values = class_probabilities(model, adata, index, layer=layer, max_length=max_length, seed=seed)
         settings = {"label": label, "held_out_by": part.by, "epochs": epochs, "seed": seed}
-        model.scores = label_scores([values], [part], count_matrix(adata, layer), codes, classes, groups, n_boot, settings)
+        model.scores = label_scores(
+            [values], [part], count_matrix(adata, layer), codes, classes, groups, n_boot, settings
+        )
     model.dtype = gpt.dtype
     model.model.to(gpt.dtype)
     return model

@@ -32,8 +32,10 @@ def tokens_in_order(numbered: Mapping[str, int]) -> list[str]:
     n = len(numbered)
     odd = [(token, number) for token, number in numbered.items() if type(number) is not int or not 0 <= number < n]
     if odd:
-        raise AssetError(f"token {odd[0][0]!r} has the number {odd[0][1]!r}; the {n:,} tokens of a vocabulary must "
-                         f"be numbered 0 to {n - 1:,}. Is this scGPT's vocab.json?")
+        raise AssetError(
+            f"token {odd[0][0]!r} has the number {odd[0][1]!r}; the {n:,} tokens of a vocabulary must "
+            f"be numbered 0 to {n - 1:,}. Is this scGPT's vocab.json?"
+        )
     tokens = sorted(numbered, key=numbered.get)
     if len(set(numbered.values())) < n:
         one, two = next(pair for pair in zip(tokens, tokens[1:]) if numbered[pair[0]] == numbered[pair[1]])
@@ -94,8 +96,15 @@ class Vocabulary:
     def __repr__(self) -> str:
         return f"Vocabulary({len(self):,} tokens: {', '.join(self.tokens[:3])}, ...; <pad> {self.pad})"
 
-    def match(self, adata: AnnData, *, column: str | None = None, mapping: Mapping[str, str] | None = None,
-              symbols: Mapping[str, str] | None = None, counts: np.ndarray | None = None) -> GeneMatch:
+    def match(
+        self,
+        adata: AnnData,
+        *,
+        column: str | None = None,
+        mapping: Mapping[str, str] | None = None,
+        symbols: Mapping[str, str] | None = None,
+        counts: np.ndarray | None = None,
+    ) -> GeneMatch:
         """Find every gene of `adata`: index[i] is the number of gene i or -1, `report` says how many, and from which
         names.
 
@@ -106,9 +115,11 @@ class Vocabulary:
         names, source = (gene_ids(adata, column), column) if column else best_names(adata, known)
         human = [name for name in names if species_of(name) == "human"]
         if len(human) > len(names) / 2 and sum(plain_id(name) in known for name in human) < len(human) / 10:
-            raise DataError(f"the genes are Ensembl ids (e.g. {human[:2]}, from {source}) and scGPT's vocabulary is "
-                            "of symbols: name the column of var that holds symbols (column=), or pass a table: "
-                            "mapping={Ensembl id: symbol} or symbols={symbol: Ensembl id}")
+            raise DataError(
+                f"the genes are Ensembl ids (e.g. {human[:2]}, from {source}) and scGPT's vocabulary is "
+                "of symbols: name the column of var that holds symbols (column=), or pass a table: "
+                "mapping={Ensembl id: symbol} or symbols={symbol: Ensembl id}"
+            )
         if source == "var_names" and "ensembl_id" in adata.var:  # which match_genes would prefer
             found = match_genes(names, self.tokens, mapping=table or None, counts=counts)
         else:

@@ -25,25 +25,35 @@ __all__ = ['RESOLUTIONS', 'METRICS', 'embedding_of', 'groups_of', 'neighbour_gra
 def embedding_of(adata, key: str) -> np.ndarray:
     "obsm[key] as floats [cells, d]. DataError: not there, no matrix, or with missing values."
     if key not in adata.obsm:
-        raise DataError(f"obsm has no {key!r}; it holds {', '.join(map(repr, adata.obsm.keys())) or 'nothing'}: embed the cells first")
+        raise DataError(
+            f"obsm has no {key!r}; it holds {', '.join(map(repr, adata.obsm.keys())) or 'nothing'}: embed the cells first"
+        )
     values = np.asarray(adata.obsm[key])
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.number):
-        raise DataError(f"obsm[{key!r}] is {values.dtype} of shape {values.shape}; a matrix of numbers [cells, dimensions] is needed")
+        raise DataError(
+            f"obsm[{key!r}] is {values.dtype} of shape {values.shape}; a matrix of numbers [cells, dimensions] is needed"
+        )
     broken = np.flatnonzero(~np.isfinite(values).all(1))
     if len(broken):
-        raise DataError(f"obsm[{key!r}] has NaN or infinity in {len(broken)} of {len(values)} cells, the first is {adata.obs_names[broken[0]]!r} "
-                        f"(row {broken[0]}); cells without a known gene have no place: leave them out, adata[np.isfinite(adata.obsm[{key!r}]).all(1)]")
+        raise DataError(
+            f"obsm[{key!r}] has NaN or infinity in {len(broken)} of {len(values)} cells, the first is {adata.obs_names[broken[0]]!r} "
+            f"(row {broken[0]}); cells without a known gene have no place: leave them out, adata[np.isfinite(adata.obsm[{key!r}]).all(1)]"
+        )
     return values if np.issubdtype(values.dtype, np.floating) else values.astype(np.float64)
 
 # %% ../../nbs/scores/batches.ipynb #a7307dde
 def groups_of(adata, column: str, role: str) -> np.ndarray:
     "obs[column] as text [cells]. DataError: not there, or missing for some cells."
     if column not in adata.obs:
-        raise DataError(f"obs has no column {column!r} for {role}; it holds {', '.join(map(repr, adata.obs.columns)) or 'nothing'}")
+        raise DataError(
+            f"obs has no column {column!r} for {role}; it holds {', '.join(map(repr, adata.obs.columns)) or 'nothing'}"
+        )
     missing = np.flatnonzero(adata.obs[column].isna())
     if len(missing):
-        raise DataError(f"obs[{column!r}] is missing for {len(missing)} of {adata.n_obs} cells, the first is {adata.obs_names[missing[0]]!r}; leave "
-                        f"them out, adata[adata.obs[{column!r}].notna()]")
+        raise DataError(
+            f"obs[{column!r}] is missing for {len(missing)} of {adata.n_obs} cells, the first is {adata.obs_names[missing[0]]!r}; leave "
+            f"them out, adata[adata.obs[{column!r}].notna()]"
+        )
     return adata.obs[column].astype(str).to_numpy()
 
 # %% ../../nbs/scores/batches.ipynb #98d86558
@@ -70,11 +80,26 @@ def best_clustering(graph: sparse.csr_matrix, labels: np.ndarray) -> tuple[np.nd
     optional("igraph", "integration")
     cells, found, rows = anndata.AnnData(obs=pd.DataFrame(index=np.arange(len(labels)).astype(str))), [], []
     for resolution in RESOLUTIONS:
-        sc.tl.leiden(cells, resolution, adjacency=graph, flavor="igraph", n_iterations=-1, directed=False, random_state=0, key_added="cluster")
+        sc.tl.leiden(
+            cells,
+            resolution,
+            adjacency=graph,
+            flavor="igraph",
+            n_iterations=-1,
+            directed=False,
+            random_state=0,
+            key_added="cluster",
+        )
         clusters = cells.obs["cluster"].to_numpy().astype(str)
         found.append(clusters)
-        rows.append({"resolution": resolution, "nmi": normalized_mutual_info_score(labels, clusters),
-                     "ari": adjusted_rand_score(labels, clusters), "n_clusters": len(set(clusters))})
+        rows.append(
+            {
+                "resolution": resolution,
+                "nmi": normalized_mutual_info_score(labels, clusters),
+                "ari": adjusted_rand_score(labels, clusters),
+                "n_clusters": len(set(clusters)),
+            }
+        )
     scan = pd.DataFrame(rows)
     return found[int(scan["nmi"].to_numpy().argmax())], scan
 
@@ -156,17 +181,26 @@ def one_embedding(values: np.ndarray, labels, batches, before) -> tuple[dict, di
         clusters, scan = best_clustering(graph, labels)
         best = scan.loc[scan["nmi"].to_numpy().argmax()]
         details = {"clusters": clusters, "resolution": best["resolution"], "scan": scan}
-        scores.update(nmi=best["nmi"], ari=best["ari"], asw_label=asw_label(values, labels), knn_accuracy=knn_accuracy(values, labels))
+        scores.update(
+            nmi=best["nmi"],
+            ari=best["ari"],
+            asw_label=asw_label(values, labels),
+            knn_accuracy=knn_accuracy(values, labels),
+        )
     if batches is not None:
         scores["pcr"] = pcr(before, values, batches)
     if batches is not None and labels is not None:
-        scores.update(graph_connectivity=graph_connectivity(graph, labels), asw_batch=asw_batch(values, labels, batches))
+        scores.update(
+            graph_connectivity=graph_connectivity(graph, labels), asw_batch=asw_batch(values, labels, batches)
+        )
     scores["avg_bio"] = np.mean([scores[name] for name in ("nmi", "ari", "asw_label")])
     scores["avg_batch"] = np.mean([scores[name] for name in ("graph_connectivity", "asw_batch")])
     return {name: float(value) for name, value in scores.items()}, details
 
 # %% ../../nbs/scores/batches.ipynb #9651d523
-def baseline_embeddings(adata, batches: np.ndarray | None, layer: str | None = None, seed: int = 0) -> dict[str, np.ndarray]:
+def baseline_embeddings(
+    adata, batches: np.ndarray | None, layer: str | None = None, seed: int = 0
+) -> dict[str, np.ndarray]:
     """
     'HVG + PCA': log-normalised counts, 2,000 variable genes, 50 components; 'HVG + PCA + Harmony' where harmonypy is installed.
 
@@ -179,7 +213,9 @@ def baseline_embeddings(adata, batches: np.ndarray | None, layer: str | None = N
     parts = count_features(seed).fit_transform(count_matrix(adata, layer))
     found = {"HVG + PCA": parts}
     if batches is not None and importlib.util.find_spec("harmonypy"):
-        harmony = optional("harmonypy", "integration").run_harmony(parts, pd.DataFrame({"batch": batches}), "batch", random_state=seed, verbose=False)
+        harmony = optional("harmonypy", "integration").run_harmony(
+            parts, pd.DataFrame({"batch": batches}), "batch", random_state=seed, verbose=False
+        )
         moved = np.asarray(harmony.Z_corr)
         found["HVG + PCA + Harmony"] = moved if moved.shape == parts.shape else moved.T
     return found
@@ -197,12 +233,22 @@ def matrix_before(adata, layer: str | None):
 
     matrix = count_matrix(adata, layer)
     if not np.isfinite(matrix.data).all():
-        raise DataError(f"{'X' if layer is None else layer} has {(~np.isfinite(matrix.data)).sum()} values that are NaN or infinite; repair them first")
+        raise DataError(
+            f"{'X' if layer is None else layer} has {(~np.isfinite(matrix.data)).sum()} values that are NaN or infinite; repair them first"
+        )
     return matrix
 
 # %% ../../nbs/scores/batches.ipynb #2806e961
-def integration(adata, reps, batch: str | None = None, label: str | None = None, *, layer: str | None = None,
-                baselines: bool = True, seed: int = 0) -> Scores:
+def integration(
+    adata,
+    reps,
+    batch: str | None = None,
+    label: str | None = None,
+    *,
+    layer: str | None = None,
+    baselines: bool = True,
+    seed: int = 0,
+) -> Scores:
     """
     Score how embeddings obsm[reps] keep cell types (obs[label]) and mix batches (obs[batch]); a Scores with the baselines.
 
@@ -212,11 +258,15 @@ def integration(adata, reps, batch: str | None = None, label: str | None = None,
     """
     reps = [reps] if isinstance(reps, str) else list(reps)
     if adata.n_obs < 3 or not (batch or label):
-        raise DataError(f"{adata.n_obs} cells, batch={batch!r}, label={label!r}: name at least one of batch and label, and give three cells or more")
+        raise DataError(
+            f"{adata.n_obs} cells, batch={batch!r}, label={label!r}: name at least one of batch and label, and give three cells or more"
+        )
     found = {key: embedding_of(adata, key) for key in reps}
     labels = None if label is None else groups_of(adata, label, "labels")
     if batch == label:
-        raise OptionError(f"batch={batch!r} and label={label!r}: what should mix and what should stay apart are two columns")
+        raise OptionError(
+            f"batch={batch!r} and label={label!r}: what should mix and what should stay apart are two columns"
+        )
     batches = None if batch is None else groups_of(adata, batch, "batches")
     tell_if_one(labels, label, "how well types are kept")
     tell_if_one(batches, batch, "how well batches mix")
@@ -224,15 +274,31 @@ def integration(adata, reps, batch: str | None = None, label: str | None = None,
     if baselines:
         found.update(baseline_embeddings(adata, batches, layer, seed))
     before = matrix_before(adata, layer) if batches is not None else None
-    results = {name: one_embedding(values, labels, batches, before) for name, values in progress(found.items(), desc="scoring embeddings")}
+    results = {
+        name: one_embedding(values, labels, batches, before)
+        for name, values in progress(found.items(), desc="scoring embeddings")
+    }
     return table_of(results, adata, reps, {"batch": batch, "label": label, "layer": layer, "seed": seed})
 
 
 def table_of(results: dict, adata, reps: list[str], settings: dict) -> Scores:
     "The Scores of (scores, details) by method."
     table = pd.DataFrame({name: scores for name, (scores, _) in results.items()}).T[list(METRICS)]
-    sizes = [f"{adata.obs[settings[role]].nunique()} {word}" for role, word in (("batch", "batches"), ("label", "labels")) if settings[role]]
-    return Scores(table, details={name: details for name, (_, details) in results.items()},
-                  title=f"Integration of {adata.n_obs:,} cells, {', '.join(sizes)}",
-                  origin={**settings, "reps": reps, "n_cells": adata.n_obs, "definitions": "scib 1.1.7", **{name: version(name) for name in ("scanpy", "scikit-learn")},
-                          "python": platform.python_version()})
+    sizes = [
+        f"{adata.obs[settings[role]].nunique()} {word}"
+        for role, word in (("batch", "batches"), ("label", "labels"))
+        if settings[role]
+    ]
+    return Scores(
+        table,
+        details={name: details for name, (_, details) in results.items()},
+        title=f"Integration of {adata.n_obs:,} cells, {', '.join(sizes)}",
+        origin={
+            **settings,
+            "reps": reps,
+            "n_cells": adata.n_obs,
+            "definitions": "scib 1.1.7",
+            **{name: version(name) for name in ("scanpy", "scikit-learn")},
+            "python": platform.python_version(),
+        },
+    )

@@ -51,25 +51,32 @@ class Judged:
 
     def judgement(self) -> dict:
         "What `judgement_of` reads again, for JSON."
-        return {"scores": None if self.scores is None else self.scores.to_dict(),
-                "verdict": None if self.verdict is None else vars(self.verdict),
-                "histories": [history.to_dict() for history in self.histories], "settings": self.settings}
+        return {
+            "scores": None if self.scores is None else self.scores.to_dict(),
+            "verdict": None if self.verdict is None else vars(self.verdict),
+            "histories": [history.to_dict() for history in self.histories],
+            "settings": self.settings,
+        }
 
 
 def judgement_of(record: dict) -> dict:
     "The fields of `Judged` from a record that `judgement` is part of."
     scores, verdict = record["scores"], record["verdict"]
-    return {"scores": None if scores is None else Scores.from_dict(scores),
-            "verdict": None if verdict is None else Verdict(**verdict),
-            "histories": [History.from_dict(history) for history in record["histories"]],
-            "settings": record["settings"]}
+    return {
+        "scores": None if scores is None else Scores.from_dict(scores),
+        "verdict": None if verdict is None else Verdict(**verdict),
+        "histories": [History.from_dict(history) for history in record["histories"]],
+        "settings": record["settings"],
+    }
 
 # %% ../../nbs/scores/classifiers.ipynb #2e6406cf
 def check_cells(names: pd.Index, split: Split | Folds, n: int) -> None:
     "DataError where the names of the cells repeat, or where the split is not of the `n` cells of the data."
     if not names.is_unique:
-        raise DataError(f"obs_names repeat (e.g. {names[names.duplicated()][0]!r}), and a cell's name tells "
-                        "which models have seen it; call adata.obs_names_make_unique()")
+        raise DataError(
+            f"obs_names repeat (e.g. {names[names.duplicated()][0]!r}), and a cell's name tells "
+            "which models have seen it; call adata.obs_names_make_unique()"
+        )
     of = split.folds()[0].n
     if of != n:
         raise DataError(f"the split is of {of:,} cells and the data have {n:,}; make the split from these cells")
@@ -78,15 +85,22 @@ def check_cells(names: pd.Index, split: Split | Folds, n: int) -> None:
 def warn_of_seen(fold: np.ndarray) -> None:
     "Warn where every model was trained on a cell (`fold` from `KnownCells.fold_of`)."
     if (fold == SEEN).any():
-        warn(f"{(fold == SEEN).sum():,} of {len(fold):,} cells were trained on by every model: what is said of them is "
-             "memory, not judgement; with split=folds(...) each cell is judged by a model that has not seen it")
+        warn(
+            f"{(fold == SEEN).sum():,} of {len(fold):,} cells were trained on by every model: what is said of them is "
+            "memory, not judgement; with split=folds(...) each cell is judged by a model that has not seen it"
+        )
 
 # %% ../../nbs/scores/classifiers.ipynb #e4a51617
 def calls(table: pd.DataFrame, label: str) -> pd.DataFrame:
     "The most probable class of each row ({label}_predicted, categorical) and its probability ({label}_confidence)."
     values = table.to_numpy()
-    return pd.DataFrame({f"{label}_predicted": pd.Categorical.from_codes(values.argmax(1), table.columns),
-                         f"{label}_confidence": values.max(1)}, index=table.index)
+    return pd.DataFrame(
+        {
+            f"{label}_predicted": pd.Categorical.from_codes(values.argmax(1), table.columns),
+            f"{label}_confidence": values.max(1),
+        },
+        index=table.index,
+    )
 
 
 def write_calls(adata, rows: np.ndarray, table: pd.DataFrame, parameters: dict) -> None:

@@ -21,13 +21,17 @@ def classes_of(labels: np.ndarray, label: str) -> tuple[np.ndarray, np.ndarray]:
     "The sorted classes and each cell's class number; DataError for one class only or a class of one cell."
     classes, codes = np.unique(np.asarray(labels).astype(str), return_inverse=True)
     if len(classes) < 2:
-        raise DataError(f"obs[{label!r}] has a single class, {str(classes[0])!r}, in all {len(labels):,} cells: "
-                        "there is nothing to tell apart; choose another column or add cells of another class")
+        raise DataError(
+            f"obs[{label!r}] has a single class, {str(classes[0])!r}, in all {len(labels):,} cells: "
+            "there is nothing to tell apart; choose another column or add cells of another class"
+        )
     sizes = np.bincount(codes)
     if sizes.min() < 2:
         rare = classes[sizes < 2]
-        raise DataError(f"class {str(rare[0])!r} of obs[{label!r}] has 1 cell; a class needs at least 2, one to "
-                        "learn from and one to judge by. Leave it out or join it with another")
+        raise DataError(
+            f"class {str(rare[0])!r} of obs[{label!r}] has 1 cell; a class needs at least 2, one to "
+            "learn from and one to judge by. Leave it out or join it with another"
+        )
     return classes, codes
 
 # %% ../../nbs/scores/heldout.ipynb #c55fcfba
@@ -35,13 +39,17 @@ def check_folds(parts: list[Split], classes: np.ndarray, codes: np.ndarray, labe
     "DataError where a fold has no cells to judge by, or a class is missing from a fold's training cells."
     for k, part in enumerate(parts):
         if not len(part.test):
-            raise DataError(f"fold {k} has no test cells to be judged by; make the split with a test part, such as "
-                            "hold_out(adata, fractions=(.8, .1, .1))")
+            raise DataError(
+                f"fold {k} has no test cells to be judged by; make the split with a test part, such as "
+                "hold_out(adata, fractions=(.8, .1, .1))"
+            )
         missing = np.setdiff1d(np.arange(len(classes)), codes[part.train])
         if len(missing):
-            raise DataError(f"class {str(classes[missing[0]])!r} of obs[{label!r}] is in none of the "
-                            f"{len(part.train):,} training cells of fold {k}; split with "
-                            f"stratify={label!r}, use fewer folds, or leave the class out")
+            raise DataError(
+                f"class {str(classes[missing[0]])!r} of obs[{label!r}] is in none of the "
+                f"{len(part.train):,} training cells of fold {k}; split with "
+                f"stratify={label!r}, use fewer folds, or leave the class out"
+            )
 
 # %% ../../nbs/scores/heldout.ipynb #5e6445d0
 NEW, SEEN = -1, -2  # no model was trained on the cell; all were
@@ -50,6 +58,7 @@ NEW, SEEN = -1, -2  # no model was trained on the cell; all were
 @dataclass
 class KnownCells:
     "For the cells of the training data, by key of their name: the fold whose model has not seen the cell (or SEEN)."
+
     keys: np.ndarray
     fold: np.ndarray
 
@@ -117,19 +126,39 @@ def row_names(model: str, unit: str = "cells") -> tuple[str, str]:
     return f"{model} (held out)", f"{model} (training {unit})"
 
 
-def score_table(own: Gathered, simple: dict, codes, classes, groups, *, model: str, n_boot: int, seed: int,
-                origin: dict, unit: str = "cells") -> Scores:
+def score_table(
+    own: Gathered,
+    simple: dict,
+    codes,
+    classes,
+    groups,
+    *,
+    model: str,
+    n_boot: int,
+    seed: int,
+    origin: dict,
+    unit: str = "cells",
+) -> Scores:
     "The table: the model held out and on its training cells (`unit`), then each simple method on the held-out ones."
     from scellfm.scores.labels import classification
 
     judged = dict(zip(row_names(model, unit), (own.of(False), own.of(True))))
     judged |= {name: method.of(False) for name, method in simple.items()}
     results = {
-        name: classification(classes[codes[rows]], values, classes, groups=None if groups is None else groups[rows],
-                             n_boot=n_boot, seed=seed)
-        for name, (rows, values) in judged.items()}
-    table, low, high = (pd.DataFrame({name: getattr(result, part) for name, result in results.items()}).T
-                        for part in ("metrics", "low", "high"))
+        name: classification(
+            classes[codes[rows]],
+            values,
+            classes,
+            groups=None if groups is None else groups[rows],
+            n_boot=n_boot,
+            seed=seed,
+        )
+        for name, (rows, values) in judged.items()
+    }
+    table, low, high = (
+        pd.DataFrame({name: getattr(result, part) for name, result in results.items()}).T
+        for part in ("metrics", "low", "high")
+    )
     title = f"{origin['label']}: {', '.join(map(str, classes))}"
     return Scores(table, low=low, high=high, details=results, title=title, origin=origin)
 
@@ -137,6 +166,7 @@ def score_table(own: Gathered, simple: dict, codes, classes, groups, *, model: s
 @dataclass
 class Verdict:
     "Whether a classifier has memorised its training cells: the `gap` in balanced accuracy, and what to do about it."
+
     overfitted: bool
     gap: float
     text: str
@@ -153,7 +183,9 @@ def judge(scores: Scores, advice: list[str], unit: str = "cells") -> Verdict:
     held, trained, simple = *column[list(rows)], column.drop(list(rows))
     overfitted = trained - held > 0.1 and not trained <= high[rows[0]]
     bounds = f" ({low[rows[0]]:.3f} to {high[rows[0]]:.3f})" if np.isfinite(low[rows[0]]) else ""
-    text = (f"Balanced accuracy is {held:.3f}{bounds} on held-out {unit} and "
-            f"{trained:.3f} on training {unit}{f': the model has memorised its training {unit}' if overfitted else ''}. "
-            f"The best simple method ({simple.idxmax()}) has {simple.max():.3f} on the same held-out {unit}.")
+    text = (
+        f"Balanced accuracy is {held:.3f}{bounds} on held-out {unit} and "
+        f"{trained:.3f} on training {unit}{f': the model has memorised its training {unit}' if overfitted else ''}. "
+        f"The best simple method ({simple.idxmax()}) has {simple.max():.3f} on the same held-out {unit}."
+    )
     return Verdict(bool(overfitted), float(trained - held), text, advice)

@@ -22,16 +22,22 @@ def check_probabilities(probabilities, n: int, n_classes: int) -> np.ndarray:
     "Probabilities as float64 [n, n_classes], or a DataError that says what is wrong and where."
     values = np.asarray(probabilities, dtype=np.float64)
     if values.shape != (n, n_classes):
-        raise DataError(f"probabilities have the shape {values.shape}; {n} cells and {n_classes} classes need ({n}, {n_classes})")
+        raise DataError(
+            f"probabilities have the shape {values.shape}; {n} cells and {n_classes} classes need ({n}, {n_classes})"
+        )
     wrong = ~np.isfinite(values)
     if wrong.any():
         cell, column = np.argwhere(wrong)[0]
-        raise DataError(f"{wrong.any(1).sum()} of {n} cells have a probability that is no number (first: {values[cell, column]} in row {cell}, "
-                        f"column {column}); look for NaN in the model's input or a diverged training, or leave these cells out")
+        raise DataError(
+            f"{wrong.any(1).sum()} of {n} cells have a probability that is no number (first: {values[cell, column]} in row {cell}, "
+            f"column {column}); look for NaN in the model's input or a diverged training, or leave these cells out"
+        )
     if values.min() < -1e-6 or np.abs(values.sum(1) - 1).max() > 1e-3:
         cell = int(np.argmax((values < -1e-6).any(1) | (np.abs(values.sum(1) - 1) > 1e-3)))
-        raise DataError(f"row {cell} of probabilities is {np.array2string(values[cell], precision=3, threshold=6)}, which is no distribution "
-                        "over the classes (negative, or not adding to 1); apply a softmax to logits first")
+        raise DataError(
+            f"row {cell} of probabilities is {np.array2string(values[cell], precision=3, threshold=6)}, which is no distribution "
+            "over the classes (negative, or not adding to 1); apply a softmax to logits first"
+        )
     return values
 
 # %% ../../nbs/scores/labels.ipynb #49808f86
@@ -39,7 +45,9 @@ def check_classes(classes) -> np.ndarray:
     "The classes as an array of at least two different labels."
     classes = np.asarray(classes)
     if len(classes) < 2 or len(set(classes.tolist())) < len(classes):
-        raise DataError(f"classes={classes.tolist()} must be two or more different labels, one for each column of probabilities")
+        raise DataError(
+            f"classes={classes.tolist()} must be two or more different labels, one for each column of probabilities"
+        )
     return classes
 
 
@@ -48,15 +56,21 @@ def check_truth(truth, classes: np.ndarray) -> np.ndarray:
     truth = np.asarray(truth)
     missing = pd.isna(truth)
     if missing.any():
-        raise DataError(f"{missing.sum()} of {len(truth)} cells have no label (first: row {int(missing.argmax())}); leave them out")
+        raise DataError(
+            f"{missing.sum()} of {len(truth)} cells have no label (first: row {int(missing.argmax())}); leave them out"
+        )
     codes = pd.Index(classes).get_indexer(pd.Index(truth))
     if (codes < 0).any():
         unknown = sorted({str(label) for label in truth[codes < 0]})[:5]
-        raise DataError(f"{(codes < 0).sum()} of {len(truth)} cells are labelled {', '.join(map(repr, unknown))}, which is not among the "
-                        f"classes {classes.tolist()[:10]}; the classifier cannot name them: leave them out or train with them")
+        raise DataError(
+            f"{(codes < 0).sum()} of {len(truth)} cells are labelled {', '.join(map(repr, unknown))}, which is not among the "
+            f"classes {classes.tolist()[:10]}; the classifier cannot name them: leave them out or train with them"
+        )
     if len(np.unique(codes)) < 2:
-        raise DataError(f"all {len(truth)} cells are labelled {str(classes[codes[0]]) if len(codes) else 'nothing'!r}; scores of a classifier "
-                        "need cells of at least two classes: hold out other donors, or more cells")
+        raise DataError(
+            f"all {len(truth)} cells are labelled {str(classes[codes[0]]) if len(codes) else 'nothing'!r}; scores of a classifier "
+            "need cells of at least two classes: hold out other donors, or more cells"
+        )
     return codes.astype(np.int64)
 
 # %% ../../nbs/scores/labels.ipynb #daa5f661
@@ -68,8 +82,10 @@ def check_groups(groups, n: int) -> np.ndarray | None:
     if len(groups) != n:
         raise DataError(f"groups name {len(groups)} cells and truth {n}; give one group (donor) for each cell")
     if pd.isna(groups).any():
-        raise DataError(f"{pd.isna(groups).sum()} of {n} cells have no group (first: row {int(pd.isna(groups).argmax())}); name their donor or "
-                        "leave them out")
+        raise DataError(
+            f"{pd.isna(groups).sum()} of {n} cells have no group (first: row {int(pd.isna(groups).argmax())}); name their donor or "
+            "leave them out"
+        )
     return np.unique(groups.astype(str), return_inverse=True)[1].astype(np.int64)
 
 # %% ../../nbs/scores/labels.ipynb #ef204509
@@ -83,7 +99,12 @@ def class_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     "Precision (0 for a class never called), recall (NaN for an absent class) and F1 (NaN for a class neither present nor called)."
     right, present, called = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     precision = np.where(called == 0, 0.0, divide(right, called))
-    return {"precision": precision, "recall": divide(right, present), "f1": divide(2 * right, present + called), "support": present}
+    return {
+        "precision": precision,
+        "recall": divide(right, present),
+        "f1": divide(2 * right, present + called),
+        "support": present,
+    }
 
 
 def count_scores(confusion: np.ndarray) -> dict[str, float]:
@@ -120,8 +141,15 @@ def calibration_table(confidence: np.ndarray, right: np.ndarray, weights: np.nda
     weights = np.ones(len(confidence)) if weights is None else weights
     bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     n, sure, hit = (np.bincount(bins, weights * values, BINS) for values in (np.ones(len(bins)), confidence, right))
-    table = pd.DataFrame({"low": np.arange(BINS) / BINS, "high": np.arange(1, BINS + 1) / BINS, "n": n,
-                          "confidence": divide(sure, n), "accuracy": divide(hit, n)})
+    table = pd.DataFrame(
+        {
+            "low": np.arange(BINS) / BINS,
+            "high": np.arange(1, BINS + 1) / BINS,
+            "n": n,
+            "confidence": divide(sure, n),
+            "accuracy": divide(hit, n),
+        }
+    )
     return table[table["n"] > 0].reset_index(drop=True)
 
 
@@ -172,14 +200,20 @@ def draws(codes: np.ndarray, probabilities: np.ndarray, groups: np.ndarray | Non
         yield np.bincount(generator.integers(n, size=n), minlength=n)[groups].astype(float)
 
 # %% ../../nbs/scores/labels.ipynb #24aeaac1
-def bounds(weighted: Weighted, probabilities: np.ndarray, groups: np.ndarray | None, n_boot: int, seed: int) -> tuple[dict, dict]:
+def bounds(
+    weighted: Weighted, probabilities: np.ndarray, groups: np.ndarray | None, n_boot: int, seed: int
+) -> tuple[dict, dict]:
     "The 2.5 % and 97.5 % points of each score over the draws; NaN where a score could not be computed in half of them."
     names = list(weighted.metrics(np.ones(len(weighted.codes))))
     if n_boot == 0 or (groups is not None and groups.max() == 0):
         if n_boot:
-            warn("all cells come from one group: how much the scores vary between groups cannot be told, the intervals are NaN")
+            warn(
+                "all cells come from one group: how much the scores vary between groups cannot be told, the intervals are NaN"
+            )
         return dict.fromkeys(names, np.nan), dict.fromkeys(names, np.nan)
-    drawn = pd.DataFrame([weighted.metrics(w) for w in draws(weighted.codes, probabilities, groups, n_boot, seed)], columns=names)
+    drawn = pd.DataFrame(
+        [weighted.metrics(w) for w in draws(weighted.codes, probabilities, groups, n_boot, seed)], columns=names
+    )
     drawn.loc[:, drawn.isna().mean() > 0.5] = np.nan
     low, high = drawn.quantile(0.025), drawn.quantile(0.975)
     return low.to_dict(), high.to_dict()
@@ -208,7 +242,14 @@ class ClassificationResult:
     def to_dict(self) -> dict:
         "The scores and tables as plain numbers (not the cells' probabilities)."
         tables = {name: getattr(self, name).to_dict("split") for name in ("per_class", "confusion", "calibration")}
-        return {"metrics": self.metrics, "low": self.low, "high": self.high, **tables, "n_cells": self.n_cells, "n_groups": self.n_groups}
+        return {
+            "metrics": self.metrics,
+            "low": self.low,
+            "high": self.high,
+            **tables,
+            "n_cells": self.n_cells,
+            "n_groups": self.n_groups,
+        }
 
     def _repr_html_(self) -> str:
         unit = "cells resampled" if self.n_groups is None else f"{self.n_groups} groups resampled"
@@ -216,7 +257,9 @@ class ClassificationResult:
         return f"<p>{self.n_cells:,} cells; 95 % intervals with {unit}</p>{scores.T.to_html()}{self.per_class.round(3).to_html()}"
 
 
-def classification(truth, probabilities, classes, groups=None, n_boot: int = 200, seed: int = 0) -> ClassificationResult:
+def classification(
+    truth, probabilities, classes, groups=None, n_boot: int = 200, seed: int = 0
+) -> ClassificationResult:
     """
     Score a classifier's probabilities [cells, classes] against the true labels [cells].
 
@@ -235,8 +278,14 @@ def classification(truth, probabilities, classes, groups=None, n_boot: int = 200
     labels = pd.Index(classes, name="class")
     per_class = pd.DataFrame({**class_scores(confusion), "auroc": weighted.aurocs(ones)}, index=labels)
     return ClassificationResult(
-        weighted.metrics(ones), low, high, per_class,
+        weighted.metrics(ones),
+        low,
+        high,
+        per_class,
         pd.DataFrame(confusion, index=labels.rename("true"), columns=labels.rename("called")),
-        calibration_table(weighted.confidence, weighted.called == codes), len(codes), None if groups is None else int(groups.max()) + 1,
-        codes, values,
+        calibration_table(weighted.confidence, weighted.called == codes),
+        len(codes),
+        None if groups is None else int(groups.max()) + 1,
+        codes,
+        values,
     )

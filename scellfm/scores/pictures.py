@@ -24,15 +24,25 @@ def umap(values: np.ndarray, *, n_neighbors: int = 15, seed: int = 0) -> np.ndar
     import scanpy as sc
 
     if n_neighbors < 2 or len(values) < 4:
-        raise OptionError(f"n_neighbors={n_neighbors} and {len(values)} cells: a UMAP needs two neighbours and four cells or more")
+        raise OptionError(
+            f"n_neighbors={n_neighbors} and {len(values)} cells: a UMAP needs two neighbours and four cells or more"
+        )
     cells = anndata.AnnData(obsm={"X": np.asarray(values)}, obs=pd.DataFrame(index=np.arange(len(values)).astype(str)))
     sc.pp.neighbors(cells, min(n_neighbors, len(values) - 1), use_rep="X", transformer="sklearn", random_state=seed)
     sc.tl.umap(cells, random_state=seed, init_pos="spectral" if len(values) > 50 else "random")
     return np.asarray(cells.obsm["X_umap"])
 
 # %% ../../nbs/scores/pictures.ipynb #0acb9858
-def umaps(adata, reps: str | Sequence[str], batch: str | None = None, label: str | None = None, *, layer: str | None = None,
-          baselines: bool = True, seed: int = 0):
+def umaps(
+    adata,
+    reps: str | Sequence[str],
+    batch: str | None = None,
+    label: str | None = None,
+    *,
+    layer: str | None = None,
+    baselines: bool = True,
+    seed: int = 0,
+):
     """
     A matplotlib figure of UMAPs: a row for each of obsm[reps] and each baseline of `integration`, columns by obs[batch] and by obs[label].
 
@@ -40,6 +50,7 @@ def umaps(adata, reps: str | Sequence[str], batch: str | None = None, label: str
     """
     import anndata
     import matplotlib.pyplot as plt
+
     from scellfm.plotting import embedding
 
     columns = [column for column in (batch, label) if column]
@@ -49,7 +60,9 @@ def umaps(adata, reps: str | Sequence[str], batch: str | None = None, label: str
     found = {key: embedding_of(adata, key) for key in ([reps] if isinstance(reps, str) else reps)}
     if baselines:
         found |= baseline_embeddings(adata, groups.get(batch), layer, seed)
-    figure, axes = plt.subplots(len(found), len(columns), figsize=(5.2 * len(columns), 3.4 * len(found)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(found), len(columns), figsize=(5.2 * len(columns), 3.4 * len(found)), layout="constrained", squeeze=False
+    )
     for row, (name, values) in zip(axes, progress(found.items(), desc="laying out cells")):
         cells = anndata.AnnData(obs=adata.obs[columns], obsm={"X_umap": umap(values, seed=seed)})
         for ax, column in zip(row, columns):

@@ -28,18 +28,26 @@ def pearson(first: np.ndarray, second: np.ndarray) -> float:
 def profile_scores(predicted: np.ndarray, observed: np.ndarray, control: np.ndarray, changed: np.ndarray) -> dict:
     "The four correlations of one condition's mean profiles [genes]; `changed` are positions of genes."
     moved, truth = predicted - control, observed - control
-    return {"pearson": pearson(predicted, observed), "pearson_de": pearson(predicted[changed], observed[changed]),
-            "pearson_delta": pearson(moved, truth), "pearson_de_delta": pearson(moved[changed], truth[changed])}
+    return {
+        "pearson": pearson(predicted, observed),
+        "pearson_de": pearson(predicted[changed], observed[changed]),
+        "pearson_delta": pearson(moved, truth),
+        "pearson_de_delta": pearson(moved[changed], truth[changed]),
+    }
 
 # %% ../../nbs/scores/profiles.ipynb #8cff12e3
 def table_of(values, name: str, genes: Sequence[str]) -> np.ndarray:
     "A matrix [cells, genes] of finite numbers; DataError otherwise."
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or values.shape[1] != len(genes) or not len(values):
-        raise DataError(f"{name} has the shape {values.shape}; cells in rows and the {len(genes)} genes in columns are needed")
+        raise DataError(
+            f"{name} has the shape {values.shape}; cells in rows and the {len(genes)} genes in columns are needed"
+        )
     if not np.isfinite(values).all():
         row, column = np.argwhere(~np.isfinite(values))[0]
-        raise DataError(f"{name} has {(~np.isfinite(values)).sum()} NaN or infinite values, the first in row {row}, gene {genes[column]!r}")
+        raise DataError(
+            f"{name} has {(~np.isfinite(values)).sum()} NaN or infinite values, the first in row {row}, gene {genes[column]!r}"
+        )
     return values
 
 
@@ -48,15 +56,27 @@ def changed_genes(condition: str, given: Mapping | None, move: np.ndarray, genes
     if given is None:
         return np.argsort(-np.abs(move), kind="stable")[:n_top]
     if condition not in given:
-        raise DataError(f"changed has no list for the condition {condition!r}; it has {', '.join(map(repr, list(given)[:5]))}")
+        raise DataError(
+            f"changed has no list for the condition {condition!r}; it has {', '.join(map(repr, list(given)[:5]))}"
+        )
     found = genes.get_indexer(list(given[condition])[:n_top])
     if (found < 0).any():
-        raise DataError(f"changed[{condition!r}] names {list(given[condition])[int(np.flatnonzero(found < 0)[0])]!r}, which is not among the genes")
+        raise DataError(
+            f"changed[{condition!r}] names {list(given[condition])[int(np.flatnonzero(found < 0)[0])]!r}, which is not among the genes"
+        )
     return found
 
 # %% ../../nbs/scores/profiles.ipynb #4f4725f9
-def perturbation(predicted, observed, control, conditions: Sequence[str], genes: Sequence[str], *, changed: Mapping | None = None,
-                 n_top: int = 20) -> Scores:
+def perturbation(
+    predicted,
+    observed,
+    control,
+    conditions: Sequence[str],
+    genes: Sequence[str],
+    *,
+    changed: Mapping | None = None,
+    n_top: int = 20,
+) -> Scores:
     """
     Score predictions [cells, genes] for perturbed cells against measurements [cells, genes]; a Scores with "no change" beside.
 
@@ -64,10 +84,14 @@ def perturbation(predicted, observed, control, conditions: Sequence[str], genes:
     of which the first n_top count. details["model"]["by_condition"] has a row per condition. DataError: shapes, NaN, unknown genes.
     """
     genes, names = pd.Index(map(str, genes)), np.asarray(conditions).astype(str)
-    predicted, observed, control = (table_of(values, name, genes) for values, name in
-                                    ((predicted, "predicted"), (observed, "observed"), (control, "control")))
+    predicted, observed, control = (
+        table_of(values, name, genes)
+        for values, name in ((predicted, "predicted"), (observed, "observed"), (control, "control"))
+    )
     if predicted.shape != observed.shape or len(names) != len(predicted):
-        raise DataError(f"{predicted.shape} predictions, {observed.shape} measurements and {len(names)} conditions do not belong together")
+        raise DataError(
+            f"{predicted.shape} predictions, {observed.shape} measurements and {len(names)} conditions do not belong together"
+        )
     rest, rows = control.mean(0), {"model": {}, "no change": {}}
     for condition in map(str, np.unique(names)):
         here = names == condition
@@ -76,6 +100,9 @@ def perturbation(predicted, observed, control, conditions: Sequence[str], genes:
         for method, guess in (("model", predicted[here].mean(0)), ("no change", rest)):
             rows[method][condition] = profile_scores(guess, truth, rest, where)
     tables = {method: pd.DataFrame(found).T.rename_axis("condition") for method, found in rows.items()}
-    return Scores(pd.DataFrame({method: table.mean() for method, table in tables.items()}).T,
-                  details={method: {"by_condition": table} for method, table in tables.items()},
-                  title=f"{len(names):,} cells of {len(tables['model'])} perturbations", origin={"n_top": n_top, "n_genes": len(genes)})
+    return Scores(
+        pd.DataFrame({method: table.mean() for method, table in tables.items()}).T,
+        details={method: {"by_condition": table} for method, table in tables.items()},
+        title=f"{len(names):,} cells of {len(tables['model'])} perturbations",
+        origin={"n_top": n_top, "n_genes": len(genes)},
+    )

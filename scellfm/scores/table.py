@@ -40,7 +40,9 @@ def is_aside(method: str) -> bool:
 def plain(value):
     "The same value in what JSON knows: dict, list, str, int, float, bool, None. NaN and infinity are None, tables are split."
     if isinstance(value, pd.DataFrame):
-        return plain({"index": list(value.index), "columns": list(value.columns), "data": value.to_numpy(dtype=object).tolist()})
+        return plain(
+            {"index": list(value.index), "columns": list(value.columns), "data": value.to_numpy(dtype=object).tolist()}
+        )
     if isinstance(value, pd.Series):
         return plain(value.to_dict())
     if hasattr(value, "to_dict"):
@@ -48,8 +50,16 @@ def plain(value):
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset, np.ndarray, pd.Index)):
-        return [plain(item) for item in (sorted(value, key=str) if isinstance(value, (set, frozenset)) else np.atleast_1d(value) if
-                isinstance(value, np.ndarray) else value)]
+        return [
+            plain(item)
+            for item in (
+                sorted(value, key=str)
+                if isinstance(value, (set, frozenset))
+                else np.atleast_1d(value)
+                if isinstance(value, np.ndarray)
+                else value
+            )
+        ]
     if value is None or value is pd.NA or isinstance(value, (str, bool)):
         return None if value is pd.NA else value
     return plain_number(value)
@@ -101,8 +111,10 @@ class Scores:
             if bound is None:
                 setattr(self, name, pd.DataFrame(np.nan, self.table.index, self.table.columns))
             elif not (bound.index.equals(self.table.index) and bound.columns.equals(self.table.columns)):
-                raise DataError(f"{name} has the rows {list(bound.index)} and columns {list(bound.columns)}; the table has {list(self.table.index)} "
-                                f"and {list(self.table.columns)}: give bounds of the same methods and metrics")
+                raise DataError(
+                    f"{name} has the rows {list(bound.index)} and columns {list(bound.columns)}; the table has {list(self.table.index)} "
+                    f"and {list(self.table.columns)}: give bounds of the same methods and metrics"
+                )
 
     def best(self, metric: str) -> list[str]:
         "The methods with the best value of a metric as it is shown; rows on training cells and ceilings do not compete."
@@ -117,8 +129,17 @@ class Scores:
         "Yield (method, [(value, interval, is it the best)]) for each row."
         best = {metric: self.best(metric) for metric in self.table}
         for i, method in enumerate(self.table.index):
-            yield method, [(short(self.table.iat[i, j]), interval(self.low.iat[i, j], self.high.iat[i, j]), method in best[metric])
-                           for j, metric in enumerate(self.table)]
+            yield (
+                method,
+                [
+                    (
+                        short(self.table.iat[i, j]),
+                        interval(self.low.iat[i, j], self.high.iat[i, j]),
+                        method in best[metric],
+                    )
+                    for j, metric in enumerate(self.table)
+                ],
+            )
 
     def __repr__(self) -> str:
         return "\n".join(filter(None, [self.title, self.to_markdown()]))
@@ -142,8 +163,12 @@ class Scores:
             return getattr(plotting, kind)(self if method is None else {method: self.details.get(method)}, ax=ax)
         found = self.details.get(method or self.table.index[0])
         if found is None:
-            raise DataError(f"the scores of {method or self.table.index[0]!r} come without a confusion matrix; draw kind='scores'")
-        return plotting.confusion(pd.DataFrame(**found["confusion"]) if isinstance(found, dict) else found.confusion, ax=ax)
+            raise DataError(
+                f"the scores of {method or self.table.index[0]!r} come without a confusion matrix; draw kind='scores'"
+            )
+        return plotting.confusion(
+            pd.DataFrame(**found["confusion"]) if isinstance(found, dict) else found.confusion, ax=ax
+        )
 
     def to_dict(self) -> dict:
         "A record that JSON takes; `from_dict` brings it back (details as plain records)."
@@ -157,19 +182,28 @@ class Scores:
 # %% ../../nbs/scores/table.ipynb #5b17452d
 def scores_markdown(scores: Scores) -> str:
     "The table in Markdown."
+
     def safe(text) -> str:
         return str(text).replace("|", "\\|").replace("\n", " ")
 
-    lines = ["| method | " + " | ".join(safe(metric) for metric in scores.table) + " |", "|---|" + "---:|" * scores.table.shape[1]]
+    lines = [
+        "| method | " + " | ".join(safe(metric) for metric in scores.table) + " |",
+        "|---|" + "---:|" * scores.table.shape[1],
+    ]
     for method, cells in scores._cells():
-        shown = [(f"**{value}**" if best else value) + (f" ({bounds})" if bounds else "") for value, bounds, best in cells]
+        shown = [
+            (f"**{value}**" if best else value) + (f" ({bounds})" if bounds else "") for value, bounds, best in cells
+        ]
         lines.append(f"| {safe(method)} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 # %% ../../nbs/scores/table.ipynb #45757c95
 def scores_html(scores: Scores) -> str:
     "The table in HTML: best per column bold, intervals small, rows that do not compete in grey."
-    head = "".join(f"<th scope='col' {STYLE.format('right', '')}>{html.escape(metric_name(metric))}</th>" for metric in scores.table)
+    head = "".join(
+        f"<th scope='col' {STYLE.format('right', '')}>{html.escape(metric_name(metric))}</th>"
+        for metric in scores.table
+    )
     rows = []
     for method, cells in scores._cells():
         grey = "opacity:.6;" if is_aside(method) else ""
@@ -180,4 +214,6 @@ def scores_html(scores: Scores) -> str:
             row.append(f"<td {STYLE.format('right', grey)}>{value}{bounds}</td>")
         rows.append(f"<tr>{''.join(row)}</tr>")
     caption = f"<caption style='text-align:left'><b>{html.escape(scores.title)}</b></caption>" if scores.title else ""
-    return f"<table class='scores'>{caption}<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return (
+        f"<table class='scores'>{caption}<thead><tr><td></td>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )

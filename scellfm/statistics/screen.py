@@ -229,9 +229,7 @@ def judge(summary: Mapping[str, np.ndarray], features: np.ndarray, tested: np.nd
     tau2 = between_gene_variance(deviation[tested][near], se2[near], scale)
     line2 = (share**2 * (tau2[:, None] * scale + se2[near])).sum(1)[tested]
     total = np.maximum(tau2[tested] + se2 + line2, np.finfo(float).tiny)
-    df = total**2 / (
-        tau2[tested] ** 2 / (0.7 * k) + se2**2 / error_freedom(s2 / pool, freedom) + np.finfo(float).tiny
-    )
+    df = total**2 / (tau2[tested] ** 2 / (0.7 * k) + se2**2 / error_freedom(s2 / pool, freedom) + np.finfo(float).tiny)
     result = {name: np.full(len(features), np.nan) for name in ("se", "z", "df", "p")}
     result["se"][tested], result["z"][tested] = np.sqrt(se2), deviation[tested] / np.sqrt(total)
     result["df"][tested] = np.minimum(df, 0.7 * k + donors)
@@ -286,8 +284,10 @@ def _tail_ratio(z: np.ndarray) -> float:
     middle, high = np.quantile(np.abs(z), [0.5, 0.9])
     ratio = float(high / middle) if middle > 0 else np.nan
     if ratio > TAIL_WARNING:
-        warn(f"heavy tails: q90/q50 of |z| is {ratio:.2f}, 2.44 if effects of genes were normal. Either many genes are drivers, "
-             "or a called gene may be the extreme of an ordinary spread; look at the percentiles and at replication")
+        warn(
+            f"heavy tails: q90/q50 of |z| is {ratio:.2f}, 2.44 if effects of genes were normal. Either many genes are drivers, "
+            "or a called gene may be the extreme of an ordinary spread; look at the percentiles and at replication"
+        )
     return ratio
 
 # %% ../../nbs/statistics/screen.ipynb #38e6d835

@@ -52,7 +52,9 @@ def log2_fold_change(
     chosen = np.ones(adata.n_obs, bool) if mask is None else np.asarray(mask, bool)
     means = []
     for value in (start, goal):
-        cells = chosen & (adata.obs[state].astype(str) == str(value)).to_numpy()  # 1 and "1" are one state, as in a screen
+        cells = (
+            chosen & (adata.obs[state].astype(str) == str(value)).to_numpy()
+        )  # 1 and "1" are one state, as in a screen
         if not cells.any():
             there = ", ".join(repr(str(value)) for value in adata.obs[state][chosen].unique())
             raise DataError(f"no cell has {state} = {value!r} among the {chosen.sum()} chosen; there are: {there}")
@@ -96,7 +98,7 @@ def score_ranking(value: np.ndarray, known: np.ndarray, weights: np.ndarray) -> 
     if known.sum() < MIN_KNOWN or known.all():
         return dict.fromkeys(SCORES, np.nan)
     drawn = np.array(ranking_scores(value, known, weights))
-    low, high = np.quantile(drawn[:, 1:], [.025, .975], axis=1)
+    low, high = np.quantile(drawn[:, 1:], [0.025, 0.975], axis=1)
     return dict(zip(SCORES, np.column_stack([drawn[:, 0], low, high]).ravel()))
 
 # %% ../../nbs/statistics/targets.ipynb #c50c8be4

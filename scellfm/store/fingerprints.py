@@ -27,7 +27,7 @@ def _array_parts(array: np.ndarray):
         yield f"array {dtype.str} {array.shape}".encode()
         flat = array.reshape(-1)
         for start in range(0, flat.size, BLOCK):
-            yield np.ascontiguousarray(flat[start:start + BLOCK], dtype).view(np.uint8).data
+            yield np.ascontiguousarray(flat[start : start + BLOCK], dtype).view(np.uint8).data
     elif array.dtype.kind in "Mm":
         yield f"time {array.dtype.kind}".encode()
         yield from _array_parts(array.astype(f"{array.dtype.kind}8[ns]").view(np.int64))
@@ -53,7 +53,7 @@ def _sparse_parts(matrix):
     yield f"sparse {matrix.shape}".encode()
     for indices in (matrix.indptr, matrix.indices):  # 32 or 64 bits wide, as scipy saw fit
         for start in range(0, indices.size, BLOCK):
-            yield indices[start:start + BLOCK].astype("<i8").data
+            yield indices[start : start + BLOCK].astype("<i8").data
     yield from _array_parts(matrix.data)
 
 # %% ../../nbs/store/fingerprints.ipynb #5d891378

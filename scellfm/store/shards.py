@@ -168,7 +168,8 @@ def _changes(old: dict, new: dict) -> str:
     "What differs between two dictionaries of descriptions, key by key."
     return ", ".join(
         f"{key} (was {str(old.get(key, 'absent'))[:24]}, is {str(new.get(key, 'absent'))[:24]})"
-        for key in sorted(old.keys() | new.keys()) if old.get(key, "absent") != new.get(key, "absent")
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, "absent") != new.get(key, "absent")
     )
 
 # %% ../../nbs/store/shards.ipynb #c6bbe34d
@@ -229,7 +230,9 @@ def _load_arrays(path: Path, entry: dict) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except ValueError as error:  # somebody else's file: ours hold no Python objects
-        raise StoreError(f"{path} was not written by a store ({error}); nothing in it was run. Delete it and run again") from error
+        raise StoreError(
+            f"{path} was not written by a store ({error}); nothing in it was run. Delete it and run again"
+        ) from error
 
 # %% ../../nbs/store/shards.ipynb #91c8c7a8
 class Shards:
