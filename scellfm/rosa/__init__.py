@@ -2,4 +2,5 @@
 from scellfm import _lazy
 
 __getattr__, __dir__, __all__ = _lazy(__name__, {
+    "Enformer": "enformer",
 })
