@@ -21,7 +21,7 @@ def _lazy(package: str, names: dict):
 
 __getattr__, __dir__, __all__ = _lazy(__name__, {
     **{module: module for module in (
-        "assets", "baselines", "cli", "commands", "core", "data", "demo", "geneformer", "heatmaps", "inference",
+        "assets", "baselines", "cli", "commands", "core", "data", "demo", "geneformer", "heatmaps", "inference", "metrics",
         "plotting", "report", "scgpt", "scores", "statistics", "store", "training",
     )},
     **{name: "core" for name in (
