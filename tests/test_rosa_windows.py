@@ -1,4 +1,4 @@
-"""Windows have the bases of the goldens: on the right strand, padded on the right side, and as the original on demand."""
+"""Windows have the bases of the goldens: on the right strand, padded on the right side; the original's on demand."""
 
 import json
 import time
