@@ -439,7 +439,7 @@ else:
 
 
 def test_a_lock_that_was_made_while_the_old_one_was_judged_stays(tmp_path, monkeypatch):
-    from scellfm.store import shards
+    from scellfm.store import lock as locks
 
     lock, live = (
         tmp_path / "lock",
@@ -451,17 +451,17 @@ def test_a_lock_that_was_made_while_the_old_one_was_judged_stays(tmp_path, monke
         lock.write_text(live)  # another process cleared the stale lock and is in
         return True
 
-    monkeypatch.setattr(shards, "_is_stale", meanwhile)
-    shards._clear_stale(lock)
+    monkeypatch.setattr(locks, "_is_stale", meanwhile)
+    locks._clear_stale(lock)
     assert contents(tmp_path) == {"lock": live.encode()}
 
 
 @pytest.mark.parametrize("text", ["", '{"host": "a", "pi', "123"])
 def test_a_lock_that_is_not_filled_is_waited_for_and_then_cleared(tmp_path, text):
-    from scellfm.store import shards
+    from scellfm.store import lock as locks
 
     (tmp_path / "lock").write_text(text)
-    shards._clear_stale(tmp_path / "lock")
+    locks._clear_stale(tmp_path / "lock")
     assert set(contents(tmp_path)) == {"lock"}
     os.utime(tmp_path / "lock", (time.time() - 60, time.time() - 60))
     with Store(tmp_path, {}) as store:
