@@ -395,7 +395,8 @@ def test_killed_in_the_middle_of_a_write_the_resumed_run_has_the_same_bytes(tmp_
 
 
 def test_ctrl_c_keeps_what_is_finished_and_gives_the_folder_back(tmp_path):
-    listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell makes children deaf
+    # a shell in the background makes its children deaf to Ctrl-C
+    listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     process = python(listens + RUN, tmp_path / "run", 60)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
