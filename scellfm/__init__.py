@@ -31,6 +31,7 @@ __getattr__, __dir__, __all__ = _lazy(
                 "cli",
                 "commands",
                 "core",
+                "crossfit",
                 "data",
                 "demo",
                 "geneformer",
