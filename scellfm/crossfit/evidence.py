@@ -8,15 +8,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..core import AssetError
 from .check import OverfitCheck
 from ..scores.table import Scores
 from ..store import atomic_write
-
-if TYPE_CHECKING:
-    from scellfm.training import History
+from ..training import History
 
 # %% auto #0
 __all__ = ['Evidence', 'evidence_of', 'write_record']
@@ -68,7 +65,7 @@ def evidence_of(record: dict) -> dict:
     readers = {
         "scores": lambda scores: None if scores is None else Scores.from_dict(scores),
         "verdict": lambda check: None if check is None else OverfitCheck(**check),
-        "histories": histories_of,
+        "histories": lambda records: [History.from_dict(record) for record in records],
         "settings": dict,
     }
     found = {}
@@ -87,10 +84,3 @@ def write_record(path: Path, record: dict) -> None:
     "Write a model's JSON, whole or not at all."
     with atomic_write(path) as part:
         Path(part).write_text(json.dumps(record, indent=1, default=str))
-
-# %% ../../nbs/crossfit/evidence.ipynb #fea8534e
-def histories_of(records: list[dict]) -> list[History]:
-    "The learning curves of each fold."
-    from scellfm.training import History
-
-    return [History.from_dict(record) for record in records]
