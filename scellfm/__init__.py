@@ -22,7 +22,7 @@ def _lazy(package: str, names: dict):
 __getattr__, __dir__, __all__ = _lazy(__name__, {
     **{module: module for module in (
         "assets", "baselines", "cli", "commands", "core", "data", "demo", "geneformer", "heatmaps", "inference",
-        "plotting", "report", "scgpt", "scores", "statistics", "store", "training",
+        "plotting", "report", "scgenept", "scgpt", "scores", "statistics", "store", "training",
     )},
     **{name: "core" for name in (
         "settings", "ScellfmError", "DataError", "DivergedError", "AssetError", "OptionError", "StoreError", "ExtraError",
