@@ -1,15 +1,9 @@
-"""scGenePT: perturbation prediction with language, on GEARS's data and splits."""
-
+"""scGenePT: the effect of perturbations on expression, predicted with what is written about genes."""
 from scellfm import _lazy
 
-__getattr__, __dir__, __all__ = _lazy(
-    __name__,
-    {
-        "perturbation_of": "conditions",
-        "published_label": "conditions",
-        "PerturbationSplit": "splits",
-        "split_conditions": "splits",
-        "custom_split": "splits",
-        "leakage_of": "leakage",
-    },
-)
+__getattr__, __dir__, __all__ = _lazy(__name__, {
+    "perturbation_of": "conditions", "published_label": "conditions",
+    "PerturbationSplit": "splits", "split_conditions": "splits", "custom_split": "splits",
+    "leakage_of": "leakage",
+    "ScGenePTModel": "model",
+})
