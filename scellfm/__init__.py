@@ -1,4 +1,5 @@
 """AnnData in, a foundation model's answer out, beside the answer of the simplest method that could have given it."""
+
 __version__ = "0.1.0"
 
 from importlib import import_module
@@ -21,8 +22,8 @@ def _lazy(package: str, names: dict):
 
 __getattr__, __dir__, __all__ = _lazy(__name__, {
     **{module: module for module in (
-        "assets", "baselines", "cli", "commands", "core", "data", "demo", "geneformer", "heatmaps", "inference",
-        "plotting", "report", "scgpt", "scores", "statistics", "store", "training",
+        "assets", "baselines", "cli", "commands", "core", "data", "demo", "geneformer", "heatmaps", "inference", "metrics",
+        "plotting", "report", "rosa", "scgenept", "scgpt", "scores", "statistics", "store", "training",
     )},
     **{name: "core" for name in (
         "settings", "ScellfmError", "DataError", "DivergedError", "AssetError", "OptionError", "StoreError", "ExtraError",

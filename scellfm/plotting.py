@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from .core import DataError, keyed_generator
+from .metrics import is_aside, metric_name, smaller_is_better
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -412,8 +413,6 @@ def calibration(source, *, ax: Axes | None = None) -> Axes:
 # %% ../nbs/plotting.ipynb #a4cf7c4f
 def metric_label(metric: str, scale: float) -> str:
     "The name of a metric for the axis; its divisor where it was scaled; an arrow where small is good."
-    from scellfm.scores.table import metric_name, smaller_is_better
-
     return (
         metric_name(metric)
         + (" (small is good)" if smaller_is_better(metric) else "")
@@ -424,8 +423,6 @@ def metric_label(metric: str, scale: float) -> str:
 @styled(6.0, 4.4)
 def scores(scores, *, ax: Axes | None = None) -> Axes:
     "Dots with 95 % intervals of a `Scores` table: a row for each metric, a colour for each method."
-    from scellfm.scores.table import is_aside
-
     values = scores.table.astype(float)
     bounds = pd.concat([values, scores.low, scores.high]).abs().max()
     scale = bounds.where((bounds > 1) & (values.abs().max() > 1), 1.0).fillna(1.0)

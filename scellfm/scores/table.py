@@ -12,29 +12,10 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, one_of
+from ..metrics import direction, is_aside, metric_name, smaller_is_better
 
 # %% auto #0
-__all__ = ['SMALL_IS_GOOD', 'STYLE', 'smaller_is_better', 'metric_name', 'is_aside', 'plain', 'plain_number', 'table_from',
-           'short', 'interval', 'Scores', 'scores_markdown', 'scores_html']
-
-# %% ../../nbs/scores/table.ipynb #5fdc0a3f
-SMALL_IS_GOOD = {"error", "loss", "mse", "mae", "rmse", "perplexity", "distance"}
-
-
-def smaller_is_better(metric: str) -> bool:
-    "Whether a metric is an error, a loss or a distance, going by the words of its name."
-    return bool(SMALL_IS_GOOD & set(str(metric).lower().replace("-", "_").replace(" ", "_").split("_")))
-
-
-def metric_name(metric: str) -> str:
-    "A metric's column as a reader's words: 'macro_f1' is 'macro F1'."
-    upper = {"auroc": "AUROC", "auprc": "AUPRC", "f1": "F1", "mse": "MSE", "mae": "MAE", "rmse": "RMSE"}
-    return " ".join(upper.get(word, word) for word in str(metric).split("_"))
-
-
-def is_aside(method: str) -> bool:
-    "Whether a row is shown for information only: scores on training cells or genes, and ceilings."
-    return any(words in str(method) for words in ("training cells", "training genes", "ceiling"))
+__all__ = ['STYLE', 'plain', 'plain_number', 'table_from', 'short', 'interval', 'Scores', 'scores_markdown', 'scores_html']
 
 # %% ../../nbs/scores/table.ipynb #cbc1810c
 def plain(value):
@@ -120,7 +101,7 @@ class Scores:
         "The methods with the best value of a metric as it is shown; rows on training cells and ceilings do not compete."
         values = self.table[metric].astype(float)
         values = values[[not is_aside(method) for method in values.index]].dropna()
-        if values.empty:
+        if values.empty or direction(metric) == "neither":
             return []
         top = values.min() if smaller_is_better(metric) else values.max()
         return [method for method, value in values.items() if short(value) == short(top)]

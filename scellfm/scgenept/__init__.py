@@ -1,0 +1,6 @@
+"""scGenePT: the effect of perturbations on expression, predicted with what is written about genes."""
+from scellfm import _lazy
+
+__getattr__, __dir__, __all__ = _lazy(__name__, {
+    "ScGenePTModel": "model",
+})
