@@ -26,7 +26,7 @@ import pandas as pd
 import torch
 
 from scellfm.geneformer import Geneformer, RankTokenizer, TokenizedCells
-from scellfm.geneformer.perturbation import perturb
+from scellfm.geneformer.perturbation.runner import perturb
 from scellfm.inference import plan_batches
 
 VOCABULARY, BUDGET, FLOOR = 25_426, 16_384, 4.0

@@ -14,9 +14,9 @@ import time
 import torch
 from deletion import argparse, np, perturb, problem
 
-from scellfm.geneformer.edits import make_edits
 from scellfm.geneformer.embedding import embed_cells
-from scellfm.geneformer.gradient import estimate_block
+from scellfm.geneformer.perturbation.edits import make_edits
+from scellfm.geneformer.perturbation.gradient import estimate_block
 
 FLOOR = (
     1 / 30

@@ -53,7 +53,7 @@ def argsort_loop(x: sparse.csr_matrix, medians: np.ndarray, tokens: np.ndarray, 
 
 def ours(x, medians, tokens, max_length) -> np.ndarray:
     "scellfm."
-    from scellfm.geneformer.ranking import encode
+    from scellfm.geneformer.tokenizer.ranking import encode
 
     return encode(x, medians, tokens, max_length).tokens
 

@@ -108,7 +108,7 @@ def load_all() -> None:
     import anndata.io  # noqa: F401
     import datasets
 
-    from scellfm.geneformer import kernels, tokenizer  # noqa: F401
+    from scellfm.geneformer.tokenizer import kernels, rank_tokenizer  # noqa: F401
 
     datasets.disable_progress_bars()
 

@@ -68,7 +68,7 @@ def measure(place: Path, n_cells: int, n_genes: int) -> dict:
     import torch
     import transformers.models.bert.modeling_bert  # noqa: F401 (imports are not counted)
 
-    from scellfm.geneformer import CellClassifier, Geneformer, edits, perturbation  # noqa: F401
+    from scellfm.geneformer import CellClassifier, Geneformer  # noqa: F401
 
     torch.set_num_threads(1)
     adata, before, start = (
@@ -77,11 +77,8 @@ def measure(place: Path, n_cells: int, n_genes: int) -> dict:
         time.perf_counter(),
     )
     classifier = place.name.endswith("classifier")
-    gf = (
-        CellClassifier.from_pretrained(place, device="cpu").models[0]
-        if classifier
-        else Geneformer.from_pretrained(place, device="cpu")
-    )
+    model = (CellClassifier if classifier else Geneformer).from_pretrained(place, device="cpu")
+    gf = model.models[0] if classifier else model
     figures = {
         "load, s": time.perf_counter() - start,
         "tensors": len(gf.load_report.loaded),
@@ -91,7 +88,7 @@ def measure(place: Path, n_cells: int, n_genes: int) -> dict:
     }
     cells = gf.cells(adata)
     start = time.perf_counter()
-    gf.embed(cells)
+    model.embed(cells)
     figures |= {
         "mean tokens": float(cells.lengths.mean()),
         "cells embedded/s": len(cells) / (time.perf_counter() - start),
@@ -101,7 +98,7 @@ def measure(place: Path, n_cells: int, n_genes: int) -> dict:
     if gf.special:
         one.tokens[-1] = gf.tokenizer.eos
     start = time.perf_counter()
-    screen = gf.perturb(one, genes="all")
+    screen = model.perturb(one, genes="all")
     figures |= {
         "deletions/s": len(screen.shifts) / (time.perf_counter() - start),
         "cell perturbed, tokens": int(one.lengths[0]),

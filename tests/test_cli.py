@@ -134,8 +134,8 @@ def test_every_example_runs_as_it_stands(commands_run, tmp_path, monkeypatch, ca
 def pairs():
     from scellfm.data.splits import folds
     from scellfm.demo import run_demo
-    from scellfm.geneformer.classifier import finetune
-    from scellfm.geneformer.perturbation import perturb
+    from scellfm.geneformer.finetuning import finetune
+    from scellfm.geneformer.perturbation.runner import perturb
     from scellfm.scores import integration, umaps
 
     return {

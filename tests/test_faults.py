@@ -116,7 +116,8 @@ def test_a_file_in_the_way_is_left_alone(made, tmp_path, thing):
 
 TOKENIZE = """
 import sys, time
-from scellfm.geneformer import RankTokenizer, tokenized
+from scellfm.geneformer import RankTokenizer
+from scellfm.geneformer.tokenizer import tokenized
 tok = RankTokenizer.fit(sys.argv[1])
 write = tokenized.DatasetWriter.write
 def slowly(self, *arguments):

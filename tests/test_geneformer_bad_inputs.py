@@ -15,8 +15,9 @@ from scipy import sparse
 from scellfm.core import AssetError, DataError, DivergedError, OptionError, ScellfmError, ScellfmWarning, StoreError
 from scellfm.data import Split, folds, hold_out
 from scellfm.geneformer import CellClassifier, Geneformer, RankTokenizer
-from scellfm.geneformer.corpus import Corpus
-from scellfm.geneformer.tokenized import TokenizedCells
+from scellfm.geneformer.pretraining import pretrain
+from scellfm.geneformer.tokenizer.corpus import Corpus
+from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
 from scellfm.store import fingerprint
 
 GENES = [f"ENSG{i:011d}" for i in range(40)]
@@ -284,7 +285,7 @@ ERRORS = {
         ["'V2-104'", "Did you mean 'V2-104M'?"],
     ),
     "a classifier guesses genes": (
-        lambda g, c, s, d: c.models[0].pretrain(cells()),
+        lambda g, c, s, d: pretrain(c.models[0], cells()),
         OptionError,
         ["classifier", "pretrained model"],
     ),

@@ -11,11 +11,10 @@ import torch
 from scellfm.core import AssetError, DataError, OptionError, ScellfmWarning, StoreError
 from scellfm.data.cells import simulate_cells
 from scellfm.data.splits import Folds, Split, folds, hold_out
-from scellfm.geneformer.classifier import CellClassifier, finetune
-from scellfm.geneformer.evaluation import HELD_OUT, TRAINED, advice_for
-from scellfm.geneformer.finetuning import Part, probabilities, weights_of
-from scellfm.geneformer.model import Geneformer
-from scellfm.geneformer.tokenizer import RankTokenizer
+from scellfm.geneformer import Geneformer, RankTokenizer
+from scellfm.geneformer.finetuning import CellClassifier, finetune
+from scellfm.geneformer.finetuning.evaluation import HELD_OUT, TRAINED, advice_for
+from scellfm.geneformer.finetuning.heads import Part, probabilities, weights_of
 from scellfm.scores.heldout import NEW, SEEN, KnownCells, judge
 from scellfm.scores.table import Scores
 

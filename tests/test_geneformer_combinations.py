@@ -12,7 +12,7 @@ from test_geneformer_perturbation import QUESTION
 
 from scellfm.core import DataError, OptionError
 from scellfm.geneformer import Screen
-from scellfm.geneformer.combinations import combination_table, pair_rows
+from scellfm.geneformer.perturbation.combinations import combination_table, pair_rows
 
 
 def rows_of(excess: dict, cells: int = 12) -> pd.DataFrame:
@@ -160,7 +160,7 @@ def test_pairs_get_no_p_beside_single_genes(pbmc):  # noqa: F811
 
 
 def test_a_stopped_screen_of_pairs_goes_on(pbmc, tmp_path, monkeypatch):  # noqa: F811
-    from scellfm.geneformer import edits
+    from scellfm.geneformer.perturbation import edits
 
     adata, gf = pbmc
     asked = dict(genes=common(pbmc, 3), combine="pairs", max_cells=20, **QUESTION)

@@ -7,13 +7,18 @@ import torch
 
 from scellfm.core import AssetError, DataError, OptionError, ScellfmWarning, StoreError
 from scellfm.data.cells import simulate_cells
-from scellfm.geneformer.classifier import CellClassifier
-from scellfm.geneformer.evaluation import HELD_OUT
-from scellfm.geneformer.genes import TRAINED_GENES, GeneClassifier, finetune_genes, gene_probabilities, has_any
-from scellfm.geneformer.genesets import LEVELS, MAJORITY, UNTUNED, gene_levels
-from scellfm.geneformer.model import Geneformer
-from scellfm.geneformer.tokenized import TokenizedCells
-from scellfm.geneformer.tokenizer import RankTokenizer
+from scellfm.geneformer import Geneformer, RankTokenizer
+from scellfm.geneformer.finetuning.classifier import CellClassifier
+from scellfm.geneformer.finetuning.evaluation import HELD_OUT
+from scellfm.geneformer.finetuning.genes import (
+    TRAINED_GENES,
+    GeneClassifier,
+    finetune_genes,
+    gene_probabilities,
+    has_any,
+)
+from scellfm.geneformer.finetuning.genesets import LEVELS, MAJORITY, UNTUNED, gene_levels
+from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
 
 pytestmark = pytest.mark.filterwarnings("ignore:Balanced accuracy")  # models this small memorise; one test looks at it
 QUICK = dict(folds=3, learning_rate=2e-3, n_boot=20)
@@ -69,7 +74,7 @@ def test_each_gene_is_held_out_once_and_classes_are_spread(clf, classes):
 
 
 def test_a_held_out_gene_is_never_labelled_in_training(gf, adata, classes, monkeypatch):
-    import scellfm.geneformer.genes as room
+    import scellfm.geneformer.finetuning.genes as room
 
     told = []
     original = room.gene_rows

@@ -11,11 +11,11 @@ from scellfm import statistics
 from scellfm.core import OptionError, ScellfmWarning, StoreError
 from scellfm.data.demonstration import demo
 from scellfm.geneformer import Geneformer, RankTokenizer, Screen
-from scellfm.geneformer import edits as edits_module
-from scellfm.geneformer import gradient as gradient_module
-from scellfm.geneformer.edits import make_edits, run_edits
-from scellfm.geneformer.gradient import estimate_block, weighted_hidden
-from scellfm.geneformer.screen import standardize
+from scellfm.geneformer.perturbation import edits as edits_module
+from scellfm.geneformer.perturbation import gradient as gradient_module
+from scellfm.geneformer.perturbation.edits import make_edits, run_edits
+from scellfm.geneformer.perturbation.gradient import estimate_block, weighted_hidden
+from scellfm.geneformer.perturbation.screen import standardize
 
 
 @pytest.fixture(scope="module")
@@ -217,15 +217,15 @@ def test_a_stopped_gradient_screen_goes_on_and_gives_the_same(pbmc, tmp_path, mo
 
         return compute
 
-    from scellfm.geneformer import perturbation
+    from scellfm.geneformer.perturbation import runner
 
     exact, estimate = edits_module.block_effects, gradient_module.estimate_block
-    monkeypatch.setattr(perturbation, "estimate_block", counted(estimate, 2 if stop_at == "estimates" else None))
+    monkeypatch.setattr(runner, "estimate_block", counted(estimate, 2 if stop_at == "estimates" else None))
     monkeypatch.setattr(edits_module, "block_effects", counted(exact, 6 if stop_at == "exact" else None))
     with pytest.raises(KeyboardInterrupt):
         gf.perturb(adata, folder=tmp_path / "run", **asked)
     stopped = len(computed)
-    monkeypatch.setattr(perturbation, "estimate_block", counted(estimate, None))
+    monkeypatch.setattr(runner, "estimate_block", counted(estimate, None))
     monkeypatch.setattr(edits_module, "block_effects", counted(exact, None))
     resumed = gf.perturb(adata, folder=tmp_path / "run", **asked).shifts
     pd.testing.assert_frame_equal(resumed, expected)
@@ -238,12 +238,12 @@ def test_a_stopped_gradient_screen_goes_on_and_gives_the_same(pbmc, tmp_path, mo
 
 def test_an_estimate_that_misleads_is_told_of(pbmc, monkeypatch):
     adata, gf = pbmc
-    from scellfm.geneformer import perturbation
+    from scellfm.geneformer.perturbation import runner
 
     def noise(gf, cells, edits, index, pool, states, *rest, **named):
         return np.random.default_rng(0).normal(size=(len(edits), len(states))).astype(np.float32)
 
-    monkeypatch.setattr(perturbation, "estimate_block", noise)
+    monkeypatch.setattr(runner, "estimate_block", noise)
     with pytest.warns(ScellfmWarning, match="raise top="):
         screen = gf.perturb(adata, max_cells=4, screen="gradient", top=10, check_cells=2, **QUESTION)
     assert screen.agreement["recall"].iloc[0] < 0.5 and abs(screen.agreement["spearman_cells"].iloc[0]) < 0.3

@@ -13,8 +13,8 @@ from scellfm.core import DataError, OptionError
 from scellfm.data.demonstration import demo
 from scellfm.data.shifts import simulate_shifts
 from scellfm.geneformer import Geneformer, RankTokenizer, Screen
-from scellfm.geneformer.matched import genes_like, rank_and_detection
-from scellfm.geneformer.screen import standardize
+from scellfm.geneformer.perturbation.controls import genes_like, rank_and_detection
+from scellfm.geneformer.perturbation.screen import standardize
 from scellfm.statistics.screen import MIN_GENES
 
 
@@ -142,7 +142,7 @@ def test_company_is_chosen_group_by_group(pbmc):
 
 
 def test_a_matched_screen_resumes(pbmc, tmp_path, monkeypatch):
-    from scellfm.geneformer import edits
+    from scellfm.geneformer.perturbation import edits
 
     adata, gf = pbmc
     asked = dict(genes=common(pbmc, 2), matched=50, max_cells=8, **QUESTION)

@@ -10,12 +10,11 @@ import torch
 from scellfm.core import ExtraError, OptionError, StoreError
 from scellfm.data.cells import simulate_cells
 from scellfm.data.splits import folds
-from scellfm.geneformer.classifier import CellClassifier
-from scellfm.geneformer.evaluation import HELD_OUT
-from scellfm.geneformer.finetuning import choose_learners, new_classifier
-from scellfm.geneformer.lora import lora_config, merge_adapters
-from scellfm.geneformer.model import Geneformer
-from scellfm.geneformer.tokenizer import RankTokenizer
+from scellfm.geneformer import Geneformer, RankTokenizer
+from scellfm.geneformer.finetuning.classifier import CellClassifier
+from scellfm.geneformer.finetuning.evaluation import HELD_OUT
+from scellfm.geneformer.finetuning.heads import choose_learners, new_classifier
+from scellfm.geneformer.finetuning.lora import lora_config, merge_adapters
 
 QUICK = dict(epochs=4, learning_rate=1e-2, n_boot=0)
 

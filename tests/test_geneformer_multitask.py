@@ -8,8 +8,8 @@ from scellfm.core import AssetError, DataError, OptionError
 from scellfm.data.cells import simulate_cells
 from scellfm.data.splits import folds
 from scellfm.geneformer import CellClassifier, Geneformer, RankTokenizer, TaskClassifier
-from scellfm.geneformer.evaluation import HELD_OUT, TRAINED
-from scellfm.geneformer.multitask import task_loss, tasks_of
+from scellfm.geneformer.finetuning.evaluation import HELD_OUT, TRAINED
+from scellfm.geneformer.finetuning.multitask import task_loss, tasks_of
 
 QUICK = dict(epochs=3, learning_rate=4e-3, n_boot=0)
 LABELS = ["cell_type", "condition"]

@@ -247,7 +247,7 @@ def test_without_a_goal_shift_is_one_minus_cosine(pbmc):
 
 
 def test_a_stopped_screen_goes_on_and_gives_the_same(pbmc, tmp_path, monkeypatch):
-    from scellfm.geneformer import edits
+    from scellfm.geneformer.perturbation import edits
 
     adata, gf = pbmc
     monkeypatch.setattr(edits, "BLOCK_EDITED", 4000)

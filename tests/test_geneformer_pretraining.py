@@ -14,7 +14,7 @@ import torch
 from scellfm.core import OptionError, ScellfmWarning, StoreError, keyed_generator
 from scellfm.data.cells import simulate_cells
 from scellfm.data.splits import hold_out
-from scellfm.geneformer.model import Geneformer
+from scellfm.geneformer import Geneformer, RankTokenizer
 from scellfm.geneformer.pretraining import (
     IGNORED,
     MaskedCells,
@@ -25,7 +25,6 @@ from scellfm.geneformer.pretraining import (
     pretrain,
     token_rows,
 )
-from scellfm.geneformer.tokenizer import RankTokenizer
 
 GENES = np.arange(4, 60)
 
@@ -77,7 +76,7 @@ def test_draws_belong_to_the_cell_and_not_to_its_place(adata, tokenizer):
 @pytest.mark.filterwarnings("ignore:after pretraining")
 def test_the_order_of_the_cells_changes_nothing(adata, tokenizer):
     mixed = adata[np.random.default_rng(1).permutation(adata.n_obs)].copy()
-    one, two = (pretrain(tiny(tokenizer), data, epochs=1, learning_rate=5e-3) for data in (adata, mixed))
+    one, two = (pretrain(tiny(tokenizer), data, epochs=1, learning_rate=5e-3).history for data in (adata, mixed))
     assert one.step_rows == two.step_rows
 
 
@@ -133,14 +132,14 @@ def test_a_model_that_learned_nothing_is_called_so(adata, tokenizer):
 
 def test_two_runs_are_equal_bit_for_bit(adata, tokenizer):
     a, b = tiny(tokenizer), tiny(tokenizer)
-    one, two = (pretrain(gf, adata, epochs=2, learning_rate=5e-3) for gf in (a, b))
+    one, two = (pretrain(gf, adata, epochs=2, learning_rate=5e-3).history for gf in (a, b))
     assert one == two
     assert all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters()))
 
 
 @pytest.mark.filterwarnings("ignore:after pretraining")
 def test_an_interrupted_pretraining_goes_on_with_the_same_losses(adata, tokenizer, tmp_path, monkeypatch):
-    whole = pretrain(tiny(tokenizer), adata, epochs=2)
+    whole = pretrain(tiny(tokenizer), adata, epochs=2).history
     draw, calls = MaskedCells.cell, []
 
     def dies(self, i, epoch):
@@ -153,7 +152,8 @@ def test_an_interrupted_pretraining_goes_on_with_the_same_losses(adata, tokenize
     with pytest.raises(KeyboardInterrupt):
         pretrain(tiny(tokenizer), adata, epochs=2, folder=tmp_path, save_every=4)
     monkeypatch.setattr(MaskedCells, "cell", draw)
-    assert pretrain(tiny(tokenizer), adata, epochs=2, folder=tmp_path, save_every=4).step_rows == whole.step_rows
+    resumed = pretrain(tiny(tokenizer), adata, epochs=2, folder=tmp_path, save_every=4).history
+    assert resumed.step_rows == whole.step_rows
     with pytest.raises(StoreError, match="cells"):
         pretrain(tiny(tokenizer), adata, epochs=2, folder=tmp_path, mask_share=0.3)
 
@@ -168,7 +168,7 @@ def test_the_splits_donors_are_held_out(adata, tokenizer, monkeypatch):
         return draw(self, i, epoch)
 
     monkeypatch.setattr(MaskedCells, "cell", watched)
-    history = pretrain(gf, adata, split=split, epochs=1)
+    history = pretrain(gf, adata, split=split, epochs=1).history
     assert seen[True] == set(split.train) and seen[False] == set(split.test)
     assert "valid_loss" in history.epochs
 
@@ -213,8 +213,8 @@ def test_two_processes_pretrain_from_disk_as_one_does_from_memory(adata, tokeniz
         + textwrap.dedent("""
         import json, os, sys, warnings
         warnings.simplefilter("ignore")
-        from scellfm.geneformer.model import Geneformer
-        from scellfm.geneformer.tokenizer import RankTokenizer
+        from scellfm.geneformer import Geneformer
+        from scellfm.geneformer import RankTokenizer
         folder = sys.argv[1]
         tokenizer = RankTokenizer.from_pretrained(folder + "/tokenizer")
         gf = without_dropout(Geneformer.from_config("tiny", tokenizer, device="cpu"))

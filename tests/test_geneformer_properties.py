@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from scellfm.geneformer.medians import exact_medians
-from scellfm.geneformer.ranking import encode
-from scellfm.geneformer.tokenizer import RankTokenizer
+from scellfm.geneformer import RankTokenizer
+from scellfm.geneformer.tokenizer.medians import exact_medians
+from scellfm.geneformer.tokenizer.ranking import encode
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::scellfm.core.ScellfmWarning"

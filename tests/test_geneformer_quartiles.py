@@ -7,8 +7,8 @@ from geneformer_golden import VERSIONS, cells, model
 
 from scellfm.core import DataError, OptionError, StoreError
 from scellfm.geneformer import gene_effects, perturb
-from scellfm.geneformer.edits import make_edits, sources
 from scellfm.geneformer.model import CutCells
+from scellfm.geneformer.perturbation.edits import make_edits, sources
 
 KINDS, QUARTILES = ("inhibit", "activate"), (1, 2, 3)
 

@@ -9,9 +9,9 @@ from scellfm.core import DataError, DivergedError, ExtraError, OptionError, Scel
 from scellfm.data.cells import simulate_cells
 from scellfm.data.splits import Split, folds, hold_out
 from scellfm.geneformer import Geneformer, RankTokenizer
-from scellfm.geneformer import search as module
-from scellfm.geneformer.evaluation import HELD_OUT
-from scellfm.geneformer.search import default_space, inner_split
+from scellfm.geneformer.finetuning import hyperparameters as module
+from scellfm.geneformer.finetuning.evaluation import HELD_OUT
+from scellfm.geneformer.finetuning.hyperparameters import default_space, inner_split
 
 SPACE = {"learning_rate": (1e-4, 1e-2), "epochs": (1, 2), "freeze_layers": [0, 2]}
 ASK = dict(trials=3, space=SPACE, n_boot=0, batch_size=24)

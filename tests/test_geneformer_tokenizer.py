@@ -14,10 +14,10 @@ from conftest import golden, real_data
 from scipy import sparse
 
 from scellfm.core import AssetError, DataError, OptionError, ScellfmWarning, StoreError
-from scellfm.geneformer.dictionaries import Dictionaries, check_dictionaries
-from scellfm.geneformer.ranking import encode
-from scellfm.geneformer.tokenized import TokenizedCells
-from scellfm.geneformer.tokenizer import RankTokenizer
+from scellfm.geneformer import RankTokenizer
+from scellfm.geneformer.tokenizer.dictionaries import Dictionaries, check_dictionaries
+from scellfm.geneformer.tokenizer.ranking import encode
+from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
 
 GOLDEN = golden("geneformer")
 META = json.loads((GOLDEN / "meta.json").read_text())["tokenizer"] if (GOLDEN / "meta.json").exists() else {}
@@ -297,7 +297,7 @@ def test_fit_over_files_equals_fit_in_memory(small, tmp_path):
 def test_medians_of_files_that_do_not_fit_into_memory_are_the_same(small, tmp_path, monkeypatch):
     from functools import partial
 
-    from scellfm.geneformer import tokenizer as module
+    from scellfm.geneformer.tokenizer import rank_tokenizer as module
 
     expected, read, readings = fitted(small).dictionaries, module.source_levels, []
 
@@ -385,7 +385,7 @@ def test_saved_cells_open_in_datasets_and_come_back(small, tmp_path):
 def test_many_shards_open_as_one(small, tmp_path):
     from datasets import load_from_disk
 
-    from scellfm.geneformer.tokenized import DatasetWriter
+    from scellfm.geneformer.tokenizer.tokenized import DatasetWriter
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ScellfmWarning)

@@ -25,8 +25,8 @@ from scellfm.geneformer import (
     TaskClassifier,
     TokenizedCells,
 )
-from scellfm.geneformer import genes as genes_module
-from scellfm.geneformer.classifier import RECORD
+from scellfm.geneformer.finetuning import genes as genes_module
+from scellfm.geneformer.finetuning.classifier import RECORD
 from scellfm.scgpt import ReferenceMap, ScGPT
 from scellfm.scores.classifiers import CELLS
 from scellfm.store import Store, sha256

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 MODULES = sorted(p for p in (ROOT / "scellfm").rglob("*.py") if p.name != "_modidx.py")
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in str(p))
-PACKAGES = ["scellfm", *(f"scellfm.{p.parent.name}" for p in (ROOT / "scellfm").glob("*/__init__.py"))]
+PACKAGES = sorted(".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "scellfm").rglob("__init__.py"))
 
 
 @pytest.mark.parametrize("package", PACKAGES)

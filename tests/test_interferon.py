@@ -14,9 +14,8 @@ from scellfm.core import ScellfmWarning
 from scellfm.data.genes import gene_ids
 from scellfm.data.reading import check_counts, read
 from scellfm.data.splits import folds
-from scellfm.geneformer.evaluation import HELD_OUT, TRAINED
-from scellfm.geneformer.model import Geneformer
-from scellfm.geneformer.tokenizer import RankTokenizer
+from scellfm.geneformer import Geneformer, RankTokenizer
+from scellfm.geneformer.finetuning.evaluation import HELD_OUT, TRAINED
 from scellfm.scores.heldout import SEEN
 
 CD4, MONOCYTES = "CD4 T cells", "CD14+ Monocytes"

@@ -235,7 +235,7 @@ def where_of(conditions: list[str] | None) -> dict | None:
 # %% ../../nbs/commands/geneformer.ipynb #2e7e8361
 def perturb(options: argparse.Namespace) -> str:
     "Perturb genes; write the screen and its table; their paths."
-    from scellfm.geneformer.screen import METHODS
+    from scellfm.geneformer.perturbation.screen import METHODS
 
     one_of("method", options.method, METHODS)
     cells = cells_from(options.cells)

@@ -15,10 +15,12 @@ import torch
 
 from .. import inference
 from ..core import DataError, one_of, warn
-from .model import Geneformer, layer_index, pool_cells, pooling
+from .model import GeneformerModel, layer_index, pool_cells, pooling
 
 # %% ../../nbs/geneformer/embedding.ipynb #3f6cdffa
-def embed_cells(gf: Geneformer, cells, index: int, pool: str, token_budget: int = 16384, record=None) -> np.ndarray:
+def embed_cells(
+    gf: GeneformerModel, cells, index: int, pool: str, token_budget: int = 16384, record=None
+) -> np.ndarray:
     "Embeddings [cells, H] (float32) read at hidden_states[index]; `cells` gives token ids by position."
 
     def one_batch(ids, mask):
@@ -36,7 +38,7 @@ def embed_cells(gf: Geneformer, cells, index: int, pool: str, token_budget: int 
 
 
 def embed(
-    gf: Geneformer,
+    gf: GeneformerModel,
     data,
     *,
     emb_layer=-1,
@@ -46,7 +48,9 @@ def embed(
     token_budget=16384,
     copy=False,
 ):
-    "See `Geneformer.embed`."
+    """Embed cells. Writes obsm[key_added] [cells, H] (NaN for cells without a known gene) and uns[key_added].
+
+    With a saved dataset or TokenizedCells the array is returned. `pool`: 'cell' mean over genes, 'cls', 'auto'."""
     index, mode, record = layer_index(emb_layer, gf.n_layers), pooling(pool, gf.special), []
     cells = gf.cells(data, layer=layer)
     embeddings = embed_cells(gf, cells, index, mode, token_budget, record)
@@ -65,7 +69,7 @@ def embed(
     return data if copy else None
 
 
-def parameters(gf: Geneformer, emb_layer, index: int, layer, record: list) -> dict:
+def parameters(gf: GeneformerModel, emb_layer, index: int, layer, record: list) -> dict:
     "What a later reader needs to know of how embeddings were made, in types that AnnData can save."
     return {
         "model": repr(gf),
@@ -77,7 +81,7 @@ def parameters(gf: Geneformer, emb_layer, index: int, layer, record: list) -> di
     }
 
 # %% ../../nbs/geneformer/embedding.ipynb #708dd763
-def gene_means(gf: Geneformer, cells, index: int, token_budget: int = 16384, record=None) -> tuple:
+def gene_means(gf: GeneformerModel, cells, index: int, token_budget: int = 16384, record=None) -> tuple:
     """Mean embedding of every token [vocabulary, H] (NaN where no cell has it) and the number of occurrences
     [vocabulary]."""
     sequences = gf.readable(cells)
@@ -101,9 +105,11 @@ def gene_means(gf: Geneformer, cells, index: int, token_budget: int = 16384, rec
 
 
 def embed_genes(
-    gf: Geneformer, data, *, emb_layer=-1, key_added="X_geneformer", layer=None, token_budget=16384, copy=False
+    gf: GeneformerModel, data, *, emb_layer=-1, key_added="X_geneformer", layer=None, token_budget=16384, copy=False
 ):
-    "See `Geneformer.embed_genes`."
+    """Embed genes in their context: the mean over the cells that have the gene. Writes varm[key_added] and uns.
+
+    With a saved dataset or TokenizedCells a DataFrame (gene by dimension) is returned."""
     index, record = layer_index(emb_layer, gf.n_layers), []
     cells = gf.cells(data, layer=layer)
     means, counts = gene_means(gf, cells, index, token_budget, record)
@@ -120,7 +126,7 @@ def embed_genes(
 VECTOR_BLOCK = 256  # cells whose vectors are held
 
 
-def gene_vectors(gf: Geneformer, data, *, emb_layer=-1, layer=None, token_budget=16384):
+def gene_vectors(gf: GeneformerModel, data, *, emb_layer=-1, layer=None, token_budget=16384):
     "Yield (cell name, gene ids [n], vectors [n, H]) of every cell with a known gene, in order of rank."
     index, cells = layer_index(emb_layer, gf.n_layers), gf.cells(data, layer=layer)
     sequences, vocabulary = gf.readable(cells), np.asarray(gf.tokenizer.genes, dtype=object)
@@ -131,7 +137,7 @@ def gene_vectors(gf: Geneformer, data, *, emb_layer=-1, layer=None, token_budget
             yield names[start + i], vocabulary[block[i]], vectors
 
 
-def block_vectors(gf: Geneformer, block: list, index: int, token_budget: int) -> list:
+def block_vectors(gf: GeneformerModel, block: list, index: int, token_budget: int) -> list:
     "The vectors [n, H] of every token of some cells."
     vectors = [np.zeros((0, gf.model.config.hidden_size), np.float32)] * len(block)
 
@@ -157,7 +163,7 @@ def summarize(embeddings: np.ndarray, statistic: str = "mean") -> np.ndarray:
 
 
 def state_embeddings(
-    gf: Geneformer,
+    gf: GeneformerModel,
     data,
     *,
     state: str,
@@ -168,7 +174,8 @@ def state_embeddings(
     layer=None,
     token_budget=16384,
 ) -> dict:
-    "See `Geneformer.state_embeddings`."
+    """One vector [H] per value of obs[state] (within each group of obs[groupby]: a dict of dicts): 'mean' or
+    exact 'median'."""
     one_of("statistic", statistic, ("mean", "median"))
     columns = [state] if groupby is None else [state, groupby]
     cells = gf.cells(data, layer=layer, columns=columns)

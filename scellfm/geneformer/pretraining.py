@@ -15,8 +15,9 @@ import torch
 
 from ..core import DivergedError, OptionError, keyed_generator, progress, warn
 from ..data.splits import Split, check_fractions, check_split, deal_cells
-from .corpus import CellNames, Corpus
+from .model import GeneformerModel
 from .quantize import refuse_quantized
+from .tokenizer.corpus import CellNames, Corpus
 from ..inference import pad
 from ..store import fingerprint
 from ..training import History, Rows, fit
@@ -158,7 +159,7 @@ def identity_of(names: CellNames, lengths: np.ndarray, parts, block: int = 2**18
 
 
 def pretrain(
-    gf,  # Geneformer, trained in place
+    gf: GeneformerModel,  # trained in place
     data,  # AnnData, TokenizedCells, a Corpus, or the paths of saved datasets (a path, a folder of them, a list)
     *,
     split: Split | None = None,  # its valid cells (or else its test cells) judge; by donor where there are donors
@@ -174,8 +175,8 @@ def pretrain(
     folder=None,  # a checkpoint lies here, and the same call goes on from it
     save_every: int | None = None,
     **recipe,  # further fields of scellfm.training.Recipe: steps, schedule, clip, stop="valid_loss", patience
-) -> History:
-    "Masked-gene modelling; returns the curves and keeps them as gf.history. OptionError, DataError, StoreError."
+) -> GeneformerModel:
+    "Train `gf` in place by masked-gene modelling and return it; its curves are gf.history. OptionError, DataError, StoreError."
     if not 0 < mask_share < 1:
         raise OptionError(f"mask_share={mask_share!r} is a share of genes: between 0 and 1, such as 0.15")
     if split is not None:
@@ -225,7 +226,7 @@ def pretrain(
     history.baselines = frequency_losses(masked, counts, judged if len(judged) else train)
     gf.history = history
     tell_if_useless(history)
-    return history
+    return gf
 
 
 def tell_if_useless(history: History) -> None:

@@ -17,7 +17,8 @@ from ..assets import find, read_dictionary
 from ..core import check_number, keyed_seed, warn
 from ..data.reading import count_matrix, read
 from ..data.splits import Folds, Split, check_leakage, check_split, column_of
-from .embedding import ScGPT
+from .checkpoint import ScGPTCheckpoint
+from .embedding import ScGPTReader
 from .training import HiddenGenes, binned_cells, by_name, class_probabilities, label_scores, learner
 from scellfm.scores.classifiers import (
     Judged,
@@ -60,7 +61,7 @@ def freeze(model, n: int) -> None:
 class CellAnnotator(Judged):
     "Fine-tuned models, one per fold, with what they were judged by (see `Judged`)."
 
-    models: list[ScGPT]
+    models: list[ScGPTReader]
     label: str
     classes: np.ndarray
     known: KnownCells
@@ -137,7 +138,9 @@ def save_annotator(annotator: CellAnnotator, folder: Path) -> None:
 def load_annotator(folder: Path, device, dtype) -> CellAnnotator:
     "An annotator that `save_annotator` wrote."
     record = read_dictionary(folder / RECORD)
-    models = [ScGPT.from_pretrained(folder / f"fold{k}", device=device, dtype=dtype) for k in range(record["folds"])]
+    models = [
+        ScGPTReader.from_pretrained(folder / f"fold{k}", device=device, dtype=dtype) for k in range(record["folds"])
+    ]
     return CellAnnotator(
         models, record["label"], np.array(record["classes"]), load_known(folder), **judgement_of(record)
     )
@@ -170,7 +173,7 @@ def advice_for(by: str | None, epochs: int, freeze_layers: int, n_layers: int) -
 
 # %% ../../nbs/scgpt/annotation.ipynb #7034e8fb
 def finetune(
-    gpt: ScGPT,  # stays as it is
+    gpt: ScGPTCheckpoint,  # stays as it is
     adata,  # AnnData or the path of a file, raw or log-normalised counts
     label: str,  # column of obs
     *,
@@ -239,8 +242,8 @@ def finetune(
 
 
 def train_fold(
-    gpt: ScGPT, hiding: HiddenGenes, part: Split, k: int, classes, freeze_layers: int, folder, options: dict
-) -> ScGPT:
+    gpt: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, k: int, classes, freeze_layers: int, folder, options: dict
+) -> ScGPTCheckpoint:
     "The model of fold k with its history."
     model = learner(gpt, classes, keyed_seed(options["seed"], "fold", k) % 2**63, decoders=False)
     freeze(model.model, freeze_layers)

@@ -5,9 +5,7 @@
 # %% ../../nbs/scgpt/embedding.ipynb #77ce89a1
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,36 +14,19 @@ import torch
 import torch.nn.functional as F
 
 from .. import inference
-from ..assets import find, read_dictionary, read_tensors, save_tensors
-from ..core import DataError, OptionError, one_of, warn
-from ..data.genes import GeneMatch
+from ..core import DataError, one_of, warn
 from ..data.reading import counts_of, read
-from .model import POOLS, ScGPTConfig, ScGPTModel, load_model, pool_cells, published_name
+from .checkpoint import ScGPTCheckpoint
+from .model import POOLS, pool_cells
 from .tokenizer import BinnedCells, survey, tokenize
-from .vocabulary import Vocabulary
-from ..store import atomic_write
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SHAPES', 'as_vocabulary', 'default_budget', 'planned', 'in_order', 'tell', 'ScGPT', 'opened', 'columns_of',
-           'make_batch', 'cell_vectors', 'over_cells', 'embed', 'gene_embeddings', 'AttentionMap', 'attention']
-
-# %% ../../nbs/scgpt/embedding.ipynb #5b4636d4
-SHAPES = {
-    "tiny": dict(d_model=64, n_heads=4, d_hid=128, n_layers=3, dropout=0.1),
-    "human": dict(d_model=512, n_heads=8, d_hid=512, n_layers=12, dropout=0.2),
-}
-
-
-def as_vocabulary(source) -> Vocabulary:
-    "A Vocabulary as it is, or one made of an AnnData's var_names or of a list of genes."
-    if isinstance(source, Vocabulary):
-        return source
-    genes = source.var_names if hasattr(source, "var_names") else source
-    return Vocabulary(dict.fromkeys(map(str, genes)))
+__all__ = ['default_budget', 'planned', 'in_order', 'tell', 'opened', 'columns_of', 'make_batch', 'cell_vectors', 'over_cells',
+           'embed', 'gene_embeddings', 'AttentionMap', 'attention', 'ScGPTReader']
 
 # %% ../../nbs/scgpt/embedding.ipynb #f6c69e58
 def default_budget(device: torch.device) -> int:
@@ -89,168 +70,6 @@ def tell(totals: dict, n_cells: int, max_length: int, overlong: str, key: str) -
             f"{max_length - 1:,} {how[overlong]}. Choose variable genes beforehand to decide yourself which"
         )
 
-# %% ../../nbs/scgpt/embedding.ipynb #c3bd6401
-class ScGPT:
-    """A scGPT model with its vocabulary on a device.
-
-    Make one with `from_pretrained` (a checkpoint folder) or `from_config` (random weights, to be trained)."""
-
-    def __init__(
-        self, model: ScGPTModel, vocabulary: Vocabulary, *, args: Mapping | None = None, device="auto", dtype="float32"
-    ):
-        if model.config.n_tokens != len(vocabulary):
-            raise OptionError(
-                f"the vocabulary has {len(vocabulary):,} tokens and the model {model.config.n_tokens:,}; pass its own"
-            )
-        self.device, self.dtype = inference.pick_device(device), inference.pick_dtype(dtype)
-        self.model = model.to(device=self.device, dtype=self.dtype).eval()
-        self.vocabulary, self.args, self.load_report = vocabulary, dict(args or {}), None
-        self.history = self.losses = self.scores = None  # of training, where there was any
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_id: str | Path,
-        *,
-        subfolder=None,
-        revision=None,
-        local_files_only=False,
-        device="auto",
-        dtype="float32",
-    ) -> ScGPT:
-        """Load a checkpoint folder in the original's layout; `load_report` says what became of each tensor.
-        AssetError otherwise."""
-        folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
-        args, vocabulary = read_dictionary(folder / "args.json"), Vocabulary.from_file(folder / "vocab.json")
-        model, report = load_model(read_tensors(folder), args, len(vocabulary), vocabulary.pad)
-        made = cls(model, vocabulary, args=args, device=device, dtype=dtype)
-        made.load_report = report
-        return made
-
-    @classmethod
-    def from_config(cls, name: str, genes, *, seed: int = 0, device="auto", dtype="float32", **changes) -> ScGPT:
-        """A new model of the shape 'tiny' or 'human' for `genes` (a Vocabulary, an AnnData, a list); `changes` to
-        ScGPTConfig values."""
-        one_of("name", name, SHAPES)
-        for change in changes:
-            one_of("the changed value", change, [field.name for field in fields(ScGPTConfig)])
-        vocabulary = as_vocabulary(genes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = ScGPTModel(ScGPTConfig(len(vocabulary), vocabulary.pad, **(SHAPES[name] | changes)))
-        return cls(model, vocabulary, device=device, dtype=dtype)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        "Write args.json, vocab.json, model.safetensors and best_model.pt, which the original opens."
-        folder = Path(folder)
-        tensors = {published_name(name): value.detach().cpu() for name, value in self.model.state_dict().items()}
-        save_tensors(folder / "model.safetensors", tensors)
-        with atomic_write(folder / "best_model.pt") as temporary:
-            torch.save(tensors, temporary)
-        with atomic_write(folder / "args.json") as temporary:
-            temporary.write_text(
-                json.dumps({"n_bins": self.n_bins} | self.args | self.model.config.to_args(), indent=2),
-                encoding="utf-8",
-            )
-        self.vocabulary.save(folder / "vocab.json")
-
-    def __repr__(self) -> str:
-        c = self.model.config
-        return (
-            f"ScGPT({c.n_layers} layers, {c.d_model} dimensions, {c.n_tokens:,} tokens, {self.device}, "
-            f"{str(self.dtype).removeprefix('torch.')})"
-        )
-
-    @property
-    def cell_types(self) -> list[str]:
-        "The classes of the cell-type head by number; empty where there is no head or its names are unknown."
-        return list(self.args.get("cell_types", []))
-
-    @property
-    def n_bins(self) -> int:
-        "The bins of values, 0 ('not seen') included: 51 unless args.json says otherwise."
-        return int(self.args.get("n_bins", 51))
-
-    def match(self, adata: AnnData, *, column=None, mapping=None, symbols=None, counts=None) -> GeneMatch:
-        "Which genes of `adata` the model knows (see `Vocabulary.match`)."
-        return self.vocabulary.match(adata, column=column, mapping=mapping, symbols=symbols, counts=counts)
-
-    def embed(
-        self,
-        adata: AnnData | str | Path,
-        *,
-        pool="cls",
-        layer=None,
-        column=None,
-        mapping=None,
-        symbols=None,
-        max_length=1200,
-        overlong="sample",
-        seed=0,
-        original=False,
-        token_budget=None,
-        key_added="X_scGPT",
-        copy=False,
-    ):
-        """Embed cells: obsm[key_added] [cells, d] (float32, length 1; NaN for cells without a known gene) and uns.
-
-        Returns None, or with copy=True the copy; for the path of a file an AnnData with its obs, var and the embedding.
-        pool: 'cls', 'mean', 'weighted'. layer: the counts, raw or log-normalised (None: X). column, mapping {id or
-        alias: symbol}, symbols {symbol: Ensembl id}: how genes are named. overlong: 'sample' or 'top'. original=True:
-        the original's random stream after np.random.seed(seed), its batches and its pooling over padding. DataError:
-        negative or missing values, no known gene."""
-        return embed(
-            self,
-            adata,
-            pool=pool,
-            layer=layer,
-            names=dict(column=column, mapping=mapping, symbols=symbols),
-            how=dict(max_length=max_length, overlong=overlong, seed=seed, original=original),
-            token_budget=token_budget,
-            key_added=key_added,
-            copy=copy,
-        )
-
-    def continue_pretraining(self, adata: AnnData | str | Path, *, label: str | None = None, **settings) -> ScGPT:
-        """A new model, trained further on these cells by the published recipe: hidden values, expression from the
-        cell's vector, and the cell type in obs[label]. See `scellfm.scgpt.training.continue_pretraining`."""
-        from scellfm.scgpt.training import continue_pretraining
-
-        return continue_pretraining(self, adata, label=label, **settings)
-
-    def finetune(self, adata: AnnData | str | Path, label: str, **settings):
-        "Fine-tune an annotator of cells, one model per fold (see `scellfm.scgpt.annotation.finetune`)."
-        from scellfm.scgpt.annotation import finetune
-
-        return finetune(self, adata, label, **settings)
-
-    def gene_embeddings(self, genes: Iterable[str] | None = None) -> pd.DataFrame:
-        "The model's own vector of each gene [genes, d], out of any cell (None: all tokens, special ones included)."
-        return gene_embeddings(self, genes)
-
-    def attention(
-        self,
-        adata: AnnData,
-        *,
-        head_layer=-1,
-        layer=None,
-        column=None,
-        mapping=None,
-        symbols=None,
-        max_length=1200,
-        overlong="sample",
-        seed=0,
-    ) -> Iterator[AttentionMap]:
-        "The attention of one layer (-1: the last) in each cell, one after the other; empty cells are left out."
-        return attention(
-            self,
-            adata,
-            head_layer,
-            layer,
-            dict(column=column, mapping=mapping, symbols=symbols),
-            dict(max_length=max_length, overlong=overlong, seed=seed),
-        )
-
 # %% ../../nbs/scgpt/embedding.ipynb #155de09b
 def opened(data: AnnData | str | Path) -> tuple[AnnData, AnnData | Path]:
     """Where the result goes (the AnnData itself; for a file a new one with its obs and var), and where the counts
@@ -283,7 +102,7 @@ def columns_of(result: AnnData, source: AnnData | Path, layer: str | None) -> An
     return found
 
 # %% ../../nbs/scgpt/embedding.ipynb #7a9b61d5
-def make_batch(gpt: ScGPT, cells: BinnedCells):
+def make_batch(gpt: ScGPTCheckpoint, cells: BinnedCells):
     "A function from positions to their (genes, values, mask) on the model's device."
     config = gpt.model.config
 
@@ -294,7 +113,7 @@ def make_batch(gpt: ScGPT, cells: BinnedCells):
 
 
 @torch.inference_mode()
-def cell_vectors(gpt: ScGPT, genes, values, mask, pool: str = "cls", original: bool = False) -> torch.Tensor:
+def cell_vectors(gpt: ScGPTCheckpoint, genes, values, mask, pool: str = "cls", original: bool = False) -> torch.Tensor:
     "Vectors of length 1 [b, d] (float32) of one batch."
     states = gpt.model.encode(genes, values, mask, cell_only=pool == "cls")
     if original:
@@ -303,7 +122,7 @@ def cell_vectors(gpt: ScGPT, genes, values, mask, pool: str = "cls", original: b
 
 # %% ../../nbs/scgpt/embedding.ipynb #ea57e4ed
 def over_cells(
-    gpt: ScGPT,
+    gpt: ScGPTCheckpoint,
     source,
     obs_names,
     index: np.ndarray,
@@ -348,17 +167,40 @@ def over_cells(
     return rows, seen, record
 
 # %% ../../nbs/scgpt/embedding.ipynb #3d2ff024
-def embed(gpt: ScGPT, data, *, pool, layer, names: dict, how: dict, token_budget, key_added, copy):
-    "See `ScGPT.embed`; `names` says how genes are named, `how` how cells become tokens."
+def embed(
+    gpt: ScGPTCheckpoint,
+    adata: AnnData | str | Path,
+    *,
+    pool="cls",
+    layer=None,
+    column=None,
+    mapping=None,
+    symbols=None,
+    max_length=1200,
+    overlong="sample",
+    seed=0,
+    original=False,
+    token_budget=None,
+    key_added="X_scGPT",
+    copy=False,
+) -> AnnData | None:
+    """Embed cells: obsm[key_added] [cells, d] (float32, length 1; NaN for cells without a known gene) and uns.
+
+    Returns None, or with copy=True the copy; for the path of a file an AnnData with its obs, var and the embedding.
+    pool: 'cls', 'mean', 'weighted'. layer: the counts, raw or log-normalised (None: X). column, mapping {id or
+    alias: symbol}, symbols {symbol: Ensembl id}: how genes are named. overlong: 'sample' or 'top'. original=True:
+    the original's random stream after np.random.seed(seed), its batches and its pooling over padding. DataError:
+    negative or missing values, no known gene."""
+    how = dict(max_length=max_length, overlong=overlong, seed=seed, original=original)
     one_of("pool", pool, POOLS)
-    result, source = opened(data)
-    result = result.to_memory(copy=True) if copy and result is data else result
+    result, source = opened(adata)
+    result = result.to_memory(copy=True) if copy and result is adata else result
     columns = columns_of(result, source, layer)
     totals, whole = survey(source, result.obs_names, columns.var_names, layer)
-    match = gpt.match(columns, counts=totals, **names)
+    match = gpt.match(columns, counts=totals, column=column, mapping=mapping, symbols=symbols)
 
     def one_batch(genes, values, mask):
-        return cell_vectors(gpt, genes, values, mask, pool, how["original"]).cpu().numpy()
+        return cell_vectors(gpt, genes, values, mask, pool, original).cpu().numpy()
 
     vectors, seen, record = over_cells(
         gpt,
@@ -371,7 +213,7 @@ def embed(gpt: ScGPT, data, *, pool, layer, names: dict, how: dict, token_budget
         how=how,
         token_budget=token_budget,
     )
-    tell(seen, result.n_obs, how["max_length"], how["overlong"], key_added)
+    tell(seen, result.n_obs, max_length, overlong, key_added)
     result.obsm[key_added] = vectors
     settings = {
         "model": repr(gpt),
@@ -384,11 +226,11 @@ def embed(gpt: ScGPT, data, *, pool, layer, names: dict, how: dict, token_budget
         "out_of_memory": [step["token_budget"] for step in record],
     }
     result.uns[key_added] = {"params": settings}
-    return None if result is data else result
+    return None if result is adata else result
 
 # %% ../../nbs/scgpt/embedding.ipynb #2a5449ce
-def gene_embeddings(gpt: ScGPT, genes: Iterable[str] | None = None) -> pd.DataFrame:
-    "See `ScGPT.gene_embeddings`."
+def gene_embeddings(gpt: ScGPTCheckpoint, genes: Iterable[str] | None = None) -> pd.DataFrame:
+    "The model's own vector of each gene [genes, d], out of any cell (None: all tokens, special ones included)."
     import pandas as pd
 
     chosen = gpt.vocabulary.tokens if genes is None else list(genes)
@@ -406,11 +248,23 @@ class AttentionMap(NamedTuple):
     weights: np.ndarray  # [heads, tokens, tokens], rows sum to 1
 
 
-def attention(gpt: ScGPT, adata: AnnData, head_layer: int, layer, names: dict, how: dict) -> Iterator[AttentionMap]:
-    "See `ScGPT.attention`."
+def attention(
+    gpt: ScGPTCheckpoint,
+    adata: AnnData,
+    *,
+    head_layer: int = -1,
+    layer=None,
+    column=None,
+    mapping=None,
+    symbols=None,
+    max_length=1200,
+    overlong="sample",
+    seed=0,
+) -> Iterator[AttentionMap]:
+    "The attention of one layer (-1: the last) in each cell, one after the other; empty cells are left out."
     columns = columns_of(adata, adata, layer)
     totals, _ = survey(adata, adata.obs_names, columns.var_names, layer)
-    index = gpt.match(columns, counts=totals, **names).index
+    index = gpt.match(columns, counts=totals, column=column, mapping=mapping, symbols=symbols).index
     for start, cells in tokenize(
         adata,
         adata.obs_names,
@@ -419,10 +273,20 @@ def attention(gpt: ScGPT, adata: AnnData, head_layer: int, layer, names: dict, h
         layer=layer,
         n_bins=gpt.n_bins,
         cls_value=gpt.model.config.pad_value,
-        **how,
+        max_length=max_length,
+        overlong=overlong,
+        seed=seed,
     ):
         for i in np.flatnonzero(cells.lengths):
             with torch.inference_mode():
                 weights = gpt.model.attention(*make_batch(gpt, cells)([i]), layer=head_layer)[0]
             genes = [gpt.vocabulary.tokens[token] for token in cells[int(i)][0]]
             yield AttentionMap(str(adata.obs_names[start + i]), genes, weights.float().cpu().numpy())
+
+# %% ../../nbs/scgpt/embedding.ipynb #81ee8a3a
+class ScGPTReader(ScGPTCheckpoint):
+    "A scGPT, with any head, that embeds cells and genes and shows its attention."
+
+    embed = embed
+    gene_embeddings = gene_embeddings
+    attention = attention

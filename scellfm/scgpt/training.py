@@ -18,7 +18,8 @@ from ..assets import load_state
 from ..core import DataError, OptionError, keyed_generator, keyed_seed, warn
 from ..data.reading import count_matrix, read
 from ..data.splits import Split, check_leakage, check_split, column_of, hold_out
-from .embedding import ScGPT, over_cells
+from .checkpoint import ScGPTCheckpoint
+from .embedding import over_cells
 from .model import ScGPTModel
 from .tokenizer import BinnedCells, survey, tokenize
 from ..scores.heldout import Gathered, baseline_probabilities, check_folds, classes_of, row_names, score_table
@@ -35,7 +36,7 @@ __all__ = ['PARTS', 'MODEL', 'learner', 'with_head', 'start_at_mean', 'binned_ce
            'learning_cells', 'by_name', 'report_losses', 'continue_pretraining']
 
 # %% ../../nbs/scgpt/training.ipynb #8812c123
-def learner(gpt: ScGPT, classes: list[str], seed: int, decoders: bool = True) -> ScGPT:
+def learner(gpt: ScGPTCheckpoint, classes: list[str], seed: int, decoders: bool = True) -> ScGPTCheckpoint:
     "A copy of `gpt` (float32) with both decoders and a head for `classes`; what it lacked is new and reported."
     config = gpt.model.config
     if not decoders:
@@ -48,7 +49,7 @@ def learner(gpt: ScGPT, classes: list[str], seed: int, decoders: bool = True) ->
     return with_head(gpt, replace(config, decoder=True, mvc=True, n_cls=len(classes)), classes, seed)
 
 
-def with_head(gpt: ScGPT, config, classes: list[str], seed: int) -> ScGPT:
+def with_head(gpt: ScGPTCheckpoint, config, classes: list[str], seed: int) -> ScGPTCheckpoint:
     "A copy of `gpt` (float32) of another `config`: its tensors where it has them, new heads where it has not."
     had = gpt.model.config
     lacks = {
@@ -63,7 +64,7 @@ def with_head(gpt: ScGPT, config, classes: list[str], seed: int) -> ScGPT:
     kept = {name: value for name, value in gpt.model.state_dict().items() if not name.startswith(fresh)}
     report = load_state(model, kept, fresh=fresh)
     args = {name: value for name, value in gpt.args.items() if name != "cell_types"}
-    made = ScGPT(model, gpt.vocabulary, args=args | ({"cell_types": classes} if classes else {}), device=gpt.device)
+    made = type(gpt)(model, gpt.vocabulary, args=args | ({"cell_types": classes} if classes else {}), device=gpt.device)
     made.load_report = report
     return made
 
@@ -80,7 +81,7 @@ def start_at_mean(model: ScGPTModel, mean: float, largest: float) -> None:
         )  # sigmoids are near 1/2, and the cell sums to d * offset
 
 # %% ../../nbs/scgpt/training.ipynb #d342b9ed
-def binned_cells(gpt: ScGPT, adata, *, layer, names: dict, seed: int) -> tuple[BinnedCells, np.ndarray]:
+def binned_cells(gpt: ScGPTCheckpoint, adata, *, layer, names: dict, seed: int) -> tuple[BinnedCells, np.ndarray]:
     "All cells of `adata` with all their known genes, and the token of each column (-1: unknown)."
     totals, _ = survey(adata, adata.obs_names, adata.var_names, layer)
     index = gpt.match(adata, counts=totals, **names).index
@@ -106,7 +107,9 @@ def binned_cells(gpt: ScGPT, adata, *, layer, names: dict, seed: int) -> tuple[B
 class HiddenGenes:
     "Cells of which some genes are hidden, as batches for the training loop; `codes` are the cells' classes or None."
 
-    def __init__(self, gpt: ScGPT, cells: BinnedCells, names, *, shares: tuple, max_length: int, seed: int, codes=None):
+    def __init__(
+        self, gpt: ScGPTCheckpoint, cells: BinnedCells, names, *, shares: tuple, max_length: int, seed: int, codes=None
+    ):
         self.cells, self.names, self.codes = cells, np.asarray(names).astype(str), codes
         self.pad_id, self.pad_value = gpt.vocabulary.pad, gpt.model.config.pad_value
         self.mask_value = float(gpt.args.get("mask_value", -1))
@@ -173,7 +176,7 @@ def pretraining_loss(model: ScGPTModel, batch: dict) -> tuple[torch.Tensor, torc
 
 
 @torch.no_grad()
-def mean_parts(gpt: ScGPT, rows: Rows, batch_size: int) -> np.ndarray:
+def mean_parts(gpt: ScGPTCheckpoint, rows: Rows, batch_size: int) -> np.ndarray:
     "The mean of each part of the loss over `rows`, without dropout."
     totals = 0
     for start in range(0, rows.n, batch_size):
@@ -208,7 +211,14 @@ def guessers(hiding: HiddenGenes, train: np.ndarray, judged: np.ndarray, n_class
 
 # %% ../../nbs/scgpt/training.ipynb #c22a9c2a
 def class_probabilities(
-    gpt: ScGPT, adata, index: np.ndarray, *, layer=None, max_length: int = 1200, seed: int = 0, token_budget=None
+    gpt: ScGPTCheckpoint,
+    adata,
+    index: np.ndarray,
+    *,
+    layer=None,
+    max_length: int = 1200,
+    seed: int = 0,
+    token_budget=None,
 ) -> np.ndarray:
     "Probabilities [cells, classes] (float32; NaN for cells without a known gene) of the cell-type head."
 
@@ -279,7 +289,7 @@ def by_name(rows: np.ndarray, names) -> np.ndarray:
     return rows[np.argsort(np.asarray(names)[rows].astype(str), kind="stable")]
 
 # %% ../../nbs/scgpt/training.ipynb #5d8fc8e5
-def report_losses(model: ScGPT, hiding: HiddenGenes, part: Split, batch_size: int) -> None:
+def report_losses(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, batch_size: int) -> None:
     "Set model.losses and the baselines of its history; warn where the network guesses no better than gene means."
     judged = part.test if len(part.test) else part.train
     n_classes = model.model.config.n_cls
@@ -302,7 +312,7 @@ def report_losses(model: ScGPT, hiding: HiddenGenes, part: Split, batch_size: in
 
 # %% ../../nbs/scgpt/training.ipynb #e01d1a6e
 def continue_pretraining(
-    gpt: ScGPT,  # stays as it is
+    gpt: ScGPTCheckpoint,  # stays as it is
     adata: AnnData | str | Path,  # raw or log-normalised counts
     *,
     label: str | None = None,  # column of obs with cell types; None: the first two losses alone
@@ -324,8 +334,11 @@ def continue_pretraining(
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals of the scores
     folder=None,  # a checkpoint lies here, and the same call goes on from it
     **recipe,  # further fields of scellfm.training.Recipe (stop="valid_loss", patience, ...), and save_every
-) -> ScGPT:
-    "A new model, trained further on these cells (Cui et al. 2024, scGPT_CP). DataError, OptionError, StoreError."
+) -> ScGPTCheckpoint:
+    """A new model, trained further on these cells by the published recipe (Cui et al. 2024, scGPT_CP).
+
+    It learns to guess hidden values, expression from the cell's vector, and the cell type in obs[label]. DataError,
+    OptionError, StoreError."""
     if split is not None:
         check_split(split, one=True)
     adata = read(adata) if isinstance(adata, (str, Path)) else adata
