@@ -52,6 +52,7 @@ def main():
     parser.add_argument("--true-size", action="store_true")
     parser.add_argument("--quick", action="store_true", help="1 pair")
     args = parser.parse_args()
+    args.length = 196_608
     torch.set_num_threads(1)
     enformer, codes = model_of(args), window(196_608)
     places = np.random.default_rng(1).integers(96_000, 100_000, args.variants)

@@ -6,5 +6,7 @@ __getattr__, __dir__, __all__ = _lazy(__name__, {
     "encode": "sequence", "decode": "sequence", "reverse_complement": "sequence", "one_hot": "sequence",
     "Genome": "genome", "Interval": "intervals",
     "Annotation": "annotation", "read_annotation": "annotation",
+    "Variants": "vcf", "read_variants": "vcf",
+    "pair_with_windows": "variants", "allele_codes": "variants", "personal_codes": "variants",
     "Windows": "windows", "tss_windows": "windows", "start_table": "windows",
 })
