@@ -1,12 +1,12 @@
 """A window of Enformer against enformer-pytorch's own forward pass, on one thread: seconds, peak memory, difference.
 
-    python benchmarks/enformer.py [--width 384] [--length 196608] [--pairs 5] [--true-size] [--quick] [--gpu]
+    python benchmarks/enformer.py [--length 196608] [--pairs 5] [--true-size] [--quick] [--gpu]
 
-Random weights (also in the output layers of attention, which are 0 in a new model), the same positional features on both
-sides. By default the model is a quarter as wide as the published one, with windows of the published length, in
-turns, `--pairs` times. `--true-size` runs the published size once: ours in float32 and bfloat16, and enformer-pytorch's,
-which needs 4 GB (`--length 49152`: a quarter of the window). Peak memory is that of a process of its own, everything
-included. `--gpu` measures windows per second in float32, TF32 and bfloat16 on a CUDA card.
+Random weights (also in the output layers of attention, which are 0 in a new model), the same positional features on
+both sides. By default the model is a quarter as wide as the published one, with windows of the published length, in
+turns, `--pairs` times. `--true-size` runs the published size once: ours in float32 and bfloat16, and that of
+enformer-pytorch, which needs 4 GB. Peak memory is that of a process of its own, everything included. `--gpu` measures
+windows per second in float32, TF32 and bfloat16 on a CUDA card.
 """
 
 import os
