@@ -20,7 +20,7 @@ from ...core import AssetError, OptionError, warn
 from ...data.splits import Folds, Split, check_leakage, check_split, column_of
 from ..embedding import embed
 from .evaluation import advice_for, counts_of_tokens, score_table
-from .heads import Part, probabilities, train_fold
+from .heads import probabilities, train_fold
 from ..model import GeneformerModel, fitting_tokenizer, translate
 from ..perturbation.runner import perturb
 from ..pretraining import by_name, token_rows
@@ -45,7 +45,7 @@ def gather(models: list[GeneformerReader], cells, fold: np.ndarray, blocks, toke
     for k, model in enumerate(models):
         rows = np.flatnonzero((fold == k) | (fold < 0))
         if len(rows):
-            gathered.add(rows, probabilities(model, Part(model.readable(cells), rows), token_budget, blocks), False)
+            gathered.add(rows, probabilities(model, model.readable(cells).take(rows), token_budget, blocks), False)
     return gathered.of(False)[1]
 
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #3060d8a4
@@ -320,7 +320,7 @@ def train_and_judge(
     for k, part in enumerate(parts):
         model, history = train_fold(gf, sequences, codes, classes, part, k, folder=folder, **options[k])
         for rows, seen in ((part.test, False), (part.train, True)):
-            own.add(rows, probabilities(model, Part(sequences, rows)), seen)
+            own.add(rows, probabilities(model, sequences.take(rows)), seen)
         models.append(model)
         histories.append(history)
     seed, epochs = options[0]["seed"], max(ask["epochs"] for ask in options)

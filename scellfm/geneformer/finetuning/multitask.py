@@ -33,7 +33,7 @@ from scellfm.geneformer.finetuning.classifier import (
     save_models,
 )
 from .evaluation import advice_for, score_table
-from .heads import Part, probabilities, train_fold, weights_of
+from .heads import probabilities, train_fold, weights_of
 from ..model import GeneformerModel
 from ..perturbation.runner import perturb
 from ..pretraining import IGNORED
@@ -319,7 +319,7 @@ def finetune_tasks(
         model, history = train_task_fold(gf, sequences, tasks, part, k, weights, folder=folder, **options)
         for rows, seen in ((part.test, False), (part.train, True)):
             own.add(
-                rows, probabilities(model, Part(sequences, rows), blocks=[len(task.classes) for task in tasks]), seen
+                rows, probabilities(model, sequences.take(rows), blocks=[len(task.classes) for task in tasks]), seen
             )
         models.append(model)
         histories.append(history)
