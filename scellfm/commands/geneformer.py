@@ -176,7 +176,7 @@ def finetune(options: argparse.Namespace) -> str:
     classifier.save_pretrained(options.out)
     add_classifier(report, classifier)
     report.save(options.out)
-    return f"{classifier.scores.to_markdown()}\n{classifier.verdict}\n{options.out}"
+    return f"{classifier.scores.to_markdown()}\n{classifier.overfit_check}\n{options.out}"
 
 # %% ../../nbs/commands/geneformer.ipynb #7c3bbfda
 def finetune_options(parsers) -> None:
