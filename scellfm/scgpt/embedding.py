@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['default_budget', 'planned', 'in_order', 'tell', 'opened', 'columns_of', 'make_batch', 'cell_vectors', 'over_cells',
-           'store_inputs', 'embed', 'gene_embeddings', 'AttentionMap', 'attention', 'ScGPTReader']
+           'open_store', 'embed', 'gene_embeddings', 'AttentionMap', 'attention', 'ScGPTReader']
 
 # %% ../../nbs/scgpt/embedding.ipynb #f6c69e58
 def default_budget(device: torch.device) -> int:
@@ -171,14 +171,28 @@ def over_cells(
     return rows, seen, record
 
 # %% ../../nbs/scgpt/embedding.ipynb #3d2ff024
-def store_inputs(gpt: ScGPTCheckpoint, source, obs_names, index: np.ndarray, layer: str | None) -> dict[str, str]:
-    "What embeddings are made from, by fingerprint: the weights, names and counts of the cells, which genes are known."
+def open_store(
+    folder: str | Path | None,
+    gpt: ScGPTCheckpoint,
+    source,
+    obs_names,
+    index: np.ndarray,
+    *,
+    pool: str,
+    layer: str | None,
+    how: dict,
+    token_budget: int | None,
+):
+    "The store of embeddings, bound to weights, counts and names of the cells, known genes and settings; or no store."
+    if folder is None:
+        return nullcontext()
     counts = [fingerprint(block) for _, block in count_blocks(source, layer)]
-    return {
+    inputs = {
         "weights": fingerprint(dict(gpt.model.state_dict())),
         "cells": fingerprint(np.asarray(obs_names).astype(str), counts),
         "genes": fingerprint(np.asarray(index)),
     }
+    return Store(folder, inputs, {"pool": pool, "n_bins": gpt.n_bins, "token_budget": token_budget} | how)
 
 
 def embed(
@@ -218,23 +232,10 @@ def embed(
     def one_batch(genes, values, mask):
         return cell_vectors(gpt, genes, values, mask, pool, original).cpu().numpy()
 
-    keeping = nullcontext()
-    if folder is not None:
-        inputs = store_inputs(gpt, source, result.obs_names, match.index, layer)
-        keeping = Store(folder, inputs, {"pool": pool, "n_bins": gpt.n_bins, "token_budget": token_budget} | how)
-    with keeping as store:
-        vectors, seen, record = over_cells(
-            gpt,
-            source,
-            result.obs_names,
-            match.index,
-            one_batch,
-            gpt.model.config.d_model,
-            layer=layer,
-            how=how,
-            token_budget=token_budget,
-            store=store,
-        )
+    where = (gpt, source, result.obs_names, match.index)
+    options = dict(layer=layer, how=how, token_budget=token_budget)
+    with open_store(folder, *where, pool=pool, **options) as store:
+        vectors, seen, record = over_cells(*where, one_batch, gpt.model.config.d_model, store=store, **options)
         if store is not None and not store.finished:
             store.finish()
     tell(seen, result.n_obs, max_length, overlong, key_added)
