@@ -263,16 +263,9 @@ def search(
     bar.close()
     best = [{name: row[name] for name in space} for rows in tried for row in rows if row["best"]]
     settings = {"label": label, "held_out_by": split.by, "folds": len(parts), **options, "searched": best}
-    classifier = train_and_judge(
-        gf,
-        data,
-        prepared,
-        [{**options, **found} for found in best],
-        settings,
-        layer,
-        n_boot,
-        None if folder is None else Path(folder) / "best",
-    )
+    of_folds = [{**options, **found} for found in best]
+    place = None if folder is None else Path(folder) / "best"
+    classifier = train_and_judge(gf, data, prepared, of_folds, settings, layer, n_boot, place)
     table = pd.DataFrame([{"fold": k, "trial": i, **row} for k, rows in enumerate(tried) for i, row in enumerate(rows)])
     if lost := [{name: row[name] for name in space} for rows in tried for row in rows if math.isnan(row["score"])]:
         warn(
