@@ -380,3 +380,11 @@ def test_lists_that_a_file_holds_are_compared_with_the_computed_ones(original, t
     first = next(iter(again.stored))
     again.stored[first] = again.stored[first][:-2] + ["unknown", "other"]
     assert again.stored_agreement().loc[first, "computed too"] == 18
+
+
+def test_a_file_that_stays_on_the_disk_gives_the_same(tmp_path):
+    adata = small(LABELS)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    backed = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    assert np.allclose(PerturbationData(backed).scores("A"), PerturbationData(adata).scores("A"))
+    backed.file.close()
