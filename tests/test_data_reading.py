@@ -12,7 +12,7 @@ from conftest import real_data
 from scipy import io, sparse
 
 from scellfm.core import DataError, ScellfmWarning
-from scellfm.data import reading
+from scellfm.data import matrices
 from scellfm.data.reading import check_counts, count_blocks, count_matrix, read
 
 
@@ -64,7 +64,7 @@ def test_every_storage_gives_the_same_blocks(form, rows):
 @pytest.mark.parametrize("form", [sparse.coo_matrix, sparse.lil_matrix, sparse.dok_matrix, sparse.bsr_matrix])
 def test_other_sparse_forms_are_cut_too(form):
     _, dense = cells()
-    blocks = [reading.canonical_csr(block).toarray() for _, block in reading.slices(form(dense), 10)]
+    blocks = [matrices.canonical_csr(block).toarray() for _, block in matrices.slices(form(dense), 10)]
     assert (np.vstack(blocks) == dense).all()
 
 
@@ -100,7 +100,7 @@ def test_unsorted_and_repeated_entries_and_stored_zeros_are_put_right_in_a_copy(
 
 def test_repeated_small_integers_do_not_overflow():
     csr = sparse.csr_matrix((np.full(4, 200, dtype=np.uint8), [0, 0, 0, 0], [0, 4]), shape=(1, 2))
-    assert reading.canonical_csr(csr).toarray().tolist() == [[800, 0]]
+    assert matrices.canonical_csr(csr).toarray().tolist() == [[800, 0]]
 
 
 def test_writing_into_a_block_leaves_the_input_alone():
@@ -134,7 +134,7 @@ def test_dask_is_computed_block_by_block():
 @pytest.mark.parametrize("form", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
 @pytest.mark.parametrize("window", [60, 2**24])
 def test_files_are_read_in_blocks(tmp_path, monkeypatch, form, window):
-    monkeypatch.setattr(reading, "WINDOW", window)
+    monkeypatch.setattr(matrices, "WINDOW", window)
     adata, dense = cells()
     adata.X = form(dense)
     adata.layers["twice"] = form(dense * 2)
@@ -362,9 +362,9 @@ def test_an_unknown_layer_is_named_with_what_there_is():
 
 def test_text_is_not_counts():
     with pytest.raises(DataError, match="str.*cannot be counted|<U1.*cannot be counted"):
-        reading.canonical_csr(np.array([["a", "b"]]))
+        matrices.canonical_csr(np.array([["a", "b"]]))
     with pytest.raises(DataError, match="complex"):
-        reading.canonical_csr(np.ones((2, 2), dtype=complex))
+        matrices.canonical_csr(np.ones((2, 2), dtype=complex))
 
 
 def test_files_that_are_missing_unknown_or_damaged_are_named(tmp_path):
@@ -484,7 +484,7 @@ def test_reading_a_large_csc_file_takes_memory_of_the_window(tmp_path, monkeypat
     csc = sparse.random(n_cells, n_genes, 0.5, format="csc", dtype=np.float32, random_state=rng)
     csc.data[:] = 1
     anndata.AnnData(csc).write_h5ad(tmp_path / "big.h5ad")
-    monkeypatch.setattr(reading, "WINDOW", 150_000)
+    monkeypatch.setattr(matrices, "WINDOW", 150_000)
     tracemalloc.start()
     total = sum(block.sum() for _, block in count_blocks(tmp_path / "big.h5ad", rows=256))
     peak = tracemalloc.get_traced_memory()[1]

@@ -395,7 +395,8 @@ def test_killed_in_the_middle_of_a_write_the_resumed_run_has_the_same_bytes(tmp_
 
 
 def test_ctrl_c_keeps_what_is_finished_and_gives_the_folder_back(tmp_path):
-    listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell makes children deaf
+    # a shell in the background makes its children deaf to Ctrl-C
+    listens = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     process = python(listens + RUN, tmp_path / "run", 60)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -439,7 +440,7 @@ else:
 
 
 def test_a_lock_that_was_made_while_the_old_one_was_judged_stays(tmp_path, monkeypatch):
-    from scellfm.store import shards
+    from scellfm.store import lock as locks
 
     lock, live = (
         tmp_path / "lock",
@@ -451,17 +452,17 @@ def test_a_lock_that_was_made_while_the_old_one_was_judged_stays(tmp_path, monke
         lock.write_text(live)  # another process cleared the stale lock and is in
         return True
 
-    monkeypatch.setattr(shards, "_is_stale", meanwhile)
-    shards._clear_stale(lock)
+    monkeypatch.setattr(locks, "_is_stale", meanwhile)
+    locks._clear_stale(lock)
     assert contents(tmp_path) == {"lock": live.encode()}
 
 
 @pytest.mark.parametrize("text", ["", '{"host": "a", "pi', "123"])
 def test_a_lock_that_is_not_filled_is_waited_for_and_then_cleared(tmp_path, text):
-    from scellfm.store import shards
+    from scellfm.store import lock as locks
 
     (tmp_path / "lock").write_text(text)
-    shards._clear_stale(tmp_path / "lock")
+    locks._clear_stale(tmp_path / "lock")
     assert set(contents(tmp_path)) == {"lock"}
     os.utime(tmp_path / "lock", (time.time() - 60, time.time() - 60))
     with Store(tmp_path, {}) as store:

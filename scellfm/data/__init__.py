@@ -6,5 +6,5 @@ __getattr__, __dir__, __all__ = _lazy(__name__, {
     "gene_ids": "genes", "match_genes": "genes", "GeneMatch": "genes",
     "hold_out": "splits", "folds": "splits", "Split": "splits", "Folds": "splits", "check_leakage": "splits",
     "demo": "demonstration", "simulate_cells": "cells", "simulate_shifts": "shifts",
-    "GeneVectors": "vectors",
+    "GeneVectors": "vectors", "read_vectors": "vector_files",
 })

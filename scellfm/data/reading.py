@@ -6,11 +6,8 @@
 from __future__ import annotations
 
 import difflib
-import json
-import re
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,40 +15,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import sparse
 
-from ..core import DataError, optional, warn
+from ..core import DataError, OptionError, logger, optional, warn
+from .columns import n_rows
+from .loom import read_loom
+from .matrices import canonical_csr, check_sparse, slices
+from .paths import damage_named, existing, open_store
+from .tenx import hdf5_kind, read_folder, read_h5
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['WINDOW', 'DAMAGE', 'canonical_csr', 'counts_of', 'places', 'genes_of', 'csc_windows', 'slices', 'existing',
-           'unreadable', 'refuse_pickled', 'open_counts', 'count_blocks', 'count_matrix', 'Fault', 'CountFaults',
-           'judge', 'remedy', 'warn_of_oddities', 'check_counts', 'file_kind', 'parse', 'read']
-
-# %% ../../nbs/data/reading.ipynb #e5b23697
-def canonical_csr(block) -> sparse.csr_matrix:
-    "A sorted, summed, zero-free `csr_matrix` copy of `block` (sparse, dense or dask); `block` is left alone."
-    if hasattr(block, "compute"):  # dask
-        block = block.compute()
-    if not sparse.issparse(block):
-        block = np.atleast_2d(np.asarray(block))
-    if block.dtype == object:
-        block = block.astype(np.float64)
-    if block.dtype.kind not in "buif":
-        raise DataError(f"the matrix holds {block.dtype}, which cannot be counted; store integers")
-    if block.dtype == bool or block.dtype == np.float16:
-        block = block.astype(np.uint8 if block.dtype == bool else np.float32)
-    csr = sparse.csr_matrix(block, copy=True)
-    if not csr.has_canonical_format:
-        if csr.dtype.kind in "ui" and csr.dtype.itemsize < 8:
-            csr = csr.astype(np.int64)
-        csr.sum_duplicates()
-    csr.eliminate_zeros()
-    return csr
+__all__ = ['SUFFIXES', 'counts_of', 'check_matrices', 'places', 'genes_of', 'expected_shape', 'matrix_key', 'open_counts',
+           'path_blocks', 'count_blocks', 'count_matrix', 'Fault', 'CountFaults', 'judge', 'remedy', 'warn_of_oddities',
+           'check_counts', 'file_kind', 'parse', 'check_options', 'read']
 
 # %% ../../nbs/data/reading.ipynb #ac72911d
 def counts_of(adata: AnnData, layer: str | None = None):
     "The matrix that `layer` names, as it is stored: None is X, 'raw' is adata.raw.X; DataError if there is none."
+    if getattr(adata, "is_view", False):  # its matrix is cut out by a compiled loop
+        check_matrices(adata._adata_ref)
     if layer is None:
         if adata.X is None:
             raise DataError(f"adata.X is empty (None); name the counts with layer= (there is: {places(adata)})")
@@ -65,6 +48,15 @@ def counts_of(adata: AnnData, layer: str | None = None):
     raise DataError(f"layer={layer!r} is not in this AnnData; there is: {['X (layer=None)', *places(adata)]}.{hint}")
 
 
+def check_matrices(adata: AnnData, where: str = "AnnData") -> None:
+    "DataError unless the indices of X, of each layer and of raw lie inside the matrix."
+    held = {"X": adata.X, **{f"layer {name!r}": adata.layers[name] for name in places(adata) if name in adata.layers}}
+    if adata.raw is not None:
+        held["raw"] = adata.raw.X
+    for name, matrix in held.items():
+        check_sparse(matrix, f"{where}: {name}")
+
+
 def places(adata: AnnData) -> list[str]:
     "What `layer=` may name besides X: the layers, and 'raw' where there is one."
     layers = [name for name in adata.layers if name is not None]  # anndata 0.13 lists X among them, as None
@@ -75,115 +67,52 @@ def genes_of(adata: AnnData, layer: str | None = None):
     "The gene names of the columns of `counts_of(adata, layer)`: those of `raw` may be others than those of X."
     return adata.raw.var_names if layer == "raw" and layer not in adata.layers else adata.var_names
 
-# %% ../../nbs/data/reading.ipynb #c6717dab
-WINDOW = 2**22  # entries of a CSC matrix on disk that are held at once (about 250 MB with all copies)
-
-
-def csc_windows(stored, n_rows: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
-    "Read a backed CSC dataset in row windows of at most WINDOW entries (or one row): (first row, CSR of the window)."
-    group = stored.group
-    n_genes, indptr = stored.shape[1], np.asarray(group["indptr"][:])
-    step = max(WINDOW // 8, 1)  # entries that are read at once
-    pieces = np.searchsorted(indptr, np.arange(0, indptr[-1] + step, step)).clip(max=n_genes)
-    pieces = np.unique(np.append(pieces, n_genes))  # the columns at which a new read starts
-    per_row = np.zeros(n_rows, dtype=np.int64)
-    for first, last in zip(pieces[:-1], pieces[1:]):
-        per_row += np.bincount(group["indices"][indptr[first] : indptr[last]], minlength=n_rows)
-    filled = np.concatenate([[0], np.cumsum(per_row)])
-    start = 0
-    while start < n_rows:
-        stop = max(start + 1, int(np.searchsorted(filled, filled[start] + WINDOW, side="right")) - 1)
-        parts = []
-        for first, last in zip(pieces[:-1], pieces[1:]):
-            low, high = indptr[first], indptr[last]
-            part = (group["data"][low:high], group["indices"][low:high], indptr[first : last + 1] - low)
-            parts.append(sparse.csc_matrix(part, shape=(n_rows, last - first))[start:stop])
-        yield start, sparse.hstack(parts, format="csr")
-        start = stop
-
-# %% ../../nbs/data/reading.ipynb #924daf1f
-def slices(counts, rows: int) -> Iterator[tuple[int, object]]:
-    "Cut `counts`, however stored, into (start, block of at most `rows` rows)."
-    n_rows = counts.shape[0]
-    if hasattr(counts, "group") and getattr(counts, "format", "") == "csc":
-        windows = csc_windows(counts, n_rows)
-    elif sparse.issparse(counts) and counts.format != "csr":
-        windows = iter([(0, counts.tocsr())])
-    else:
-        windows = iter([(0, counts)])
-    for first, window in windows:
-        for start in range(0, window.shape[0], rows):
-            yield first + start, window[start : start + rows]
-
-# %% ../../nbs/data/reading.ipynb #c01440ff
-def existing(path: str | Path) -> Path:
-    "The path, or a DataError with the nearest name in its folder."
-    path = Path(path)
-    if not path.exists():
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, near, n=1)
-        raise DataError(f"there is no {path}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    return path
-
-# %% ../../nbs/data/reading.ipynb #ea3a869b
-# what the parsers raise on a file that is cut or damaged
-DAMAGE = (OSError, EOFError, LookupError, ValueError, AttributeError, TypeError, RuntimeError, zlib.error)
-
-
-def unreadable(path: Path, error: Exception) -> DataError:
-    "A DataError that says what a file that could not be read seems to be."
-    if isinstance(error, PermissionError):
-        return DataError(f"{path} may not be read by you: ask its owner for the right (chmod +r) or copy it ({error})")
-    if path.is_dir():
-        return DataError(f"the folder {path} cannot be read: {error}; was it copied whole?")
-    with open(path, "rb") as file:
-        start = file.read(200).lstrip().lower()
-    size = path.stat().st_size
-    what = f"has {size} bytes and may be truncated or damaged: download or copy it again"
-    if start.startswith(b"version https://git-lfs"):
-        what = "is a Git-LFS pointer and not the data: run git lfs pull"
-    if start.startswith((b"<html", b"<!doctype")):
-        what = "is an HTML page and not the data: the download went to a login or error page"
-    return DataError(f"{path} {what} ({error})")
-
-# %% ../../nbs/data/reading.ipynb #37bcf961
-def refuse_pickled(path: Path) -> None:
-    "DataError where a zarr store has a codec that would run a program from the file."
-    for described in (*path.rglob(".zarray"), *path.rglob(".zmetadata"), *path.rglob("zarr.json")):
-        try:
-            told = json.dumps(json.loads(described.read_bytes()))  # one way to write each letter
-        except ValueError as error:
-            raise DataError(
-                f"{described} is damaged and no description of a zarr array ({error}); copy the store again"
-            ) from error
-        codecs = re.findall(r'"(?:id|name|object_codec_id)": "([^"]*pickle[^"]*)"', told)
-        if codecs:
-            raise DataError(
-                f"{described} asks for the codec {codecs[0]!r}, which would run a program from the "
-                "file; nothing was run. Take the store from its publisher, or use h5ad"
-            )
-
 # %% ../../nbs/data/reading.ipynb #85591893
-@contextmanager
-def open_counts(path: Path, layer: str | None):
-    "The stored matrix of an h5ad or zarr file, on disk and not read; the file is closed when the block ends."
-    import anndata
-    import h5py
+def expected_shape(file, key: str) -> tuple[int, int]:
+    "(cells, genes) that the tables of an h5ad file or zarr store give to the matrix `key`."
+    var = "raw/var" if key.startswith("raw/") and "raw/var" in file else "raw.var" if key == "raw.X" else "var"
+    missing = [name for name in ("obs", var) if name not in file]
+    if missing:
+        raise DataError(f"the file holds {sorted(file)} and no {' and '.join(missing)}; it was not written by AnnData")
+    return n_rows(file["obs"]), n_rows(file[var])
 
-    if path.is_dir():
-        refuse_pickled(path)
-        opened = nullcontext(optional("zarr", "zarr").open_group(path, mode="r"))
+
+def matrix_key(file, layer: str | None) -> str | None:
+    "Where a file keeps the matrix that `layer` names; None where it has none. anndata before 0.7 wrote `raw.X`."
+    if layer is None:
+        keys = ["X"]
     else:
-        opened = h5py.File(path, "r")
-    with opened as file:
-        key = "X" if layer is None else "raw/X" if layer == "raw" and "layers/raw" not in file else f"layers/{layer}"
-        if key not in file:
-            there = ["X (layer=None)", *file.get("layers", {}), *(["raw"] if "raw/X" in file else [])]
-            raise DataError(f"{path} has no {key!r} (layer={layer!r}); there is: {there}")
-        stored = file[key]
-        yield anndata.io.sparse_dataset(stored) if hasattr(stored, "keys") else stored
+        keys = [f"layers/{layer}", *(["raw/X", "raw.X"] if layer == "raw" else [])]
+    return next((key for key in keys if key in file), None)
+
+
+@contextmanager
+def open_counts(path: Path, layer: str | None, checked: bool = False):
+    "(matrix on disk, not read; its key; the shape it should have) of an h5ad or zarr file; closed when the block ends."
+    with open_store(path, checked) as file:
+        key = matrix_key(file, layer)
+        if key is None:
+            layers = list(file["layers"]) if "layers" in file else []
+            there = [
+                "X (layer=None)" if "X" in file else "no X",
+                *layers,
+                *(["raw"] if matrix_key(file, "raw") else []),
+            ]
+            raise DataError(
+                f"{path} has no {'X' if layer is None else f'layers/{layer}'!r} (layer={layer!r}); there is: {there}"
+            )
+        yield file[key], key, expected_shape(file, key)
 
 # %% ../../nbs/data/reading.ipynb #c3b1bc23
+def path_blocks(
+    path: Path, layer: str | None, rows: int, checked: bool = False
+) -> Iterator[tuple[int, sparse.csr_matrix]]:
+    "The row blocks of an h5ad file or zarr store, as `count_blocks` gives them; `checked`: it was opened before."
+    with damage_named(path), open_counts(path, layer, checked) as (stored, key, expected):
+        for start, block in slices(stored, rows, f"{path}: {key}", expected):
+            yield start, canonical_csr(block, copy=False)
+
+
 def count_blocks(
     adata_or_path: AnnData | str | Path,
     layer: str | None = None,  # None: X, "raw": adata.raw.X, else a layer
@@ -192,24 +121,19 @@ def count_blocks(
     """Go through all counts in row blocks: (index of the first row, canonical `csr_matrix` in the stored number type).
 
     Works on dense, CSR, CSC, COO, backed and dask matrices and on the path of an h5ad or zarr file, which is then read
-    block by block; other formats are read whole. Nothing is densified and the input is never changed.
+    block by block; other formats are read whole. Nothing is densified and the input is never changed. DataError: a
+    matrix whose indices or offsets do not fit its shape, or whose shape does not fit the tables of cells and genes.
     """
     if not isinstance(adata_or_path, (str, Path)):
-        for start, block in slices(counts_of(adata_or_path, layer), rows):
+        where = "X" if layer is None else f"layer {layer!r}"
+        for start, block in slices(counts_of(adata_or_path, layer), rows, where):
             yield start, canonical_csr(block)
         return
     path = existing(adata_or_path)
-    if path.suffix not in (".h5ad", ".zarr"):
+    if file_kind(path) in ("h5ad", "zarr"):
+        yield from path_blocks(path, layer, rows)
+    else:
         yield from count_blocks(read(path), layer, rows)
-        return
-    try:
-        with open_counts(path, layer) as stored:
-            for start, block in slices(stored, rows):
-                yield start, canonical_csr(block)
-    except DataError:
-        raise
-    except DAMAGE as error:
-        raise unreadable(path, error) from error
 
 # %% ../../nbs/data/reading.ipynb #fc2cb643
 def count_matrix(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:
@@ -336,6 +260,9 @@ def check_counts(adata: AnnData, layer: str | None = None) -> None:
     warn_of_oddities(adata, layer, faults, place(faults.inexact))
 
 # %% ../../nbs/data/reading.ipynb #c8722904
+SUFFIXES = {".h5ad": "h5ad", ".h5": "10x_h5", ".hdf5": "10x_h5", ".loom": "loom"}
+
+
 def file_kind(path: Path) -> str:
     "Which format a path holds: h5ad, 10x_h5, 10x_mtx, loom or zarr."
     if path.is_dir():
@@ -344,48 +271,61 @@ def file_kind(path: Path) -> str:
         if path.suffix == ".zarr" or (path / ".zgroup").exists() or (path / "zarr.json").exists():
             return "zarr"
         raise DataError(f"the folder {path} holds neither matrix.mtx[.gz] (10x) nor a zarr store; name the file itself")
-    kinds = {".h5ad": "h5ad", ".h5": "10x_h5", ".loom": "loom"}
-    if path.suffix not in kinds:
+    if path.suffix not in SUFFIXES:
         raise DataError(f"{path}: {path.suffix or 'no'} suffix; known are .h5ad, .h5 (10x), .loom, .zarr, 10x folders")
-    return kinds[path.suffix]
+    if path.suffix not in (".h5", ".hdf5") or not path.exists():
+        return SUFFIXES[path.suffix]
+    kind = hdf5_kind(path)
+    if kind == "molecules":
+        raise DataError(
+            f"{path} lists the molecules of a Cell Ranger run and no cells: read filtered_feature_bc_matrix.h5, which "
+            "lies beside it"
+        )
+    return SUFFIXES[path.suffix] if kind == "unknown" else kind
 
 # %% ../../nbs/data/reading.ipynb #284bda62
-def parse(path: Path, kind: str, backed: bool) -> AnnData:
+def parse(path: Path, kind: str, backed: bool, prefix: str | None = None, genome: str | None = None) -> AnnData:
     "Hand the file to the reader for its kind."
     import anndata
-    import scanpy
 
+    if kind == "10x_h5":
+        return read_h5(path, genome)
+    if kind == "10x_mtx":
+        return read_folder(path, prefix)
+    if kind == "loom":
+        return read_loom(path)
+    with open_store(path):
+        logger.debug("%s is checked; anndata opens it itself", path)
     if kind == "h5ad":
         return anndata.read_h5ad(path, backed="r" if backed else None)
-    if kind == "10x_h5":
-        return scanpy.read_10x_h5(path)
-    if kind == "10x_mtx":
-        mtx = next(path.glob("*matrix.mtx*"))
-        return scanpy.read_10x_mtx(path, prefix=mtx.name.split("matrix.mtx")[0] or None, var_names="gene_symbols")
-    if kind == "loom":
-        optional("loompy", "loom")
-        return anndata.io.read_loom(str(path), sparse=True)
-    refuse_pickled(path)
     optional("zarr", "zarr")
     return anndata.io.read_zarr(path)
 
 # %% ../../nbs/data/reading.ipynb #031dbb4b
-def read(path: str | Path, *, backed: bool = False) -> AnnData:
-    """Read cells from h5ad, 10x h5, a 10x mtx folder, loom or zarr; `backed=True` leaves the X of an h5ad on disk.
-
-    10x files name genes by symbol; their Ensembl ids are put into var["ensembl_id"]. DataError: no such file, unknown
-    format, or a file that its reader cannot open (truncated, damaged).
-    """
-    path = existing(path)
-    kind = file_kind(path)
+def check_options(path: Path, kind: str, backed: bool, prefix, genome) -> None:
+    "OptionError or DataError where an argument of `read` does not go with the kind of file."
     if backed and kind != "h5ad":
         raise DataError(f"backed=True needs an h5ad file and {path} is {kind}; read it and write it as h5ad first")
-    try:
-        adata = parse(path, kind, backed)
-    except DataError:
-        raise
-    except DAMAGE as error:
-        raise unreadable(path, error) from error
+    for name, value, wanted in (("prefix", prefix, "10x_mtx"), ("genome", genome, "10x_h5")):
+        if value is not None and kind != wanted:
+            raise OptionError(f"{name}={value!r} is for files of the kind {wanted}, and {path} is {kind}; leave it out")
+
+
+def read(path: str | Path, *, backed: bool = False, prefix: str | None = None, genome: str | None = None) -> AnnData:
+    """Read cells from h5ad, 10x h5, a 10x mtx folder, loom or zarr; `backed=True` leaves the X of an h5ad on disk.
+
+    prefix: which sample of a 10x folder with several, by what its files' names begin with, or "all" (with a column
+    obs["sample"]). genome: which of several genomes of a 10x h5 file. 10x files name genes by symbol; their Ensembl ids
+    are put into var["ensembl_id"]. DataError: no such file, unknown format, a file that its reader cannot open
+    (truncated, damaged), that reads other files, or whose matrices are damaged. ExtraError: a compression that is not
+    installed.
+    """
+    path = existing(path)
+    with damage_named(path):
+        kind = file_kind(path)
+        check_options(path, kind, backed, prefix, genome)
+        adata = parse(path, kind, backed, prefix, genome)
+        check_matrices(adata, str(path))
     if kind.startswith("10x") and "gene_ids" in adata.var:
         adata.var["ensembl_id"] = adata.var["gene_ids"].astype(str)
     return adata

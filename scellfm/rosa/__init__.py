@@ -2,4 +2,9 @@
 from scellfm import _lazy
 
 __getattr__, __dir__, __all__ = _lazy(__name__, {
+    "Enformer": "enformer", "embed_genes": "embedding", "embed_bins": "embedding",
+    "encode": "sequence", "decode": "sequence", "reverse_complement": "sequence", "one_hot": "sequence",
+    "Genome": "genome", "Interval": "intervals",
+    "Annotation": "annotation", "read_annotation": "annotation",
+    "Windows": "windows", "tss_windows": "windows", "start_table": "windows",
 })

@@ -2,5 +2,8 @@
 from scellfm import _lazy
 
 __getattr__, __dir__, __all__ = _lazy(__name__, {
+    "perturbation_of": "conditions", "published_label": "conditions",
+    "PerturbationSplit": "splits", "split_conditions": "splits", "custom_split": "splits",
+    "leakage_of": "leakage",
     "ScGenePTModel": "model",
 })

@@ -3,6 +3,7 @@ from scellfm import _lazy
 
 __getattr__, __dir__, __all__ = _lazy(__name__, {
     "Scores": "table", "classification": "labels", "ClassificationResult": "labels", "integration": "batches", "umaps": "pictures",
-    "perturbation": "profiles",
+    "perturbation": "perturbations", "PerturbationScores": "perturbations",
+    "gears_scores": "gears", "gears_summary": "gears",
     "Verdict": "heldout",
 })

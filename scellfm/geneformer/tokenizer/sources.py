@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,15 +16,19 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from ...core import DataError, optional
-from ...data.reading import canonical_csr, count_blocks, counts_of, file_kind, places, refuse_pickled
+from ...core import DataError
+from ...data.columns import column_names, read_column, read_table, row_names
+from ...data.loom import loom_blocks, loom_tables
+from ...data.matrices import row_sums, stored_form
+from ...data.paths import damage_named, existing, open_store
+from ...data.reading import count_blocks, counts_of, file_kind, open_counts, path_blocks, places, read
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['CellSource', 'block_rows', 'from_adata', 'opened', 'stored_rows', 'texts_of', 'from_anndata_file', 'loom_table',
-           'from_loom', 'open_source', 'cell_files', 'cell_totals', 'stored_totals']
+__all__ = ['CellSource', 'block_rows', 'from_adata', 'from_anndata_file', 'from_loom', 'open_source', 'cell_files', 'cell_totals',
+           'stored_totals']
 
 # %% ../../../nbs/geneformer/tokenizer/sources.ipynb #d4e639ad
 @dataclass
@@ -78,118 +81,44 @@ def from_adata(adata: AnnData, layer: str | None = None) -> CellSource:
         stored=f"{'X' if layer is None else repr(layer)} (this AnnData also has {places(adata) or 'no layers'})",
     )
 
-# %% ../../../nbs/geneformer/tokenizer/sources.ipynb #a833e6c8
-@contextmanager
-def opened(path: Path, kind: str):
-    "The root group of an h5ad, loom or zarr file, open for reading; DataError if it is damaged."
-    import h5py
-
-    try:
-        file = optional("zarr", "zarr").open_group(str(path), mode="r") if kind == "zarr" else h5py.File(path, "r")
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} ({kind}) cannot be opened; it may be truncated or damaged: {error}") from error
-    try:
-        yield file
-    finally:
-        getattr(file, "close", lambda: None)()
-
-
-def stored_rows(path: Path, kind: str, key: str, rows: int, n_genes: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
-    "Row blocks of a CSR matrix on disk, without a copy where the file holds it in canonical order."
-    with opened(path, kind) as file:
-        group = file[key]
-        indptr = group["indptr"][:].astype(np.int64)
-        for start in range(0, len(indptr) - 1, rows):
-            part = indptr[start : start + rows + 1]
-            entries = slice(int(part[0]), int(part[-1]))
-            block = sparse.csr_matrix(
-                (group["data"][entries], group["indices"][entries], part - part[0]), shape=(len(part) - 1, n_genes)
-            )
-            plain = block.dtype.kind in "iuf" and block.dtype != np.float16
-            yield start, block if plain and block.has_canonical_format and block.data.all() else canonical_csr(block)
-
 # %% ../../../nbs/geneformer/tokenizer/sources.ipynb #6b842b25
-def texts_of(stored):
-    "The values of a column of text on disk: anndata 0.13 keeps texts that may be missing in a group, beside a mask."
-    return stored["values"] if hasattr(stored, "keys") else stored
-
-
-def from_anndata_file(path: Path, layer: str | None, kind: str) -> CellSource:
+def from_anndata_file(path: Path, layer: str | None) -> CellSource:
     "The cells of an h5ad file or zarr store, left on disk."
-    from anndata.io import read_elem
-
-    if kind == "zarr":
-        refuse_pickled(path)
-    with opened(path, kind) as file:
-        if "obs" not in file or "var" not in file:
-            raise DataError(f"{path} holds {list(file)} and no obs and var; it was not written by AnnData")
-        raw = layer == "raw" and "layers/raw" not in file
-        var = read_elem(file["raw/var" if raw and "raw/var" in file else "var"])
-        index = file["obs"].attrs["_index"]
-        columns, n_cells = [str(c) for c in file["obs"].attrs["column-order"]], texts_of(file["obs"][index]).shape[0]
-        key = "X" if layer is None else "raw/X" if raw else f"layers/{layer}"
-        dense = key in file and not hasattr(file[key], "keys")
-        by_row = key in file and file[key].attrs.get("encoding-type") == "csr_matrix"
+    with damage_named(path), open_counts(path, layer) as (stored, key, (n_cells, n_genes)):
+        form, _ = stored_form(stored, f"{path}: {key}")
+    with damage_named(path), open_store(path, checked=True) as file:
+        var = "raw/var" if key == "raw/X" and "raw/var" in file else "raw.var" if key == "raw.X" else "var"
+        var, columns = read_table(file[var]), column_names(file["obs"])
         layers = list(file["layers"]) if "layers" in file else []
 
     def column(name: str) -> pd.Series:
-        with opened(path, kind) as file:
-            values = read_elem(file["obs"][name])
-            return pd.Series(values)
+        with damage_named(path), open_store(path, checked=True) as file:
+            return read_column(file["obs"], name)
 
     def names(start: int, stop: int) -> np.ndarray:
-        with opened(path, kind) as file:
-            part = texts_of(file["obs"][index])[start:stop]
-            return np.array([name.decode() if isinstance(name, bytes) else str(name) for name in part], dtype=object)
+        with damage_named(path), open_store(path, checked=True) as file:
+            return row_names(file["obs"], start, stop)
 
     def blocks(rows: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
-        if by_row:
-            return stored_rows(path, kind, key, rows, len(var))
-        return count_blocks(path, layer, block_rows(rows, len(var), dense))
+        return path_blocks(path, layer, block_rows(rows, n_genes, form == "dense"), checked=True)
 
     return CellSource(
         str(path), n_cells, var, columns, column, names, blocks, f"{key} (the file also has the layers {layers})"
     )
 
 # %% ../../../nbs/geneformer/tokenizer/sources.ipynb #46f0044c
-def loom_table(group, index: tuple[str, ...], n: int) -> pd.DataFrame:
-    "The one-dimensional attributes of the rows or columns of a loom file."
-    columns = {}
-    for name, values in group.items():
-        if values.shape == (n,):
-            text = values.dtype.kind in "SO"
-            columns[name] = values.asstr()[:] if text else values[:]
-    names = next((columns[name] for name in index if name in columns), np.arange(n))
-    return pd.DataFrame(columns, index=pd.Index(names).astype(str))
-
-
 def from_loom(path: Path, layer: str | None) -> CellSource:
     "The cells of a loom file, left on disk."
-    key = "matrix" if layer is None else f"layers/{layer}"
-    with opened(path, "loom") as file:
-        if key not in file:
-            raise DataError(
-                f"{path} has no {key!r}; layers: {list(file.get('layers', []))} (layer=None reads the main matrix)"
-            )
-        n_genes, n_cells = file[key].shape
-        var = loom_table(file["row_attrs"], ("Gene", "var_names"), n_genes)
-        obs = loom_table(file["col_attrs"], ("CellID", "obs_names"), n_cells)
-
-    def blocks(rows: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
-        step = block_rows(rows, n_genes, dense=True)
-        with opened(path, "loom") as file:
-            for start in range(0, n_cells, step):
-                yield start, canonical_csr(file[key][:, start : start + step].T)
-
+    obs, _, var, _ = loom_tables(path, layer)
     return CellSource(
         str(path),
-        n_cells,
+        len(obs),
         var,
         list(obs.columns),
         lambda name: obs[name],
         lambda start, stop: obs.index[start:stop].to_numpy(),
-        blocks,
-        key,
+        lambda rows: loom_blocks(path, layer, rows),
+        "matrix" if layer is None else f"layers/{layer}",
     )
 
 
@@ -197,31 +126,25 @@ def open_source(adata_or_path: AnnData | str | Path, layer: str | None = None) -
     "A CellSource for an AnnData or for the path of a file of cells; 10x files are read whole."
     if not isinstance(adata_or_path, (str, Path)):
         return from_adata(adata_or_path, layer)
-    path = Path(adata_or_path)
-    if not path.exists():
-        raise DataError(f"there is no {path}; check the spelling")
-    kind = file_kind(path)
+    path = existing(adata_or_path)
+    with damage_named(path):
+        kind = file_kind(path)
     if kind in ("h5ad", "zarr"):
-        return from_anndata_file(path, layer, kind)
-    if kind == "loom":
-        return from_loom(path, layer)
-    from scellfm.data.reading import read
-
-    return from_adata(read(path), layer)
+        return from_anndata_file(path, layer)
+    return from_loom(path, layer) if kind == "loom" else from_adata(read(path), layer)
 
 # %% ../../../nbs/geneformer/tokenizer/sources.ipynb #6ab5c50a
 def cell_files(path_or_folder: str | Path) -> list[Path]:
     "The h5ad, loom and zarr files that a path names: itself, or those inside it, sorted by name."
-    path = Path(path_or_folder)
-    if not path.exists():
-        raise DataError(f"there is no {path}; check the spelling")
+    path = existing(path_or_folder)
     is_store = path.suffix == ".zarr" or (path / ".zgroup").exists() or (path / "zarr.json").exists()
     if path.is_file() or is_store:
         return [path]
     files = sorted(p for p in path.iterdir() if p.suffix in (".h5ad", ".loom", ".zarr") and not p.name.startswith("."))
     if not files:
         raise DataError(
-            f"the folder {path} holds no .h5ad, .loom or .zarr file; it holds {sorted(p.name for p in path.iterdir())[:5]}"
+            f"the folder {path} holds no .h5ad, .loom or .zarr file; it holds "
+            f"{sorted(p.name for p in path.iterdir())[:5]}"
         )
     return files
 
@@ -229,7 +152,7 @@ def cell_files(path_or_folder: str | Path) -> list[Path]:
 def cell_totals(source: CellSource, start: int, block: sparse.csr_matrix, stored: np.ndarray | None) -> np.ndarray:
     "float64 [rows]: the total count of each cell of a block."
     if stored is None:
-        return np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
+        return row_sums(block)
     totals = stored[start : start + block.shape[0]]
     wrong = np.flatnonzero(~(totals > 0) & (np.diff(block.indptr) > 0))
     if len(wrong):

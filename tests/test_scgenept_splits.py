@@ -1,0 +1,153 @@
+"""GEARS's splits come out label by label, and our own keep related genes on one side."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import golden, real_data
+
+from scellfm.core import DataError, OptionError, ScellfmWarning
+from scellfm.scgenept import PerturbationSplit, custom_split, perturbation_of, published_label, split_conditions
+
+SPLITS = golden("scgenept") / "splits"
+CONDITIONS = json.loads((SPLITS / "conditions.json").read_text())
+RECORDS = [record for record in json.loads((SPLITS / "splits.json").read_text()) if not record.get("error")]
+SMALL = ["ctrl", "A+ctrl", "ctrl+A", "B+ctrl", "C+ctrl", "D+ctrl", "A+B", "B+C", "C+D"]
+
+
+def name_of(record) -> str:
+    return "-".join(map(str, (record["dataset"], record["split"], record["seed"], *record["options"].values())))
+
+
+@pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")
+@pytest.mark.parametrize("record", RECORDS, ids=name_of)
+def test_a_split_equals_the_original(record):
+    options = {key: value for key, value in record["options"].items() if key != "via"}
+    split = split_conditions(CONDITIONS[record["dataset"]], record["split"], seed=record["seed"], **options)
+    expected = record["set2conditions"]
+    assert split.train == expected.get("train", [])
+    assert split.valid == expected.get("val", [])
+    assert split.test == expected.get("test", [])
+    if record.get("subgroup"):
+        assert split.subgroups == record["subgroup"]["test_subgroup"]
+        assert split.valid_subgroups == record["subgroup"]["val_subgroup"]
+
+
+@pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")
+def test_numpys_global_stream_is_not_touched():
+    np.random.seed(5)
+    before = np.random.get_state()
+    for kind in ("simulation", "combo_seen2", "no_test"):
+        split_conditions(CONDITIONS["norman_real"], kind)
+    after = np.random.get_state()
+    assert before[2] == after[2] and np.array_equal(before[1], after[1])
+
+
+@pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")
+@pytest.mark.parametrize("name, singles, pairs", [("norman", 105, 131), ("adamson", 86, 0)])
+def test_the_published_subgroups_come_out_of_the_condition_list(name, singles, pairs):
+    labels = CONDITIONS[f"{name}_real"]
+    published = json.loads((real_data("scgenept") / f"{name}_pert_data_subgroups.json").read_text())
+    split = split_conditions(labels, "simulation", seed=1)
+    for part, groups in (("test_subgroup", split.subgroups), ("val_subgroup", split.valid_subgroups)):
+        assert {key: sorted(found) for key, found in groups.items()} == {
+            key: sorted(found) for key, found in published[part].items()
+        }
+    perturbations = {perturbation_of(label) for label in labels} - {"ctrl"}
+    assert sum("+" not in name for name in perturbations) == singles
+    assert sum("+" in name for name in perturbations) == pairs
+
+
+@pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")
+def test_published_labels_and_perturbations_are_counted_apart():
+    split = split_conditions(CONDITIONS["norman_real"], "simulation", seed=1)
+    assert len(split.subgroups["unseen_single"]) == 37
+    assert len(split.perturbations("test", "unseen_single")) == 27
+
+
+def test_the_later_rule_is_warned_of_and_can_be_had():
+    labels = CONDITIONS["norman_real"]
+    with pytest.warns(ScellfmWarning, match="leaves out the 7 labels"):
+        first = split_conditions(labels, "simulation", seed=1)
+    known = {gene for label in labels for gene in label.split("+")} - {"RHOXF2BB", "IER5L", "KIAA1804"}
+    later = split_conditions(labels, "simulation", seed=1, version="0.1.2", go_genes=known)
+    assert len(later.train + later.valid + later.test) == 277 and len(later.held_out) == 7
+    assert len(set(first.test) & set(later.test)) == 77
+    with pytest.raises(OptionError, match="go_genes"):
+        split_conditions(labels, version="0.1.2")
+
+
+def test_no_test_draws_from_all_perturbations_in_the_later_rule():
+    labels = CONDITIONS["adamson_like"]
+    with pytest.warns(ScellfmWarning, match="all perturbations"):
+        first = split_conditions(labels, "no_test")
+    genes = {gene for label in labels for gene in label.split("+")}
+    later = split_conditions(labels, "no_test", version="0.1.2", go_genes=genes)
+    assert not first.valid and len(later.valid) > 0 and not later.test
+
+
+def test_simulation_single_leaves_pairs_out_with_a_warning():
+    with pytest.warns(ScellfmWarning, match="3 perturbations of several genes are in no set"):
+        split = split_conditions(SMALL, "simulation_single")
+    assert split.held_out == ["A+B", "B+C", "C+D"]
+
+
+@pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")
+def test_any_way_of_writing_a_label_gives_the_same_split():
+    written = ["control", "A", "ctrl + A", "B+ctrl", "C", " D+CTRL", "A + B", "B+C", "C+D"]
+    assert split_conditions(written).to_dict() == split_conditions(SMALL).to_dict()
+
+
+@pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")
+def test_three_genes_are_sorted_by_their_unseen_ones():
+    labels = [*SMALL, "A+B+C", "B+C+D"]
+    for seed in range(5):
+        split = split_conditions(labels, "simulation", seed=seed)
+        assert sorted(split.train + split.valid + split.test) == sorted(labels)
+
+
+@pytest.mark.parametrize(
+    "kind, options, error, message",
+    [
+        ("simulated", {}, OptionError, "Did you mean 'simulation'"),
+        ("simulation", {"version": "0.3"}, OptionError, "version='0.3'"),
+        ("simulation", {"train_gene_set_size": 75}, OptionError, "train_gene_set_size=75"),
+        ("simulation", {"seed": -1}, OptionError, "seed=-1"),
+        ("simulation", {"test_perts": "A_Z"}, DataError, "'Z'"),
+        ("combo_seen0", {"test_pert_genes": ["Z"]}, DataError, "'Z'"),
+    ],
+)
+def test_a_wrong_option_of_a_split_is_refused(kind, options, error, message):
+    with pytest.raises(error, match=message):
+        split_conditions(SMALL, kind, **options)
+
+
+def test_a_split_of_nothing_is_refused_and_an_empty_set_is_warned_of():
+    with pytest.raises(DataError, match="no perturbation"):
+        split_conditions(["ctrl"])
+    with pytest.warns(ScellfmWarning, match="leaves no perturbation for train"):
+        split_conditions(["ctrl", "A+ctrl", "B+ctrl"])
+
+
+def test_a_label_with_an_empty_part_is_refused():
+    with pytest.raises(DataError, match="empty part"):
+        published_label("A+")
+
+
+def test_the_caveat_on_pairs_without_a_seen_gene_is_printed_where_it_applies():
+    split = PerturbationSplit(["ctrl", "A+ctrl"], [], ["B+C"], "s", 1, subgroups={"combo_seen0": ["B+C"]})
+    assert "mean of all perturbed cells" in repr(split)
+    assert split_conditions([label for label in SMALL if label.count("ctrl")]).caveats() == []
+
+
+def test_leakage_is_counted():
+    split = custom_split(SMALL, {"train": ["A+ctrl", "B+C"], "test": ["ctrl+A", "A+B", "C+ctrl", "D"]})
+    found = split.leakage({"A": ["x", "y", "z"], "D": ["x", "y"]}).loc[("train", "test"), "labels"]
+    assert found.tolist() == [1, 1, 1, 1]
+
+
+def test_a_split_survives_json():
+    split = custom_split(SMALL, {"train": ["A+ctrl"], "val": ["B"], "test": ["C"]})
+    assert PerturbationSplit(**json.loads(json.dumps(split.to_dict()))) == split
+    with pytest.raises(DataError, match="twice"):
+        custom_split(SMALL, {"train": ["A+ctrl"], "test": ["A"]})
