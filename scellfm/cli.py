@@ -93,6 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         settings.progress = shown
 
-# %% ../nbs/cli.ipynb #7cee79e8
+# %% ../nbs/cli.ipynb #bf12c0c2
 if __name__ == "__main__" and "__file__" in globals() and __file__.endswith("cli.py"):
     sys.exit(main())

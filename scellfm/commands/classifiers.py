@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['finetune', 'predict']
 
-# %% ../../nbs/commands/classifiers.ipynb #afa0835e
+# %% ../../nbs/commands/classifiers.ipynb #e4164262
 import json
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .options import refuse_others, settings_of, takes, with_defaults
 from .reports import add_classifier, begin
 from ..core import DataError, OptionError
 
-# %% ../../nbs/commands/classifiers.ipynb #07a4ae5b
+# %% ../../nbs/commands/classifiers.ipynb #ee63de69
 FOLDS = "scellfm.data.splits.folds"
 HOLD_OUT = "scellfm.data.splits.hold_out"
 
@@ -39,7 +39,7 @@ def split_from(cells, settings: dict):
         return hold_out(cells, **settings_of(settings, HOLD_OUT))
     return folds(cells, **settings_of(settings, FOLDS))
 
-# %% ../../nbs/commands/classifiers.ipynb #871ca52b
+# %% ../../nbs/commands/classifiers.ipynb #9d6715d8
 def gene_classes(path: str) -> dict:
     "Classes of genes from a JSON file, {name: [gene, ...]}. DataError for anything else."
     wanted = '{"name of a class": ["gene", "gene"], "another": ["gene", "gene"]}'
@@ -51,7 +51,7 @@ def gene_classes(path: str) -> dict:
         raise DataError(f"{path} is no dictionary of lists; write it as {wanted}")
     return found
 
-# %% ../../nbs/commands/classifiers.ipynb #f66fe286
+# %% ../../nbs/commands/classifiers.ipynb #cccc8681
 CELLS = "scellfm.geneformer.finetuning.classifier.finetune_cells"
 TASKS = "scellfm.geneformer.finetuning.multitask.finetune_tasks"
 GENES = "scellfm.geneformer.finetuning.genes.finetune_genes"
@@ -78,7 +78,7 @@ def check_settings(settings: dict, function: str) -> None:
     name = function.rpartition(".")[2].replace("_", " ")
     refuse_others(kept, function, GENEFORMER, *splits, why=f"{name} of {function.split('.')[1]} does not take it")
 
-# %% ../../nbs/commands/classifiers.ipynb #5f70a4e2
+# %% ../../nbs/commands/classifiers.ipynb #86162243
 @takes(
     CELLS,
     TASKS,
@@ -120,9 +120,9 @@ def finetune(
     classifier.save_pretrained(out)
     add_classifier(report, classifier)
     report.save(out)
-    return f"{classifier.scores.to_markdown()}\n{classifier.verdict}\n{out}"
+    return f"{classifier.scores.to_markdown()}\n{classifier.overfit_check}\n{out}"
 
-# %% ../../nbs/commands/classifiers.ipynb #1f9242eb
+# %% ../../nbs/commands/classifiers.ipynb #9251cb5e
 def predictions(classifier, data, layer: str | None):
     "The AnnData with the classifier's columns, and those columns (or the table of genes)."
     before = set(data.obs)
@@ -131,7 +131,7 @@ def predictions(classifier, data, layer: str | None):
         return data, found
     return data, data.obs[[column for column in data.obs if column not in before]].rename_axis("cell")
 
-# %% ../../nbs/commands/classifiers.ipynb #bcc1d368
+# %% ../../nbs/commands/classifiers.ipynb #5ba21b12
 def predict(
     cells: str,  # h5ad, 10x h5 or mtx folder, loom, zarr, or the word demo
     *,

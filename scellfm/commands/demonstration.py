@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['demo']
 
-# %% ../../nbs/commands/demonstration.ipynb #4795fe0b
+# %% ../../nbs/commands/demonstration.ipynb #0eb48975
 from pathlib import Path
 
 from .options import takes
 
-# %% ../../nbs/commands/demonstration.ipynb #9912642e
+# %% ../../nbs/commands/demonstration.ipynb #872822f2
 @takes("scellfm.demo.run_demo")
 def demo(
     *,

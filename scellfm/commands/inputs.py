@@ -6,13 +6,13 @@
 __all__ = ['SYSTEMS', 'CLASSIFIERS', 'GENEFORMER', 'SCGPT', 'demonstration', 'cells_from', 'whole_cells', 'out_format',
            'write_table', 'system_of', 'is_classifier', 'load_model', 'load_geneformer', 'load_classifier']
 
-# %% ../../nbs/commands/inputs.ipynb #31bb0791
+# %% ../../nbs/commands/inputs.ipynb #15b87fc3
 from pathlib import Path
 
 from .options import settings_of
 from ..core import OptionError
 
-# %% ../../nbs/commands/inputs.ipynb #02441a0a
+# %% ../../nbs/commands/inputs.ipynb #dc62e119
 def demonstration(name: str):
     "The cells of the word demo, or one of their two halves, each with its share of every cell type."
     from scellfm.data import demo, hold_out
@@ -43,7 +43,7 @@ def whole_cells(name: str):
         raise OptionError(f"{name} is a tokenized data set; give a file of cells")
     return cells
 
-# %% ../../nbs/commands/inputs.ipynb #fa72a164
+# %% ../../nbs/commands/inputs.ipynb #ac496a9a
 def out_format(out: str, known: tuple[str, ...]) -> str:
     "The suffix of the file to be written; OptionError unless it is one of `known`."
     suffix = Path(out).suffix.lower()
@@ -62,7 +62,7 @@ def write_table(table, out: str | Path) -> None:
         else:
             table.to_parquet(part)
 
-# %% ../../nbs/commands/inputs.ipynb #1f61e8bd
+# %% ../../nbs/commands/inputs.ipynb #e714d4ab
 SYSTEMS = {"geneformer": "Geneformer", "scgpt": "scGPT"}
 CLASSIFIERS = {
     "classifier.json": "scellfm.geneformer.CellClassifier",
@@ -83,7 +83,7 @@ def is_classifier(folder: str) -> bool:
     "Whether a folder holds a saved cell classifier of Geneformer."
     return (Path(folder).expanduser() / "classifier.json").exists()
 
-# %% ../../nbs/commands/inputs.ipynb #df3ba1b5
+# %% ../../nbs/commands/inputs.ipynb #ccbc578a
 GENEFORMER = "scellfm.geneformer.model.GeneformerModel.from_pretrained"
 SCGPT = "scellfm.scgpt.checkpoint.ScGPTCheckpoint.from_pretrained"
 

@@ -6,7 +6,7 @@
 __all__ = ['takes', 'on_a_command_line', 'settings_of', 'refuse_others', 'with_defaults', 'Parser', 'add_option', 'example_line',
            'command_parser', 'call', 'commands_in']
 
-# %% ../../nbs/commands/options.ipynb #857f486f
+# %% ../../nbs/commands/options.ipynb #2f0e7353
 import argparse
 import ast
 import re
@@ -24,7 +24,7 @@ from scellfm.commands.signatures import (
 )
 from ..core import OptionError
 
-# %% ../../nbs/commands/options.ipynb #02899cd4
+# %% ../../nbs/commands/options.ipynb #fdac84f3
 def takes(*paths: str, without: tuple[str, ...] = ()):
     "A command takes the parameters of these functions too, by their dotted paths, but for the names in `without`."
 
@@ -34,7 +34,7 @@ def takes(*paths: str, without: tuple[str, ...] = ()):
 
     return note
 
-# %% ../../nbs/commands/options.ipynb #9de96655
+# %% ../../nbs/commands/options.ipynb #5a6d3364
 def on_a_command_line(parameter: Parameter) -> bool:
     "Whether a setting has a form on a command line, and a default."
     return bool(parameter.kinds) and parameter.default is not REQUIRED
@@ -53,7 +53,7 @@ def refuse_others(settings: dict, *paths: str, why: str) -> None:
         if name not in taken:
             raise OptionError(f"--{name.replace('_', '-')} has no meaning here: {why}")
 
-# %% ../../nbs/commands/options.ipynb #6206b296
+# %% ../../nbs/commands/options.ipynb #876b53c1
 def with_defaults(settings: dict, *paths: str) -> dict:
     "The settings, and the functions' own defaults of those that were not given."
     defaults = {
@@ -63,7 +63,7 @@ def with_defaults(settings: dict, *paths: str) -> dict:
     }
     return defaults | settings
 
-# %% ../../nbs/commands/options.ipynb #73ae5d6f
+# %% ../../nbs/commands/options.ipynb #8609591d
 def taken_by(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     "(paths, without) of the `takes` note of a command."
     for node in function_node(path)[0].decorator_list:
@@ -84,7 +84,7 @@ def borrowed(path: str) -> dict[str, list[tuple[str, Parameter]]]:
                 found.setdefault(parameter.name, []).append((other, parameter))
     return found
 
-# %% ../../nbs/commands/options.ipynb #3923f29e
+# %% ../../nbs/commands/options.ipynb #60e6561e
 def number_or_text(kinds: tuple[str, ...]):
     "The function that turns a word into the first of the kinds that it fits."
 
@@ -109,7 +109,7 @@ def pairs_of(words: list[str]) -> dict:
             raise OptionError(f"{word}: write a name, = and the values, as in sex=female batch=1,2")
     return {name: values.split(",") for name, _, values in (word.partition("=") for word in words)}
 
-# %% ../../nbs/commands/options.ipynb #b0f5504a
+# %% ../../nbs/commands/options.ipynb #f3465092
 def arguments_of(parameter: Parameter) -> dict:
     "What argparse is told of a parameter, but for its name and its help."
     kinds, default = parameter.kinds, parameter.default
@@ -139,7 +139,7 @@ def help_of(found: list[tuple[str, Parameter]]) -> str:
     said = "; ".join(f"{system}: {default}" for system, default in defaults.items() if default)
     return f"{comment} (default of {said})"
 
-# %% ../../nbs/commands/options.ipynb #a507b200
+# %% ../../nbs/commands/options.ipynb #4fae6e72
 class Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line."
 
@@ -166,7 +166,7 @@ def example_line(path: str) -> str:
     found = re.search(r"^Example: (scellfm \w.*?)(?:\n\n|\Z)", docstring_of(path), re.DOTALL | re.MULTILINE)
     return " ".join(found[1].split()) if found else ""
 
-# %% ../../nbs/commands/options.ipynb #0e932c06
+# %% ../../nbs/commands/options.ipynb #4e91b84a
 def command_parser(path: str, parsers=None, options: bool = True) -> argparse.ArgumentParser:
     """The parser of the command by the dotted path of its function, below `parsers` in a whole command line.
 
@@ -186,7 +186,7 @@ def command_parser(path: str, parsers=None, options: bool = True) -> argparse.Ar
     parser.set_defaults(run=path)
     return parser
 
-# %% ../../nbs/commands/options.ipynb #025faba8
+# %% ../../nbs/commands/options.ipynb #2cb360a8
 def as_given(parameter: Parameter, value):
     "A value from the command line as the function wants it."
     if "dict" in parameter.kinds and isinstance(value, list):
@@ -195,7 +195,7 @@ def as_given(parameter: Parameter, value):
         return parameter.default
     return value
 
-# %% ../../nbs/commands/options.ipynb #b1d89142
+# %% ../../nbs/commands/options.ipynb #ccf3f4a3
 def call(options: argparse.Namespace) -> str:
     "Run the command that the options were parsed for; what it returns is to be printed."
     path, given = options.run, dict(vars(options))
@@ -205,7 +205,7 @@ def call(options: argparse.Namespace) -> str:
     module, names = split_path(path)
     return getattr(import_module(module), names[0])(**arguments)
 
-# %% ../../nbs/commands/options.ipynb #6898c506
+# %% ../../nbs/commands/options.ipynb #b0fdf45e
 def commands_in(module: str) -> list[str]:
     "The dotted paths of the commands that a module defines, in order."
     functions = [node.name for node in source_of(module).tree.body if isinstance(node, ast.FunctionDef)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['map', 'integrate']
 
-# %% ../../nbs/commands/references.ipynb #cf9b4fc3
+# %% ../../nbs/commands/references.ipynb #5963700f
 from pathlib import Path
 
 from .inputs import GENEFORMER, SCGPT, load_model, whole_cells, write_table
@@ -14,7 +14,7 @@ from .reports import add_map, begin
 from .vectors import EMBED, embed_into
 from ..core import OptionError, warn
 
-# %% ../../nbs/commands/references.ipynb #eee809d8
+# %% ../../nbs/commands/references.ipynb #49ac58da
 MAP = "scellfm.scgpt.mapping.ReferenceMap.__init__"
 CALIBRATE = "scellfm.scgpt.mapping.ReferenceMap.calibrate"
 
@@ -53,7 +53,7 @@ def reference_map(ref: str, model, settings: dict, calibrate: bool, of: str | No
         made.calibrate(**settings_of(settings, CALIBRATE))
     return made
 
-# %% ../../nbs/commands/references.ipynb #97aee04e
+# %% ../../nbs/commands/references.ipynb #afa4d3a1
 def map_scores(ref: str, reference, query, truth: str | None, settings: dict):
     "The scores of the map where the query has labels, else None."
     if truth is None and reference.label not in query.obs:
@@ -74,7 +74,7 @@ def write_tables(folder: Path, tables: dict) -> list[str]:
         write_table(table, folder / name)
     return [str(folder / name) for name in tables]
 
-# %% ../../nbs/commands/references.ipynb #57f524ed
+# %% ../../nbs/commands/references.ipynb #454af415
 @takes(MAP, CALIBRATE, GENEFORMER, SCGPT, without=("ref", "quantize", "local_files_only", "tokenizer"))
 def map(
     ref: str,  # annotated cells (h5ad and other files, or demo-reference), or the folder of a saved map
@@ -120,10 +120,10 @@ def map(
     lines.append(f"{cells.n_obs:,} cells, {unknown:,} of them unknown: {reference!r}")
     return "\n".join([*lines, *paths, str(report.save(out)), *([save] if save else [])])
 
-# %% ../../nbs/commands/references.ipynb #f71b41a8
+# %% ../../nbs/commands/references.ipynb #7dd4b51f
 INTEGRATION = "scellfm.scores.batches.integration"
 
-# %% ../../nbs/commands/references.ipynb #c3e11388
+# %% ../../nbs/commands/references.ipynb #9e5d68f6
 @takes(INTEGRATION, GENEFORMER, SCGPT, without=("quantize", "local_files_only"))
 def integrate(
     cells: str,  # h5ad, 10x h5 or mtx folder, loom, zarr, or the word demo

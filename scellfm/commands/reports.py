@@ -53,7 +53,7 @@ def add_classifier(report: Report, classifier) -> None:
     from scellfm.geneformer.finetuning.evaluation import HELD_OUT
 
     report.add_scores(classifier.scores, "Held out, beside simple methods")
-    report.add_text(str(classifier.verdict))
+    report.add_text(str(classifier.overfit_check))
     judged = classifier.scores.details.get(HELD_OUT)
     if judged is not None:
         add_confusion(report, judged.confusion, "Held out: true classes in rows, what they were called in columns.")

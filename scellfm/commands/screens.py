@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['perturb']
 
-# %% ../../nbs/commands/screens.ipynb #7678fc81
+# %% ../../nbs/commands/screens.ipynb #e834f30d
 from pathlib import Path
 
 from .inputs import cells_from, is_classifier, load_geneformer, write_table
@@ -13,7 +13,7 @@ from .options import settings_of, takes, with_defaults
 from .reports import add_screen, begin
 from ..core import one_of
 
-# %% ../../nbs/commands/screens.ipynb #ab6bbdd1
+# %% ../../nbs/commands/screens.ipynb #7fb81467
 PERTURB = "scellfm.geneformer.perturbation.runner.perturb"
 LOAD = "scellfm.geneformer.model.GeneformerModel.from_pretrained"
 
@@ -28,7 +28,7 @@ def perturbed(model: str, cells, settings: dict):
         return CellClassifier.from_pretrained(model, **settings_of(settings, *own)).perturb(cells, **ask)
     return load_geneformer(model, **settings_of(settings, LOAD)).perturb(cells, **ask)
 
-# %% ../../nbs/commands/screens.ipynb #370e943a
+# %% ../../nbs/commands/screens.ipynb #9f6eb12c
 @takes(PERTURB, LOAD, without=("dry_run", "model_of", "quantize", "local_files_only"))
 def perturb(
     cells: str,  # h5ad, 10x h5 or mtx folder, loom, zarr, a saved tokenized data set, or the word demo

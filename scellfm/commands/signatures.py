@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REQUIRED', 'Parameter', 'parameters_of', 'docstring_of']
 
-# %% ../../nbs/commands/signatures.ipynb #574fbec8
+# %% ../../nbs/commands/signatures.ipynb #76e2ea9a
 import ast
 import io
 import tokenize
@@ -16,7 +16,7 @@ from pathlib import Path
 import scellfm
 from ..core import OptionError
 
-# %% ../../nbs/commands/signatures.ipynb #0a6bef4d
+# %% ../../nbs/commands/signatures.ipynb #4b45fd8e
 ROOT = Path(scellfm.__file__).parent
 
 
@@ -47,7 +47,7 @@ def split_path(path: str) -> tuple[str, list[str]]:
             return ".".join(parts[:n]), parts[n:]
     raise OptionError(f"{path!r} is no function of this package: no module on its way has a file")
 
-# %% ../../nbs/commands/signatures.ipynb #95cdbdd9
+# %% ../../nbs/commands/signatures.ipynb #2fbeb7cd
 def named(node: ast.stmt, name: str) -> bool:
     "Whether a statement defines `name`: a function, a class, or an assignment."
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -76,7 +76,7 @@ def definition(module: str, name: str) -> tuple[ast.stmt, str] | None:
             return definition(*origin)
     return None
 
-# %% ../../nbs/commands/signatures.ipynb #2f05513c
+# %% ../../nbs/commands/signatures.ipynb #722cebfa
 REQUIRED = object()  # the default of a parameter that has none
 
 
@@ -97,7 +97,7 @@ class Parameter:
         default = "" if self.default is REQUIRED else f" = {self.default!r}"
         return f"{self.name}: {of}{default}  # {self.comment}"
 
-# %% ../../nbs/commands/signatures.ipynb #3e7d3a9a
+# %% ../../nbs/commands/signatures.ipynb #00d5d725
 LISTS = ("list", "tuple", "Sequence", "Iterable", "set")
 KINDS = {"int": "int", "float": "float", "str": "str", "bool": "bool", "Path": "str", "dict": "dict", "Mapping": "dict"}
 
@@ -131,7 +131,7 @@ def item_kind(nodes: list[ast.expr]) -> str:
     first = [node.elts[0] if isinstance(node, ast.Tuple) else node for node in inner]
     return next((kind for kind in map(kind_of, first) if kind in ("int", "float")), "str")
 
-# %% ../../nbs/commands/signatures.ipynb #9a01f688
+# %% ../../nbs/commands/signatures.ipynb #7666ace3
 def value_of(node: ast.expr | None, module: str):
     "The value of a default: a literal, or a constant of the package by its name; REQUIRED where there is none."
     if node is None:
@@ -164,7 +164,7 @@ def parameter_from(
     items = type(value[0]).__name__ if isinstance(value, (tuple, list)) and value else item_kind(parts)
     return Parameter(node.arg, kinds, choices, value, comment, positional, items)
 
-# %% ../../nbs/commands/signatures.ipynb #c1d0e6e1
+# %% ../../nbs/commands/signatures.ipynb #11d7400c
 def function_node(path: str) -> tuple[ast.FunctionDef, str]:
     "The definition of a function or method by its dotted path, and the module that it stands in. OptionError."
     module, names = split_path(path)
@@ -176,7 +176,7 @@ def function_node(path: str) -> tuple[ast.FunctionDef, str]:
         raise OptionError(f"{path!r} is no function of this package")
     return found
 
-# %% ../../nbs/commands/signatures.ipynb #769787da
+# %% ../../nbs/commands/signatures.ipynb #27894f6f
 @cache
 def parameters_of(path: str) -> tuple[Parameter, ...]:
     "The parameters of a function of this package by its dotted path, without self, cls, *args and **kwargs."

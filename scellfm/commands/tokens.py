@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['tokenize']
 
-# %% ../../nbs/commands/tokens.ipynb #f28bbd02
+# %% ../../nbs/commands/tokens.ipynb #96fb908b
 from .inputs import cells_from
 from .options import settings_of, takes
 from ..core import OptionError
 
-# %% ../../nbs/commands/tokens.ipynb #87eb79eb
+# %% ../../nbs/commands/tokens.ipynb #22bf1435
 FIT = "scellfm.geneformer.tokenizer.rank_tokenizer.RankTokenizer.fit"
 LOAD = "scellfm.geneformer.tokenizer.rank_tokenizer.RankTokenizer.from_pretrained"
 FILES = "scellfm.geneformer.tokenizer.rank_tokenizer.RankTokenizer.tokenize_files"
@@ -30,7 +30,7 @@ def tokenizer_for(cells, tokenizer: str | None, fit: str | None, settings: dict)
     made.save_pretrained(fit)
     return made
 
-# %% ../../nbs/commands/tokens.ipynb #28d3054c
+# %% ../../nbs/commands/tokens.ipynb #4bebaeab
 @takes(FILES, FIT, LOAD, without=("subfolder", "local_files_only", "mapping"))
 def tokenize(
     cells: str,  # h5ad, loom or zarr file, a folder of such files, or the word demo

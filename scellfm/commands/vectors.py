@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['embed_into', 'embed']
 
-# %% ../../nbs/commands/vectors.ipynb #e2d851a4
+# %% ../../nbs/commands/vectors.ipynb #453f89af
 from pathlib import Path
 
 from scellfm.commands.inputs import (
@@ -21,7 +21,7 @@ from scellfm.commands.inputs import (
 from .options import settings_of, takes
 from ..core import OptionError
 
-# %% ../../nbs/commands/vectors.ipynb #f6876687
+# %% ../../nbs/commands/vectors.ipynb #66cbda02
 GENEFORMER_EMBED = "scellfm.geneformer.embedding.embed"
 SCGPT_EMBED = "scellfm.scgpt.embedding.embed"
 EMBED = {"geneformer": GENEFORMER_EMBED, "scgpt": SCGPT_EMBED}
@@ -41,14 +41,14 @@ def embed_settings(settings: dict, model: str, subfolder: str | None) -> dict:
         )
     return settings_of(settings, EMBED[system])
 
-# %% ../../nbs/commands/vectors.ipynb #3f3709c1
+# %% ../../nbs/commands/vectors.ipynb #14f90033
 def embed_into(model, cells, settings: dict, *, of: str, subfolder: str | None = None):
     "Embed an AnnData, or the file of one, with a model read from `of`: (the AnnData with the vectors, their key)."
     given = embed_settings(settings, of, subfolder)
     made = model.embed(cells, **given)
     return cells if made is None else made, given.get("key_added", KEYS[system_of(of, subfolder)])
 
-# %% ../../nbs/commands/vectors.ipynb #9aaf5f67
+# %% ../../nbs/commands/vectors.ipynb #368c58f7
 def write_vectors(vectors, names, key: str, out: str) -> None:
     "Vectors [cells, d] as a table of columns <key>_0, <key>_1, ..."
     import pandas as pd
@@ -72,7 +72,7 @@ def embed_tokens(model, path: str, settings: dict, of: str, out: str) -> None:
     given, cells = embed_settings(settings, of, None), TokenizedCells.load(path)
     write_vectors(model().embed(cells, **given), cells.obs.index, given.get("key_added", KEYS["geneformer"]), out)
 
-# %% ../../nbs/commands/vectors.ipynb #fe0014bb
+# %% ../../nbs/commands/vectors.ipynb #22122187
 @takes(GENEFORMER_EMBED, SCGPT_EMBED, GENEFORMER, SCGPT, without=("copy", "quantize", "local_files_only"))
 def embed(
     cells: str,  # h5ad, 10x h5 or mtx folder, loom, zarr, a saved tokenized data set, or the word demo

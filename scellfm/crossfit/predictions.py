@@ -72,13 +72,16 @@ def cross_fit(
     return models, predictions
 
 # %% ../../nbs/crossfit/predictions.ipynb #a27b6944
-def predict_held_out(models: Sequence, fold: np.ndarray, predict: Callable) -> FoldPredictions:
+def predict_held_out(
+    models: Sequence, fold: np.ndarray, predict: Callable, n_outputs: int | None = None
+) -> FoldPredictions:
     """Predictions for rows from the model that was not trained on them.
 
     fold: the fold that held each row out (`TrainedOn.fold_of`); below 0: all models predict, and the mean is taken.
     predict: (model, rows) -> predictions for these rows; called once for each model that has any.
+    n_outputs: None takes it from the first prediction.
     """
-    predictions = FoldPredictions(len(fold))
+    predictions = FoldPredictions(len(fold), n_outputs)
     for k, model in enumerate(models):
         rows = np.flatnonzero((fold == k) | (fold < 0))
         if len(rows):
