@@ -49,7 +49,7 @@ def add_confusion(report: Report, confusion: pd.DataFrame, caption: str) -> None
 
 
 def add_classifier(report: Report, classifier) -> None:
-    "Scores, verdict, confusion and losses of a CellClassifier or GeneClassifier."
+    "Scores, overfitting check, confusion and losses of a CellClassifier or GeneClassifier."
     from scellfm.geneformer.finetuning.evaluation import HELD_OUT
 
     report.add_scores(classifier.scores, "Held out, beside simple methods")

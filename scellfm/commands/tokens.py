@@ -10,7 +10,7 @@ from .inputs import cells_from
 from .options import settings_of, takes
 from ..core import OptionError
 
-# %% ../../nbs/commands/tokens.ipynb #22bf1435
+# %% ../../nbs/commands/tokens.ipynb #69e0b82c
 FIT = "scellfm.geneformer.tokenizer.rank_tokenizer.RankTokenizer.fit"
 LOAD = "scellfm.geneformer.tokenizer.rank_tokenizer.RankTokenizer.from_pretrained"
 FILES = "scellfm.geneformer.tokenizer.rank_tokenizer.RankTokenizer.tokenize_files"
@@ -21,9 +21,7 @@ def tokenizer_for(cells, tokenizer: str | None, fit: str | None, settings: dict)
     from scellfm.geneformer import RankTokenizer
 
     if (tokenizer is None) == (fit is None):
-        raise OptionError(
-            "give --tokenizer for dictionaries that are there, or --fit FOLDER to make them from the cells"
-        )
+        raise OptionError("give --tokenizer for dictionaries that are there, or --fit FOLDER to make them of the cells")
     if tokenizer is not None:
         return RankTokenizer.from_pretrained(tokenizer, **settings_of(settings, LOAD))
     made = RankTokenizer.fit(cells, **settings_of(settings, FIT))
