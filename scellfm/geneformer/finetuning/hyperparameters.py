@@ -33,7 +33,7 @@ from scellfm.core import (
 from ...crossfit.labels import check_class_folds
 from ...data.splits import Folds, Split, hold_out
 from .classifier import CellClassifier, finetune_cells, prepare, train_and_judge
-from .heads import Part, probabilities, train_fold
+from .heads import probabilities, train_fold
 from ..model import GeneformerModel
 from ...metrics import smaller_is_better
 from ...scores.labels import classification
@@ -187,7 +187,7 @@ def judge_of(gf: GeneformerModel, prepared, part: Split, k: int, options: dict, 
         except DivergedError as error:
             logger.info(f"fold {k}, {asked}: {error}")
             return math.nan
-        values = probabilities(model, Part(sequences, part.test))
+        values = probabilities(model, sequences.take(part.test))
         if not np.isfinite(values).all():  # after the last step, too large to be multiplied
             return math.nan
         return classification(classes[codes[part.test]], values, classes, n_boot=0).metrics[metric]
