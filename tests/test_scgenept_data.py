@@ -367,3 +367,16 @@ def test_columns_of_the_user_stay():
     adata.obs["label"] = ["T cell"] * len(LABELS)
     data = PerturbationData(adata, cell_type="label")
     assert set(data.cell_types) == {"T cell"} and set(adata.obs["label"]) == {"T cell"}
+
+
+def test_lists_that_a_file_holds_are_compared_with_the_computed_ones(original, tmp_path):
+    assert original.stored_agreement().empty
+    original.save(tmp_path / "golden")
+    again = PerturbationData.load("golden", root=tmp_path)
+    found = again.stored_agreement()
+    assert (
+        len(found) == len(original.labels) - 1 and (found["stored"] == 20).all() and (found["computed too"] == 20).all()
+    )
+    first = next(iter(again.stored))
+    again.stored[first] = again.stored[first][:-2] + ["unknown", "other"]
+    assert again.stored_agreement().loc[first, "computed too"] == 18

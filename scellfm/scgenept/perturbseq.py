@@ -28,7 +28,7 @@ from scellfm.scgenept.conditions import (
 )
 from .expression import log_expression, normalized_expression
 from .families import family_split, similarity_split
-from .gears_folder import find_processed, gears_table, write_processed
+from .gears_folder import agreement, find_processed, gears_table, stored_top, write_processed
 from .pairing import keyed_pairs, original_pairs
 from .splits import KINDS, PARTS, PerturbationSplit, custom_split, split_conditions
 
@@ -136,6 +136,7 @@ class PerturbedCells:
         self.genes = self.adata.var_names.rename("gene")
         self.cell_types = column_of(adata.obs, cell_type, "cell_type") if cell_type in adata.obs else None
         self.control_names = control_names(control) | FILLERS
+        self.stored = stored_top(adata)
         self.labels = list(dict.fromkeys(labels))
         self.conditions = [name for name in dict.fromkeys(names) if name != CONTROL]
         if not self.conditions:
@@ -363,6 +364,10 @@ class PerturbationData(CellStatistics):
             name="value",
             dtype=object,
         )
+
+    def stored_agreement(self) -> pd.DataFrame:
+        "How many of the top 20 genes that a file of GEARS's layout holds per condition are computed here too."
+        return agreement(self, self.stored)
 
     def save(self, folder: str | Path) -> None:
         "Write folder/perturb_processed.h5ad as GEARS's `new_data_process` does, with derived columns and gene sets."
