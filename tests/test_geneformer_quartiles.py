@@ -14,7 +14,7 @@ KINDS, QUARTILES = ("inhibit", "activate"), (1, 2, 3)
 
 
 def new_rank(rank: int, n: int, kind: str, quartiles: int) -> int:
-    "The rank after the move, in words of the manual: middle of the quartile so many below or above, else bottom or front."
+    "The rank after the move, as the manual says: middle of the quartile so many below or above, else bottom or front."
     quartile = next(q for q in range(4) if rank < (q + 1) * n / 4)
     aim = quartile + quartiles if kind == "inhibit" else quartile - quartiles
     if not 0 <= aim <= 3:
