@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CACHED_TOKENS', 'pick_device', 'pick_dtype', 'plan_batches', 'row_slices', 'pad', 'Sequences', 'batches', 'replan',
-           'as_sequences', 'run', 'run_rows']
+           'as_sequences', 'check_not_empty', 'run', 'run_rows']
 
 # %% ../nbs/inference.ipynb #15485f56
 from collections.abc import Callable, Iterator
@@ -118,6 +118,7 @@ class Sequences:
         sizes = [np.diff(offsets) for _, offsets in self.stored]
         self.full_lengths = np.concatenate([np.empty(0, np.int64), *sizes]).astype(np.int64)
         self.lengths, self.end = self.full_lengths, None
+        self.checked = None  # by what a model has found the tokens to be its own
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,7 +127,14 @@ class Sequences:
         "The token ids of one cell; a tuple of arrays where several lie side by side."
         if not -len(self) <= i < len(self):
             raise IndexError(f"cell {i} of {len(self):,}")
-        arrays = self.flat(np.array([i % len(self)]))[0]
+        row, length = self.rows[i], self.lengths[i]
+        block = int(np.searchsorted(self.first, row, side="right")) - 1
+        parts, offsets = self.stored[block]
+        start = int(offsets[row - self.first[block]])
+        arrays = [part[start : start + length] for part in parts]
+        arrays = [array.astype(np.int64) if array.dtype.kind in "iu" else array for array in arrays]
+        if self.end is not None and self.full_lengths[i] > length:
+            arrays[0][-1] = self.end
         return arrays[0] if len(arrays) == 1 else tuple(arrays)
 
     def flat(self, positions: np.ndarray | None = None) -> tuple[list[np.ndarray], np.ndarray]:
@@ -140,6 +148,18 @@ class Sequences:
         if self.end is not None:
             arrays[0][offsets[1:][self.full_lengths[positions] > lengths] - 1] = self.end
         return arrays, offsets
+
+    def stretches(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        "Token ids and offsets of all cells: the stored blocks where every cell is seen as it is, else one copy."
+        whole = self.lengths is self.full_lengths and np.array_equal(self.rows, np.arange(self.first[-1]))
+        if whole:
+            return [(parts[0], offsets) for parts, offsets in self.stored]
+        (ids, *_), offsets = self.flat()
+        return [(ids, offsets)]
+
+    def checked_by(self, key: object) -> "Sequences":
+        "The same view with a note of who has checked its tokens, so that it is done once."
+        return self._view(checked=key)
 
     def _view(self, **changes) -> "Sequences":
         view = object.__new__(Sequences)
@@ -268,6 +288,12 @@ def as_sequences(cells) -> Sequences:
     return cells if isinstance(cells, Sequences) else Sequences(cells)
 
 
+def check_not_empty(lengths: np.ndarray) -> None:
+    "DataError where every sequence is empty."
+    if not np.any(lengths):
+        raise DataError(f"all {len(lengths)} sequences are empty: no gene of these cells is known to the tokenizer")
+
+
 def run(
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     sequences,
@@ -289,11 +315,9 @@ def run(
         return sequences.batch(positions, pad_id, device)
 
     lengths = sequences.lengths
+    check_not_empty(lengths)
     computed = batches(make, function, lengths, token_budget=token_budget, desc=desc, record=record, bar=bar)
-    results = _collect(computed, lengths)
-    if results is None:
-        raise DataError(f"all {len(lengths)} sequences are empty: no gene of these cells is known to the tokenizer")
-    return results
+    return _collect(computed, lengths)
 
 # %% ../nbs/inference.ipynb #e0080b90
 def run_rows(

@@ -16,7 +16,7 @@ from scellfm.data.splits import Folds, Split, folds, hold_out
 from scellfm.geneformer import Geneformer, RankTokenizer
 from scellfm.geneformer.finetuning import CellClassifier, finetune
 from scellfm.geneformer.finetuning.evaluation import HELD_OUT, TRAINED, advice_for
-from scellfm.geneformer.finetuning.heads import Part, probabilities, weights_of
+from scellfm.geneformer.finetuning.heads import probabilities, weights_of
 from scellfm.scores.table import Scores
 
 QUICK = dict(epochs=2, learning_rate=2e-3, n_boot=20)
@@ -56,7 +56,7 @@ def clf(gf, adata, split):
 def own(clf, adata, k, rows):
     "Probabilities of some rows by the model of fold k alone."
     model = clf.models[k]
-    return probabilities(model, Part(model.readable(model.tokenizer(adata)), rows))
+    return probabilities(model, model.readable(model.tokenizer(adata)).take(rows))
 
 
 def test_it_beats_chance_on_donors_it_has_not_seen(clf):

@@ -1,4 +1,4 @@
-"""Every public entrance that reads a dictionary or a checkpoint is handed files that would run a program: nothing runs."""
+"""Every public function that reads a dictionary or a checkpoint gets files that would run a program: nothing runs."""
 
 import ast
 import json

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import tracemalloc
 
 import anndata
 import numpy as np
@@ -330,3 +331,60 @@ def test_norman_as_it_is_given():
     assert data.summary()["of one gene"] == 18 and data.summary()["of two genes"] == 15
     split = data.split("simulation", seed=1)
     assert sorted(split.train + split.valid + split.test) == sorted(data.labels)
+
+
+def test_memory_follows_the_stored_values_and_not_cells_by_genes():
+    n_cells, n_genes, share = 6000, 4000, 0.004
+    draw = np.random.default_rng(0)
+    values = sparse.random(n_cells, n_genes, share, format="csr", dtype=np.float32, random_state=0)
+    labels = draw.choice(["ctrl", "A+ctrl", "B+ctrl", "A+B"], n_cells)
+    obs = pd.DataFrame({"condition": labels}, index=[f"c{i}" for i in range(n_cells)])
+    adata = anndata.AnnData(values, obs, pd.DataFrame(index=["A", "B", *(f"g{i}" for i in range(n_genes - 2))]))
+    tracemalloc.start()
+    data = PerturbationData(adata)
+    for name in data.conditions:
+        data.gene_sets(name)
+    data.pairs()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    dense = 4 * n_cells * n_genes
+    assert peak < dense / 6 and peak < 100 * values.nnz
+
+
+def test_data_without_a_perturbation_are_refused():
+    with pytest.raises(DataError, match="no cell is perturbed"):
+        PerturbationData(small(["ctrl"] * 4))
+
+
+def test_the_users_word_for_the_control_is_understood():
+    data = PerturbationData(small(["NT"] * 4 + ["A"] * 3), control="NT")
+    assert np.array_equal(data.rows("NT"), data.controls) and data.rows("A+NT").size == 3
+    assert data.flags("NT").size == 0 and data.perturbed_genes("NT") == []
+
+
+def test_columns_of_the_user_stay():
+    adata = small(LABELS)
+    adata.obs["label"] = ["T cell"] * len(LABELS)
+    data = PerturbationData(adata, cell_type="label")
+    assert set(data.cell_types) == {"T cell"} and set(adata.obs["label"]) == {"T cell"}
+
+
+def test_lists_that_a_file_holds_are_compared_with_the_computed_ones(original, tmp_path):
+    assert original.stored_agreement().empty
+    original.save(tmp_path / "golden")
+    again = PerturbationData.load("golden", root=tmp_path)
+    found = again.stored_agreement()
+    assert (
+        len(found) == len(original.labels) - 1 and (found["stored"] == 20).all() and (found["computed too"] == 20).all()
+    )
+    first = next(iter(again.stored))
+    again.stored[first] = again.stored[first][:-2] + ["unknown", "other"]
+    assert again.stored_agreement().loc[first, "computed too"] == 18
+
+
+def test_a_file_that_stays_on_the_disk_gives_the_same(tmp_path):
+    adata = small(LABELS)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    backed = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
+    assert np.allclose(PerturbationData(backed).scores("A"), PerturbationData(adata).scores("A"))
+    backed.file.close()

@@ -1,5 +1,6 @@
 """GEARS's splits come out label by label, and our own keep related genes on one side."""
 
+import gzip
 import json
 
 import numpy as np
@@ -207,12 +208,17 @@ def test_genes_of_like_annotation_share_a_family_by_complete_linkage():
     }
 
 
+@pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")
 def test_real_go_terms_split_the_genes_of_norman():
-    go = real_data("go-texts")
-    rows = pd.read_parquet(go / "annotations.parquet")
-    assert {"ensembl_id"} <= set(rows.columns)
-    some = rows["ensembl_id"].drop_duplicates().iloc[:60].tolist()
-    annotations = rows.rename(columns={"ensembl_id": "gene"})[["gene", "term"]]
-    split = similarity_split(["ctrl", *some], annotations[annotations["gene"].isin(some)], seed=1)
-    assert split.name == "go_similarity" and 8 <= len(split.genes("test")) <= 16
-    assert split.leakage(annotations)["labels"].sum() >= 0
+    with gzip.open(real_data("scgenept") / "gene2go_from_GO2Symbol.json.gz", "rt") as file:
+        terms = json.load(file)
+    labels = CONDITIONS["norman_real"]
+    split = similarity_split(labels, terms, seed=1, threshold=0.3)
+    assert sorted(split.train + split.valid + split.test) == sorted(labels)
+    assert not set(split.genes("train")) & {
+        label.replace("ctrl", "").strip("+") for label in split.subgroups["unseen_single"]
+    }
+    families = similarity_families({gene for label in labels for gene in label.split("+")} - {"ctrl"}, terms, 0.3)
+    for alike in (("TBX2", "TBX3"), ("MAP2K3", "MAP2K6"), ("PTPN9", "PTPN12"), ("CDKN1A", "CDKN1B")):
+        assert len({families[gene] for gene in alike}) == 1
+    assert split.leakage(terms).loc[("train", "test", "one perturbation, two labels"), "labels"] == 0

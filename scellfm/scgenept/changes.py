@@ -15,7 +15,7 @@ from scipy import sparse
 __all__ = ['BLOCK', 'N_TOP', 'row_blocks', 'summed', 'GroupStatistics', 'group_statistics', 'welch', 'ranked', 'index_sets']
 
 # %% ../../nbs/scgenept/changes.ipynb #37316368
-BLOCK = 2**22  # stored values that are summed at once
+BLOCK = 2**20  # stored values that are summed at once
 
 
 def row_blocks(matrix: sparse.csr_matrix) -> Iterable[tuple[int, int]]:
@@ -50,7 +50,7 @@ class GroupStatistics:
     square: np.ndarray
 
     def take(self, groups: Iterable[int]) -> GroupStatistics:
-        "Several groups as one: sizes add up, deviations between their means are added to those within (Chan et al. 1979)."
+        "Several groups as one: sizes add up, and deviations between their means join those within (Chan et al.)."
         groups = np.asarray(list(groups), dtype=np.int64)
         n = self.n[groups].astype(np.float64)
         mean = n @ self.mean[groups] / max(n.sum(), 1)

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import sparse
 
 from ..core import DataError, check_number, warn
-from ..data.reading import canonical_csr, check_counts, counts_of, genes_of
+from ..data.reading import check_counts, count_matrix, counts_of, genes_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -62,7 +62,8 @@ def log_expression(adata: AnnData, layer: str | None = None) -> tuple[sparse.csr
         twice = str(genes[genes.duplicated()][0])
         raise DataError(f"the gene {twice!r} occurs twice, and logs cannot be summed: drop one, or start from counts")
     ready = isinstance(stored, sparse.csr_matrix) and stored.has_canonical_format and stored.dtype.kind == "f"
-    matrix = stored if ready and np.count_nonzero(stored.data) == stored.nnz else canonical_csr(stored)
+    ready = ready and np.count_nonzero(stored.data) == stored.nnz
+    matrix = stored if ready else count_matrix(adata, layer)  # which also reads what lies on the disk
     check_logs(matrix, where)
     return matrix, list(map(str, genes))
 
@@ -104,7 +105,7 @@ def normalized_expression(
     check_counts(adata, layer)
     if n_variable is not None:
         check_number("n_variable", n_variable, 1)
-    counts, genes = summed_genes(canonical_csr(counts_of(adata, layer)), genes_of(adata, layer))
+    counts, genes = summed_genes(count_matrix(adata, layer), genes_of(adata, layer))
     totals = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
     target = np.median(totals[totals > 0]) if target_sum is None else target_sum
     scale = np.divide(target, totals, out=np.zeros_like(totals), where=totals > 0)

@@ -97,7 +97,7 @@ def family_split(
     return split
 
 # %% ../../nbs/scgenept/families.ipynb #0057cb0b
-def similarity_families(genes: Iterable[str], annotations, threshold: float = 0.1) -> dict[str, str]:
+def similarity_families(genes: Iterable[str], annotations, threshold: float = 0.3) -> dict[str, str]:
     "{gene: family}: complete linkage on Jaccard; two genes of a family have a similarity of at least `threshold`."
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform
@@ -128,7 +128,7 @@ def similarity_split(
     annotations,  # {gene: terms}, or a table with the columns 'gene' and 'term'
     *,
     seed: int = 1,
-    threshold: float = 0.1,  # least Jaccard similarity within a family
+    threshold: float = 0.3,  # least Jaccard similarity within a family
     fractions: tuple = (0.7, 0.1, 0.2),
 ) -> PerturbationSplit:
     "Hold out whole groups of genes with like annotations; see `similarity_families` and `family_split`."

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SERVER', 'PUBLISHED', 'PROCESSED', 'SET_NAMES', 'fetch_published', 'find_processed', 'condition_names', 'gears_table',
-           'write_processed']
+__all__ = ['SERVER', 'PUBLISHED', 'PROCESSED', 'RANKED', 'SET_NAMES', 'fetch_published', 'find_processed', 'condition_names',
+           'gears_table', 'write_processed', 'stored_top', 'agreement']
 
 # %% ../../nbs/scgenept/gears_folder.ipynb #7fa8ec95
 SERVER = "https://dataverse.harvard.edu/api/access/datafile"
@@ -66,6 +66,7 @@ def find_processed(name: str | Path, root: str | Path | None = None, download: b
     return fetch_published(str(name), folder)
 
 # %% ../../nbs/scgenept/gears_folder.ipynb #7bc2e63d
+RANKED = "rank_genes_groups_cov_all"
 SET_NAMES = {
     "non_zeros_gene_idx": "non_zero",
     "non_dropout_gene_idx": "non_dropout",
@@ -95,14 +96,12 @@ def gears_table(data) -> AnnData:
     ids = var.pop("gene_id").to_numpy()
     var["gene_name"] = np.asarray(data.genes)
     var.index = pd.Index(ids)
-    tables: dict[str, dict] = {key: {} for key in ("rank_genes_groups_cov_all", *SET_NAMES)}
+    tables: dict[str, dict] = {key: {} for key in (RANKED, *SET_NAMES)}
     for (name, label, kind), _ in obs.groupby(["condition_name", "condition", "cell_type"], sort=True, observed=True):
         if label == CONTROL:
             continue
         kind = None if data.cell_types is None else kind
-        tables["rank_genes_groups_cov_all"][name] = ids[data.de_genes(label, published=True, cell_type=kind)].astype(
-            str
-        )
+        tables[RANKED][name] = ids[data.de_genes(label, published=True, cell_type=kind)].astype(str)
         sets = data.gene_sets(label, published=True, cell_type=kind)
         for key, wanted in SET_NAMES.items():
             tables[key][name] = ids[sets[wanted]].astype(str) if key.startswith("top") else sets[wanted]
@@ -113,3 +112,28 @@ def write_processed(folder: str | Path, cells: AnnData) -> None:
     "Write folder/perturb_processed.h5ad, whole or not at all."
     with atomic_write(Path(folder) / PROCESSED) as temporary:
         cells.write_h5ad(temporary)
+
+# %% ../../nbs/scgenept/gears_folder.ipynb #23e3c0e4
+def stored_top(adata: AnnData, n_top: int = 20) -> dict[str, list[str]]:
+    "The first genes (ids) of each condition name in a file of GEARS's layout; empty where it has none."
+    stored = adata.uns.get(RANKED, {})
+    return {str(name): [str(gene) for gene in genes[:n_top]] for name, genes in dict(stored).items()}
+
+
+def agreement(data, stored: dict[str, list[str]]) -> pd.DataFrame:
+    "Per condition name: its label, the file's top genes, and how many of them are computed too."
+    obs = data.adata.obs
+    labels = obs["label"].astype(str).to_numpy()
+    types = np.full(len(obs), "cells") if data.cell_types is None else data.cell_types
+    ids = data.adata.var["gene_id"].to_numpy()
+    seen = dict(zip(condition_names(types, labels), zip(labels, types)))
+    rows = {}
+    for name, genes in stored.items():
+        if name not in seen:
+            rows[name] = {"label": None, "stored": len(genes), "computed too": 0}
+            continue
+        label, kind = seen[name]
+        ranking = data.de_genes(label, published=True, cell_type=None if data.cell_types is None else kind)
+        shared = set(genes) & set(ids[ranking[: len(genes)]])
+        rows[name] = {"label": label, "stored": len(genes), "computed too": len(shared)}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["label", "stored", "computed too"])

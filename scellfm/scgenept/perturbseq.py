@@ -19,6 +19,7 @@ from ..data.splits import column_of
 from .changes import N_TOP, GroupStatistics, group_statistics, index_sets, ranked, welch
 from scellfm.scgenept.conditions import (
     CONTROL,
+    FILLERS,
     check_controls,
     control_names,
     perturbation_of,
@@ -27,7 +28,7 @@ from scellfm.scgenept.conditions import (
 )
 from .expression import log_expression, normalized_expression
 from .families import family_split, similarity_split
-from .gears_folder import find_processed, gears_table, write_processed
+from .gears_folder import agreement, find_processed, gears_table, stored_top, write_processed
 from .pairing import keyed_pairs, original_pairs
 from .splits import KINDS, PARTS, PerturbationSplit, custom_split, split_conditions
 
@@ -133,9 +134,13 @@ class PerturbedCells:
             matrix, ids = log_expression(adata, layer)
         self.adata = _assembled(adata, matrix, ids, labels, names, layer)
         self.genes = self.adata.var_names.rename("gene")
-        self.cell_types = self.adata.obs[cell_type].astype(str).to_numpy() if cell_type in adata.obs else None
+        self.cell_types = column_of(adata.obs, cell_type, "cell_type") if cell_type in adata.obs else None
+        self.control_names = control_names(control) | FILLERS
+        self.stored = stored_top(adata)
         self.labels = list(dict.fromkeys(labels))
         self.conditions = [name for name in dict.fromkeys(names) if name != CONTROL]
+        if not self.conditions:
+            raise DataError(f"no cell is perturbed: obs[{condition!r}] holds only {list(dict.fromkeys(labels))}")
         self.unmeasured = [gene for gene in self.perturbed if gene not in self.genes]
         if original and self.unmeasured:
             raise DataError(
@@ -152,7 +157,7 @@ class PerturbedCells:
 
     def label_numbers(self, condition: str, published: bool = False) -> list[int]:
         "Positions in `labels` of what a condition means; DataError with the nearest name where the data hold none."
-        name = condition if published else perturbation_of(condition)
+        name = condition if published else perturbation_of(condition, self.control_names)
         known = self.labels if published else [perturbation_of(label) for label in self.labels]
         found = [i for i, label in enumerate(known) if label == name]
         if not found:
@@ -172,7 +177,7 @@ class PerturbedCells:
 
     def perturbed_genes(self, condition: str) -> list[str]:
         "The genes of a perturbation, sorted, measured or not."
-        return perturbed_genes(condition)
+        return perturbed_genes(condition, self.control_names)
 
     @property
     def input_genes(self) -> pd.Index:
@@ -181,7 +186,7 @@ class PerturbedCells:
 
     def flags(self, condition: str) -> np.ndarray:
         "Positions (int64) in `input_genes` of a perturbation's genes; DataError for a gene that is not there."
-        genes = perturbed_genes(condition)
+        genes = self.perturbed_genes(condition)
         found = self.input_genes.get_indexer(genes)
         if (found < 0).any():
             gene = genes[int((found < 0).argmax())]
@@ -359,6 +364,10 @@ class PerturbationData(CellStatistics):
             name="value",
             dtype=object,
         )
+
+    def stored_agreement(self) -> pd.DataFrame:
+        "How many of the top 20 genes that a file of GEARS's layout holds per condition are computed here too."
+        return agreement(self, self.stored)
 
     def save(self, folder: str | Path) -> None:
         "Write folder/perturb_processed.h5ad as GEARS's `new_data_process` does, with derived columns and gene sets."

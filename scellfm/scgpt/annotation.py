@@ -177,21 +177,10 @@ def finetune(
     )
     parts, groups = folds_of(adata, cells.lengths, split)
     check_class_folds(parts, classes, codes, label)
-    options = dict(
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        weight_decay=weight_decay,
-        seed=seed,
-        **recipe,
-    )
-    settings = {
-        "label": label,
-        "held_out_by": split.by,
-        "folds": len(parts),
-        "freeze_layers": freeze_layers,
-        "max_length": max_length,
-    } | options
+    options = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, weight_decay=weight_decay)
+    options |= {"seed": seed, **recipe}
+    settings = {"label": label, "held_out_by": split.by, "folds": len(parts)}
+    settings |= {"freeze_layers": freeze_layers, "max_length": max_length, **options}
     hiding = HiddenGenes(gpt, cells, adata.obs_names, shares=(0.0,), max_length=max_length, seed=seed, codes=codes)
 
     def train(part, k):

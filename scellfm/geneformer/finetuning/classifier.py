@@ -28,7 +28,7 @@ from ...crossfit.tables import class_score_table
 from ...data.splits import Folds, Split, check_split, column_of
 from ..embedding import embed
 from .evaluation import MODEL, advice_for, counts_of_tokens
-from .heads import Part, probabilities, train_fold
+from .heads import probabilities, train_fold
 from ..model import GeneformerModel, fitting_tokenizer, translate
 from ..perturbation.runner import perturb
 from ..pretraining import token_rows
@@ -41,7 +41,7 @@ def held_out_probabilities(
     "Class probabilities of every cell from the model that has not seen it, its `fold`; below 0: the mean of all."
 
     def predict(model, rows):
-        return probabilities(model, Part(model.readable(cells), rows), token_budget, blocks)
+        return probabilities(model, model.readable(cells).take(rows), token_budget, blocks)
 
     return predict_held_out(models, fold, predict, n_outputs=sum(blocks)).held_out()[1]
 
@@ -321,7 +321,7 @@ def train_and_judge(
         return model
 
     def predict(model, part):
-        return [probabilities(model, Part(sequences, rows)) for rows in (part.test, part.train)]
+        return [probabilities(model, sequences.take(rows)) for rows in (part.test, part.train)]
 
     models, own = cross_fit(parts, fit, predict, n_rows=len(cells))
     seed, counts = options[0]["seed"], counts_for(data, cells, gf, layer)

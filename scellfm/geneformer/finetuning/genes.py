@@ -76,7 +76,7 @@ def gene_rows(sequences, which: np.ndarray, label_of: np.ndarray, pad_id: int) -
     "The cells `which` with the class of every token (`label_of` by token; -100: not asked), for the training loop."
 
     def batch(rows: np.ndarray, epoch: int) -> dict:
-        ids, mask = inference.pad([sequences[int(i)] for i in which[rows]], pad_id)
+        ids, mask = sequences.batch(which[rows], pad_id)
         labels = torch.from_numpy(label_of)[ids].masked_fill(~mask, IGNORED)
         return {"ids": ids, "mask": mask, "labels": labels}
 
@@ -104,8 +104,7 @@ def gene_probabilities(gf: GeneformerModel, sequences, wanted: np.ndarray, token
     counts = torch.zeros(len(wanted), dtype=torch.int64)
 
     def make(positions):
-        ids, mask = inference.pad([sequences[int(i)] for i in positions], gf.tokenizer.pad)
-        return ids.to(gf.device), mask.to(gf.device)
+        return sequences.batch(positions, gf.tokenizer.pad, gf.device)
 
     @torch.inference_mode()
     def one_batch(ids, mask):

@@ -33,7 +33,7 @@ from scellfm.core import (
 from ...crossfit.labels import check_class_folds
 from ...data.splits import Folds, Split, hold_out
 from .classifier import CellClassifier, finetune_cells, prepare, train_and_judge
-from .heads import Part, probabilities, train_fold
+from .heads import probabilities, train_fold
 from ..model import GeneformerModel
 from ...metrics import smaller_is_better
 from ...scores.labels import classification
@@ -187,7 +187,7 @@ def judge_of(gf: GeneformerModel, prepared, part: Split, k: int, options: dict, 
         except DivergedError as error:
             logger.info(f"fold {k}, {asked}: {error}")
             return math.nan
-        values = probabilities(model, Part(sequences, part.test))
+        values = probabilities(model, sequences.take(part.test))
         if not np.isfinite(values).all():  # after the last step, too large to be multiplied
             return math.nan
         return classification(classes[codes[part.test]], values, classes, n_boot=0).metrics[metric]
@@ -263,16 +263,9 @@ def search(
     bar.close()
     best = [{name: row[name] for name in space} for rows in tried for row in rows if row["best"]]
     settings = {"label": label, "held_out_by": split.by, "folds": len(parts), **options, "searched": best}
-    classifier = train_and_judge(
-        gf,
-        data,
-        prepared,
-        [{**options, **found} for found in best],
-        settings,
-        layer,
-        n_boot,
-        None if folder is None else Path(folder) / "best",
-    )
+    of_folds = [{**options, **found} for found in best]
+    place = None if folder is None else Path(folder) / "best"
+    classifier = train_and_judge(gf, data, prepared, of_folds, settings, layer, n_boot, place)
     table = pd.DataFrame([{"fold": k, "trial": i, **row} for k, rows in enumerate(tried) for i, row in enumerate(rows)])
     if lost := [{name: row[name] for name in space} for rows in tried for row in rows if math.isnan(row["score"])]:
         warn(

@@ -41,7 +41,7 @@ from scellfm.geneformer.finetuning.classifier import (
     save_models,
 )
 from .evaluation import MODEL, advice_for
-from .heads import Part, probabilities, train_fold, weights_of
+from .heads import probabilities, train_fold, weights_of
 from ..model import GeneformerModel
 from ..perturbation.runner import perturb
 from ..pretraining import IGNORED
@@ -336,7 +336,7 @@ def cross_fit_tasks(gf: GeneformerModel, cells, tasks: Sequence[Task], parts: li
         return model
 
     def predict(model, part):
-        return [probabilities(model, Part(sequences, rows), blocks=sizes) for rows in (part.test, part.train)]
+        return [probabilities(model, sequences.take(rows), blocks=sizes) for rows in (part.test, part.train)]
 
     models, own = cross_fit(parts, fit, predict, n_rows=len(cells))
     return models, own, histories
