@@ -3,6 +3,7 @@ from scellfm import _lazy
 
 __getattr__, __dir__, __all__ = _lazy(__name__, {
     "Enformer": "enformer", "embed_genes": "embedding", "embed_bins": "embedding",
+    "KmerEncoder": "encoders", "BorzoiEncoder": "encoders",
     "variant_effect": "effects", "variant_vectors": "effects", "VariantEffects": "effects",
     "mutagenesis": "in_silico", "Mutagenesis": "in_silico",
     "encode": "sequence", "decode": "sequence", "reverse_complement": "sequence", "one_hot": "sequence",

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from .in_silico import log2_ratio
 
 from ..core import DataError, OptionError, check_number, one_of, warn
 from .embedding import with_genome
 from .enformer import Enformer
+from .in_silico import log2_ratio
 from .pictures import lollipops
 from .substitution import WindowReader
 from .variants import allele_codes, pair_with_windows

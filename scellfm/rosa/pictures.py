@@ -81,7 +81,8 @@ def lollipops(table: pd.DataFrame, *, effect: str = "effect", names: int = 5, ax
             ax.plot(part["distance"], part[effect], "o", color=colour, markersize=4, label=direction)
     largest = table.loc[table[effect].abs().sort_values(ascending=False, kind="stable").index[:names]]
     for _, row in largest.iterrows():
-        name = row.get("id") or f"{row['pos']}{row['ref']}>{row['alt']}"
+        known = isinstance(row.get("id"), str) and row["id"].strip(".")
+        name = row["id"] if known else f"{row['pos']} {row['ref']}>{row['alt']}"
         ax.annotate(name, (row["distance"], row[effect]), xytext=(3, 3), textcoords="offset points", fontsize=7)
     ax.axhline(0, color="black", linewidth=0.5)
     ax.axvline(0, color="black", linewidth=0.5, linestyle=":")
