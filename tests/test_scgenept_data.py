@@ -32,9 +32,10 @@ def original():
 
 @pytest.fixture(scope="module")
 def names():
-    "GEARS's name of each label's condition."
+    "{GEARS's name of a condition: its label and cell type}."
     obs = json.loads((DATA / "obs.json").read_text())
-    return {label: name for label, name in zip(obs["condition"], obs["condition_name"]) if label != "ctrl"}
+    rows = zip(obs["condition_name"], obs["condition"], obs["cell_type"])
+    return {name: {"condition": label, "cell_type": kind} for name, label, kind in rows if label != "ctrl"}
 
 
 def small(labels, n_genes=6, seed=0, **kwargs):
@@ -49,25 +50,24 @@ LABELS = ["ctrl"] * 6 + ["A+ctrl"] * 4 + ["ctrl+A"] * 3 + ["A+B"] * 4 + ["B+ctrl
 
 
 def test_scores_of_genes_equal_the_original(original, names):
-    for label, name in names.items():
-        expected = json.loads((DATA / "de_scores.json").read_text())[name]
-        wanted = pd.Series(expected["scores"], index=expected["names"])
-        kind = name.split("_")[0] if len(SETTINGS["cells"]) > 1 else None
-        found = pd.Series(original.scores(label, published=True, cell_type=kind), index=original.adata.var["gene_id"])
+    tables = json.loads((DATA / "de_scores.json").read_text())
+    for name, which in names.items():
+        wanted = pd.Series(tables[name]["scores"], index=tables[name]["names"])
+        found = pd.Series(original.scores(**which, published=True), index=original.adata.var["gene_id"])
         assert np.allclose(found[wanted.index], wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_ranked_genes_and_their_sets_equal_the_original(original, names):
     tables = json.loads((DATA / "de.json").read_text())
     ids = original.adata.var["gene_id"].to_numpy()
-    for label, name in names.items():
-        score = np.abs(original.scores(label, published=True))
-        ranking, expected = original.de_genes(label, published=True), tables["rank_genes_groups_cov_all"][name]
+    for name, which in names.items():
+        score = np.abs(original.scores(**which, published=True))
+        ranking, expected = original.de_genes(**which, published=True), tables["rank_genes_groups_cov_all"][name]
         positions = pd.Index(ids).get_indexer(expected)
         assert sorted(positions) == sorted(ranking)
         moved = ids[ranking] != np.array(expected)  # only genes of equal |score| may stand in another order
         assert np.allclose(score[ranking[moved]], score[positions[moved]], rtol=1e-6)
-        sets = original.gene_sets(label, published=True)
+        sets = original.gene_sets(**which, published=True)
         assert ids[sets["top20"]].tolist() == expected[:20]
         for key, wanted in UNS.items():
             found = ids[sets[wanted]].tolist() if key.startswith("top") else sets[wanted].tolist()
@@ -99,7 +99,7 @@ def test_the_split_of_the_data_equals_the_original(original):
     assert original.adata.obs["label"].iloc[rows].unique().tolist() == split.test
 
 
-def test_the_folder_of_gears_is_written_and_read(original, names, tmp_path):
+def test_the_folder_of_gears_is_written_and_read(original, tmp_path):
     original.save(tmp_path / "golden")
     written = read(tmp_path / "golden" / "perturb_processed.h5ad")
     obs = json.loads((DATA / "obs.json").read_text())
@@ -334,7 +334,7 @@ def test_norman_as_it_is_given():
 
 
 def test_memory_follows_the_stored_values_and_not_cells_by_genes():
-    n_cells, n_genes, share = 6000, 4000, 0.004
+    n_cells, n_genes, share = 3000, 8000, 0.004
     draw = np.random.default_rng(0)
     values = sparse.random(n_cells, n_genes, share, format="csr", dtype=np.float32, random_state=0)
     labels = draw.choice(["ctrl", "A+ctrl", "B+ctrl", "A+B"], n_cells)
