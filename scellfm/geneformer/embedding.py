@@ -74,13 +74,13 @@ def embed(
     gf: GeneformerModel,
     data,
     *,
-    emb_layer=-1,
-    pool="auto",
-    key_added="X_geneformer",
-    layer=None,
-    token_budget=16384,
-    folder: str | Path | None = None,
-    copy=False,
+    emb_layer: int | str = -1,  # 0 or last, -1 or second_to_last, and so on down
+    pool: str = "auto",  # cell (mean over genes), cls, or auto: cls where the tokenizer has it
+    key_added: str = "X_geneformer",  # name of the vectors in obsm
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    token_budget: int = 16384,  # tokens of one batch, padding included
+    folder: str | Path | None = None,  # keeps what is finished, so that the same call goes on where it stopped
+    copy: bool = False,  # return a copy, and leave the data as they are
 ):
     """Embed cells. Writes obsm[key_added] [cells, H] (NaN for cells without a known gene) and uns[key_added].
 
@@ -174,12 +174,12 @@ def embed_genes(
     gf: GeneformerModel,
     data,
     *,
-    emb_layer=-1,
-    key_added="X_geneformer",
-    layer=None,
-    token_budget=16384,
-    folder: str | Path | None = None,
-    copy=False,
+    emb_layer: int | str = -1,  # 0 or last, -1 or second_to_last, and so on down
+    key_added: str = "X_geneformer",  # name of the vectors in obsm
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    token_budget: int = 16384,  # tokens of one batch, padding included
+    folder: str | Path | None = None,  # keeps what is finished, so that the same call goes on where it stopped
+    copy: bool = False,  # return a copy, and leave the data as they are
 ):
     """Embed genes in their context: the mean over the cells that have the gene. Writes varm[key_added] and uns.
 

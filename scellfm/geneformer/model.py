@@ -227,15 +227,15 @@ class GeneformerModel:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id,
+        path_or_hub_id: str | Path,  # folder in the official layout, or a hub id
         *,
-        subfolder=None,
-        revision=None,
-        tokenizer=None,
-        local_files_only=False,
-        device="auto",
-        dtype="float32",
-        quantize: str | None = None,
+        subfolder: str | None = None,  # the model's folder inside the repository
+        revision: str | None = None,  # commit of the hub repository
+        tokenizer=None,  # folder or hub id of the dictionaries; those that fit the model where none is given
+        local_files_only: bool = False,  # never ask the hub
+        device: str = "auto",  # auto, cpu, cuda or mps
+        dtype: str = "float32",  # float32 or bfloat16
+        quantize: str | None = None,  # 8bit or 4bit weights, on a CUDA card (extra quantize)
     ) -> Self:
         """Load a checkpoint folder in the official layout (config.json, model.safetensors) or a hub id, every tensor
         accounted for. quantize: '8bit' or '4bit' weights, on a CUDA card with bitsandbytes (*Quantized weights*)."""

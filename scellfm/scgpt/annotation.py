@@ -153,19 +153,19 @@ def finetune(
     label: str,  # column of obs
     *,
     split: Split | Folds,  # scellfm.data.folds(adata, by="donor") or hold_out(...)
-    epochs: int = 10,
-    freeze_layers: int = 0,
-    learning_rate: float = 1e-4,
-    batch_size: int = 32,
-    weight_decay: float = 0.0,
-    max_length: int = 1200,
-    seed: int = 0,
-    layer: str | None = None,
+    epochs: int = 10,  # passes over the training rows
+    freeze_layers: int = 0,  # lowest layers that stay as they are
+    learning_rate: float = 1e-4,  # largest step size
+    batch_size: int = 32,  # rows of one step
+    weight_decay: float = 0.0,  # decay of matrices
+    max_length: int = 1200,  # most tokens of a cell
+    seed: int = 0,  # seed of every random draw
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
     column: str | None = None,  # how genes are named, with mapping and symbols: see ScGPT.embed
-    mapping=None,
-    symbols=None,
+    mapping: dict | None = None,  # {alias or id: symbol} of genes
+    symbols: dict | None = None,  # {symbol: Ensembl id} of genes
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals
-    folder=None,  # checkpoints lie here, and the same call goes on from them
+    folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
     **recipe,  # further fields of scellfm.training.Recipe: stop="valid_loss", patience, schedule, ...
 ) -> CellAnnotator:
     "Fine-tune one annotator per fold; judge it on the cells held out, beside simple methods. DataError, OptionError."

@@ -199,19 +199,19 @@ def embed(
     gpt: ScGPTCheckpoint,
     adata: AnnData | str | Path,
     *,
-    pool="cls",
-    layer=None,
-    column=None,
-    mapping=None,
-    symbols=None,
-    max_length=1200,
-    overlong="sample",
-    seed=0,
-    original=False,
-    token_budget=None,
-    folder: str | Path | None = None,
-    key_added="X_scGPT",
-    copy=False,
+    pool: str = "cls",  # cls, mean or weighted
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    column: str | None = None,  # column of var that names the genes
+    mapping: dict | None = None,  # {alias or id: symbol} of genes
+    symbols: dict | None = None,  # {symbol: Ensembl id} of genes
+    max_length: int = 1200,  # most tokens of a cell
+    overlong: str = "sample",  # genes of a longer cell: sample or top
+    seed: int = 0,  # seed of every random draw
+    original: bool = False,  # the original's own embedding, with its faults
+    token_budget: int | None = None,  # tokens of one batch, padding included; what suits the device where none is given
+    folder: str | Path | None = None,  # keeps what is finished, so that the same call goes on where it stopped
+    key_added: str = "X_scGPT",  # name of the vectors in obsm
+    copy: bool = False,  # return a copy, and leave the data as they are
 ) -> AnnData | None:
     """Embed cells: obsm[key_added] [cells, d] (float32, length 1; NaN for cells without a known gene) and uns.
 

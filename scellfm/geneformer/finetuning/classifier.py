@@ -276,18 +276,18 @@ def finetune_cells(
     label: str,  # column of obs
     *,
     split: Split | Folds,  # scellfm.data.folds(adata, by="donor") or hold_out(...)
-    epochs: int = 1,
-    freeze_layers: int = 0,
+    epochs: int = 1,  # passes over the training rows
+    freeze_layers: int = 0,  # lowest layers that stay as they are
     lora=None,  # rank of adapters that learn instead of the weights, or a peft.LoraConfig
-    learning_rate: float = 5e-5,
-    batch_size: int = 12,
+    learning_rate: float = 5e-5,  # largest step size
+    batch_size: int = 12,  # rows of one step
     warmup: float = 0.1,  # share of the steps, or a number of steps
-    weight_decay: float = 0.001,
+    weight_decay: float = 0.001,  # decay of matrices
     class_weights=None,  # None, "balanced" or {class: weight}
-    seed: int = 0,
+    seed: int = 0,  # seed of every random draw
     layer: str | None = None,  # where the counts are; None is X
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals
-    folder=None,  # checkpoints lie here, and the same call goes on from them
+    folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
     **recipe,  # further fields of scellfm.training.Recipe: stop="valid_loss", patience, schedule, ...
 ) -> CellClassifier:
     "Fine-tune one classifier per fold; judge it on the cells held out, beside simple methods. DataError, OptionError."

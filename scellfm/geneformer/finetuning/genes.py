@@ -344,19 +344,19 @@ def finetune_genes(
     classes: Mapping[str, Iterable[str]],  # {name of a class: gene ids or symbols}
     *,
     folds: int = 5,  # parts of the genes; each is judged by the model that was not told its classes
-    epochs: int = 1,
-    freeze_layers: int = 0,
+    epochs: int = 1,  # passes over the training rows
+    freeze_layers: int = 0,  # lowest layers that stay as they are
     lora=None,  # rank of adapters that learn instead of the weights, or a peft.LoraConfig
-    learning_rate: float = 5e-5,
-    batch_size: int = 12,
+    learning_rate: float = 5e-5,  # largest step size
+    batch_size: int = 12,  # rows of one step
     warmup: float = 0.1,  # share of the steps, or a number of steps
-    weight_decay: float = 0.001,
+    weight_decay: float = 0.001,  # decay of matrices
     class_weights=None,  # None, "balanced" (over occurrences) or {class: weight}
-    max_cells: int | None = None,
-    seed: int = 0,
+    max_cells: int | None = None,  # at most so many cells
+    seed: int = 0,  # seed of every random draw
     layer: str | None = None,  # where the counts are; None is X
     n_boot: int = 200,  # resamples of the genes for the intervals
-    folder=None,  # checkpoints lie here, and the same call goes on from them
+    folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
     **recipe,  # further fields of scellfm.training.Recipe: steps, schedule, clip, ...
 ) -> GeneClassifier:
     "Fine-tune one gene classifier per fold of genes; judge it on the genes held out. DataError, OptionError."

@@ -278,17 +278,17 @@ def finetune_tasks(
     split: Split | Folds,  # scellfm.data.folds(adata, by="donor") or hold_out(...)
     task_weights: Mapping[str, float] | None = None,  # how much a label counts; 1 where not given
     class_weights=None,  # None, "balanced", or {label: None, "balanced" or {class: weight}}
-    epochs: int = 1,
-    freeze_layers: int = 0,
+    epochs: int = 1,  # passes over the training rows
+    freeze_layers: int = 0,  # lowest layers that stay as they are
     lora=None,  # rank of adapters that learn instead of the weights, or a peft.LoraConfig
-    learning_rate: float = 5e-5,
-    batch_size: int = 12,
+    learning_rate: float = 5e-5,  # largest step size
+    batch_size: int = 12,  # rows of one step
     warmup: float = 0.1,  # share of the steps, or a number of steps
-    weight_decay: float = 0.001,
-    seed: int = 0,
+    weight_decay: float = 0.001,  # decay of matrices
+    seed: int = 0,  # seed of every random draw
     layer: str | None = None,  # where the counts are; None is X
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals
-    folder=None,  # checkpoints lie here, and the same call goes on from them
+    folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
     **recipe,  # further fields of scellfm.training.Recipe
 ) -> TaskClassifier:
     "Fine-tune one encoder per fold on several labels; judge each label on cells held out. DataError, OptionError."
@@ -392,17 +392,17 @@ def finetune(
     split: Split | Folds,  # scellfm.data.folds(adata, by="donor") or hold_out(...)
     task_weights: Mapping[str, float] | None = None,  # of several labels: how much each counts; 1 where not given
     class_weights=None,  # None, "balanced" or {class: weight}; of several labels also one of these for each
-    epochs: int = 1,
-    freeze_layers: int = 0,
+    epochs: int = 1,  # passes over the training rows
+    freeze_layers: int = 0,  # lowest layers that stay as they are
     lora=None,  # rank of adapters that learn instead of the weights, or a peft.LoraConfig
-    learning_rate: float = 5e-5,
-    batch_size: int = 12,
+    learning_rate: float = 5e-5,  # largest step size
+    batch_size: int = 12,  # rows of one step
     warmup: float = 0.1,  # share of the steps, or a number of steps
-    weight_decay: float = 0.001,
-    seed: int = 0,
+    weight_decay: float = 0.001,  # decay of matrices
+    seed: int = 0,  # seed of every random draw
     layer: str | None = None,  # where the counts are; None is X
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals
-    folder=None,  # checkpoints lie here, and the same call goes on from them
+    folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
     **recipe,  # further fields of scellfm.training.Recipe: stop="valid_loss", patience, schedule, ...
 ) -> CellClassifier | TaskClassifier:
     "Fine-tune a classifier per fold; judge it on the cells held out, beside simple methods. DataError, OptionError."
