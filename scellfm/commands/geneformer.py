@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['geneformer_from', 'demo', 'demo_options', 'tokenize', 'tokenize_options', 'split_from', 'gene_classes', 'finetune',
-           'finetune_options', 'where_of', 'perturb', 'perturb_options']
+           'finetune_options', 'where_of', 'gradient_of', 'perturb', 'perturb_options']
 
 # %% ../../nbs/commands/geneformer.ipynb #27772908
 import argparse
@@ -233,6 +233,15 @@ def where_of(conditions: list[str] | None) -> dict | None:
     return {name: values.split(",") for name, _, values in (condition.partition("=") for condition in conditions)}
 
 # %% ../../nbs/commands/geneformer.ipynb #2e7e8361
+def gradient_of(options: argparse.Namespace) -> bool | dict:
+    "The `gradient` argument of perturb(), from --screen, --top and --check-cells."
+    one_of("screen", options.screen, ("exact", "gradient"))
+    given = {name: getattr(options, name) for name in ("top", "check_cells") if getattr(options, name) is not None}
+    if given and options.screen == "exact":
+        raise OptionError(f"{given} belong to screen='gradient'; an exact screen computes every gene in every cell")
+    return options.screen == "gradient" and (given or True)
+
+
 def perturb(options: argparse.Namespace) -> str:
     "Perturb genes; write the screen and its table; their paths."
     from scellfm.geneformer.perturbation.screen import METHODS
@@ -255,13 +264,11 @@ def perturb(options: argparse.Namespace) -> str:
         "folder",
         "combine",
         "matched",
-        "screen",
-        "top",
-        "check_cells",
     )
     ask = {name: getattr(options, name) for name in names}
     ask["genes"] = "all" if options.genes == ["all"] else options.genes
     ask["where"] = where_of(options.where)
+    ask["gradient"] = gradient_of(options)
     ask |= {name: getattr(options, name) for name in ("donor", "quartiles") if getattr(options, name) is not None}
     out, report = Path(options.out), begin(f"What does the cell do without it? ({options.kind})", options)
     with report.recording():
