@@ -41,7 +41,7 @@ def main():
         cells.tokens[i * args.genes : (i + 1) * args.genes] = random.permutation(pool)[: args.genes]
     cells.obs["state"] = ["ill", "well"] * (args.cells // 2)
     seconds, results = {"exact": [], "estimates": [], "gradient screen": []}, {}
-    settings = {"exact": {}, "gradient screen": dict(screen="gradient", top=20, check_cells=2)}
+    settings = {"exact": {}, "gradient screen": dict(gradient={"top": 20, "check_cells": 2})}
     for _ in range(args.pairs):
         for name in settings:
             start = time.perf_counter()

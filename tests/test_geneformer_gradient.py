@@ -32,7 +32,7 @@ def screens(pbmc):
     "The exact screen and the gradient screen of the same twelve cells."
     adata, gf = pbmc
     exact = gf.perturb(adata, max_cells=12, **QUESTION)
-    return exact, gf.perturb(adata, max_cells=12, screen="gradient", top=15, check_cells=4, **QUESTION)
+    return exact, gf.perturb(adata, max_cells=12, gradient={"top": 15, "check_cells": 4}, **QUESTION)
 
 
 def both(gf, given, index: int, budget: int = 16384):
@@ -190,7 +190,7 @@ def test_groups_and_models_are_estimated_apart(pbmc):
 
     asked = dict(state="half", start="left", goal="right", groupby="side", donor="donor", max_cells=5)
     model_of = (adata.obs["donor"] == "a").to_numpy().astype(int)
-    screen = perturb([gf, second], adata, model_of=model_of, screen="gradient", top=5, check_cells=2, **asked)
+    screen = perturb([gf, second], adata, model_of=model_of, gradient={"top": 5, "check_cells": 2}, **asked)
     exact = perturb([gf, second], adata, model_of=model_of, **asked).shifts
     rows = screen.shifts.merge(exact, on=["gene", "cell", "group", "model"], suffixes=("", "_true"))
     assert len(rows) == len(exact) and set(rows["model"]) == {0, 1}
@@ -202,7 +202,7 @@ def test_groups_and_models_are_estimated_apart(pbmc):
 @pytest.mark.parametrize("stop_at", ["estimates", "exact"])
 def test_a_stopped_gradient_screen_goes_on_and_gives_the_same(pbmc, tmp_path, monkeypatch, stop_at):
     adata, gf = pbmc
-    asked = dict(max_cells=4, screen="gradient", top=5, check_cells=2, **QUESTION)
+    asked = dict(max_cells=4, gradient={"top": 5, "check_cells": 2}, **QUESTION)
     monkeypatch.setattr(edits_module, "BLOCK_EDITED", 6000)
     monkeypatch.setattr(edits_module, "BLOCK_ORIGINAL", 130)
     expected = gf.perturb(adata, **asked).shifts
@@ -244,14 +244,14 @@ def test_an_estimate_that_misleads_is_told_of(pbmc, monkeypatch):
         return np.random.default_rng(0).normal(size=(len(edits), len(states))).astype(np.float32)
 
     monkeypatch.setattr(runner, "estimate_block", noise)
-    with pytest.warns(ScellfmWarning, match="raise top="):
-        screen = gf.perturb(adata, max_cells=4, screen="gradient", top=10, check_cells=2, **QUESTION)
+    with pytest.warns(ScellfmWarning, match="raise top in gradient="):
+        screen = gf.perturb(adata, max_cells=4, gradient={"top": 10, "check_cells": 2}, **QUESTION)
     assert screen.agreement["recall"].iloc[0] < 0.5 and abs(screen.agreement["spearman_cells"].iloc[0]) < 0.3
 
 
 def test_out_of_memory_is_survived_by_estimates(pbmc, monkeypatch):
     adata, gf = pbmc
-    asked = dict(max_cells=4, screen="gradient", top=5, check_cells=2, **QUESTION)
+    asked = dict(max_cells=4, gradient={"top": 5, "check_cells": 2}, **QUESTION)
     expected, whole = gf.perturb(adata, **asked).shifts, gradient_module.weighted_hidden
 
     def small_card(bert, inputs, log_weight, index):
@@ -269,13 +269,13 @@ def test_out_of_memory_is_survived_by_estimates(pbmc, monkeypatch):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (dict(screen="first-order"), "gradient"),
-        (dict(screen="gradient", kind="overexpress"), "exact"),
-        (dict(screen="gradient", genes=["CD3D"]), "all genes"),
-        (dict(screen="gradient", anchor="CD3D"), "anchor"),
-        (dict(screen="gradient", top=0), "top=0"),
-        (dict(screen="gradient", check_cells=1), "check_cells=1"),
-        (dict(top=50), "screen='gradient'"),
+        (dict(gradient="first-order"), "gradient='first-order'"),
+        (dict(gradient=True, kind="overexpress"), "exact"),
+        (dict(gradient=True, genes=["CD3D"]), "all genes"),
+        (dict(gradient=True, anchor="CD3D"), "anchor"),
+        (dict(gradient={"top": 0}), "top=0"),
+        (dict(gradient={"check_cells": 1}), "check_cells=1"),
+        (dict(gradient={"most": 50}), "'top', 'check_cells'"),
     ],
 )
 def test_what_a_gradient_cannot_estimate_is_refused(pbmc, wrong, message):
@@ -283,4 +283,4 @@ def test_what_a_gradient_cannot_estimate_is_refused(pbmc, wrong, message):
     with pytest.raises(OptionError, match=message):
         gf.perturb(adata, **{**QUESTION, **wrong})
     with pytest.raises(OptionError, match="goal"):
-        gf.perturb(adata, screen="gradient")
+        gf.perturb(adata, gradient=True)

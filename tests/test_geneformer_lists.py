@@ -13,7 +13,7 @@ from scellfm.core import DataError, OptionError
 from scellfm.data.demonstration import demo
 from scellfm.data.shifts import simulate_shifts
 from scellfm.geneformer import Geneformer, RankTokenizer, Screen
-from scellfm.geneformer.perturbation.controls import genes_like, rank_and_detection
+from scellfm.geneformer.perturbation.controls import matched_controls, rank_and_detection
 from scellfm.geneformer.perturbation.screen import standardize
 from scellfm.statistics.screen import MIN_GENES
 
@@ -71,7 +71,7 @@ def test_matched_genes_are_the_nearest_in_rank_and_detection(pbmc):
     cells = gf.cells(adata)
     tokens, rank, detection = rank_and_detection(cells, False)
     target = tokens[np.argsort(-detection, kind="stable")[[30, 60]]]
-    chosen = genes_like(cells, target, 50, False)
+    chosen = matched_controls(cells, target, 50, False)
     features = np.column_stack([np.log1p(rank), np.log(detection / (1 - detection))])
     features = (features - features.mean(0)) / features.std(0)
     others = ~np.isin(tokens, target)
@@ -79,7 +79,7 @@ def test_matched_genes_are_the_nearest_in_rank_and_detection(pbmc):
     inside = np.isin(tokens, chosen)
     assert away[inside].max() < np.median(away[others & ~inside]) and not np.isin(target, chosen).any()
     assert MIN_GENES <= len(chosen) + 2 <= MIN_GENES + 2
-    many = genes_like(cells, tokens[:40], 50, False)
+    many = matched_controls(cells, tokens[:40], 50, False)
     assert len(many) <= 40 * 50 and not np.isin(tokens[:40], many).any()
 
 
@@ -87,7 +87,7 @@ def test_special_tokens_are_no_company():
     from geneformer_golden import cells, model
 
     gf, given = model("v2"), cells("v2")
-    assert not set(genes_like(given, np.array([int(given[0][5])]), 50, True)) & {gf.tokenizer.cls, gf.tokenizer.eos}
+    assert not set(matched_controls(given, np.array([int(given[0][5])]), 50, True)) & {gf.tokenizer.cls, gf.tokenizer.eos}
 
 
 def test_targets_are_tested_against_genes_like_them_and_corrected_among_themselves(pbmc):

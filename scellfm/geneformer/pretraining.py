@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IGNORED', 'BINS', 'mask_genes', 'MaskedCells', 'masked_loss', 'rank_bins', 'count_tokens', 'frequency_losses',
            'token_rows', 'by_name', 'pretraining_split', 'start_from_frequencies', 'identity_of', 'pretrain',
-           'tell_if_useless']
+           'fit_masked']
 
 # %% ../../nbs/geneformer/pretraining.ipynb #d5d11bc0
 from pathlib import Path
@@ -157,26 +157,9 @@ def identity_of(names: CellNames, lengths: np.ndarray, parts, block: int = 2**18
         for start in range(0, max(len(rows), 1), block)
     ]
 
-
-def pretrain(
-    gf: GeneformerModel,  # trained in place
-    data,  # AnnData, TokenizedCells, a Corpus, or the paths of saved datasets (a path, a folder of them, a list)
-    *,
-    split: Split | None = None,  # its valid cells (or else its test cells) judge; by donor where there are donors
-    held_out: float = 0.1,  # share of cells to judge by, when no split is given
-    epochs: int = 3,
-    learning_rate: float = 1e-3,
-    batch_size: int = 12,
-    warmup: float = 0.1,
-    weight_decay: float = 0.001,
-    mask_share: float = 0.15,
-    seed: int = 0,
-    layer: str | None = None,
-    folder=None,  # a checkpoint lies here, and the same call goes on from it
-    save_every: int | None = None,
-    **recipe,  # further fields of scellfm.training.Recipe: steps, schedule, clip, stop="valid_loss", patience
-) -> GeneformerModel:
-    "Train `gf` in place by masked-gene modelling and return it; its curves are gf.history. OptionError, DataError, StoreError."
+# %% ../../nbs/geneformer/pretraining.ipynb #1dda8f55
+def check_pretraining(gf: GeneformerModel, split: Split | None, mask_share: float) -> None:
+    "OptionError where the model cannot guess genes, or the arguments make no sense."
     if not 0 < mask_share < 1:
         raise OptionError(f"mask_share={mask_share!r} is a share of genes: between 0 and 1, such as 0.15")
     if split is not None:
@@ -184,52 +167,18 @@ def pretrain(
     refuse_quantized(gf.model)
     if not hasattr(gf.model, "cls"):
         raise OptionError("this model is a classifier and cannot guess genes; load the pretrained model instead")
-    cells = Corpus(data) if isinstance(data, (str, Path, list, tuple)) else gf.cells(data, layer=layer)
-    sequences = gf.readable(cells)
+
+
+def masked_cells(gf: GeneformerModel, cells, mask_share: float, seed: int) -> MaskedCells:
+    "The cells with some genes hidden, as this model reads them; every token that is no special one may be hidden."
     names = cells.names if isinstance(cells, Corpus) else CellNames.of(cells.obs.index)
-    train, judged = pretraining_split(cells, names, split, held_out, seed)
-    tokenizer, vocabulary = gf.tokenizer, gf.model.config.vocab_size
+    tokenizer = gf.tokenizer
     special = [t for t in (tokenizer.pad, tokenizer.mask, tokenizer.cls, tokenizer.eos) if t is not None]
-    genes = np.setdiff1d(np.arange(vocabulary), special)
-    masked = MaskedCells(sequences, names, genes, tokenizer.mask, tokenizer.pad, mask_share, seed)
-    rows, valid = masked.rows(train), {"valid": masked.rows(judged)} if len(judged) else None
-    gf.model.float()  # weights learn in float32; bfloat16 is for the products
-    counts = count_tokens(sequences, train, vocabulary)
-    start_from_frequencies(gf.model, counts.sum(0))
-    inputs = {"cells": fingerprint(identity_of(names, sequences.lengths, (train, judged)), mask_share)}
-    try:
-        history = fit(
-            gf.model,
-            masked_loss,
-            rows.n,
-            rows.batch,
-            lengths=rows.lengths,
-            valid=valid,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            warmup=warmup,
-            weight_decay=weight_decay,
-            seed=seed,
-            dtype=str(gf.dtype).removeprefix("torch."),
-            device=gf.device,
-            folder=folder,
-            save_every=save_every,
-            desc="pretraining",
-            inputs=inputs,
-            **recipe,
-        )
-    except DivergedError as error:
-        raise DivergedError(f"{error}. This model's weights are spoilt: load it, or make it, anew") from error
-    gf.model.to(gf.dtype)
-    gf.device = gf.model.device
-    history.baselines = frequency_losses(masked, counts, judged if len(judged) else train)
-    gf.history = history
-    tell_if_useless(history)
-    return gf
+    genes = np.setdiff1d(np.arange(gf.model.config.vocab_size), special)
+    return MaskedCells(gf.readable(cells), names, genes, tokenizer.mask, tokenizer.pad, mask_share, seed)
 
 
-def tell_if_useless(history: History) -> None:
+def warn_if_useless(history: History) -> None:
     "Warn when guessing by frequency is as good as the model."
     last = history.epoch_rows[history.best if history.best is not None else -1]
     loss, simple = last.get("valid_loss", last["train_loss"]), min(history.baselines.values())
@@ -239,3 +188,60 @@ def tell_if_useless(history: History) -> None:
             f"{simple:.3f}: the model has learned no more than which genes are common; train "
             "longer, on more cells, or at another learning_rate"
         )
+
+# %% ../../nbs/geneformer/pretraining.ipynb #fb9f8db8
+def pretrain(
+    gf: GeneformerModel,  # trained in place
+    data,  # AnnData, TokenizedCells, a Corpus, or the paths of saved datasets (a path, a folder of them, a list)
+    *,
+    split: Split | None = None,  # its valid cells (or else its test cells) judge; by donor where there are donors
+    held_out: float = 0.1,  # share of cells to judge by, when no split is given
+    epochs: int = 3,
+    learning_rate: float = 1e-3,
+    batch_size: int = 12,
+    mask_share: float = 0.15,
+    seed: int = 0,
+    layer: str | None = None,  # where the counts are; None is X
+    folder: str | Path | None = None,  # a checkpoint lies here, and the same call goes on from it
+    **recipe,  # further fields of scellfm.training.Recipe (steps, warmup, schedule, stop, ...), and save_every
+) -> GeneformerModel:
+    """Train the model in place by masked-gene modelling and return it; gf.history has its curves.
+
+    OptionError, DataError, StoreError; DivergedError where the loss is no number any more."""
+    check_pretraining(gf, split, mask_share)
+    cells = Corpus(data) if isinstance(data, (str, Path, list, tuple)) else gf.cells(data, layer=layer)
+    masked = masked_cells(gf, cells, mask_share, seed)
+    train, judged = pretraining_split(cells, masked.names, split, held_out, seed)
+    gf.model.float()  # weights learn in float32; bfloat16 is for the products
+    counts = count_tokens(masked.sequences, train, gf.model.config.vocab_size)
+    start_from_frequencies(gf.model, counts.sum(0))
+    identity = identity_of(masked.names, masked.sequences.lengths, (train, judged))
+    options = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed, folder=folder) | recipe
+    gf.history = fit_masked(gf, masked, train, judged, fingerprint(identity, mask_share), options)
+    gf.history.baselines = frequency_losses(masked, counts, judged if len(judged) else train)
+    warn_if_useless(gf.history)
+    return gf
+
+
+def fit_masked(gf: GeneformerModel, masked: MaskedCells, train, judged, identity: str, options: dict) -> History:
+    "Run the training loop; the model is back in its own precision, on the device that the loop chose."
+    rows = masked.rows(train)
+    try:
+        history = fit(
+            gf.model,
+            masked_loss,
+            rows.n,
+            rows.batch,
+            lengths=rows.lengths,
+            valid={"valid": masked.rows(judged)} if len(judged) else None,
+            dtype=str(gf.dtype).removeprefix("torch."),
+            device=gf.device,
+            desc="pretraining",
+            inputs={"cells": identity},
+            **options,
+        )
+    except DivergedError as error:
+        raise DivergedError(f"{error}. This model's weights are spoilt: load it, or make it, anew") from error
+    gf.model.to(gf.dtype)
+    gf.device = gf.model.device
+    return history

@@ -15,7 +15,7 @@ import torch
 from ... import inference
 from ...core import DataError, progress
 from ..model import GeneformerModel, layer_index
-from .design import asked_genes, asked_quartiles, cell_names, take
+from .design import cell_names, resolve_genes, resolve_quartiles, take
 from scellfm.geneformer.perturbation.edits import (
     Edits,
     compared,
@@ -42,12 +42,12 @@ def gene_effects(
 ) -> pd.DataFrame:
     """Per edit and remaining gene: gene (edited), affected, cell, cosine to the same gene in the unedited cell, and
     the affected gene's symbol. Grows with genes squared; Screen.table(method='aggregate_gene_shifts') averages it."""
-    (tokens,), anchor_token = asked_genes(gf.tokenizer, kind, genes, anchor)
+    (tokens,), anchor_token = resolve_genes(gf.tokenizer, kind, genes, anchor)
     index, vocabulary = layer_index(emb_layer, gf.n_layers), np.asarray(gf.tokenizer.genes, dtype=object)
     cells = gf.cells(data, layer=layer)
     readable, names = gf.readable(cells), cell_names(cells)
     edits = make_edits(
-        readable, kind, tokens, anchor_token, gf.special, gf.max_length, asked_quartiles(kind, quartiles)
+        readable, kind, tokens, anchor_token, gf.special, gf.max_length, resolve_quartiles(kind, quartiles)
     )
     symbols = np.array([str(gf.tokenizer.symbol(gene)) for gene in vocabulary], dtype=object)
     label = edit_labels(readable, edits, vocabulary)
