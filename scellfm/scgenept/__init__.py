@@ -5,5 +5,6 @@ __getattr__, __dir__, __all__ = _lazy(__name__, {
     "perturbation_of": "conditions", "published_label": "conditions",
     "PerturbationSplit": "splits", "split_conditions": "splits", "custom_split": "splits",
     "leakage_of": "leakage",
+    "perturbation_baselines": "baselines", "PerturbationBaselines": "baselines",
     "ScGenePTModel": "model",
 })
