@@ -22,8 +22,9 @@ def _lazy(package: str, names: dict):
 
 __getattr__, __dir__, __all__ = _lazy(__name__, {
     **{module: module for module in (
-        "assets", "baselines", "cli", "commands", "core", "data", "demo", "geneformer", "heatmaps", "inference", "metrics",
-        "plotting", "report", "rosa", "scgenept", "scgpt", "scores", "statistics", "store", "training",
+        "assets", "baselines", "cli", "commands", "core", "crossfit", "data", "demo", "geneformer", "heatmaps",
+        "inference", "metrics", "plotting", "report", "rosa", "scgenept", "scgpt", "scores", "statistics", "store",
+        "training",
     )},
     **{name: "core" for name in (
         "settings", "ScellfmError", "DataError", "DivergedError", "AssetError", "OptionError", "StoreError", "ExtraError",

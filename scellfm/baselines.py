@@ -34,8 +34,8 @@ def counts_csr(counts) -> sparse.csr_matrix:
         at = int(wrong.argmax())
         cell = int(np.searchsorted(csr.indptr, at, side="right") - 1)
         raise DataError(
-            f"the matrix holds {csr.data[at]} (cell {cell}, gene {csr.indices[at]}), which is no count; pass raw counts, for "
-            "instance count_matrix(adata, layer='counts')"
+            f"the matrix holds {csr.data[at]} (cell {cell}, gene {csr.indices[at]}), which is no count; "
+            "pass raw counts, for instance count_matrix(adata, layer='counts')"
         )
     return csr
 
@@ -58,7 +58,7 @@ class LogNormalize(TransformerMixin, BaseEstimator):
 
 # %% ../nbs/baselines.ipynb #99a7d9ec
 def normalized_dispersion(logged: sparse.csr_matrix, n_bins: int = 20) -> np.ndarray:
-    "Per gene: log(variance / mean) of the normalised counts, standardised among genes of similar mean; NaN where it is never seen."
+    "Per gene: log(variance / mean) of normalised counts, standardised among genes of similar mean; NaN: never seen."
     n = logged.shape[0]
     values = np.expm1(logged.data)
     first, second = (np.bincount(logged.indices, v, logged.shape[1]) / n for v in (values, values**2))
@@ -120,7 +120,8 @@ class SparsePCA(TransformerMixin, BaseEstimator):
         room = min(X.shape) - 1
         if room < 1:
             raise DataError(
-                f"principal components need at least two cells and two genes that vary; there are {X.shape[0]} and {X.shape[1]}"
+                "principal components need at least two cells and two genes that vary; "
+                f"there are {X.shape[0]} and {X.shape[1]}"
             )
         self.pca_ = PCA(min(self.n_components, room), svd_solver="arpack", random_state=self.seed).fit(X)
         return self
@@ -132,7 +133,7 @@ class SparsePCA(TransformerMixin, BaseEstimator):
 
 
 def count_features(seed: int = 0, n_genes: int = 2000, n_components: int = 50) -> Pipeline:
-    "Raw counts to principal components: normalise, log, variable genes, PCA; each step learns from the fitted cells only."
+    "Raw counts to principal components: normalise, log, variable genes, PCA; each step fitted on the same cells."
     return make_pipeline(LogNormalize(), VariableGenes(n_genes), SparsePCA(n_components, seed))
 
 # %% ../nbs/baselines.ipynb #c1b0b8e9
@@ -175,7 +176,7 @@ def steps(pipeline: Pipeline) -> list[BaseEstimator]:
 
 # %% ../nbs/baselines.ipynb #e3d5994b
 def ridge() -> Pipeline:
-    "Ridge regression on standardised features; the penalty among 1e-3 ... 1e5 is chosen by leave-one-out on the fitted rows."
+    "Ridge regression on standardised features; penalty among 1e-3 ... 1e5 by leave-one-out on the fitted rows."
     return make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(-3, 5, 17)))
 
 

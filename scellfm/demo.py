@@ -58,8 +58,10 @@ class Demo:
 COLUMNS = ("gene", "effect", "expected", "z", "percentile", "n_cells", "rank", "detection", "log2fc")
 FILES = ("report.html", "report.json", "table.csv", "scores.png", "screen.png", "top_genes.png", "training.png")
 EXPLANATION = (
-    "Deleting a gene from every monocyte: does the cell move towards the T cells (effect > 0, in standard deviations), and more\n"
-    "than the genes of like rank and detection (z)? Exploratory: these cells have no donors, so there are no p-values. A gene with\n"
+    "Deleting a gene from every monocyte: does the cell move towards the T cells (effect > 0, "
+    "in standard deviations), and more\n"
+    "than the genes of like rank and detection (z)? Exploratory: these cells have no donors, "
+    "so there are no p-values. A gene with\n"
     "a large log2fc (T cell over monocyte) may stand out only because it is a marker of the cell type."
 )
 
@@ -72,7 +74,7 @@ def journey(
     max_cells: int | None = None,
     seed: int = 0,
 ):
-    "Tokenizer, model, cross-fitted classifier and screen of the demonstration cells: (Geneformer, CellClassifier, Screen)."
+    "Model, cross-fitted classifier and screen of the demonstration cells: (Geneformer, CellClassifier, Screen)."
     from scellfm.data import folds
     from scellfm.geneformer import Geneformer, RankTokenizer
 
@@ -169,7 +171,7 @@ def run_demo(
     max_cells: int | None = None,
     seed: int = 0,
 ) -> Demo:
-    """The main job on the demonstration cells; writes table.csv, figures, report.html and report.json into the folder `out`.
+    """The main job on the demonstration cells; writes table.csv, figures, report.html and report.json into `out`.
 
     The same numbers at every run on one machine. `max_cells` limits the monocytes that are screened."""
     from scellfm.data import demo

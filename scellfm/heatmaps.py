@@ -56,7 +56,7 @@ def ordered(values: np.ndarray, labels: pd.Series) -> tuple[np.ndarray, np.ndarr
 def heatmap(
     adata, basis: str = "X_geneformer", label: str | None = None, *, max_cells: int = 1000, seed: int = 0, ax=None
 ):
-    "Cells (rows, sorted by obs[label]) by dimensions of obsm[basis] (columns), in standard deviations; returns the axes."
+    "Cells (rows, sorted by obs[label]) by dimensions of obsm[basis] (columns), in standard deviations; gives the axes."
     rows = drawn_cells(adata, basis, max_cells, seed)
     if label is not None and label not in adata.obs:
         raise DataError(f"obs has no column {label!r}; it has {', '.join(map(repr, adata.obs.columns)) or 'none'}")

@@ -69,5 +69,5 @@ def metric_name(metric: str) -> str:
 
 # %% ../nbs/metrics.ipynb #e200054f
 def is_aside(method: str) -> bool:
-    "Whether a row is shown for information only: scores on training cells or genes, and ceilings."
-    return any(words in str(method) for words in ("training cells", "training genes", "ceiling"))
+    "Whether a row is shown for information only: scores on training cells (or genes, or other rows), and ceilings."
+    return any(words in str(method) for words in ("(training ", "training cells", "training genes", "ceiling"))

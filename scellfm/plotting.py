@@ -194,7 +194,7 @@ def matched_band(ax: Axes, table: pd.DataFrame) -> None:
 
 @styled(6.4, 4.2)
 def screen(table: pd.DataFrame, *, fdr: float = 0.05, n_labels: int = 15, ax: Axes | None = None) -> Axes:
-    "Effect against mean rank with the matched band; hits named. `table`: of `statistics.screen_test` or `Screen.table()`. DataError: other columns."
+    "Effect against mean rank with the matched band; `table`: of `screen_test` or `Screen.table()`. DataError."
     need_columns(
         table,
         ["gene", "effect", "expected", "tau", "se", "z", "fdr", "rank"],
@@ -250,7 +250,7 @@ def table_columns(top: pd.DataFrame, exploratory: bool) -> list[tuple[str, list[
 
 @styled(6.4, 4.4)
 def top_genes(table: pd.DataFrame, n: int = 15, *, ax: Axes | None = None) -> Axes:
-    "The n genes furthest from what is expected of genes like them, with FDR (or percentile), log2 fold change, donors and cells beside."
+    "The n genes furthest from what is expected of genes like them; FDR (or percentile), fold change, donors and cells."
     need_columns(
         table, ["gene", "effect", "expected", "tau", "se", "z", "fdr"], "the picture of top genes (method='matched')"
     )
@@ -326,7 +326,8 @@ def results_of(source) -> dict:
     results = {name: result for name, result in results.items() if getattr(result, "probabilities", None) is not None}
     if not results:
         raise DataError(
-            "nothing to draw: pass a ClassificationResult of scores.classification, a dictionary of them, or Scores whose details hold them "
+            "nothing to draw: pass a ClassificationResult of scores.classification, a dictionary of them, "
+            "or Scores whose details hold them "
             "(Scores read from a file keep the numbers and not the cells' probabilities)"
         )
     return results
@@ -343,7 +344,7 @@ def roc_points(result, column: int) -> tuple[np.ndarray, np.ndarray]:
 # %% ../nbs/plotting.ipynb #7154e1d0
 @styled(4.4, 5.0)
 def roc(source, *, ax: Axes | None = None) -> Axes:
-    "ROC curves: of each method (two classes: the second class; more: the mean over classes), or of each class of a single result."
+    "ROC curves of each method (of two classes: the second; of more: their mean), or of each class of a single result."
     results = results_of(source)
     single = next(iter(results.values())) if len(results) == 1 else None
     grid = np.linspace(0, 1, 501)
@@ -386,7 +387,7 @@ def roc(source, *, ax: Axes | None = None) -> Axes:
 # %% ../nbs/plotting.ipynb #00c06bda
 @styled(4.4, 5.0)
 def calibration(source, *, ax: Axes | None = None) -> Axes:
-    "Accuracy against stated confidence in 15 bins, one line for each method; the area of a dot is its share of the cells."
+    "Accuracy against stated confidence in 15 bins, a line for each method; the area of a dot is its share of cells."
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
     for i, (name, result) in enumerate(results_of(source).items()):
         bins = result.calibration
@@ -458,7 +459,8 @@ def history_rows(history) -> tuple[pd.DataFrame, pd.DataFrame]:
         need_columns(history, ["split", "loss"], "the picture of a training run")
         if not {"step", "epoch"} & set(history):
             raise DataError(
-                f"the picture of a training run needs a column step or epoch; the table has {', '.join(map(str, history.columns))}"
+                "the picture of a training run needs a column step or epoch; "
+                f"the table has {', '.join(map(str, history.columns))}"
             )
         rows = history if "step" in history else history.assign(step=history["epoch"])
         return pd.DataFrame({"step": [], "loss": []}), rows
@@ -499,14 +501,15 @@ def plane(adata, basis: str) -> tuple[np.ndarray, list[str]]:
     key = next((name for name in (basis, f"X_{basis}") if name in adata.obsm), None)
     if key is None:
         raise DataError(
-            f"obsm has no {basis!r}; it holds {', '.join(map(repr, adata.obsm.keys())) or 'nothing'}: compute the embedding first or name another"
+            f"obsm has no {basis!r}; it holds {', '.join(map(repr, adata.obsm.keys())) or 'nothing'}: "
+            "compute the embedding first or name another"
         )
     values = np.asarray(adata.obsm[key], dtype=np.float64)
     kept = np.isfinite(values).all(1)
     if values.shape[1] < 2 or not kept.any():
         raise DataError(
-            f"obsm[{key!r}] has the shape {values.shape} and {kept.sum()} rows without NaN; a picture needs two columns and "
-            "one such row: embed the cells again, or name another basis"
+            f"obsm[{key!r}] has the shape {values.shape} and {kept.sum()} rows without NaN; "
+            "a picture needs two columns and one such row: embed the cells again, or name another basis"
         )
     if values.shape[1] == 2:
         return values, [f"{key} 1", f"{key} 2"]

@@ -88,7 +88,7 @@ def hardware() -> dict[str, str]:
 
 # %% ../nbs/report.ipynb #f5e2fbd3
 def describe_input(value) -> dict:
-    "Kind, size and fingerprint of an input: a file (SHA-256), a folder, an AnnData, or anything that `store.fingerprint` takes."
+    "Kind, size and fingerprint of an input: a file (SHA-256), a folder, an AnnData, or what `store.fingerprint` takes."
     from scellfm.store import fingerprint, sha256
 
     if isinstance(value, (str, os.PathLike)):
@@ -136,7 +136,8 @@ def shown(value) -> str:
 
 def scrolling(inner: str, label: str) -> str:
     "A box whose wide content scrolls sideways, by finger or keyboard."
-    return f'<div class="scroll" role="region" tabindex="0" aria-label="{html.escape(label or "table", quote=True)}">{inner}</div>'
+    name = html.escape(label or "table", quote=True)
+    return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{inner}</div>'
 
 
 def table_html(table: pd.DataFrame, caption: str = "", rows: int = 50) -> str:
@@ -175,26 +176,35 @@ def facts_html(facts: dict) -> str:
 
 # %% ../nbs/report.ipynb #4ca010b0
 CSS = """
-:root{color-scheme:light dark;--ink:#1c1c1c;--soft:#5a5a5a;--line:#d9d9d9;--paper:#fff;--card:#f6f6f4;--accent:#0072b2;--warn:#fff4e0;--edge:#d55e00}
-@media (prefers-color-scheme:dark){:root{--ink:#e8e8e8;--soft:#adadad;--line:#444;--paper:#181818;--card:#222;--accent:#6db8e8;--warn:#33260f}}
+:root{color-scheme:light dark;--ink:#1c1c1c;--soft:#5a5a5a;--line:#d9d9d9;--paper:#fff;--card:#f6f6f4;
+--accent:#0072b2;--warn:#fff4e0;--edge:#d55e00}
+@media (prefers-color-scheme:dark){:root{--ink:#e8e8e8;--soft:#adadad;--line:#444;--paper:#181818;--card:#222;
+--accent:#6db8e8;--warn:#33260f}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;overflow-wrap:anywhere}
+body{margin:0;background:var(--paper);color:var(--ink);
+font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;overflow-wrap:anywhere}
 main,header,footer{max-width:60rem;margin:0 auto;padding:0 1.2rem}
 header{padding-top:1.5rem}h1{font-size:1.7rem;line-height:1.2;margin:0 0 .4rem}
 h2{font-size:1.2rem;margin:2rem 0 .5rem;border-top:1px solid var(--line);padding-top:1rem}
 .meta,caption,figcaption,footer{color:var(--soft);font-size:.9rem}caption{text-align:left;padding:.2rem 0 .4rem}
-nav ul{padding:0;margin:.8rem 0;list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1rem}nav a{color:var(--accent);display:inline-block;padding:.2rem 0}
+nav ul{padding:0;margin:.8rem 0;list-style:none;display:flex;flex-wrap:wrap;gap:.2rem 1rem}nav a{color:var(--accent);
+display:inline-block;padding:.2rem 0}
 .scroll{overflow-x:auto;margin:.6rem 0}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;overflow-wrap:normal}
 th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 thead th{border-bottom:2px solid var(--line);white-space:nowrap}.n{text-align:right;white-space:nowrap}
 th[scope=row]{font-weight:600;position:sticky;left:0;background:var(--paper);min-width:6.5rem;overflow-wrap:break-word}
-figure{margin:1rem 0}figure .scroll{margin:.2rem 0}figure img{max-width:100%;height:auto;background:#fff;padding:.4rem;border-radius:.4rem;border:1px solid var(--line)}
+figure{margin:1rem 0}figure .scroll{margin:.2rem 0}figure img{max-width:100%;height:auto;background:#fff;
+padding:.4rem;border-radius:.4rem;border:1px solid var(--line)}
 .warnings{background:var(--warn);border-left:.3rem solid var(--edge);padding:.5rem 1rem .5rem 2.2rem;margin:.8rem 0}
 code{font-size:.85rem;overflow-wrap:anywhere}footer{padding:2rem 1.2rem}
-@media (max-width:40rem){body{font-size:15px}h1{font-size:1.4rem}th,td{padding:.3rem .5rem}th[scope=row]{max-width:42vw}}
-@media print{:root{--ink:#000;--soft:#333;--line:#999;--paper:#fff;--warn:#fff}body{font-size:10pt}nav{display:none}main,header,footer{max-width:none;padding:0}
-.scroll{overflow:visible}table{font-size:7.5pt}thead{display:table-header-group}tr,figure,h2,.warnings{break-inside:avoid}figure:has(table){break-inside:auto}h2{break-after:avoid}th,td{padding:.15rem .3rem}
+@media (max-width:40rem){body{font-size:15px}h1{font-size:1.4rem}th,td{padding:.3rem .5rem}
+th[scope=row]{max-width:42vw}}
+@media print{:root{--ink:#000;--soft:#333;--line:#999;--paper:#fff;--warn:#fff}body{font-size:10pt}nav{display:none}
+main,header,footer{max-width:none;padding:0}
+.scroll{overflow:visible}table{font-size:7.5pt}thead{display:table-header-group}
+tr,figure,h2,.warnings{break-inside:avoid}figure:has(table){break-inside:auto}h2{break-after:avoid}
+th,td{padding:.15rem .3rem}
 th[scope=row]{position:static;min-width:0}figure img{max-height:20cm;border:0}}
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -208,8 +218,10 @@ def page(title: str, head: str, sections: list[tuple[str, str]], foot: str) -> s
         for i, (name, inner) in enumerate(sections)
     )
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><title>{html.escape(title)}</title><style>{CSS}</style></head>'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" '
+        f'content="{POLICY}"><title>{html.escape(title)}</title><style>{CSS}</style></head>'
         f'<body><header><h1>{html.escape(title)}</h1>{head}<nav aria-label="Contents"><ul>{links}</ul></nav></header>'
         f"<main>{body}</main><footer>{foot}</footer></body></html>\n"
     )
@@ -223,7 +235,8 @@ def text_html(text: str) -> str:
 def figure_html(png: bytes, caption: str) -> str:
     "A figure with its picture inside the page."
     alt, data = html.escape(caption, quote=True), base64.b64encode(png).decode()
-    return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    picture = f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+    return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 # %% ../nbs/report.ipynb #fe05d6ef
 def scores_section(scores: Scores) -> str:
@@ -325,7 +338,7 @@ class Report:
         return report_page(self, self.to_dict())
 
     def save(self, folder: str | os.PathLike) -> Path:
-        "Write report.json and report.html into a folder, each whole or not at all; returns the path of the page. StoreError: no room, no right."
+        "Write report.json and report.html into a folder, each whole or not at all; returns the page path. StoreError."
         from scellfm.store import atomic_write
 
         folder, record = Path(folder), self.to_dict()
@@ -351,7 +364,8 @@ def warnings_html(found: dict[str, int]) -> str:
 def inputs_html(inputs: dict[str, dict]) -> str:
     "The inputs with their fingerprints."
     rows = [
-        f'<tr><th scope="row">{html.escape(name)}</th><td>{shown(i["kind"])} {shown(i["name"])}<br>{shown(i["size"])}<br>'
+        f'<tr><th scope="row">{html.escape(name)}</th><td>{shown(i["kind"])} '
+        f"{shown(i['name'])}<br>{shown(i['size'])}<br>"
         f"<code>{i['sha256']}</code></td></tr>"
         for name, i in inputs.items()
     ]
@@ -385,7 +399,8 @@ def report_page(report: Report, record: dict) -> str:
     if report.inputs:
         sections.append(("Inputs", inputs_html(report.inputs)))
     sections += [("Versions", facts_html(record["versions"])), ("Hardware", facts_html(record["hardware"]))]
-    when = f"{record['created'][:16].replace('T', ' ')} UTC · {duration(record['elapsed_seconds'])} · scellfm {record['versions']['scellfm']}"
+    created, version = record["created"][:16].replace("T", " "), record["versions"]["scellfm"]
+    when = f"{created} UTC · {duration(record['elapsed_seconds'])} · scellfm {version}"
     head = text_html(report.description) + f'<p class="meta">{when}</p>'
     return page(
         report.title, head, sections, "Written by scellfm. The same facts, in full: report.json beside this page."

@@ -1,5 +1,7 @@
 "The command line: the same names and defaults as the Python, one sentence for a user's error, results alone on stdout."
 
+import argparse
+import importlib
 import inspect
 import json
 import re
@@ -16,13 +18,13 @@ import pytest
 
 import scellfm
 from scellfm import cli, commands
-from scellfm.commands import shared
+from scellfm.commands import demonstration, inputs, options, signatures
 from scellfm.core import settings
 from scellfm.data.cells import simulate_cells
 from scellfm.geneformer import CellClassifier, Geneformer, RankTokenizer, Screen, TokenizedCells
 from scellfm.scgpt import ReferenceMap, ScGPT
 
-COMMANDS = ["demo", "tokenize", "embed", "finetune", "perturb", "map", "integrate"]
+COMMANDS = ["demo", "tokenize", "embed", "finetune", "predict", "perturb", "map", "integrate"]
 # what makes an example quick, and does not change what it does
 QUICK = {
     "demo": "--pretrain-epochs 1 --finetune-epochs 1 --max-cells 4",
@@ -108,7 +110,8 @@ def test_every_help_ends_with_an_example_that_parses(command, capsys):
     assert last == f"example: {example_of(command)}"
     given = shlex.split(last.removeprefix("example: "))
     assert given[:2] == ["scellfm", command]
-    assert cli.build_parser().parse_args(given[1:]).run is getattr(commands, command)
+    path = cli.build_parser().parse_args(given[1:]).run
+    assert path.rpartition(".")[2] == command and getattr(commands, command) is not None
 
 
 @pytest.mark.parametrize(
@@ -119,8 +122,8 @@ def test_every_help_ends_with_an_example_that_parses(command, capsys):
 def test_every_example_runs_as_it_stands(commands_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if "demo" not in commands_run:  # on a quarter of the cells
-        adata, all_cells = scellfm.data.demo(), shared.demonstration
-        monkeypatch.setattr(shared, "demonstration", lambda name: all_cells(name)[::4].copy())
+        adata, all_cells = scellfm.data.demo(), inputs.demonstration
+        monkeypatch.setattr(inputs, "demonstration", lambda name: all_cells(name)[::4].copy())
         Geneformer.from_config("tiny", RankTokenizer.fit(adata), device="cpu").save_pretrained("runs/demo/classifier")
     for command in commands_run:
         given = shlex.split(f"{example_of(command)} {QUICK.get(command, '')}")[1:]
@@ -131,43 +134,52 @@ def test_every_example_runs_as_it_stands(commands_run, tmp_path, monkeypatch, ca
         assert Path(last.strip()).exists(), (command, last)
 
 
-def pairs():
-    from scellfm.data.splits import folds
-    from scellfm.demo import run_demo
-    from scellfm.geneformer.finetuning import finetune
-    from scellfm.geneformer.perturbation.runner import perturb
-    from scellfm.scores import integration, umaps
+def test_every_function_with_an_example_is_a_command_and_public():
+    paths = [path for module in cli.MODULES for path in options.commands_in(f"scellfm.commands.{module}")]
+    assert sorted(path.rpartition(".")[2] for path in paths) == sorted(COMMANDS) == dir(commands)
 
-    return {
-        "demo": [run_demo],
-        "embed": [Geneformer.embed, ScGPT.embed, Geneformer.from_pretrained, ScGPT.from_pretrained],
-        "tokenize": [RankTokenizer.__call__, RankTokenizer.from_pretrained],
-        "finetune": [finetune, folds, Geneformer.from_pretrained],
-        "perturb": [perturb, Screen.table, Geneformer.from_pretrained],
-        "map": [ReferenceMap, ReferenceMap.calibrate, ScGPT.from_pretrained],
-        "integrate": [integration, umaps, Geneformer.from_pretrained],
-    }
+
+def taken(command):
+    "The functions whose parameters a command takes, by their dotted paths, and the names that it leaves out."
+    function = getattr(commands, command)
+    return getattr(function, "takes", ()), getattr(function, "without", ())
+
+
+def imported(path):
+    "A function or method by its dotted path."
+    module, names = signatures.split_path(path)
+    found = importlib.import_module(module)
+    for name in names:
+        found = getattr(found, name)
+    return found
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_options_have_the_names_and_defaults_of_the_python(command):
+def test_what_is_read_from_the_source_is_the_signature(command):
+    paths, _ = taken(command)
+    for path in (*paths, f"{getattr(commands, command).__module__}.{command}"):
+        python = inspect.signature(imported(path)).parameters
+        for parameter in signatures.parameters_of(path):
+            default = python[parameter.name].default
+            assert parameter.default is signatures.REQUIRED or parameter.default == default, (path, parameter.name)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_the_functions_is_on_the_command_line_with_a_help(command):
     parsers = next(action for action in cli.build_parser()._actions if action.choices)
-    defaults = {action.dest: action.default for action in parsers.choices[command]._actions}
-    help_of = {action.dest: action.help for action in parsers.choices[command]._actions}
-    compared = 0
-    for function in pairs()[command]:
-        for name, parameter in inspect.signature(function).parameters.items():
-            if name not in defaults or parameter.default is inspect.Parameter.empty:
-                continue
-            if (command, name) == ("tokenize", "special"):  # a switch: given with --fit alone
-                continue
-            python, ours = parameter.default, defaults[name]
-            same = {"genes": ours == ["all"], "columns": ours == []}.get(name, ours == python)
-            if not same and ours is None:  # left to the Python, and the help says what that is
-                same = f"(default: {python}" in help_of[name] or f"or {python})" in help_of[name]
-            assert same, f"{function.__qualname__}: {name}={python!r} in Python, {ours!r} on the command line"
-            compared += 1
-    assert compared >= 4
+    actions = {action.dest: action for action in parsers.choices[command]._actions}
+    assert all(action.help for action in actions.values()), [
+        name for name, action in actions.items() if not action.help
+    ]
+    paths, without = taken(command)
+    for path in paths:
+        for parameter in signatures.parameters_of(path):
+            if parameter.name not in without and options.on_a_command_line(parameter):
+                action = actions[parameter.name]
+                assert action.default in (None, argparse.SUPPRESS), "a default is written once, at the function"
+                assert set(action.choices or ()) <= set(parameter.choices) | set(action.choices or ())
+                if options.shown_default(parameter.default):
+                    assert options.shown_default(parameter.default) in action.help, (command, parameter)
 
 
 def test_version_and_help_are_quick_and_import_no_model():
@@ -612,7 +624,9 @@ def wrong(place, tmp_path):
         (["embed", cells, "--model", str(tmp_path / "half"), *out], "args.json"),
         (["embed", spoiled(cells, tmp_path, "scaled"), *scgpt, *out], "scaled values cannot be binned"),
         (["embed", spoiled(cells, tmp_path, "strange"), *scgpt, *out], "vocabulary"),
-        (["finetune", cells, *scgpt, "--label", "cell_type", "--out", str(tmp_path / "clf")], "works with Geneformer"),
+        (["finetune", cells, *scgpt, "--classes", str(bad), "--out", str(tmp_path / "clf")], "for Geneformer"),
+        (["perturb", cells, *scgpt, *out], "works with Geneformer"),
+        (["predict", cells, *model, *out], "holds no classifier"),
         ([*finetune, "--label", "celltype"], "celltype"),
         ([*finetune, "--label", "cell_type", "--by", "dono"], "donor"),
         ([*finetune, "--label", "cell_type", "--fractions", ".5", ".5", ".5"], "sum"),
@@ -681,19 +695,19 @@ def test_an_unwritable_place_is_a_users_error(place, tmp_path, capsys):
 
 
 def test_a_fault_of_ours_is_not_dressed_as_a_users(monkeypatch):
-    def fault(options):
+    def fault(**settings):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(commands, "demo", fault)
+    monkeypatch.setattr(demonstration, "demo", fault)
     with pytest.raises(ZeroDivisionError):
         cli.main(["demo"])
 
 
 def test_ctrl_c_is_130_without_traceback(tmp_path):
     program = (
-        "import signal, sys, time, scellfm.cli as c, scellfm.commands as d\n"
+        "import signal, sys, time, scellfm.cli as c, scellfm.commands.demonstration as d\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell makes children deaf
-        "def wait(options):\n    print('ready', flush=True)\n    time.sleep(60)\n"
+        "def wait(**settings):\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "d.demo = wait\nsys.exit(c.main(['demo']))"
     )
     run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

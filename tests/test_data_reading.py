@@ -1,4 +1,4 @@
-"""Counts arrive as they are in the file, from any storage, and what is not counts is refused with its place and the fix."""
+"""Counts arrive as they are in the file, from any storage; other values are refused with their place and the fix."""
 
 import hashlib
 import warnings

@@ -191,6 +191,7 @@ def test_rows_that_are_no_knowledge_are_told(tmp_path):
         ("a.json", b'{"JAK2": [[1], [1, 2]]}', AssetError, "no array of numbers"),
         ("a.zip", b"PK\x03\x04....", AssetError, "a zip archive; vectors are read from"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",  # the bytes of an archive hold the time
 )
 def test_bad_files_are_named(tmp_path, name, content, error, message):
     (tmp_path / name).write_bytes(content)

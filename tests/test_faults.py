@@ -1,4 +1,4 @@
-"""Whatever is saved: a full disk is told with the file's name and leaves nothing half done; a killed run leaves nothing that is read."""
+"""Whatever is saved: a full disk names the file and leaves nothing half done; what a killed run leaves is not read."""
 
 import os
 import signal

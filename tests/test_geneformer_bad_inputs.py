@@ -1,4 +1,4 @@
-"What the Geneformer wing does with a bad input, at its public doors: the error's type, the value it names, and the fix."
+"What Geneformer's public functions do with a bad input: the error's type, the value it names, and the fix."
 
 import os
 import subprocess

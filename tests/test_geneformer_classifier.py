@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from scellfm.core import AssetError, DataError, OptionError, ScellfmWarning, StoreError
+from scellfm.crossfit import check_overfit, membership
+from scellfm.crossfit.membership import NEW, TrainedOn
 from scellfm.data.cells import simulate_cells
 from scellfm.data.splits import Folds, Split, folds, hold_out
 from scellfm.geneformer import Geneformer, RankTokenizer
 from scellfm.geneformer.finetuning import CellClassifier, finetune
 from scellfm.geneformer.finetuning.evaluation import HELD_OUT, TRAINED, advice_for
-from scellfm.geneformer.finetuning.heads import Part, probabilities, weights_of
-from scellfm.scores.heldout import NEW, SEEN, KnownCells, judge
+from scellfm.geneformer.finetuning.heads import probabilities, weights_of
 from scellfm.scores.table import Scores
 
 QUICK = dict(epochs=2, learning_rate=2e-3, n_boot=20)
@@ -55,7 +56,7 @@ def clf(gf, adata, split):
 def own(clf, adata, k, rows):
     "Probabilities of some rows by the model of fold k alone."
     model = clf.models[k]
-    return probabilities(model, Part(model.readable(model.tokenizer(adata)), rows))
+    return probabilities(model, model.readable(model.tokenizer(adata)).take(rows))
 
 
 def test_it_beats_chance_on_donors_it_has_not_seen(clf):
@@ -106,8 +107,8 @@ def test_cells_that_every_model_has_seen_are_warned_of(gf, adata):
     one = finetune(gf, adata, "cell_type", split=split, **QUICK)
     with pytest.warns(ScellfmWarning, match=f"{len(split.train)} of 150 cells were trained on by every model"):
         one.predict(adata, copy=True)
-    assert (one.known.fold_of(adata.obs_names)[split.test] == 0).all()
-    assert (one.known.fold_of(adata.obs_names)[split.train] == SEEN).all()
+    assert (one.trained_on.fold_of(adata.obs_names)[split.test] == 0).all()
+    assert (one.trained_on.fold_of(adata.obs_names)[split.train] == membership.TRAINED).all()
 
 
 def test_one_cell_alone_is_predicted(clf, adata):
@@ -185,7 +186,7 @@ def test_saved_and_loaded_it_answers_the_same(clf, adata, tmp_path):
     assert loaded.probabilities(adata).equals(clf.probabilities(adata))
     assert (loaded.model_of(adata) == clf.model_of(adata)).all()
     assert loaded.scores.table.equals(clf.scores.table) and loaded.scores.low.equals(clf.scores.low)
-    assert loaded.histories == clf.histories and str(loaded.verdict) == str(clf.verdict)
+    assert loaded.histories == clf.histories and str(loaded.overfit_check) == str(clf.overfit_check)
     assert list(loaded.classes) == list(clf.classes) and loaded.label == "cell_type"
 
 
@@ -333,7 +334,7 @@ def test_memorised_noise_is_called_overfitted(gf, adata):
         ScellfmWarning, match="memorised.*split=folds.*epochs=1 .*freeze_layers=1.*genes='all'.*emb_layer=-1"
     ):
         clf = finetune(gf, noisy, "coin", split=folds(noisy, k=2), epochs=30, learning_rate=3e-3, n_boot=20)
-    assert clf.verdict.overfitted and clf.verdict.gap > 0.3
+    assert clf.overfit_check.overfitted and clf.overfit_check.gap > 0.3
 
 
 @pytest.mark.parametrize("by", [None, "patient"])
@@ -350,20 +351,22 @@ def test_the_advice_is_whole_and_tells_what_was_followed(by, epochs, frozen):
         assert "epochs=1 instead of 10" in " ".join(advice)
 
 
-def test_the_verdict_goes_by_the_gap_and_the_interval():
+def test_overfitting_goes_by_the_gap_and_the_interval():
     table = pd.DataFrame({"balanced_accuracy": [0.8, 0.85, 0.9]}, index=[HELD_OUT, TRAINED, "PCA + kNN"])
-    assert not judge(Scores(table, low=table - 0.1, high=table + 0.1), []).overfitted
+    assert not check_overfit(Scores(table, low=table - 0.1, high=table + 0.1), []).overfitted
     table.iloc[1] = 0.95
-    assert not judge(Scores(table, low=table - 0.2, high=table + 0.2), []).overfitted  # inside the held-out interval
-    assert judge(Scores(table, low=table - 0.1, high=table + 0.1), []).overfitted
+    assert not check_overfit(
+        Scores(table, low=table - 0.2, high=table + 0.2), []
+    ).overfitted  # inside the held-out interval
+    assert check_overfit(Scores(table, low=table - 0.1, high=table + 0.1), []).overfitted
 
 
 def test_known_cells_survive_order_and_strangers():
     empty = np.array([], dtype=int)
     parts = [Split(np.array([0]), np.array([1]), np.array([2]), None, 4)]
-    known = KnownCells.of(["a", "b", "c", "d"], parts)
-    assert known.fold_of(["c", "a", "b", "d", "x"]).tolist() == [0, SEEN, SEEN, NEW, NEW]
-    assert KnownCells.of(["a"], [Split(empty, empty, empty, None, 1)]).fold_of(["a"]).tolist() == [NEW]
+    known = TrainedOn.of(["a", "b", "c", "d"], parts)
+    assert known.fold_of(["c", "a", "b", "d", "x"]).tolist() == [0, membership.TRAINED, membership.TRAINED, NEW, NEW]
+    assert TrainedOn.of(["a"], [Split(empty, empty, empty, None, 1)]).fold_of(["a"]).tolist() == [NEW]
 
 
 def changed(adata, **obs):

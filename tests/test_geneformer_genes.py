@@ -128,7 +128,7 @@ def test_chance_labels_are_no_better_than_chance_and_called_memorised(gf, adata)
     with pytest.warns(ScellfmWarning, match="memorised its training genes.*epochs=1.*freeze_layers.*more genes"):
         found = finetune_genes(gf, adata, {"heads": genes[::2], "tails": genes[1::2]}, epochs=12, **QUICK)
     table = found.scores.table["balanced_accuracy"]
-    assert table[TRAINED_GENES] > 0.95 and table[HELD_OUT] < 0.75 and found.verdict.overfitted
+    assert table[TRAINED_GENES] > 0.95 and table[HELD_OUT] < 0.75 and found.overfit_check.overfitted
 
 
 @pytest.mark.slow
@@ -259,7 +259,11 @@ def test_saved_and_loaded_it_answers_the_same(clf, adata, tmp_path):
     loaded = GeneClassifier.from_pretrained(tmp_path / "clf", device="cpu")
     pd.testing.assert_frame_equal(loaded.predict(adata), clf.predict(adata), check_exact=True)
     assert loaded.genes.equals(clf.genes) and loaded.scores.table.equals(clf.scores.table)
-    assert loaded.histories == clf.histories and str(loaded.verdict) == str(clf.verdict) and repr(loaded) == repr(clf)
+    assert (
+        loaded.histories == clf.histories
+        and str(loaded.overfit_check) == str(clf.overfit_check)
+        and repr(loaded) == repr(clf)
+    )
 
 
 def test_each_fold_opens_in_transformers_and_the_originals_folders_open_here(clf, adata, tmp_path):

@@ -58,7 +58,7 @@ def test_each_label_has_its_scores_and_baselines(clf):
         scores = clf.scores[label]
         assert {HELD_OUT, TRAINED, "PCA + kNN", "majority class"} <= set(scores.table.index)
         assert scores.details[HELD_OUT].n_cells == scores.details["PCA + kNN"].n_cells == n
-        assert clf[label].settings["cells_with_label"] == n and clf[label].verdict is not None
+        assert clf[label].settings["cells_with_label"] == n and clf[label].overfit_check is not None
     assert clf.scores["cell_type"].table.loc[HELD_OUT, "balanced_accuracy"] > 0.85
 
 
@@ -103,7 +103,7 @@ def test_saved_and_loaded_it_answers_the_same(clf, adata, tmp_path):
     for label, table in clf.probabilities(adata).items():
         assert loaded.probabilities(adata)[label].equals(table)
         assert loaded.scores[label].table.equals(clf.scores[label].table)
-        assert str(loaded[label].verdict) == str(clf[label].verdict)
+        assert str(loaded[label].overfit_check) == str(clf[label].overfit_check)
     assert loaded.histories == clf.histories and (loaded.first.model_of(adata) == clf.first.model_of(adata)).all()
     clf["condition"].save_pretrained(tmp_path / "one")  # an ordinary classifier
     alone = CellClassifier.from_pretrained(tmp_path / "one", device="cpu")

@@ -29,7 +29,7 @@ SOME_MEDIANS = [0.5, 1.0, 1.5, 1.5, 2.0, 0.1, 1 / 3, 3.7]
 
 @st.composite
 def data(draw):
-    "A small AnnData with few distinct counts (many ties) and a tokenizer with few distinct medians; some genes unknown."
+    "A small AnnData with few distinct counts (many ties), a tokenizer with few distinct medians; some genes unknown."
     n_cells, n_genes = draw(st.integers(1, 6)), draw(st.integers(2, 12))
     values = draw(
         st.lists(st.sampled_from([0, 0, 1, 1, 2, 3, 7, 5000]), min_size=n_cells * n_genes, max_size=n_cells * n_genes)

@@ -7,14 +7,14 @@ from geneformer_golden import VERSIONS, cells, model
 
 from scellfm.core import DataError, OptionError, StoreError
 from scellfm.geneformer import gene_effects, perturb
-from scellfm.geneformer.model import CutCells
 from scellfm.geneformer.perturbation.edits import make_edits, sources
+from scellfm.inference import Sequences
 
 KINDS, QUARTILES = ("inhibit", "activate"), (1, 2, 3)
 
 
 def new_rank(rank: int, n: int, kind: str, quartiles: int) -> int:
-    "The rank after the move, in words of the manual: middle of the quartile so many below or above, else bottom or front."
+    "The rank after the move, as the manual says: middle of the quartile so many below or above, else bottom or front."
     quartile = next(q for q in range(4) if rank < (q + 1) * n / 4)
     aim = quartile + quartiles if kind == "inhibit" else quartile - quartiles
     if not 0 <= aim <= 3:
@@ -37,7 +37,7 @@ def moved(tokens: list, rank: int, kind: str, quartiles: int, special: bool) -> 
 def test_every_gene_goes_where_the_manual_says(kind, quartiles, special):
     for n in range(1, 40):
         tokens = np.arange(10, 10 + n + 2 * special)
-        edits = make_edits(CutCells([tokens], 64), kind, None, None, special, 64, quartiles)
+        edits = make_edits(Sequences([tokens]), kind, None, None, special, 64, quartiles)
         wanted = {r: moved(tokens.tolist(), r, kind, quartiles, special) for r in range(n)}
         wanted = {r: cell for r, cell in wanted.items() if cell != tokens.tolist()}
         assert (edits.positions[:, 0] - special).tolist() == list(wanted)
@@ -48,7 +48,7 @@ def test_every_gene_goes_where_the_manual_says(kind, quartiles, special):
 
 def test_examples_of_the_manual():
     "Forty genes: the first quartile's go to the middle of the third by two, and so on."
-    forty = CutCells([np.arange(40)], 64)
+    forty = Sequences([np.arange(40)])
     by = {
         (kind, q): dict(zip(e.positions[:, 0], e.targets[:, 0]))
         for kind in KINDS
@@ -71,7 +71,7 @@ def test_a_joint_move_keeps_every_gene_once_and_the_order_of_the_rest(kind):
         tokens = random.permutation(np.arange(50, 50 + n))
         genes = random.choice(tokens, min(m, n), replace=False)
         quartiles = int(random.integers(1, 4))
-        edits = make_edits(CutCells([tokens], 64), kind, genes[None], None, False, 64, quartiles)
+        edits = make_edits(Sequences([tokens]), kind, genes[None], None, False, 64, quartiles)
         if not len(edits):
             continue
         after = tokens[sources(edits)[0]]

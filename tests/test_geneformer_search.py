@@ -1,4 +1,4 @@
-"A search for settings never touches the held-out cells, repeats itself, goes on where it stopped, and says what it found."
+"A search for settings never touches the held-out cells, repeats itself, resumes, and says what it found."
 
 import json
 import sys

@@ -589,7 +589,8 @@ def test_tokens_do_not_depend_on_the_processor(small, tmp_path):
     small.write_h5ad(tmp_path / "cells.h5ad")
     code = (
         "import sys, hashlib, warnings; warnings.simplefilter('ignore'); from scellfm.geneformer import RankTokenizer; "
-        "tok = RankTokenizer.fit(sys.argv[1]); print(*[hashlib.sha256(tok(sys.argv[1], engine=e).tokens).hexdigest() for e in ('numba', 'numpy')])"
+        "tok = RankTokenizer.fit(sys.argv[1]); "
+        "print(*[hashlib.sha256(tok(sys.argv[1], engine=e).tokens).hexdigest() for e in ('numba', 'numpy')])"
     )
     seen = set()
     for off in ("", "X86_V4 X86_V3"):

@@ -1,4 +1,4 @@
-"""Every public entrance that reads a dictionary or a checkpoint is handed files that would run a program: nothing runs."""
+"""Every public function that reads a dictionary or a checkpoint gets files that would run a program: nothing runs."""
 
 import ast
 import json
@@ -28,7 +28,6 @@ from scellfm.geneformer import (
 from scellfm.geneformer.finetuning import genes as genes_module
 from scellfm.geneformer.finetuning.classifier import RECORD
 from scellfm.scgpt import ReferenceMap, ScGPT
-from scellfm.scores.classifiers import CELLS
 from scellfm.store import Store, sha256
 from scellfm.training import CHECKPOINT, fit
 
@@ -202,7 +201,7 @@ def test_the_classifier_leaves_the_trainers_pickle_alone(place):
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("name", [RECORD, CELLS])
+@pytest.mark.parametrize("name", [RECORD, "cells.safetensors"])
 def test_our_own_classifier_folder_with_other_files_in_it_is_refused(place, name):
     folder, canary = place
     put_pickle(folder / "ours" / name, canary)
@@ -229,10 +228,10 @@ def test_the_gene_classifier_reads_no_hostile_names_of_classes(place, name):
     )
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "tasks.json", CELLS])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors", "tasks.json", "cells.safetensors"])
 def test_the_classifier_of_several_labels_reads_nothing_hostile(place, name):
     folder, canary = place
-    if name in ("tasks.json", CELLS):
+    if name in ("tasks.json", "cells.safetensors"):
         put_pickle(folder / "tasks" / name, canary)
     else:
         put_torch(folder / "tasks" / "fold0", name, canary)

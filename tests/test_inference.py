@@ -138,3 +138,115 @@ def test_devices_and_precisions_by_name():
         inference.pick_device("abacus")
     with pytest.raises(OptionError, match="float31"):
         inference.pick_dtype("float31")
+
+
+# ---- sequences
+
+
+class Stored:
+    "Cells in several flat blocks, the first of which does not begin at 0; token ids of 16 bits, as on disk."
+
+    def __init__(self, cells, at):
+        self.blocks = []
+        for part in (cells[:at], cells[at:]):
+            tokens = np.concatenate([np.array([60000, 60000]), *part]).astype(np.uint16)
+            self.blocks.append((tokens, np.cumsum([2, *map(len, part)])))
+
+
+def cut_one(cell, max_length, end):
+    if len(cell) <= max_length:
+        return list(cell)
+    return list(cell[:max_length]) if end is None else [*cell[: max_length - 1], end]
+
+
+@given(st.lists(st.lists(st.integers(0, 50000), max_size=12), max_size=12), st.data())
+@settings(deadline=None)
+def test_views_show_the_cells_whatever_was_taken_and_cut(cells, data):
+    at = data.draw(st.integers(0, len(cells)))
+    view = data.draw(st.sampled_from([inference.Sequences(cells), inference.Sequences(Stored(cells, at))]))
+    shown = [list(cell) for cell in cells]
+    for _ in range(data.draw(st.integers(0, 3))):
+        if shown:
+            rows = data.draw(st.lists(st.integers(-len(shown), len(shown) - 1), max_size=8))
+            view, shown = view.take(rows), [shown[row] for row in rows]
+    longest, end = data.draw(st.integers(1, 12)), data.draw(st.sampled_from([None, 7]))
+    for length in (longest, data.draw(st.integers(1, 12))):
+        view, shown = view.cut(length, end), [cut_one(cell, length, end) for cell in shown]
+    assert [cell.tolist() for cell in view] == shown and view.lengths.tolist() == list(map(len, shown))
+    assert all(cell.dtype == np.int64 for cell in view)
+    ids, mask = view.batch(np.arange(len(view)), pad_id=3)
+    expected = inference.pad(shown, 3)
+    assert torch.equal(ids, expected[0]) and torch.equal(mask, expected[1])
+    (tokens,), offsets = view.flat()
+    assert tokens.tolist() == sum(shown, []) and np.diff(offsets).tolist() == view.lengths.tolist()
+
+
+def test_a_view_copies_no_tokens_and_leaves_its_cells_alone():
+    stored = Stored([[1, 2, 3, 4], [5, 6]], 1)
+    before = [tokens.copy() for tokens, _ in stored.blocks]
+    view = inference.Sequences(stored).take(np.array([True, False])).cut(2, end=9)
+    assert view[0].tolist() == [1, 9] and view.n_cut == 1 and view[-1].tolist() == [1, 9]
+    assert all(np.array_equal(tokens, old) for (tokens, _), old in zip(stored.blocks, before))
+    assert all(
+        np.shares_memory(part, stored.blocks[i][0]) for i, (parts, _) in enumerate(view.stored) for part in parts
+    )
+    with pytest.raises(IndexError, match="cell 1 of 1"):
+        view[1]
+    with pytest.raises(OptionError, match="max_length=0"):
+        view.cut(0)
+
+
+def test_arrays_side_by_side_keep_their_types_and_padding():
+    class Binned:
+        blocks = [((np.array([1, 7, 1], np.int32), np.array([0.5, 2, 3], np.float32)), np.array([0, 2, 3]))]
+
+    cells = inference.Sequences(Binned())
+    ids, values, mask = cells.batch([0, 1], pad_id=60, pad_value=-2)
+    assert ids.tolist() == [[1, 7], [1, 60]] and ids.dtype == torch.int64
+    assert values.tolist() == [[0.5, 2], [3, -2]] and values.dtype == torch.float32 and mask.sum() == 3
+    assert [part.tolist() for part in cells[0]] == [[1, 7], [0.5, 2]]
+
+
+# ---- inputs of one size
+
+
+@given(st.integers(1, 40), st.integers(1, 50))
+@settings(deadline=None)
+def test_rows_of_one_size_come_in_order_whatever_the_batch_size(n, batch_size):
+    inputs, sizes = np.random.default_rng(n).normal(size=(n, 3, 2)), []
+
+    def total(batch):
+        sizes.append(len(batch))
+        return batch.sum(2)
+
+    result = inference.run_rows(total, inputs, batch_size=batch_size, device="cpu")
+    np.testing.assert_array_equal(result.numpy(), inputs.sum(2))
+    assert max(sizes) <= batch_size and sum(sizes) == n
+
+
+def test_rows_may_be_made_while_they_are_needed():
+    class Windows:
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, positions):
+            return torch.as_tensor(positions)[:, None] * torch.ones(2)
+
+    assert inference.run_rows(lambda batch: batch[:, 0], Windows(), batch_size=2, device="cpu").tolist() == [*range(5)]
+
+
+def test_rows_go_on_in_smaller_batches_where_memory_runs_out():
+    record = []
+
+    def small(batch):
+        if len(batch) > 2:
+            raise RuntimeError("CUDA out of memory")
+        return batch * 2
+
+    with pytest.warns(ScellfmWarning, match="out of memory: 7"):
+        result = inference.run_rows(small, np.arange(7), batch_size=4, device="cpu", record=record)
+    assert result.tolist() == [*range(0, 14, 2)] and record == [{"token_budget": 2, "remaining": 7}]
+    with pytest.raises(DataError, match="no rows"):
+        inference.run_rows(small, np.zeros((0, 3)), device="cpu")
+    with pytest.raises(OptionError, match="batch_size=0"):
+        inference.run_rows(small, np.zeros((2, 3)), batch_size=0, device="cpu")

@@ -11,12 +11,12 @@ import pytest
 from conftest import real_data
 
 from scellfm.core import ScellfmWarning
+from scellfm.crossfit import membership
 from scellfm.data.genes import gene_ids
 from scellfm.data.reading import check_counts, read
 from scellfm.data.splits import folds
 from scellfm.geneformer import Geneformer, RankTokenizer
 from scellfm.geneformer.finetuning.evaluation import HELD_OUT, TRAINED
-from scellfm.scores.heldout import SEEN
 
 CD4, MONOCYTES = "CD4 T cells", "CD14+ Monocytes"
 TESTABLE = ["JAK1", "STAT1", "IRF7", "IRF9"]
@@ -81,7 +81,7 @@ def test_scores_are_held_out_by_donor_with_baselines_beside(clf, adata):
 
 
 def test_every_donor_is_screened_by_a_model_that_did_not_see_it(clf, adata, screen, split):
-    assert (clf.known.fold_of(adata.obs_names) != SEEN).all()
+    assert (clf.trained_on.fold_of(adata.obs_names) != membership.TRAINED).all()
     reader = screen.shifts.groupby("donor")["model"].unique()
     assert set(reader.index) == set(adata.obs["donor"].astype(str)) and (reader.map(len) == 1).all()
     for donor, (model,) in reader.items():

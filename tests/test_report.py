@@ -194,7 +194,8 @@ def test_page_prints_on_paper(saved, tmp_path):
         pytest.skip("no chromium on PATH")
     paper = tmp_path / "report.pdf"
     flags = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+        "--disable-component-update "
         f"--disable-sync --user-data-dir={tmp_path / 'profile'} --no-pdf-header-footer --print-to-pdf={paper}"
     ).split()
     subprocess.run([browser, *flags, saved[0].as_uri()], capture_output=True, text=True, timeout=120, check=True)
@@ -210,16 +211,19 @@ def test_page_fits_the_screen_in_a_browser(saved, tmp_path, width):
         pytest.skip("no chromium on PATH")
     probe = tmp_path / "probe.html"
     script = (
-        "const d=this.contentDocument,w=this.contentWindow;document.title=JSON.stringify({wide:d.documentElement.scrollWidth,"
+        "const d=this.contentDocument,w=this.contentWindow;"
+        "document.title=JSON.stringify({wide:d.documentElement.scrollWidth,"
         "sections:d.querySelectorAll('section').length,images:[...d.images].every(i=>i.naturalWidth>0),"
         "scrolls:[...d.querySelectorAll('.scroll')].some(s=>s.scrollWidth>s.clientWidth)})"
     )
     probe.write_text(
-        f'<iframe style="border:0;width:{width}px;height:3000px" srcdoc="{html.escape(saved[1], quote=True)}" onload="{html.escape(script)}"></iframe>',
+        f'<iframe style="border:0;width:{width}px;height:3000px" srcdoc="{html.escape(saved[1], quote=True)}" '
+        f'onload="{html.escape(script)}"></iframe>',
         encoding="utf8",
     )
     flags = (
-        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update "
+        "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+        "--disable-component-update "
         f"--disable-sync --user-data-dir={tmp_path / 'profile'} --dump-dom"
     ).split()
     done = subprocess.run([browser, *flags, probe.as_uri()], capture_output=True, text=True, timeout=120)

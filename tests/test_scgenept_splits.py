@@ -1,13 +1,24 @@
 """GEARS's splits come out label by label, and our own keep related genes on one side."""
 
+import gzip
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import golden, real_data
 
 from scellfm.core import DataError, OptionError, ScellfmWarning
-from scellfm.scgenept import PerturbationSplit, custom_split, perturbation_of, published_label, split_conditions
+from scellfm.scgenept import (
+    PerturbationSplit,
+    custom_split,
+    family_split,
+    perturbation_of,
+    published_label,
+    similarity_families,
+    similarity_split,
+    split_conditions,
+)
 
 SPLITS = golden("scgenept") / "splits"
 CONDITIONS = json.loads((SPLITS / "conditions.json").read_text())
@@ -151,3 +162,63 @@ def test_a_split_survives_json():
     assert PerturbationSplit(**json.loads(json.dumps(split.to_dict()))) == split
     with pytest.raises(DataError, match="twice"):
         custom_split(SMALL, {"train": ["A+ctrl"], "test": ["A"]})
+
+
+FAMILIES = {gene: f"F{i // 3}" for i, gene in enumerate("ABCDEFGHIJKLMNOPQRSTUVWX")}
+LETTERS = ["ctrl", *(f"{gene}+ctrl" for gene in FAMILIES), "A+B", "A+X", "D+G", "J+M"]
+
+
+def test_a_family_is_never_on_two_sides_and_the_order_of_labels_does_not_matter():
+    for seed in range(5):
+        split = family_split(LETTERS, FAMILIES, seed=seed)
+        sides = [{FAMILIES[gene] for gene in split.genes(part)} for part in ("train", "test")]
+        singles = {FAMILIES[label[0]] for label in split.test if label.endswith("+ctrl")}
+        assert not sides[0] & singles and len(singles) in (1, 2)
+        again = family_split(LETTERS[::-1], FAMILIES, seed=seed)
+        assert set(again.test) == set(split.test) and set(again.train) == set(split.train)
+        assert sorted(split.train + split.valid + split.test) == sorted(LETTERS)
+
+
+def test_families_come_as_dictionary_series_or_table():
+    table = pd.DataFrame({"gene": list(FAMILIES), "family": list(FAMILIES.values())})
+    splits = [family_split(LETTERS, given, seed=1).test for given in (FAMILIES, pd.Series(FAMILIES), table)]
+    assert splits[0] == splits[1] == splits[2]
+    with pytest.raises(DataError, match="'gene' and 'family'"):
+        family_split(LETTERS, table.rename(columns={"family": "kind"}))
+    with pytest.raises(DataError, match="none of the 24 perturbed genes"):
+        family_split(LETTERS, {"ENSG1": "a"})
+    with pytest.warns(ScellfmWarning, match="23 of 24 perturbed genes are in no family"):
+        family_split(LETTERS, {"A": "a"})
+
+
+def test_genes_of_like_annotation_share_a_family_by_complete_linkage():
+    draw = np.random.default_rng(0)
+    terms = {gene: set(draw.choice(40, 12, replace=False).astype(str)) for gene in FAMILIES}
+    families = similarity_families(FAMILIES, terms, threshold=0.2)
+    for first in terms:
+        for second in terms:
+            if families[first] == families[second] and first != second:
+                assert len(terms[first] & terms[second]) / len(terms[first] | terms[second]) >= 0.2
+    assert len(set(families.values())) < len(families)
+    shuffled = similarity_families(list(FAMILIES)[::-1], terms, threshold=0.2)
+    assert shuffled == families
+    split = similarity_split(LETTERS, terms, seed=0, threshold=0.2)
+    assert not {families[g] for g in split.genes("train")} & {
+        families[label[0]] for label in split.test if "ctrl" in label
+    }
+
+
+@pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")
+def test_real_go_terms_split_the_genes_of_norman():
+    with gzip.open(real_data("scgenept") / "gene2go_from_GO2Symbol.json.gz", "rt") as file:
+        terms = json.load(file)
+    labels = CONDITIONS["norman_real"]
+    split = similarity_split(labels, terms, seed=1, threshold=0.3)
+    assert sorted(split.train + split.valid + split.test) == sorted(labels)
+    assert not set(split.genes("train")) & {
+        label.replace("ctrl", "").strip("+") for label in split.subgroups["unseen_single"]
+    }
+    families = similarity_families({gene for label in labels for gene in label.split("+")} - {"ctrl"}, terms, 0.3)
+    for alike in (("TBX2", "TBX3"), ("MAP2K3", "MAP2K6"), ("PTPN9", "PTPN12"), ("CDKN1A", "CDKN1B")):
+        assert len({families[gene] for gene in alike}) == 1
+    assert split.leakage(terms).loc[("train", "test", "one perturbation, two labels"), "labels"] == 0

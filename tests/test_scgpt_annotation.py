@@ -1,4 +1,4 @@
-"""Fine-tuned annotation: each cell is judged by the model that has not seen its donor, and nothing of it reaches that model."""
+"""Fine-tuned annotation: each cell is predicted by the model that has not seen its donor, and learned nothing of it."""
 
 import numpy as np
 import pytest

@@ -401,7 +401,8 @@ def test_interferon_cells_are_scored_by_condition():
 def test_a_picture_leaves_torch_its_threads():
     "numba's first parallel function sets them to its own number; training after a UMAP is then not training before it."
     code = (
-        "import numpy as np, torch; from scellfm.scores.batches import neighbour_graph; from scellfm.scores.pictures import umap\n"
+        "import numpy as np, torch; from scellfm.scores.batches import neighbour_graph\n"
+        "from scellfm.scores.pictures import umap\n"
         "values = np.random.default_rng(0).normal(size=(60, 5)); counts = [torch.get_num_threads()]\n"
         "for make in (neighbour_graph, umap): make(values); counts.append(torch.get_num_threads())\n"
         "print(counts)"

@@ -58,7 +58,7 @@ def read_safetensors(path: Path) -> dict:
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping) -> None:
-    "Write tensors as one safetensors file, atomically; tensors that share memory become copies. Same tensors, same bytes."
+    "Write tensors as one safetensors file, atomically; tensors that share memory are copied. Same tensors, same bytes."
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -71,7 +71,7 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping) -> None:
 
 # %% ../../nbs/assets/tensors.ipynb #5161ebe8
 def save_model(model, folder: str | os.PathLike) -> None:
-    "Write a transformers model as its `save_pretrained` does, each file whole or not at all. StoreError: no room, no right."
+    "Write a transformers model as its `save_pretrained` does, each file whole or absent. StoreError: no room or right."
     from safetensors import SafetensorError
 
     with atomic_files(folder) as part:

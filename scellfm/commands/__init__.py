@@ -1,9 +1,7 @@
-"""What each command of `scellfm` does, and which options it has."""
+"""What each command of `scellfm` does: a function whose signature is its options."""
 from scellfm import _lazy
 
-COMMANDS = {"demo": "geneformer", "tokenize": "geneformer", "embed": "shared", "finetune": "geneformer", "perturb": "geneformer",
-            "map": "scgpt", "integrate": "scgpt"}
-
 __getattr__, __dir__, __all__ = _lazy(__name__, {
-    **COMMANDS, **{f"{command}_options": module for command, module in COMMANDS.items()},
+    "demo": "demonstration", "tokenize": "tokens", "embed": "vectors", "finetune": "classifiers", "predict": "classifiers",
+    "perturb": "screens", "map": "references", "integrate": "references",
 })

@@ -5,7 +5,6 @@
 # %% ../../nbs/commands/reports.ipynb #4456330a
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,13 +20,12 @@ __all__ = ['INPUTS', 'begin', 'add_picture', 'add_confusion', 'add_classifier', 
 INPUTS = ("cells", "model", "tokenizer", "classes", "ref", "query")
 
 
-def begin(title: str, options: argparse.Namespace) -> Report:
-    "A Report that knows the options of a command and the files that they name."
+def begin(title: str, settings: dict) -> Report:
+    "A Report that knows the settings of a command and the files that they name."
     from scellfm.report import Report
 
-    report, given = Report(title), dict(vars(options))
-    for name in ("run", "quiet", "out", "folder", "save"):
-        given.pop(name, None)
+    report, given = Report(title), dict(settings)
+    given.pop("folder", None)
     for name in INPUTS:
         if given.get(name) is not None and Path(given[name]).expanduser().exists():
             report.add_input(name, Path(given.pop(name)).expanduser())
@@ -51,11 +49,11 @@ def add_confusion(report: Report, confusion: pd.DataFrame, caption: str) -> None
 
 
 def add_classifier(report: Report, classifier) -> None:
-    "Scores, verdict, confusion and losses of a CellClassifier or GeneClassifier."
+    "Scores, overfitting check, confusion and losses of a CellClassifier or GeneClassifier."
     from scellfm.geneformer.finetuning.evaluation import HELD_OUT
 
     report.add_scores(classifier.scores, "Held out, beside simple methods")
-    report.add_text(str(classifier.verdict))
+    report.add_text(str(classifier.overfit_check))
     judged = classifier.scores.details.get(HELD_OUT)
     if judged is not None:
         add_confusion(report, judged.confusion, "Held out: true classes in rows, what they were called in columns.")
@@ -86,7 +84,7 @@ def add_screen(report: Report, screen, table: pd.DataFrame, rows: int = 50) -> N
 
 # %% ../../nbs/commands/reports.ipynb #a1f3b7d3
 def add_map(report: Report, reference, labels: pd.DataFrame, scores=None) -> None:
-    "The scores of a ReferenceMap (if it could be judged), its confusion, and how many cells have each label (`labels`: label, confidence)."
+    "The scores of a ReferenceMap (if it has any), its confusion, and the number of cells of each label in `labels`."
     if scores is not None:
         report.add_scores(scores, "Named by the reference, beside simple methods")
         add_confusion(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REQUIRED', 'Parameter', 'parameters_of', 'docstring_of']
 
-# %% ../../nbs/commands/signatures.ipynb #574fbec8
+# %% ../../nbs/commands/signatures.ipynb #76e2ea9a
 import ast
 import io
 import tokenize
@@ -16,17 +16,17 @@ from pathlib import Path
 import scellfm
 from ..core import OptionError
 
-# %% ../../nbs/commands/signatures.ipynb #29f8ce08
+# %% ../../nbs/commands/signatures.ipynb #4b45fd8e
 ROOT = Path(scellfm.__file__).parent
 
 
 @dataclass(frozen=True)
 class Source:
-    "A module's syntax tree, and the comment that ends each line."
+    "A module's text by lines, and its syntax tree."
 
     module: str
+    lines: list
     tree: ast.Module
-    comments: dict
 
 
 @cache
@@ -35,9 +35,7 @@ def source_of(module: str) -> Source:
     path = ROOT.joinpath(*module.split(".")[1:])
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     text = path.read_text(encoding="utf8")
-    found = tokenize.generate_tokens(io.StringIO(text).readline)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in found if token.type == tokenize.COMMENT}
-    return Source(module, ast.parse(text), comments)
+    return Source(module, text.split("\n"), ast.parse(text))
 
 
 def split_path(path: str) -> tuple[str, list[str]]:
@@ -49,7 +47,7 @@ def split_path(path: str) -> tuple[str, list[str]]:
             return ".".join(parts[:n]), parts[n:]
     raise OptionError(f"{path!r} is no function of this package: no module on its way has a file")
 
-# %% ../../nbs/commands/signatures.ipynb #95cdbdd9
+# %% ../../nbs/commands/signatures.ipynb #2fbeb7cd
 def named(node: ast.stmt, name: str) -> bool:
     "Whether a statement defines `name`: a function, a class, or an assignment."
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -78,7 +76,7 @@ def definition(module: str, name: str) -> tuple[ast.stmt, str] | None:
             return definition(*origin)
     return None
 
-# %% ../../nbs/commands/signatures.ipynb #2f05513c
+# %% ../../nbs/commands/signatures.ipynb #722cebfa
 REQUIRED = object()  # the default of a parameter that has none
 
 
@@ -99,7 +97,7 @@ class Parameter:
         default = "" if self.default is REQUIRED else f" = {self.default!r}"
         return f"{self.name}: {of}{default}  # {self.comment}"
 
-# %% ../../nbs/commands/signatures.ipynb #3e7d3a9a
+# %% ../../nbs/commands/signatures.ipynb #00d5d725
 LISTS = ("list", "tuple", "Sequence", "Iterable", "set")
 KINDS = {"int": "int", "float": "float", "str": "str", "bool": "bool", "Path": "str", "dict": "dict", "Mapping": "dict"}
 
@@ -133,33 +131,40 @@ def item_kind(nodes: list[ast.expr]) -> str:
     first = [node.elts[0] if isinstance(node, ast.Tuple) else node for node in inner]
     return next((kind for kind in map(kind_of, first) if kind in ("int", "float")), "str")
 
-# %% ../../nbs/commands/signatures.ipynb #8e0c29ec
+# %% ../../nbs/commands/signatures.ipynb #7666ace3
 def value_of(node: ast.expr | None, module: str):
     "The value of a default: a literal, or a constant of the package by its name; REQUIRED where there is none."
     if node is None:
         return REQUIRED
     if isinstance(node, ast.Name) and (found := definition(module, node.id)) and isinstance(found[0], ast.Assign):
         return value_of(found[0].value, found[1])
+    if isinstance(node, ast.Attribute) and node.attr == "inf":
+        return float("inf")
     return ast.literal_eval(node)
 
 
-def comment_of(node: ast.arg, source: Source) -> str:
-    "The comment beside a parameter, on the line where its default ends or on the line of its name."
-    return source.comments.get(node.end_lineno, "")
+def comments_of(function: ast.FunctionDef, source: Source) -> dict[int, str]:
+    "The comment that ends each line of a function's signature, by the number of the line."
+    text = "\n".join(source.lines[function.lineno - 1 : function.body[0].lineno - 1])
+    found = tokenize.generate_tokens(io.StringIO(text + "\n    pass\n").readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in found if token.type == tokenize.COMMENT}
+    return {line + function.lineno - 1: comment for line, comment in comments.items()}
 
 
-def parameter_from(node: ast.arg, default: ast.expr | None, positional: bool, source: Source) -> Parameter:
+def parameter_from(
+    node: ast.arg, default: ast.expr | None, positional: bool, module: str, comments: dict[int, str]
+) -> Parameter:
     "The Parameter of one argument of a function."
-    parts = alternatives(node.annotation) if node.annotation is not None else [ast.Name("str")]
-    choices = tuple(value for part in parts for value in literal_values(part, source.module))
+    value = value_of(default, module)
+    parts = alternatives(node.annotation or ast.Name(type(value).__name__ if value not in (None, REQUIRED) else "str"))
+    choices = tuple(value for part in parts for value in literal_values(part, module))
     kinds = tuple(dict.fromkeys(kind for part in parts if (kind := kind_of(part))))
-    comment = comment_of(node, source) or (source.comments.get(default.end_lineno, "") if default is not None else "")
-    value = value_of(default, source.module)
-    return Parameter(
-        node.arg, kinds or (("str",) if choices else ()), choices, value, comment, positional, item_kind(parts)
-    )
+    comment = comments.get((default or node).end_lineno, "")
+    kinds = kinds or (("str",) if choices else ())
+    items = type(value[0]).__name__ if isinstance(value, (tuple, list)) and value else item_kind(parts)
+    return Parameter(node.arg, kinds, choices, value, comment, positional, items)
 
-# %% ../../nbs/commands/signatures.ipynb #c1d0e6e1
+# %% ../../nbs/commands/signatures.ipynb #11d7400c
 def function_node(path: str) -> tuple[ast.FunctionDef, str]:
     "The definition of a function or method by its dotted path, and the module that it stands in. OptionError."
     module, names = split_path(path)
@@ -171,17 +176,17 @@ def function_node(path: str) -> tuple[ast.FunctionDef, str]:
         raise OptionError(f"{path!r} is no function of this package")
     return found
 
-# %% ../../nbs/commands/signatures.ipynb #73407cfa
+# %% ../../nbs/commands/signatures.ipynb #27894f6f
 @cache
 def parameters_of(path: str) -> tuple[Parameter, ...]:
     "The parameters of a function of this package by its dotted path, without self, cls, *args and **kwargs."
     node, module = function_node(path)
-    arguments, source = node.args, source_of(module)
+    arguments, comments = node.args, comments_of(node, source_of(module))
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
     pairs = [(argument, default, True) for argument, default in zip(positional, defaults)]
     pairs += [(argument, default, False) for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults)]
-    return tuple(parameter_from(*pair, source) for pair in pairs if pair[0].arg not in ("self", "cls"))
+    return tuple(parameter_from(*pair, module, comments) for pair in pairs if pair[0].arg not in ("self", "cls"))
 
 
 def docstring_of(path: str) -> str:

@@ -318,6 +318,14 @@ def assemble(design: Design, genes: pd.DataFrame, obs: pd.DataFrame, activity, r
     }
     return adata
 
+# %% ../../nbs/data/cells.ipynb #79b6a070
+def type_names(cell_types: int | Sequence[str]) -> tuple[str, ...]:
+    "The names of the cell types: type1, type2, ... where a number is given. OptionError for none, or a name twice."
+    names = [f"type{i + 1}" for i in range(cell_types)] if isinstance(cell_types, int) else list(map(str, cell_types))
+    if not names or len(set(names)) < len(names):
+        raise OptionError(f"cell_types={cell_types!r}: give at least one, each name once")
+    return tuple(names)
+
 # %% ../../nbs/data/cells.ipynb #4c2fdb64
 def simulate_cells(
     n_cells: int = 2000,
@@ -352,33 +360,8 @@ def simulate_cells(
     uns["truth"]: regulators, targets, parameters, type I batch effects, ceiling (accuracy, expected_accuracy, auroc).
     The same arguments give the same cells. OptionError: numbers that make no cells.
     """
-    names = [f"type{i + 1}" for i in range(cell_types)] if isinstance(cell_types, int) else list(map(str, cell_types))
-    if not names or len(set(names)) < len(names):
-        raise OptionError(f"cell_types={cell_types!r}: give at least one, each name once")
-    design = Design(
-        n_cells,
-        n_genes,
-        tuple(names),
-        donors,
-        batches,
-        case_fraction,
-        paired,
-        penetrance,
-        contrast,
-        regulators,
-        targets,
-        target_effect,
-        programme_size,
-        programme_effect,
-        donor_sd,
-        batch_scale_sd,
-        batch_shift,
-        batch_gene_sd,
-        depth,
-        depth_sd,
-        dispersion,
-        seed,
-    ).check()
+    parameters = dict(locals())  # each is a field of the design
+    design = Design(**{**parameters, "cell_types": type_names(cell_types)}).check()
     genes, by_type = simulate_genes(design)
     obs, activity = simulate_obs(design)
     rates = draw_rates(design, genes, by_type, obs)

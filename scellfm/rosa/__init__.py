@@ -2,9 +2,14 @@
 from scellfm import _lazy
 
 __getattr__, __dir__, __all__ = _lazy(__name__, {
-    "Enformer": "enformer",
+    "Enformer": "enformer", "embed_genes": "embedding", "embed_bins": "embedding",
+    "KmerEncoder": "encoders", "BorzoiEncoder": "encoders",
+    "variant_effect": "effects", "variant_vectors": "effects", "VariantEffects": "effects",
+    "mutagenesis": "in_silico", "Mutagenesis": "in_silico",
     "encode": "sequence", "decode": "sequence", "reverse_complement": "sequence", "one_hot": "sequence",
     "Genome": "genome", "Interval": "intervals",
     "Annotation": "annotation", "read_annotation": "annotation",
+    "Variants": "vcf", "read_variants": "vcf",
+    "pair_with_windows": "variants", "allele_codes": "variants", "personal_codes": "variants",
     "Windows": "windows", "tss_windows": "windows", "start_table": "windows",
 })

@@ -17,14 +17,15 @@ import numpy as np
 
 from ..assets.files import usable
 from ..core import DataError, OptionError, one_of, optional, warn
+from .blockgzip import open_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
 __all__ = ['STABLE', 'COLUMNS', 'MARKS', 'ALIASES', 'NUMBERS', 'without_version', 'Annotation', 'mark_canonical', 'annotation_of',
-           'open_text', 'good_lines', 'wrong_place', 'wrong_gtf', 'gtf_rows', 'joined_exons', 'transcripts_of',
-           'read_gtf', 'wrong_bed', 'read_bed', 'named_columns', 'annotation_table', 'read_annotation', 'read_table']
+           'good_lines', 'wrong_place', 'wrong_gtf', 'gtf_rows', 'joined_exons', 'transcripts_of', 'read_gtf',
+           'wrong_bed', 'read_bed', 'named_columns', 'annotation_table', 'read_annotation', 'read_table']
 
 # %% ../../nbs/rosa/annotation.ipynb #a5463396
 STABLE = re.compile(r"^(ENS[A-Z]*\d+)\.\d+(_PAR_Y)?$")
@@ -175,13 +176,6 @@ def _completed(table: pd.DataFrame) -> pd.DataFrame:
     return table.astype(dict.fromkeys(whole, "int64") | dict.fromkeys(("chrom", "strand", "symbol"), str))
 
 # %% ../../nbs/rosa/annotation.ipynb #b9449750
-def open_text(path: Path):
-    "A file opened for reading bytes, unpacked where it is gzip."
-    with open(path, "rb") as file:
-        zipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if zipped else open(path, "rb")
-
-
 def good_lines(path: Path, check, kind: str, counts: Counter):
     """
     Yield the fields (bytes, split at tabs) of each line for which `check(fields)` returns no complaint.
@@ -279,7 +273,9 @@ def transcripts_of(rows: pd.DataFrame) -> pd.DataFrame:
     columns = {"gene": table["gene_id"], "transcript": table["transcript_id"], "chrom": table["seqname"]}
     columns |= {"strand": table["strand"].fillna("."), "start": table["start"].astype("int64") - 1}
     columns |= {"end": table["end"].astype("int64"), "biotype": biotype.where(biotype != "", of_gene)}
-    columns |= {"symbol": table["gene_name"].where(table["gene_name"] != "", table["gene_id"]), "tag": table["tag"]}
+    names = genes.drop_duplicates("gene_id").set_index("gene_id")["gene_name"].to_dict()
+    named = table["gene_name"].where(table["gene_name"] != "", table["gene_id"].map(names).fillna(""))
+    columns |= {"symbol": named.where(named != "", table["gene_id"]), "tag": table["tag"]}
     result = pd.DataFrame(columns)
     extent = genes.drop_duplicates(["gene_id", "seqname"]).set_index(["gene_id", "seqname"])
     keys = pd.MultiIndex.from_arrays([table["gene_id"], table["seqname"]])
@@ -377,7 +373,7 @@ def annotation_table(table: pd.DataFrame, source: str = "the table", one_based: 
         wrong = (numbers.isna() | (numbers < one_based) | (numbers >= 1e11) | (numbers % 1 != 0)).to_numpy()
         if wrong.any():
             at = int(wrong.argmax())
-            raise DataError(f"{source}: {name}={table[name].iloc[at]!r} of gene {table['gene'].iloc[at]!r} is no place")
+            raise DataError(f"{source}: {name}={table[name].iloc[at]} of gene {table['gene'].iloc[at]!r} is no place")
         table[name] = numbers.astype("int64") - (one_based and name in ("tss", "start", "gene_start"))
     if table[["gene", "chrom"]].isna().any(axis=None):
         raise DataError(f"{source} has rows without a gene or a chromosome; leave them out")

@@ -5,7 +5,6 @@
 # %% ../../nbs/rosa/genome.ipynb #e27d13cf
 from __future__ import annotations
 
-import gzip
 import os
 from collections.abc import Iterable
 from functools import cached_property
@@ -18,13 +17,13 @@ import numpy as np
 from ..assets.files import usable
 from ..assets.hub import cache_folder
 from ..core import AssetError, DataError, StoreError, logger, optional
-from .blockgzip import BlockFile
+from .blockgzip import BlockFile, is_zipped, open_text
 from .sequence import encode, reverse_complement_letters
 from ..store import atomic_write, fingerprint, sha256
 
 # %% auto #0
-__all__ = ['Record', 'index_lines', 'read_index', 'write_index', 'make_index', 'is_zipped', 'find_index', 'other_name',
-           'same_contig', 'PlainFile', 'check_record', 'Genome', 'interval_codes']
+__all__ = ['Record', 'index_lines', 'read_index', 'write_index', 'make_index', 'find_index', 'other_name', 'same_contig',
+           'PlainFile', 'check_record', 'Genome', 'interval_codes']
 
 # %% ../../nbs/rosa/genome.ipynb #b1d38916
 class Record(NamedTuple):
@@ -94,7 +93,7 @@ def write_index(index: dict[str, Record], path: str | Path) -> None:
 def make_index(path: Path) -> dict[str, Record]:
     "The index of a FASTA file, plain (by pyfaidx) or bgzip."
     if is_zipped(path):
-        with gzip.open(path, "rb") as lines:
+        with open_text(path) as lines:
             return index_lines(lines, path)
     pyfaidx = optional("pyfaidx", "sequence")
     with TemporaryDirectory() as folder:
@@ -104,12 +103,6 @@ def make_index(path: Path) -> dict[str, Record]:
         except (pyfaidx.FastaIndexingError, ValueError, OSError) as error:
             raise AssetError(f"{path} cannot be read as a FASTA file: {error}") from error
         return read_index(place)
-
-
-def is_zipped(path: Path) -> bool:
-    "True for a file that begins as gzip does."
-    with open(path, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
 
 
 def find_index(path: Path) -> dict[str, Record]:

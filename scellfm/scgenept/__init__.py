@@ -2,8 +2,10 @@
 from scellfm import _lazy
 
 __getattr__, __dir__, __all__ = _lazy(__name__, {
+    "PerturbationData": "perturbseq",
     "perturbation_of": "conditions", "published_label": "conditions",
     "PerturbationSplit": "splits", "split_conditions": "splits", "custom_split": "splits",
+    "family_split": "families", "similarity_split": "families", "similarity_families": "families",
     "leakage_of": "leakage",
     "perturbation_baselines": "baselines", "PerturbationBaselines": "baselines",
     "ScGenePTModel": "model",

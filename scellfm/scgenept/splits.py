@@ -188,8 +188,8 @@ def later_rule(labels: list[str], kind: str, version: str, go_genes: Iterable[st
     if lost and kind != "no_split":
         n_lost = len(_touching(labels, lost))
         warn(
-            f"GEARS 0.1.x leaves out the {n_lost} labels with {', '.join(lost[:5])} before it splits, and so gives "
-            f"another {kind!r} split; this one is of version 0.0.2, on all {len(labels)} labels, as published"
+            f"GEARS 0.1.x leaves out the {n_lost} label{'s' * (n_lost > 1)} with {', '.join(lost[:5])} and so "
+            f"gives another {kind!r} split; this one is of version 0.0.2, on all {len(labels)} labels, as published"
         )
     elif kind == "no_test":
         warn("GEARS 0.1.x draws the validation set of 'no_test' from all perturbations; version 0.0.2 from pairs only")

@@ -15,23 +15,16 @@ import torch.nn.functional as F
 
 from ..assets import find, read_dictionary
 from ..core import check_number, keyed_seed, warn
+from ..crossfit.check import check_overfit, fewer_epochs, freeze_more, hold_out_donors, untried
+from ..crossfit.evidence import Evidence, evidence_of, write_record
+from ..crossfit.labels import check_class_folds, classes_of, predicted_classes, write_predictions
+from ..crossfit.membership import TrainedOn, resolve_folds, warn_of_trained
+from ..crossfit.predictions import cross_fit, predict_held_out
 from ..data.reading import count_matrix, read
-from ..data.splits import Folds, Split, check_leakage, check_split, column_of
+from ..data.splits import Folds, Split, check_split, column_of
 from .checkpoint import ScGPTCheckpoint
 from .embedding import ScGPTReader
-from .training import HiddenGenes, binned_cells, by_name, class_probabilities, label_scores, learner
-from scellfm.scores.classifiers import (
-    Judged,
-    calls,
-    check_cells,
-    judgement_of,
-    load_known,
-    save_known,
-    warn_of_seen,
-    write_calls,
-    write_record,
-)
-from ..scores.heldout import Gathered, KnownCells, check_folds, classes_of, judge
+from .training import HiddenGenes, binned_cells, class_probabilities, label_scores, learner
 from ..store import fingerprint
 from ..training import fit
 
@@ -58,56 +51,49 @@ def freeze(model, n: int) -> None:
 
 # %% ../../nbs/scgpt/annotation.ipynb #3efe3c0d
 @dataclass(repr=False)
-class CellAnnotator(Judged):
-    "Fine-tuned models, one per fold, with what they were judged by (see `Judged`)."
+class CellAnnotator(Evidence):
+    "Fine-tuned models, one per fold, with what they were judged by (see `Evidence`)."
 
     models: list[ScGPTReader]
     label: str
     classes: np.ndarray
-    known: KnownCells
+    trained_on: TrainedOn  # the cells that each model was trained on
 
     def __repr__(self) -> str:
-        return f"CellAnnotator({self.label!r}: {', '.join(map(str, self.classes))}; {len(self.models)} model(s), {self.models[0]!r}{self.learned})"
+        classes = ", ".join(map(str, self.classes))
+        return (
+            f"CellAnnotator({self.label!r}: {classes}; {len(self.models)} model(s), {self.models[0]!r}{self.learned})"
+        )
 
     def probabilities(
         self, adata, *, layer: str | None = None, column=None, mapping=None, symbols=None
     ) -> pd.DataFrame:
-        "Class probabilities [cells, classes] from the fold that has not seen a cell, else the mean; NaN without a known gene."
-        fold = self.known.fold_of(adata.obs_names)
-        warn_of_seen(fold)
+        """Class probabilities [cells, classes] from the fold that has not seen a cell, else the mean of all folds.
+
+        NaN for a cell without a known gene.
+        """
+        fold = self.trained_on.fold_of(adata.obs_names)
+        warn_of_trained(fold)
         index = self.models[0].match(adata, column=column, mapping=mapping, symbols=symbols).index
-        gathered = Gathered(adata.n_obs, len(self.classes))
-        for k, model in enumerate(self.models):
-            rows = np.flatnonzero((fold == k) | (fold < 0))
-            if len(rows):
-                gathered.add(
-                    rows,
-                    class_probabilities(
-                        model,
-                        adata[rows],
-                        index,
-                        layer=layer,
-                        max_length=self.settings["max_length"],
-                        seed=self.settings["seed"],
-                    ),
-                    False,
-                )
-        return pd.DataFrame(gathered.of(False)[1], index=adata.obs_names, columns=self.classes)
+        how = dict(layer=layer, max_length=self.settings["max_length"], seed=self.settings["seed"])
+
+        def predict(model, rows):
+            return class_probabilities(model, adata[rows], index, **how)
+
+        values = predict_held_out(self.models, fold, predict, n_outputs=len(self.classes)).held_out()[1]
+        return pd.DataFrame(values, index=adata.obs_names, columns=self.classes)
 
     def predict(self, adata, *, layer: str | None = None, column=None, mapping=None, symbols=None, copy: bool = False):
         "Writes obs['{label}_predicted'] (categorical), obs['{label}_confidence'] (its probability), settings in uns."
         table = self.probabilities(adata, layer=layer, column=column, mapping=mapping, symbols=symbols)
-        adata, known = adata.to_memory(copy=True) if copy else adata, table.notna().all(axis=1).to_numpy()
-        write_calls(
-            adata,
-            np.flatnonzero(known),
-            calls(table[known], self.label),
-            {"model": repr(self), "counts": "X" if layer is None else layer},
-        )
+        adata = adata.to_memory(copy=True) if copy else adata
+        known = table.notna().all(axis=1).to_numpy()
+        parameters = {"model": repr(self), "counts": "X" if layer is None else layer}
+        write_predictions(adata, np.flatnonzero(known), predicted_classes(table[known], self.label), parameters)
         return adata if copy else None
 
     def save_pretrained(self, folder: str | Path) -> None:
-        "One folder per fold in the original's layout, who has seen whom, and annotator.json."
+        "One folder per fold in the original's layout, the cells trained on, and annotator.json."
         save_annotator(self, Path(folder))
 
     @classmethod
@@ -123,14 +109,14 @@ def save_annotator(annotator: CellAnnotator, folder: Path) -> None:
     "See `CellAnnotator.save_pretrained`."
     for k, model in enumerate(annotator.models):
         model.save_pretrained(folder / f"fold{k}")
-    save_known(folder, annotator.known)
+    annotator.trained_on.save(folder)
     write_record(
         folder / RECORD,
         {
             "label": annotator.label,
             "classes": list(map(str, annotator.classes)),
             "folds": len(annotator.models),
-            **annotator.judgement(),
+            **annotator.evidence_record(),
         },
     )
 
@@ -142,34 +128,23 @@ def load_annotator(folder: Path, device, dtype) -> CellAnnotator:
         ScGPTReader.from_pretrained(folder / f"fold{k}", device=device, dtype=dtype) for k in range(record["folds"])
     ]
     return CellAnnotator(
-        models, record["label"], np.array(record["classes"]), load_known(folder), **judgement_of(record)
+        models, record["label"], np.array(record["classes"]), TrainedOn.load(folder), **evidence_of(record)
     )
 
 # %% ../../nbs/scgpt/annotation.ipynb #e5d5003a
 def folds_of(adata, lengths: np.ndarray, split) -> tuple[list[Split], np.ndarray | None]:
     "The folds without cells that have no known gene, in the order of names, and the donors (or None). DataError."
-    check_cells(adata.obs_names, split, adata.n_obs)
     full = lengths > 1
+    parts, groups = resolve_folds(split, adata.obs, rows_of=lambda rows: rows[full[rows]])
     if not full.all():
         warn(f"{(~full).sum():,} of {adata.n_obs:,} cells have no gene that the model knows and are left out")
-    groups = column_of(adata.obs, split.by, "split.by") if split.by else None
-    parts = []
-    for one in split.folds():
-        check_leakage(one, np.arange(adata.n_obs) if groups is None else groups)
-        rows = (by_name(which[full[which]], adata.obs_names) for which in (one.train, one.valid, one.test))
-        parts.append(Split(*rows, one.by, one.n))
     return parts, groups
 
 # %% ../../nbs/scgpt/annotation.ipynb #1094ff01
 def advice_for(by: str | None, epochs: int, freeze_layers: int, n_layers: int) -> list[str]:
     "The remedies against overfitting that these settings leave untried."
-    more = min(n_layers, freeze_layers + max(1, n_layers // 3))
-    remedies = [
-        (by is None, "hold out whole donors: split=folds(adata, by='donor')"),
-        (epochs > 1, f"train for fewer epochs (epochs={max(1, epochs // 2)} instead of {epochs})"),
-        (freeze_layers < n_layers, f"freeze more layers (freeze_layers={more} of {n_layers}, not {freeze_layers})"),
-    ]
-    return [text for untried, text in remedies if untried]
+    fewest = max(1, epochs // 2)
+    return untried([hold_out_donors(by), fewer_epochs(epochs, fewest), freeze_more(freeze_layers, n_layers)])
 
 # %% ../../nbs/scgpt/annotation.ipynb #7034e8fb
 def finetune(
@@ -178,19 +153,19 @@ def finetune(
     label: str,  # column of obs
     *,
     split: Split | Folds,  # scellfm.data.folds(adata, by="donor") or hold_out(...)
-    epochs: int = 10,
-    freeze_layers: int = 0,
-    learning_rate: float = 1e-4,
-    batch_size: int = 32,
-    weight_decay: float = 0.0,
-    max_length: int = 1200,
-    seed: int = 0,
-    layer: str | None = None,
+    epochs: int = 10,  # passes over the training rows
+    freeze_layers: int = 0,  # lowest layers that stay as they are
+    learning_rate: float = 1e-4,  # largest step size
+    batch_size: int = 32,  # rows of one step
+    weight_decay: float = 0.0,  # decay of matrices
+    max_length: int = 1200,  # most tokens of a cell
+    seed: int = 0,  # seed of every random draw
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
     column: str | None = None,  # how genes are named, with mapping and symbols: see ScGPT.embed
-    mapping=None,
-    symbols=None,
+    mapping: dict | None = None,  # {alias or id: symbol} of genes
+    symbols: dict | None = None,  # {symbol: Ensembl id} of genes
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals
-    folder=None,  # checkpoints lie here, and the same call goes on from them
+    folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
     **recipe,  # further fields of scellfm.training.Recipe: stop="valid_loss", patience, schedule, ...
 ) -> CellAnnotator:
     "Fine-tune one annotator per fold; judge it on the cells held out, beside simple methods. DataError, OptionError."
@@ -201,44 +176,29 @@ def finetune(
         gpt, adata, layer=layer, names=dict(column=column, mapping=mapping, symbols=symbols), seed=seed
     )
     parts, groups = folds_of(adata, cells.lengths, split)
-    check_folds(parts, classes, codes, label)
-    options = dict(
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        weight_decay=weight_decay,
-        seed=seed,
-        **recipe,
-    )
-    settings = {
-        "label": label,
-        "held_out_by": split.by,
-        "folds": len(parts),
-        "freeze_layers": freeze_layers,
-        "max_length": max_length,
-    } | options
+    check_class_folds(parts, classes, codes, label)
+    options = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, weight_decay=weight_decay)
+    options |= {"seed": seed, **recipe}
+    settings = {"label": label, "held_out_by": split.by, "folds": len(parts)}
+    settings |= {"freeze_layers": freeze_layers, "max_length": max_length, **options}
     hiding = HiddenGenes(gpt, cells, adata.obs_names, shares=(0.0,), max_length=max_length, seed=seed, codes=codes)
-    models, histories, values = [], [], []
-    for k, part in enumerate(parts):
+
+    def train(part, k):
         place = None if folder is None else Path(folder) / f"fold{k}"
-        model = train_fold(gpt, hiding, part, k, classes.tolist(), freeze_layers, place, options)
-        values.append(class_probabilities(model, adata, index, layer=layer, max_length=max_length, seed=seed))
-        models.append(model)
-        histories.append(model.history)
-    scores = label_scores(values, parts, count_matrix(adata, layer), codes, classes, groups, n_boot, settings)
-    verdict = judge(scores, advice_for(split.by, epochs, freeze_layers, gpt.model.config.n_layers))
-    if verdict.overfitted:
-        warn(str(verdict))
-    return CellAnnotator(
-        models,
-        label,
-        classes,
-        KnownCells.of(adata.obs_names, parts),
-        scores=scores,
-        histories=histories,
-        verdict=verdict,
-        settings=settings,
-    )
+        return train_fold(gpt, hiding, part, k, classes.tolist(), freeze_layers, place, options)
+
+    def predict(model, part):
+        values = class_probabilities(model, adata, index, layer=layer, max_length=max_length, seed=seed)
+        return values[part.test], values[part.train]
+
+    models, own = cross_fit(parts, train, predict, n_rows=adata.n_obs)
+    scores = label_scores(own, parts, count_matrix(adata, layer), codes, classes, groups, n_boot, settings)
+    check = check_overfit(scores, advice_for(split.by, epochs, freeze_layers, gpt.model.config.n_layers))
+    if check.overfitted:
+        warn(str(check))
+    evidence = dict(scores=scores, histories=[model.history for model in models], overfit_check=check)
+    trained_on = TrainedOn.of(adata.obs_names, parts)
+    return CellAnnotator(models, label, classes, trained_on, **evidence, settings=settings)
 
 
 def train_fold(

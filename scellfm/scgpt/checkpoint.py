@@ -62,13 +62,13 @@ class ScGPTCheckpoint:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | Path,
+        path_or_hub_id: str | Path,  # folder in the original's layout, or a hub id
         *,
-        subfolder=None,
-        revision=None,
-        local_files_only=False,
-        device="auto",
-        dtype="float32",
+        subfolder: str | None = None,  # the model's folder inside the repository
+        revision: str | None = None,  # commit of the hub repository
+        local_files_only: bool = False,  # never ask the hub
+        device: str = "auto",  # auto, cpu, cuda or mps
+        dtype: str = "float32",  # float32 or bfloat16
     ) -> Self:
         """Load a checkpoint folder in the original's layout; `load_report` says what became of each tensor.
         AssetError otherwise."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,10 +16,11 @@ import torch.nn.functional as F
 
 from .. import inference
 from ..core import DataError, one_of, warn
-from ..data.reading import counts_of, read
+from ..data.reading import count_blocks, counts_of, read
 from .checkpoint import ScGPTCheckpoint
 from .model import POOLS, pool_cells
 from .tokenizer import BinnedCells, survey, tokenize
+from ..store import Store, each_block, fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['default_budget', 'planned', 'in_order', 'tell', 'opened', 'columns_of', 'make_batch', 'cell_vectors', 'over_cells',
-           'embed', 'gene_embeddings', 'AttentionMap', 'attention', 'ScGPTReader']
+           'open_store', 'embed', 'gene_embeddings', 'AttentionMap', 'attention', 'ScGPTReader']
 
 # %% ../../nbs/scgpt/embedding.ipynb #f6c69e58
 def default_budget(device: torch.device) -> int:
@@ -133,9 +135,12 @@ def over_cells(
     how: dict,
     token_budget=None,
     desc: str = "embedding",
-):
+    store: Store | None = None,
+) -> tuple[np.ndarray, dict, list]:
     """`function`(genes, values, mask) of every cell in batches: rows [cells, width] (float32, NaN for empty cells),
-    how many cells were empty, constant, over-long, and the record of batches that were too large."""
+    how many cells were empty, constant, over-long, and the record of batches that were too large. `store` keeps the
+    rows of finished blocks of cells, to resume."""
+    token_budget = default_budget(gpt.device) if token_budget is None else token_budget
     rows = np.full((len(obs_names), width), np.nan, dtype=np.float32)
     seen, record = {"n_empty": 0, "n_constant": 0, "n_overlong": 0}, []
     for start, cells in tokenize(
@@ -148,49 +153,74 @@ def over_cells(
         cls_value=gpt.model.config.pad_value,
         **how,
     ):
-        make, what = make_batch(gpt, cells), f"{desc} cells {start:,} to {start + len(cells):,}"
-        plan = (
-            in_order(make, function, cells)
-            if how.get("original")
-            else planned(
-                make,
-                function,
-                cells,
-                token_budget=default_budget(gpt.device) if token_budget is None else token_budget,
-                desc=what,
-                record=record,
-            )
-        )
-        for positions, values in plan:
-            rows[start + positions] = values
+        what = f"{desc} cells {start:,} to {start + len(cells):,}"
+
+        def compute(block):
+            found, make = np.full((len(block), width), np.nan, dtype=np.float32), make_batch(gpt, cells)
+            options = dict(token_budget=token_budget, desc=what, record=record)
+            original = how.get("original")
+            plan = in_order(make, function, cells) if original else planned(make, function, cells, **options)
+            for positions, values in plan:
+                found[positions] = values
+            return found
+
+        block, name = np.arange(start, start + len(cells)), f"cells-{start:09d}"
+        for here, found, _ in each_block(store, [block], compute, name=name, record=record):
+            rows[here] = found["rows"]
         seen = {name: seen[name] + cells.report[name] for name in seen}
     return rows, seen, record
 
 # %% ../../nbs/scgpt/embedding.ipynb #3d2ff024
+def open_store(
+    folder: str | Path | None,
+    gpt: ScGPTCheckpoint,
+    source,
+    obs_names,
+    index: np.ndarray,
+    *,
+    pool: str,
+    layer: str | None,
+    how: dict,
+    token_budget: int | None,
+):
+    "The store of embeddings, bound to weights, counts and names of the cells, known genes and settings; or no store."
+    if folder is None:
+        return nullcontext()
+    counts = [fingerprint(block) for _, block in count_blocks(source, layer)]
+    inputs = {
+        "weights": fingerprint(dict(gpt.model.state_dict())),
+        "cells": fingerprint(np.asarray(obs_names).astype(str), counts),
+        "genes": fingerprint(np.asarray(index)),
+    }
+    return Store(folder, inputs, {"pool": pool, "n_bins": gpt.n_bins, "token_budget": token_budget} | how)
+
+
 def embed(
     gpt: ScGPTCheckpoint,
     adata: AnnData | str | Path,
     *,
-    pool="cls",
-    layer=None,
-    column=None,
-    mapping=None,
-    symbols=None,
-    max_length=1200,
-    overlong="sample",
-    seed=0,
-    original=False,
-    token_budget=None,
-    key_added="X_scGPT",
-    copy=False,
+    pool: str = "cls",  # cls, mean or weighted
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    column: str | None = None,  # column of var that names the genes
+    mapping: dict | None = None,  # {alias or id: symbol} of genes
+    symbols: dict | None = None,  # {symbol: Ensembl id} of genes
+    max_length: int = 1200,  # most tokens of a cell
+    overlong: str = "sample",  # genes of a longer cell: sample or top
+    seed: int = 0,  # seed of every random draw
+    original: bool = False,  # the original's own embedding, with its faults
+    token_budget: int | None = None,  # tokens of one batch, padding included; what suits the device where none is given
+    folder: str | Path | None = None,  # keeps what is finished, so that the same call goes on where it stopped
+    key_added: str = "X_scGPT",  # name of the vectors in obsm
+    copy: bool = False,  # return a copy, and leave the data as they are
 ) -> AnnData | None:
     """Embed cells: obsm[key_added] [cells, d] (float32, length 1; NaN for cells without a known gene) and uns.
 
     Returns None, or with copy=True the copy; for the path of a file an AnnData with its obs, var and the embedding.
     pool: 'cls', 'mean', 'weighted'. layer: the counts, raw or log-normalised (None: X). column, mapping {id or
     alias: symbol}, symbols {symbol: Ensembl id}: how genes are named. overlong: 'sample' or 'top'. original=True:
-    the original's random stream after np.random.seed(seed), its batches and its pooling over padding. DataError:
-    negative or missing values, no known gene."""
+    the original's random stream after np.random.seed(seed), its batches and its pooling over padding. folder:
+    keeps what is finished, so that a run that was stopped goes on; StoreError for other cells, weights or settings.
+    DataError: negative or missing values, no known gene."""
     how = dict(max_length=max_length, overlong=overlong, seed=seed, original=original)
     one_of("pool", pool, POOLS)
     result, source = opened(adata)
@@ -202,17 +232,12 @@ def embed(
     def one_batch(genes, values, mask):
         return cell_vectors(gpt, genes, values, mask, pool, original).cpu().numpy()
 
-    vectors, seen, record = over_cells(
-        gpt,
-        source,
-        result.obs_names,
-        match.index,
-        one_batch,
-        gpt.model.config.d_model,
-        layer=layer,
-        how=how,
-        token_budget=token_budget,
-    )
+    where = (gpt, source, result.obs_names, match.index)
+    options = dict(layer=layer, how=how, token_budget=token_budget)
+    with open_store(folder, *where, pool=pool, **options) as store:
+        vectors, seen, record = over_cells(*where, one_batch, gpt.model.config.d_model, store=store, **options)
+        if store is not None and not store.finished:
+            store.finish()
     tell(seen, result.n_obs, max_length, overlong, key_added)
     result.obsm[key_added] = vectors
     settings = {

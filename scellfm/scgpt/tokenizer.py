@@ -15,7 +15,7 @@ from scipy import sparse
 
 from ..core import DataError, OptionError, one_of
 from ..data.reading import CountFaults, count_blocks
-from ..inference import pad
+from ..inference import Sequences
 from .binning import KeyedDraws, OriginalDraws, bin_values
 from .vocabulary import Vocabulary
 
@@ -98,13 +98,14 @@ class BinnedCells:
         "Tokens per cell, <cls> included."
         return np.diff(self.offsets)
 
+    @property
+    def blocks(self) -> list[tuple[tuple[np.ndarray, np.ndarray], np.ndarray]]:
+        "Genes and values side by side with the offsets of the cells, as `inference.Sequences` reads them."
+        return [((self.genes, self.values), self.offsets)]
+
     def batch(self, positions, pad_id: int, pad_value: float = -2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "Genes [b, L] (int64), values [b, L] (float32) and the mask of real tokens [b, L] (bool) of some cells."
-        cells = [self[int(i)] for i in positions]
-        genes, mask = pad([g for g, _ in cells], pad_id)
-        values = torch.full(mask.shape, float(pad_value))
-        values[mask] = torch.from_numpy(np.concatenate([v for _, v in cells]))
-        return genes, values, mask
+        return Sequences(self).batch(positions, pad_id, pad_value=pad_value)
 
 # %% ../../nbs/scgpt/tokenizer.ipynb #c9389ef0
 def gene_columns(index: np.ndarray, original: bool = False) -> tuple[np.ndarray, sparse.csr_matrix]:

@@ -15,14 +15,19 @@ import torch
 import torch.nn.functional as F
 
 from ..assets import load_state
+from ..baselines import count_classifiers
 from ..core import DataError, OptionError, keyed_generator, keyed_seed, warn
+from ..crossfit.baselines import baseline_predictions
+from ..crossfit.labels import check_class_folds, classes_of
+from ..crossfit.membership import by_name
+from ..crossfit.predictions import FoldPredictions
+from ..crossfit.tables import class_score_table, row_names
 from ..data.reading import count_matrix, read
 from ..data.splits import Split, check_leakage, check_split, column_of, hold_out
 from .checkpoint import ScGPTCheckpoint
 from .embedding import over_cells
 from .model import ScGPTModel
 from .tokenizer import BinnedCells, survey, tokenize
-from ..scores.heldout import Gathered, baseline_probabilities, check_folds, classes_of, row_names, score_table
 from ..scores.table import Scores
 from ..store import fingerprint
 from ..training import Rows, fit
@@ -33,7 +38,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['PARTS', 'MODEL', 'learner', 'with_head', 'start_at_mean', 'binned_cells', 'HiddenGenes', 'check_shares',
            'pretraining_loss', 'mean_parts', 'known_values', 'guessers', 'class_probabilities', 'label_scores',
-           'learning_cells', 'by_name', 'report_losses', 'continue_pretraining']
+           'learning_cells', 'report_losses', 'continue_pretraining']
 
 # %% ../../nbs/scgpt/training.ipynb #8812c123
 def learner(gpt: ScGPTCheckpoint, classes: list[str], seed: int, decoders: bool = True) -> ScGPTCheckpoint:
@@ -163,7 +168,7 @@ PARTS = ("hidden_gene_mse", "from_cell_mse", "label_loss")
 
 
 def pretraining_loss(model: ScGPTModel, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    "Sums and numbers of terms of the parts: squared errors from place and from cell, cross-entropy of the class if known."
+    "Sums and numbers of terms of the parts: squared errors from place and from cell, cross-entropy of a known class."
     vectors, hidden = model.encoder(batch["genes"]), batch["hidden"]
     states = model.transformer_encoder(model.inputs(vectors, batch["values"]), batch["mask"])
     guesses = model.decoder(states[hidden])[0], model.mvc_decoder(states[:, 0], vectors)[0][hidden]
@@ -246,16 +251,13 @@ MODEL = "scGPT"
 
 
 def label_scores(
-    values: list[np.ndarray], parts: list[Split], counts, codes, classes, groups, n_boot: int, settings
+    own: FoldPredictions, parts: list[Split], counts, codes, classes, groups, n_boot: int, settings: dict
 ) -> Scores:
-    "The table of held-out classes: probabilities [cells, classes] of each fold's model, beside simple methods."
-    own = Gathered(len(codes), len(classes))
-    for table, part in zip(values, parts):
-        for rows, seen in ((part.test, False), (part.train, True)):
-            own.add(rows, table[rows], seen)
-    simple = baseline_probabilities(counts, codes, parts, len(classes), settings["seed"])
-    return score_table(
-        own, simple, codes, classes, groups, model=MODEL, n_boot=n_boot, seed=settings["seed"], origin=settings
+    "The table of held-out classes: probabilities [cells, classes] of the folds' models, beside simple methods."
+    seed = settings["seed"]
+    simple = baseline_predictions(count_classifiers(seed), counts, codes, parts, n_classes=len(classes))
+    return class_score_table(
+        own, simple, codes, classes, groups, model=MODEL, n_boot=n_boot, seed=seed, origin=settings
     )
 
 # %% ../../nbs/scgpt/training.ipynb #69dfed02
@@ -283,11 +285,6 @@ def learning_cells(adata, cells: BinnedCells, split: Split | None, held_out: flo
         warn(f"{(~full).sum():,} of {adata.n_obs:,} cells have no gene that the model knows and are left out")
     return Split(parts[0], nobody, parts[1], split.by, split.n)
 
-
-def by_name(rows: np.ndarray, names) -> np.ndarray:
-    "Positions in the order of the cells' names, so that training does not depend on how a file is sorted."
-    return rows[np.argsort(np.asarray(names)[rows].astype(str), kind="stable")]
-
 # %% ../../nbs/scgpt/training.ipynb #5d8fc8e5
 def report_losses(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, batch_size: int) -> None:
     "Set model.losses and the baselines of its history; warn where the network guesses no better than gene means."
@@ -306,8 +303,8 @@ def report_losses(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, batc
     own, gene_means = next(iter(found.values()))[0], simple["gene means"][0]
     if own >= gene_means:
         warn(
-            f"hidden values are missed by {own:.1f} squared bins, and by {gene_means:.1f} when each gene's mean is guessed: "
-            "the model has learned no more than that; train longer, on more cells, or at another learning_rate"
+            f"hidden values are missed by {own:.1f} squared bins, and by {gene_means:.1f} when each gene's mean is "
+            "guessed: the model has learned no more than that; train longer, on more cells, or at another learning_rate"
         )
 
 # %% ../../nbs/scgpt/training.ipynb #e01d1a6e
@@ -352,7 +349,7 @@ def continue_pretraining(
     groups = column_of(adata.obs, part.by, "split.by") if part.by else None
     check_leakage(part, np.arange(adata.n_obs) if groups is None else groups)
     if label is not None and len(part.test):
-        check_folds([part], classes, codes, label)
+        check_class_folds([part], classes, codes, label)
     model = learner(gpt, classes.tolist(), seed)
     if gpt.load_report is None:  # not a checkpoint
         start_at_mean(model.model, float(known_values(cells, part.train)[1].mean()), gpt.n_bins)
@@ -387,9 +384,10 @@ def continue_pretraining(
     if label is not None and len(part.test):
         values = class_probabilities(model, adata, index, layer=layer, max_length=max_length, seed=seed)
         settings = {"label": label, "held_out_by": part.by, "epochs": epochs, "seed": seed}
-        model.scores = label_scores(
-            [values], [part], count_matrix(adata, layer), codes, classes, groups, n_boot, settings
-        )
+        own = FoldPredictions(adata.n_obs)
+        own.add(part.test, values[part.test])
+        own.add(part.train, values[part.train], trained=True)
+        model.scores = label_scores(own, [part], count_matrix(adata, layer), codes, classes, groups, n_boot, settings)
     model.dtype = gpt.dtype
     model.model.to(gpt.dtype)
     return model

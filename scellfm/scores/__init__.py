@@ -5,5 +5,4 @@ __getattr__, __dir__, __all__ = _lazy(__name__, {
     "Scores": "table", "classification": "labels", "ClassificationResult": "labels", "integration": "batches", "umaps": "pictures",
     "perturbation": "perturbations", "PerturbationScores": "perturbations",
     "gears_scores": "gears", "gears_summary": "gears",
-    "Verdict": "heldout",
 })

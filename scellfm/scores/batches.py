@@ -26,18 +26,22 @@ def embedding_of(adata, key: str) -> np.ndarray:
     "obsm[key] as floats [cells, d]. DataError: not there, no matrix, or with missing values."
     if key not in adata.obsm:
         raise DataError(
-            f"obsm has no {key!r}; it holds {', '.join(map(repr, adata.obsm.keys())) or 'nothing'}: embed the cells first"
+            f"obsm has no {key!r}; it holds {', '.join(map(repr, adata.obsm.keys())) or 'nothing'}: "
+            "embed the cells first"
         )
     values = np.asarray(adata.obsm[key])
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.number):
         raise DataError(
-            f"obsm[{key!r}] is {values.dtype} of shape {values.shape}; a matrix of numbers [cells, dimensions] is needed"
+            f"obsm[{key!r}] is {values.dtype} of shape {values.shape}; a matrix of numbers [cells, "
+            "dimensions] is needed"
         )
     broken = np.flatnonzero(~np.isfinite(values).all(1))
     if len(broken):
         raise DataError(
-            f"obsm[{key!r}] has NaN or infinity in {len(broken)} of {len(values)} cells, the first is {adata.obs_names[broken[0]]!r} "
-            f"(row {broken[0]}); cells without a known gene have no place: leave them out, adata[np.isfinite(adata.obsm[{key!r}]).all(1)]"
+            f"obsm[{key!r}] has NaN or infinity in {len(broken)} of {len(values)} cells, "
+            f"the first is {adata.obs_names[broken[0]]!r} "
+            f"(row {broken[0]}); cells without a known gene have no place: leave them out, "
+            f"adata[np.isfinite(adata.obsm[{key!r}]).all(1)]"
         )
     return values if np.issubdtype(values.dtype, np.floating) else values.astype(np.float64)
 
@@ -51,8 +55,8 @@ def groups_of(adata, column: str, role: str) -> np.ndarray:
     missing = np.flatnonzero(adata.obs[column].isna())
     if len(missing):
         raise DataError(
-            f"obs[{column!r}] is missing for {len(missing)} of {adata.n_obs} cells, the first is {adata.obs_names[missing[0]]!r}; leave "
-            f"them out, adata[adata.obs[{column!r}].notna()]"
+            f"obs[{column!r}] is missing for {len(missing)} of {adata.n_obs} cells, "
+            f"the first is {adata.obs_names[missing[0]]!r}; leave them out, adata[adata.obs[{column!r}].notna()]"
         )
     return adata.obs[column].astype(str).to_numpy()
 
@@ -72,7 +76,7 @@ def neighbour_graph(values: np.ndarray, n_neighbors: int = 15) -> sparse.csr_mat
 
 
 def best_clustering(graph: sparse.csr_matrix, labels: np.ndarray) -> tuple[np.ndarray, pd.DataFrame]:
-    "The Leiden clusters [cells] with the best NMI over `RESOLUTIONS` (the first, if several), and NMI, ARI and clusters of each."
+    "The Leiden clusters [cells] with the best NMI over `RESOLUTIONS` (the first of equals), and the scores of each."
     import anndata
     import scanpy as sc
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -114,7 +118,7 @@ def asw_label(values: np.ndarray, labels: np.ndarray) -> float:
 
 
 def asw_batch(values: np.ndarray, labels: np.ndarray, batches: np.ndarray) -> float:
-    "1 - |silhouette of the batches| within each label, averaged over its cells, then over labels; NaN if no label has several batches."
+    "1 - |silhouette of the batches| within each label, mean over cells, then labels; NaN: no label has two batches."
     from sklearn.metrics import silhouette_samples
 
     kept = []
@@ -174,7 +178,7 @@ METRICS = ("avg_bio", "avg_batch", "nmi", "ari", "asw_label", "graph_connectivit
 
 
 def one_embedding(values: np.ndarray, labels, batches, before) -> tuple[dict, dict]:
-    "The scores of one embedding [cells, d], and how they came about; labels or batches are None where they cannot be scored."
+    "The scores of one embedding [cells, d], and how they came about; labels or batches: None where there are none."
     scores, details = dict.fromkeys(METRICS, np.nan), {}
     graph = None if labels is None else neighbour_graph(values)
     if labels is not None and len(set(labels)) > 1:
@@ -202,7 +206,7 @@ def baseline_embeddings(
     adata, batches: np.ndarray | None, layer: str | None = None, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """
-    'HVG + PCA': log-normalised counts, 2,000 variable genes, 50 components; 'HVG + PCA + Harmony' where harmonypy is installed.
+    'HVG + PCA': log-normalised counts, 2,000 variable genes, 50 components; 'HVG + PCA + Harmony' with harmonypy.
 
     DataError: the matrix holds no counts.
     """
@@ -234,7 +238,8 @@ def matrix_before(adata, layer: str | None):
     matrix = count_matrix(adata, layer)
     if not np.isfinite(matrix.data).all():
         raise DataError(
-            f"{'X' if layer is None else layer} has {(~np.isfinite(matrix.data)).sum()} values that are NaN or infinite; repair them first"
+            f"{'X' if layer is None else layer} has {(~np.isfinite(matrix.data)).sum()} values that are NaN or "
+            "infinite; repair them first"
         )
     return matrix
 
@@ -250,16 +255,17 @@ def integration(
     seed: int = 0,
 ) -> Scores:
     """
-    Score how embeddings obsm[reps] keep cell types (obs[label]) and mix batches (obs[batch]); a Scores with the baselines.
+    Score how embeddings obsm[reps] keep cell types (obs[label]) and mix batches (obs[batch]), beside baselines.
 
-    Columns: avg_bio, avg_batch and their parts as scib 1.1.7 defines them, pcr, knn_accuracy (all 0 to 1, 1 is best). NaN where
+    Columns: avg_bio, avg_batch and their parts as in scib 1.1.7, pcr, knn_accuracy (0 to 1, 1 is best). NaN where
     one batch, one label or none leave nothing to tell. layer: the counts of baselines and of PCR's start (None: X).
     DataError: missing columns, embeddings or values.
     """
     reps = [reps] if isinstance(reps, str) else list(reps)
     if adata.n_obs < 3 or not (batch or label):
         raise DataError(
-            f"{adata.n_obs} cells, batch={batch!r}, label={label!r}: name at least one of batch and label, and give three cells or more"
+            f"{adata.n_obs} cells, batch={batch!r}, label={label!r}: name at least one of batch and label, "
+            "and give three cells or more"
         )
     found = {key: embedding_of(adata, key) for key in reps}
     labels = None if label is None else groups_of(adata, label, "labels")

@@ -29,14 +29,15 @@ def check_probabilities(probabilities, n: int, n_classes: int) -> np.ndarray:
     if wrong.any():
         cell, column = np.argwhere(wrong)[0]
         raise DataError(
-            f"{wrong.any(1).sum()} of {n} cells have a probability that is no number (first: {values[cell, column]} in row {cell}, "
+            f"{wrong.any(1).sum()} of {n} cells have a probability that is no number (first: "
+            f"{values[cell, column]} in row {cell}, "
             f"column {column}); look for NaN in the model's input or a diverged training, or leave these cells out"
         )
     if values.min() < -1e-6 or np.abs(values.sum(1) - 1).max() > 1e-3:
         cell = int(np.argmax((values < -1e-6).any(1) | (np.abs(values.sum(1) - 1) > 1e-3)))
         raise DataError(
-            f"row {cell} of probabilities is {np.array2string(values[cell], precision=3, threshold=6)}, which is no distribution "
-            "over the classes (negative, or not adding to 1); apply a softmax to logits first"
+            f"row {cell} of probabilities is {np.array2string(values[cell], precision=3, threshold=6)}, "
+            "which is no distribution over the classes (negative, or not adding to 1); apply a softmax to logits first"
         )
     return values
 
@@ -63,13 +64,14 @@ def check_truth(truth, classes: np.ndarray) -> np.ndarray:
     if (codes < 0).any():
         unknown = sorted({str(label) for label in truth[codes < 0]})[:5]
         raise DataError(
-            f"{(codes < 0).sum()} of {len(truth)} cells are labelled {', '.join(map(repr, unknown))}, which is not among the "
+            f"{(codes < 0).sum()} of {len(truth)} cells are labelled {', '.join(map(repr, unknown))}, "
+            "which is not among the "
             f"classes {classes.tolist()[:10]}; the classifier cannot name them: leave them out or train with them"
         )
     if len(np.unique(codes)) < 2:
         raise DataError(
-            f"all {len(truth)} cells are labelled {str(classes[codes[0]]) if len(codes) else 'nothing'!r}; scores of a classifier "
-            "need cells of at least two classes: hold out other donors, or more cells"
+            f"all {len(truth)} cells are labelled {str(classes[codes[0]]) if len(codes) else 'nothing'!r}; "
+            "scores of a classifier need cells of at least two classes: hold out other donors, or more cells"
         )
     return codes.astype(np.int64)
 
@@ -83,8 +85,8 @@ def check_groups(groups, n: int) -> np.ndarray | None:
         raise DataError(f"groups name {len(groups)} cells and truth {n}; give one group (donor) for each cell")
     if pd.isna(groups).any():
         raise DataError(
-            f"{pd.isna(groups).sum()} of {n} cells have no group (first: row {int(pd.isna(groups).argmax())}); name their donor or "
-            "leave them out"
+            f"{pd.isna(groups).sum()} of {n} cells have no group (first: row {int(pd.isna(groups).argmax())}); "
+            "name their donor or leave them out"
         )
     return np.unique(groups.astype(str), return_inverse=True)[1].astype(np.int64)
 
@@ -96,7 +98,7 @@ def divide(top, bottom) -> np.ndarray:
 
 
 def class_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    "Precision (0 for a class never called), recall (NaN for an absent class) and F1 (NaN for a class neither present nor called)."
+    "Precision (0 for a class never predicted), recall (NaN for an absent class), F1 (NaN where there is neither)."
     right, present, called = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     precision = np.where(called == 0, 0.0, divide(right, called))
     return {
@@ -208,7 +210,8 @@ def bounds(
     if n_boot == 0 or (groups is not None and groups.max() == 0):
         if n_boot:
             warn(
-                "all cells come from one group: how much the scores vary between groups cannot be told, the intervals are NaN"
+                "all cells come from one group: how much the scores vary between groups cannot be told, "
+                "the intervals are NaN"
             )
         return dict.fromkeys(names, np.nan), dict.fromkeys(names, np.nan)
     drawn = pd.DataFrame(
@@ -254,7 +257,8 @@ class ClassificationResult:
     def _repr_html_(self) -> str:
         unit = "cells resampled" if self.n_groups is None else f"{self.n_groups} groups resampled"
         scores = pd.DataFrame({"score": self.metrics, "low": self.low, "high": self.high}).round(3)
-        return f"<p>{self.n_cells:,} cells; 95 % intervals with {unit}</p>{scores.T.to_html()}{self.per_class.round(3).to_html()}"
+        tables = f"{scores.T.to_html()}{self.per_class.round(3).to_html()}"
+        return f"<p>{self.n_cells:,} cells; 95 % intervals with {unit}</p>{tables}"
 
 
 def classification(
@@ -263,9 +267,10 @@ def classification(
     """
     Score a classifier's probabilities [cells, classes] against the true labels [cells].
 
-    classes: the labels in the order of the columns. groups: the donor of each cell; donors (else cells) are drawn again `n_boot`
-    times for 95 % intervals. metrics: accuracy, balanced_accuracy, macro_f1, auroc, calibration_error (see above for sources).
-    Raises DataError on NaN, lengths that differ, labels that are unknown or all the same; OptionError on a negative n_boot.
+    classes: the labels in the order of the columns. groups: the donor of each cell; donors (else cells) are drawn again
+    `n_boot` times for 95 % intervals.
+    metrics: accuracy, balanced_accuracy, macro_f1, auroc, calibration_error (see above for sources).
+    Raises DataError on NaN, lengths that differ, labels that are unknown or all the same; OptionError: n_boot below 0.
     """
     check_number("n_boot", n_boot, 0)
     classes = check_classes(classes)

@@ -44,7 +44,7 @@ def umaps(
     seed: int = 0,
 ):
     """
-    A matplotlib figure of UMAPs: a row for each of obsm[reps] and each baseline of `integration`, columns by obs[batch] and by obs[label].
+    A figure of UMAPs: a row for each of obsm[reps] and each baseline of `integration`, columns by batch and label.
 
     layer: the counts of the baselines (None: X). DataError: missing columns, embeddings or counts.
     """

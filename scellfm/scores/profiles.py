@@ -46,7 +46,8 @@ def table_of(values, name: str, genes: Sequence[str]) -> np.ndarray:
     if not np.isfinite(values).all():
         row, column = np.argwhere(~np.isfinite(values))[0]
         raise DataError(
-            f"{name} has {(~np.isfinite(values)).sum()} NaN or infinite values, the first in row {row}, gene {genes[column]!r}"
+            f"{name} has {(~np.isfinite(values)).sum()} NaN or infinite values, the first in row {row}, "
+            f"gene {genes[column]!r}"
         )
     return values
 
@@ -62,7 +63,8 @@ def changed_genes(condition: str, given: Mapping | None, move: np.ndarray, genes
     found = genes.get_indexer(list(given[condition])[:n_top])
     if (found < 0).any():
         raise DataError(
-            f"changed[{condition!r}] names {list(given[condition])[int(np.flatnonzero(found < 0)[0])]!r}, which is not among the genes"
+            f"changed[{condition!r}] names {list(given[condition])[int(np.flatnonzero(found < 0)[0])]!r}, "
+            "which is not among the genes"
         )
     return found
 
@@ -78,10 +80,11 @@ def perturbation(
     n_top: int = 20,
 ) -> Scores:
     """
-    Score predictions [cells, genes] for perturbed cells against measurements [cells, genes]; a Scores with "no change" beside.
+    Score predictions [cells, genes] for perturbed cells against measurements [cells, genes], beside "no change".
 
-    control: unperturbed cells [cells, genes]. conditions: the perturbation of each row. changed: {condition: its most changed genes},
-    of which the first n_top count. details["model"]["by_condition"] has a row per condition. DataError: shapes, NaN, unknown genes.
+    control: unperturbed cells [cells, genes]. conditions: the perturbation of each row.
+    changed: {condition: its most changed genes}, of which the first n_top count.
+    details["model"]["by_condition"] has a row per condition. DataError: shapes, NaN, unknown genes.
     """
     genes, names = pd.Index(map(str, genes)), np.asarray(conditions).astype(str)
     predicted, observed, control = (
@@ -90,7 +93,8 @@ def perturbation(
     )
     if predicted.shape != observed.shape or len(names) != len(predicted):
         raise DataError(
-            f"{predicted.shape} predictions, {observed.shape} measurements and {len(names)} conditions do not belong together"
+            f"{predicted.shape} predictions, {observed.shape} measurements and {len(names)} conditions do not belong "
+            "together"
         )
     rest, rows = control.mean(0), {"model": {}, "no change": {}}
     for condition in map(str, np.unique(names)):

@@ -19,7 +19,7 @@ __all__ = ['STYLE', 'plain', 'plain_number', 'table_from', 'short', 'interval', 
 
 # %% ../../nbs/scores/table.ipynb #cbc1810c
 def plain(value):
-    "The same value in what JSON knows: dict, list, str, int, float, bool, None. NaN and infinity are None, tables are split."
+    "The same value in what JSON knows: dict, list, str, int, float, bool, None (also NaN, infinity); tables are split."
     if isinstance(value, pd.DataFrame):
         return plain(
             {"index": list(value.index), "columns": list(value.columns), "data": value.to_numpy(dtype=object).tolist()}
@@ -93,12 +93,13 @@ class Scores:
                 setattr(self, name, pd.DataFrame(np.nan, self.table.index, self.table.columns))
             elif not (bound.index.equals(self.table.index) and bound.columns.equals(self.table.columns)):
                 raise DataError(
-                    f"{name} has the rows {list(bound.index)} and columns {list(bound.columns)}; the table has {list(self.table.index)} "
+                    f"{name} has the rows {list(bound.index)} and columns {list(bound.columns)}; "
+                    f"the table has {list(self.table.index)} "
                     f"and {list(self.table.columns)}: give bounds of the same methods and metrics"
                 )
 
     def best(self, metric: str) -> list[str]:
-        "The methods with the best value of a metric as it is shown; rows on training cells and ceilings do not compete."
+        "The methods with the best value of a metric as it is shown; rows on training cells and ceilings are left out."
         values = self.table[metric].astype(float)
         values = values[[not is_aside(method) for method in values.index]].dropna()
         if values.empty or direction(metric) == "neither":
@@ -133,8 +134,10 @@ class Scores:
         return scores_markdown(self)
 
     def plot(self, ax=None, *, kind: str = "scores", method: str | None = None):
-        """Draw kind 'scores' (dots with intervals), 'roc', 'calibration', or the 'confusion' matrix of one method (the first if not
-        named); returns the axes. The last three need what `classification` found, ROC and calibration with the cells' probabilities."""
+        """Draw kind 'scores' (dots with intervals), 'roc', 'calibration', or the 'confusion' matrix of one method.
+
+        method: None draws all, or the confusion matrix of the first. Returns the axes.
+        The last three need what `classification` found, ROC and calibration with the cells' probabilities."""
         from scellfm import plotting
 
         one_of("kind", kind, ("scores", "roc", "calibration", "confusion"))

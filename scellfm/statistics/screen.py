@@ -285,7 +285,8 @@ def _tail_ratio(z: np.ndarray) -> float:
     ratio = float(high / middle) if middle > 0 else np.nan
     if ratio > TAIL_WARNING:
         warn(
-            f"heavy tails: q90/q50 of |z| is {ratio:.2f}, 2.44 if effects of genes were normal. Either many genes are drivers, "
+            f"heavy tails: q90/q50 of |z| is {ratio:.2f}, 2.44 if effects of genes were normal. Either many genes are "
+            "drivers, "
             "or a called gene may be the extreme of an ordinary spread; look at the percentiles and at replication"
         )
     return ratio

@@ -95,7 +95,8 @@ def check_shifts(shifts: pd.DataFrame) -> Shifts:
         row = shifts.iloc[np.flatnonzero(twice)[0]]
         raise DataError(
             f"{twice.sum()} rows repeat a (gene, cell) pair, the first {row['gene']!r} in cell {row['cell']!r}; if "
-            "these are several cells, give each its own name; if repeats, keep one: shifts.drop_duplicates(['gene', 'cell', 'donor'])"
+            "these are several cells, give each its own name; if repeats, keep one: shifts.drop_duplicates(['gene', "
+            "'cell', 'donor'])"
         )
     size = len(genes)
     keys = exact_sums(rank, gene, size), np.bincount(gene, minlength=size), exact_sums(shift, gene, size)

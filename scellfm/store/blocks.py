@@ -20,12 +20,16 @@ from .shards import Store
 ONE, RECORD = "rows", "record"  # names in a shard: of the only array, of what happened meanwhile
 
 
-def _as_arrays(result, n: int) -> dict[str, np.ndarray]:
-    "What was computed for `n` rows as named arrays [n, ...]; DataError where rows are missing."
+def _as_arrays(result) -> dict[str, np.ndarray]:
+    "What was computed for a block as arrays by name."
     arrays = result if isinstance(result, dict) else {ONE: result}
-    arrays = {name: np.asarray(values) for name, values in arrays.items()}
     if RECORD in arrays:
         raise OptionError(f"the name {RECORD!r} is taken by what happened while a block was computed; choose another")
+    return {name: np.asarray(values) for name, values in arrays.items()}
+
+
+def _check_rows(arrays: dict[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
+    "The arrays of a block of `n` rows [n, ...]; DataError where rows are missing."
     for name, values in arrays.items():
         if values.ndim == 0 or len(values) != n:
             raise DataError(f"{name!r} has the shape {values.shape} for a block of {n} rows; one row each is needed")
@@ -40,7 +44,9 @@ def each_block(
     name: str = "block",  # what the shards are called, with a number behind
     record: list | None = None,  # where `compute` notes what happened (JSON values)
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], bool]]:
-    "Yield (rows, arrays [rows, ...] by name, were they read?) of each block, computed and kept unless `store` has it."
+    """Yield (rows, arrays by name, were they read?) of each block, which is computed and kept unless `store` has it.
+
+    The arrays may have any shapes, sums over the rows for example: what a block is made into is up to the caller."""
     record = [] if record is None else record
     for number, rows in enumerate(blocks):
         shard = f"{name}-{number:05d}"
@@ -50,7 +56,7 @@ def each_block(
             record.extend(json.loads(str(arrays.pop(RECORD, "[]"))))
         else:
             before = len(record)
-            arrays = _as_arrays(compute(rows), len(rows))
+            arrays = _as_arrays(compute(rows))
             notes = {RECORD: np.array(json.dumps(record[before:]))} if len(record) > before else {}
             if store is not None:
                 store.write(shard, **arrays, **notes)
@@ -114,10 +120,14 @@ def rows_in_blocks(
         raise DataError("there are no rows to compute")
     blocks, table = block_rows(n_rows, block), {}
     settings = (settings or {}) | {"n_rows": n_rows, "block": block}
+
+    def checked(rows):
+        return _check_rows(_as_arrays(compute(rows)), len(rows))
+
     keeping = nullcontext() if folder is None else Store(folder, inputs, settings)
     showing = progress(desc=desc, total=n_rows, unit="row") if desc else nullcontext()
     with keeping as store, showing as own_bar:
-        for rows, arrays, kept in each_block(store, blocks, compute, record=record):
+        for rows, arrays, kept in each_block(store, blocks, checked, record=record):
             _place(table, rows, arrays, n_rows)
             if own_bar is not None:
                 own_bar.update(len(rows))

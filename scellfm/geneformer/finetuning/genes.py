@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HEAD', 'RECORD', 'TRAINED_GENES', 'new_gene_model', 'has_any', 'gene_rows', 'gene_loss', 'gene_probabilities',
            'train_gene_fold', 'load_gene_model', 'GeneClassifier', 'prepare_genes', 'advice_for_genes',
-           'finetune_genes']
+           'finetune_genes', 'cross_fit_genes', 'gene_features']
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #c0068912
 import copy as copying
@@ -20,27 +20,30 @@ import torch
 from ... import inference
 from ...assets import find, load_state, read_dictionary, read_tensors, save_model
 from ...core import AssetError, DataError, check_number, keyed_seed, warn
+from ...crossfit.check import check_overfit, fewer_epochs, freeze_more, untried
+from ...crossfit.evidence import Evidence, evidence_of, write_record
+from ...crossfit.membership import by_name
+from ...crossfit.predictions import cross_fit, predict_held_out
+from ...crossfit.tables import class_score_table, row_names
 from ...data.splits import Split
 from ...data.splits import folds as deal_folds
 from ..embedding import gene_means
 from .classifier import class_names, with_head
-from .evaluation import score_table
+from .evaluation import MODEL
 from scellfm.geneformer.finetuning.genesets import (
     LEVELS,
     UNTUNED,
     check_classes,
+    gene_baselines,
     gene_levels,
     labelled_genes,
-    simple_methods,
 )
 from .heads import choose_learners, weights_of
 from .lora import merge_adapters
 from ..model import GeneformerModel, layer_index, translate
-from ..pretraining import IGNORED, by_name
+from ..pretraining import IGNORED
 from ..quantize import refuse_quantized
 from ..reader import GeneformerReader
-from ...scores.classifiers import Judged, judgement_of, write_record
-from ...scores.heldout import Gathered, judge, row_names
 from ...store import fingerprint
 from ...training import Rows, fit
 
@@ -73,7 +76,7 @@ def gene_rows(sequences, which: np.ndarray, label_of: np.ndarray, pad_id: int) -
     "The cells `which` with the class of every token (`label_of` by token; -100: not asked), for the training loop."
 
     def batch(rows: np.ndarray, epoch: int) -> dict:
-        ids, mask = inference.pad([sequences[int(i)] for i in which[rows]], pad_id)
+        ids, mask = sequences.batch(which[rows], pad_id)
         labels = torch.from_numpy(label_of)[ids].masked_fill(~mask, IGNORED)
         return {"ids": ids, "mask": mask, "labels": labels}
 
@@ -101,8 +104,7 @@ def gene_probabilities(gf: GeneformerModel, sequences, wanted: np.ndarray, token
     counts = torch.zeros(len(wanted), dtype=torch.int64)
 
     def make(positions):
-        ids, mask = inference.pad([sequences[int(i)] for i in positions], gf.tokenizer.pad)
-        return ids.to(gf.device), mask.to(gf.device)
+        return sequences.batch(positions, gf.tokenizer.pad, gf.device)
 
     @torch.inference_mode()
     def one_batch(ids, mask):
@@ -191,8 +193,8 @@ TRAINED_GENES = row_names("Geneformer", "genes")[1]
 
 
 @dataclass(repr=False)
-class GeneClassifier(Judged):
-    """Fine-tuned models, one per fold of genes, with what they were judged by (see `Judged`).
+class GeneClassifier(Evidence):
+    """Fine-tuned models, one per fold of genes, with what they were judged by (see `Evidence`).
 
     `genes` has one row per labelled gene: class, fold (whose model was not told its class); `settings` also names the
     genes left out."""
@@ -216,14 +218,17 @@ class GeneClassifier(Judged):
         cells = cells[has_any(cells, wanted)]
         fold = np.full(len(wanted), -1)
         fold[[tokenizer.token_dictionary[gene] for gene in self.genes.index]] = self.genes["fold"]
-        gathered = Gathered(len(wanted), len(self.classes))
-        for k, model in enumerate(self.models):
-            own = wanted & ((fold == k) | (fold < 0))
-            if own.any():
-                values, n_cells = gene_probabilities(model, model.readable(cells), own, token_budget)
-                gathered.add(np.flatnonzero(n_cells), values[n_cells > 0], False)
-        tokens, values = gathered.of(False)
-        return self._table(tokens, values, cells)
+        tokens, read = np.flatnonzero(wanted), np.zeros(len(wanted), dtype=bool)
+
+        def predict(model, rows):
+            own = np.isin(np.arange(len(wanted)), tokens[rows])
+            values, n_cells = gene_probabilities(model, model.readable(cells), own, token_budget)
+            read[n_cells > 0] = True
+            return values[tokens[rows]]
+
+        values = predict_held_out(self.models, fold[tokens], predict, n_outputs=len(self.classes)).held_out()[1]
+        found = read[tokens]  # a gene may be beyond the length that the model reads, in every cell
+        return self._table(tokens[found], values[found], cells)
 
     def _wanted(self, cells, genes) -> np.ndarray:
         "Which tokens (bool) a prediction is asked for: the genes named, or all genes; DataError where no cell has any."
@@ -266,7 +271,7 @@ class GeneClassifier(Judged):
             "classes": list(map(str, self.classes)),
             "folds": len(self.models),
             "genes": self.genes.to_dict("split"),
-            **self.judgement(),
+            **self.evidence_record(),
         }
         write_record(folder / RECORD, record)
 
@@ -294,7 +299,7 @@ class GeneClassifier(Judged):
             models,
             np.array(record["classes"]),
             pd.DataFrame(**record["genes"]).rename_axis("gene"),
-            **judgement_of(record),
+            **evidence_of(record),
         )
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #411560fb
@@ -330,13 +335,7 @@ def prepare_genes(gf: GeneformerModel, data, classes, folds: int, layer, max_cel
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #4ac2b02b
 def advice_for_genes(epochs: int, freeze_layers: int, n_layers: int) -> list[str]:
     "The remedies against memorising the genes told that these settings leave untried, and more genes."
-    more = min(n_layers, freeze_layers + max(1, n_layers // 3))
-    remedies = [
-        (epochs > 1, f"train for one epoch (epochs=1 instead of {epochs})"),
-        (freeze_layers < n_layers, f"freeze more layers (freeze_layers={more} of {n_layers}, not {freeze_layers})"),
-        (True, "name more genes per class"),
-    ]
-    return [advice for untried, advice in remedies if untried]
+    return untried([fewer_epochs(epochs), freeze_more(freeze_layers, n_layers)], ["name more genes per class"])
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #46fe7ae6
 def finetune_genes(
@@ -345,19 +344,19 @@ def finetune_genes(
     classes: Mapping[str, Iterable[str]],  # {name of a class: gene ids or symbols}
     *,
     folds: int = 5,  # parts of the genes; each is judged by the model that was not told its classes
-    epochs: int = 1,
-    freeze_layers: int = 0,
+    epochs: int = 1,  # passes over the training rows
+    freeze_layers: int = 0,  # lowest layers that stay as they are
     lora=None,  # rank of adapters that learn instead of the weights, or a peft.LoraConfig
-    learning_rate: float = 5e-5,
-    batch_size: int = 12,
+    learning_rate: float = 5e-5,  # largest step size
+    batch_size: int = 12,  # rows of one step
     warmup: float = 0.1,  # share of the steps, or a number of steps
-    weight_decay: float = 0.001,
+    weight_decay: float = 0.001,  # decay of matrices
     class_weights=None,  # None, "balanced" (over occurrences) or {class: weight}
-    max_cells: int | None = None,
-    seed: int = 0,
+    max_cells: int | None = None,  # at most so many cells
+    seed: int = 0,  # seed of every random draw
     layer: str | None = None,  # where the counts are; None is X
     n_boot: int = 200,  # resamples of the genes for the intervals
-    folder=None,  # checkpoints lie here, and the same call goes on from them
+    folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
     **recipe,  # further fields of scellfm.training.Recipe: steps, schedule, clip, ...
 ) -> GeneClassifier:
     "Fine-tune one gene classifier per fold of genes; judge it on the genes held out. DataError, OptionError."
@@ -379,31 +378,39 @@ def finetune_genes(
         **recipe,
     )
     settings = {"label": "gene classes", "folds": len(parts), "max_cells": max_cells, **options, "left_out": left_out}
-    sequences, own, models, histories = gf.readable(cells), Gathered(len(genes), len(names)), [], []
-    wanted = np.isin(np.arange(gf.model.config.vocab_size), labels.index)
+    models, own, histories = cross_fit_genes(gf, cells, labels, codes, names, parts, folder=folder, **options)
     for k, part in enumerate(parts):
-        model, history = train_gene_fold(gf, cells, sequences, labels, codes, names, part, k, folder=folder, **options)
-        values = gene_probabilities(model, sequences, wanted)[0][labels.index]
-        own.add(part.test, values[part.test], False)
-        own.add(part.train, values[part.train], True)
         genes.loc[genes.index[part.test], "fold"] = k
-        models.append(model)
+    simple = gene_baselines(gene_features(gf, cells, labels), codes, parts, len(names))
+    how = dict(model=MODEL, n_boot=n_boot, seed=seed, origin=settings, unit="genes")
+    scores = class_score_table(own, simple, codes, names, None, **how)
+    check = check_overfit(scores, advice_for_genes(epochs, freeze_layers, gf.n_layers), unit="genes")
+    if check.overfitted:
+        warn(str(check))
+    evidence = dict(scores=scores, histories=histories, overfit_check=check, settings=settings)
+    return GeneClassifier(models, names, genes.astype({"fold": int}), **evidence)
+
+
+def cross_fit_genes(gf: GeneformerModel, cells, labels: pd.Series, codes, names, parts: list[Split], **options):
+    "(a model per fold of genes, their predictions for the genes of `labels`, the learning curves of each fold)."
+    sequences, histories = gf.readable(cells), []
+    wanted = np.isin(np.arange(gf.model.config.vocab_size), labels.index)
+
+    def fit(part, k):
+        model, history = train_gene_fold(gf, cells, sequences, labels, codes, names, part, k, **options)
         histories.append(history)
-    features = {
-        LEVELS: gene_levels(cells, len(wanted))[labels.index],
-        UNTUNED: gene_means(gf, cells, layer_index(-1, gf.n_layers))[0][labels.index],
-    }
-    simple = simple_methods(features, codes, parts, len(names))
-    scores = score_table(own, simple, codes, names, None, n_boot=n_boot, seed=seed, origin=settings, unit="genes")
-    verdict = judge(scores, advice_for_genes(epochs, freeze_layers, gf.n_layers), unit="genes")
-    if verdict.overfitted:
-        warn(str(verdict))
-    return GeneClassifier(
-        models,
-        names,
-        genes.astype({"fold": int}),
-        scores=scores,
-        histories=histories,
-        verdict=verdict,
-        settings=settings,
-    )
+        return model
+
+    def predict(model, part):
+        values = gene_probabilities(model, sequences, wanted)[0][labels.index]
+        return values[part.test], values[part.train]
+
+    models, own = cross_fit(parts, fit, predict, n_rows=len(labels))
+    return models, own, histories
+
+
+def gene_features(gf: GeneformerModel, cells, labels: pd.Series) -> dict[str, np.ndarray]:
+    "What the simple methods learn from: the level of each gene, and its embedding in the model before fine-tuning."
+    levels = gene_levels(cells, gf.model.config.vocab_size)
+    means = gene_means(gf, cells, layer_index(-1, gf.n_layers))[0]
+    return {LEVELS: levels[labels.index], UNTUNED: means[labels.index]}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'LEVELS', 'MAJORITY', 'UNTUNED', 'known_token', 'labelled_genes', 'check_classes', 'gene_levels',
-           'simple_methods']
+           'gene_baselines']
 
 # %% ../../../nbs/geneformer/finetuning/genesets.ipynb #252dc764
 from collections.abc import Iterable, Mapping
@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from ...core import DataError, OptionError
+from ...crossfit.baselines import baseline_predictions
 from ...data.genes import plain_id
 from ...data.splits import Split
-from ...scores.heldout import Gathered
 
 # %% ../../../nbs/geneformer/finetuning/genesets.ipynb #9e937584
 FEWEST = 5  # genes of a class, as in the original
@@ -85,21 +85,17 @@ def gene_levels(cells, vocabulary: int) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 # %% ../../../nbs/geneformer/finetuning/genesets.ipynb #b70c48db
-def simple_methods(features: Mapping[str, np.ndarray], codes: np.ndarray, parts: list[Split], n_classes: int) -> dict:
-    "Gathered held-out probabilities of logistic regressions on tables of features [genes, ...], and of the majority."
+def gene_baselines(features: Mapping[str, np.ndarray], codes: np.ndarray, parts: list[Split], n_classes: int) -> dict:
+    "Held-out probabilities of logistic regressions on tables of features [genes, ...], and of the majority class."
     from sklearn.dummy import DummyClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    methods = {
-        name: (values, make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)))
-        for name, values in features.items()
-    }
+    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    methods = {name: (values, regression) for name, values in features.items()}
     methods[MAJORITY] = (np.zeros((len(codes), 1)), DummyClassifier(strategy="prior"))
-    found = {name: Gathered(len(codes), n_classes) for name in methods}
-    for part in parts:
-        for name, (values, estimator) in methods.items():
-            estimator.fit(values[part.train], codes[part.train])
-            found[name].add(part.test, estimator.predict_proba(values[part.test]), False)
+    found = {}
+    for name, (values, estimator) in methods.items():
+        found |= baseline_predictions({name: estimator}, values, codes, parts, n_classes=n_classes)
     return found

@@ -30,13 +30,14 @@ from scellfm.core import (
     progress,
     warn,
 )
+from ...crossfit.labels import check_class_folds
 from ...data.splits import Folds, Split, hold_out
 from .classifier import CellClassifier, finetune_cells, prepare, train_and_judge
-from .heads import Part, probabilities, train_fold
+from .heads import probabilities, train_fold
 from ..model import GeneformerModel
-from ...scores.heldout import check_folds
+from ...metrics import smaller_is_better
 from ...scores.labels import classification
-from ...scores.table import Scores, smaller_is_better
+from ...scores.table import Scores
 from ...store import atomic_write, fingerprint
 from ...training import Recipe, model_tensors
 
@@ -176,7 +177,7 @@ def search_fold(score, space: Mapping, start: Mapping, trials: int, best_is_smal
 
 # %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #4dd40bc1
 def judge_of(gf: GeneformerModel, prepared, part: Split, k: int, options: dict, metric: str, notes: Notes):
-    "The function that trains on the inner training cells of fold k and scores the inner test cells, for given settings."
+    "The function of settings that trains on the inner training cells of fold k and scores the inner test cells."
     codes, classes, cells = prepared[:3]
     sequences, weights = gf.readable(cells), fingerprint(model_tensors(gf.model))
 
@@ -186,7 +187,7 @@ def judge_of(gf: GeneformerModel, prepared, part: Split, k: int, options: dict, 
         except DivergedError as error:
             logger.info(f"fold {k}, {asked}: {error}")
             return math.nan
-        values = probabilities(model, Part(sequences, part.test))
+        values = probabilities(model, sequences.take(part.test))
         if not np.isfinite(values).all():  # after the last step, too large to be multiplied
             return math.nan
         return classification(classes[codes[part.test]], values, classes, n_boot=0).metrics[metric]
@@ -202,7 +203,7 @@ def judge_of(gf: GeneformerModel, prepared, part: Split, k: int, options: dict, 
 # %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #c5596b3e
 @dataclass
 class Search:
-    """`trials`: one row per fold and trial, judged inside the training cells (score NaN: diverged). `best`: settings by fold.
+    """`trials`: one row per fold and trial, judged inside the training cells (NaN: diverged). `best`: settings by fold.
     `classifier`: theirs."""
 
     trials: pd.DataFrame
@@ -244,7 +245,7 @@ def search(
     codes, classes, cells, parts, groups = prepared
     obs = pd.DataFrame({label: classes[codes], **({split.by: groups} if split.by else {})}, index=cells.obs.index)
     inside = [inner_split(obs, part, k, label, inner, seed) for k, part in enumerate(parts)]
-    check_folds(inside, classes, codes, label)
+    check_class_folds(inside, classes, codes, label)
     start = {**{field.name: field.default for field in fields(Recipe)}, **options}
     notes, bar = Notes(folder), progress(desc="searching", total=trials * len(parts), unit="trial")
     tried = [
@@ -262,20 +263,13 @@ def search(
     bar.close()
     best = [{name: row[name] for name in space} for rows in tried for row in rows if row["best"]]
     settings = {"label": label, "held_out_by": split.by, "folds": len(parts), **options, "searched": best}
-    classifier = train_and_judge(
-        gf,
-        data,
-        prepared,
-        [{**options, **found} for found in best],
-        settings,
-        layer,
-        n_boot,
-        None if folder is None else Path(folder) / "best",
-    )
+    of_folds = [{**options, **found} for found in best]
+    place = None if folder is None else Path(folder) / "best"
+    classifier = train_and_judge(gf, data, prepared, of_folds, settings, layer, n_boot, place)
     table = pd.DataFrame([{"fold": k, "trial": i, **row} for k, rows in enumerate(tried) for i, row in enumerate(rows)])
     if lost := [{name: row[name] for name in space} for rows in tried for row in rows if math.isnan(row["score"])]:
         warn(
-            f"{len(lost)} of {len(table)} trials diverged and have no score, the first with {lost[0]}; lower the learning "
-            "rates of the space"
+            f"{len(lost)} of {len(table)} trials diverged and have no score, the first with {lost[0]}; lower the "
+            "learning rates of the space"
         )
     return Search(table, best, classifier)

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from ...core import DataError, OptionError, check_number, keyed_seed, one_of, warn
-from ..model import CutCells, GeneformerModel
+from ..model import GeneformerModel
 from .edits import KINDS
+from ...inference import Sequences
 
 # %% ../../../nbs/geneformer/perturbation/design.ipynb #e5a7b2c9
 def asked_filter(where: dict | None) -> dict | None:
@@ -164,9 +165,9 @@ def state_rows(inside: np.ndarray, has_state: np.ndarray, own: np.ndarray) -> np
     return rows if len(rows) else np.flatnonzero(inside & has_state)
 
 # %% ../../../nbs/geneformer/perturbation/design.ipynb #7a10c006
-def take(cells, rows: np.ndarray, gf: GeneformerModel) -> CutCells:
+def take(cells: Sequences, rows: np.ndarray, gf: GeneformerModel) -> Sequences:
     "The cells at `rows`, as this model reads them."
-    return CutCells([np.asarray(cells[int(row)]) for row in rows], gf.max_length, gf.tokenizer.eos)
+    return cells.take(rows).cut(gf.max_length, gf.tokenizer.eos)
 
 
 def cell_names(cells) -> np.ndarray:

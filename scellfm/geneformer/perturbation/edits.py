@@ -16,7 +16,9 @@ import torch.nn.functional as F
 
 from ... import inference
 from ...core import progress
-from ..model import CutCells, GeneformerModel, pool_cells
+from ..model import GeneformerModel, pool_cells
+from ...inference import Sequences
+from ...store import Store, each_block
 
 # %% ../../../nbs/geneformer/perturbation/edits.ipynb #0eb89216
 KINDS = ("delete", "overexpress", "inhibit", "activate")
@@ -187,8 +189,8 @@ def edit_labels(cells, edits: Edits, names: np.ndarray) -> np.ndarray:
         sets, which = np.unique(edits.tokens, axis=0, return_inverse=True)
         return np.array(["+".join(names[one]) for one in sets], dtype=object)[which.ravel()]
     start = np.concatenate([[0], np.cumsum(cells.lengths)[:-1]]).astype(np.int64)
-    tokens = np.concatenate([cells[i] for i in range(len(cells))])
-    return names[tokens[start[edits.cell] + edits.positions[:, -1]].astype(np.int64)]
+    (tokens,), _ = cells.flat()
+    return names[tokens[start[edits.cell] + edits.positions[:, -1]]]
 
 # %% ../../../nbs/geneformer/perturbation/edits.ipynb #8239d82c
 @dataclass
@@ -231,9 +233,7 @@ def original_block(
     with progress(desc="original cells", total=len(shown), unit="cell") as bar:
         for _ in inference.batches(make, one_batch, [len(s) for s in shown], token_budget=token_budget, bar=bar):
             pass
-    return Block(
-        np.concatenate([np.asarray(cells[i], dtype=np.int64) for i in range(len(lengths))]), start, genes, embeddings
-    )
+    return Block(cells.flat()[0][0], start, genes, embeddings)
 
 # %% ../../../nbs/geneformer/perturbation/edits.ipynb #6420b674
 def edited_batch(block: Block, edits: Edits) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -346,37 +346,35 @@ def run_edits(
     states: torch.Tensor | None,
     *,
     token_budget=16384,
-    store=None,
+    store: Store | None = None,
     label: str = "",
     bar=None,
-    record=None,
+    record: list | None = None,
     estimate=None,
 ) -> np.ndarray:
     """The effects of all edits of `cells`, block by block; blocks that `store` has are read from it.
 
     estimate: a function that takes the place of `block_effects`; the bar then counts cells."""
     effects = np.full((len(edits), 1 if states is None else len(states)), np.nan, dtype=np.float32)
-    compute = estimate or block_effects
-    for number, rows in enumerate(plan_blocks(edits, estimated=estimate is not None)):
-        name = f"{label}block-{number:05d}"
-        if store is not None and store.done(name):
-            effects[rows] = store.read(name)["effects"]
-        else:
-            effects[rows] = compute(gf, cells, edits[rows], index, pool, states, token_budget, bar, record)
-            if store is not None:
-                store.write(name, effects=effects[rows])
-            continue
-        if bar is not None:
+    one_block = estimate or block_effects
+
+    def compute(rows):
+        return {"effects": one_block(gf, cells, edits[rows], index, pool, states, token_budget, bar, record)}
+
+    blocks = plan_blocks(edits, estimated=estimate is not None)
+    for rows, found, kept in each_block(store, blocks, compute, name=f"{label}block", record=record):
+        effects[rows] = found["effects"]
+        if kept and bar is not None:
             bar.update(len(rows) if estimate is None else len(np.unique(edits.cell[rows])))
     return effects
 
 
 def block_effects(
-    gf, cells, edits: Edits, index: int, pool: str, states, token_budget: int, bar=None, record=None
+    gf, cells: Sequences, edits: Edits, index: int, pool: str, states, token_budget: int, bar=None, record=None
 ) -> np.ndarray:
     "The effects of one block of edits; each is compared with its cell, cut by as much as the edit makes it overflow."
     (which, cut), local = np.unique(np.stack([edits.cell, edits.overflow]), axis=1, return_inverse=True)
-    own = CutCells([np.asarray(cells[int(i)]) for i in which], gf.max_length)
+    own = cells.take(which)
     block = original_block(gf, own, cut, index, pool, states is None and pool == "cell", token_budget)
     return edit_effects(
         gf,

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ... import inference
 from ...core import OptionError, check_number, one_of, warn
 from ..encoder import finish_layer, split_heads
-from ..model import CutCells, GeneformerModel
+from ..model import GeneformerModel
 from .design import draw
 from .edits import Edits, similarity
 
@@ -113,12 +113,11 @@ def estimate_block(
 ) -> np.ndarray:
     "The estimated effects of one block of deletions of single genes; takes and gives what `edits.block_effects` does."
     which, local = np.unique(edits.cell, return_inverse=True)
-    own = CutCells([np.asarray(cells[int(i)]) for i in which], gf.max_length)
+    own = cells.take(which)
     effects = np.zeros((len(which), int(own.lengths.max()), len(states)), dtype=np.float32)
 
     def make(positions):
-        ids, mask = inference.pad([own[i] for i in positions], gf.tokenizer.pad)
-        return ids.to(gf.device), mask.to(gf.device)
+        return own.batch(positions, gf.tokenizer.pad, gf.device)
 
     def one_batch(ids, mask):
         with torch.enable_grad():

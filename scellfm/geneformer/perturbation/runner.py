@@ -15,7 +15,7 @@ import torch
 
 from ...core import DataError, check_number, progress, tell
 from ..embedding import embed_cells, summarize
-from ..model import CutCells, GeneformerModel, layer_index, pooling
+from ..model import GeneformerModel, layer_index, pooling
 from .controls import genes_like
 from scellfm.geneformer.perturbation.design import (
     Question,
@@ -38,6 +38,7 @@ from scellfm.geneformer.perturbation.gradient import (
     judge_estimates,
 )
 from .screen import Screen
+from ...inference import Sequences
 from ...store import Store, fingerprint
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #683fd390
@@ -66,7 +67,7 @@ class Job:
 
     name: str
     task: Task
-    cells: CutCells
+    cells: Sequences
     edits: Edits
     labels: np.ndarray
 
@@ -81,7 +82,7 @@ class Bench:
     "What computing needs: the models, all cells, the question, the layer that is read, and where blocks are kept."
 
     models: list
-    cells: CutCells
+    cells: Sequences
     question: Question
     index: int
     token_budget: int
