@@ -7,4 +7,5 @@ __getattr__, __dir__, __all__ = _lazy(__name__, {
     "hold_out": "splits", "folds": "splits", "Split": "splits", "Folds": "splits", "check_leakage": "splits",
     "demo": "demonstration", "simulate_cells": "cells", "simulate_shifts": "shifts",
     "GeneVectors": "vectors", "read_vectors": "vector_files",
+    "simulate_perturbations": "perturbed", "PerturbationSimulation": "perturbed",
 })

@@ -7,5 +7,6 @@ __getattr__, __dir__, __all__ = _lazy(__name__, {
     "PerturbationSplit": "splits", "split_conditions": "splits", "custom_split": "splits",
     "family_split": "families", "similarity_split": "families", "similarity_families": "families",
     "leakage_of": "leakage",
+    "perturbation_baselines": "baselines", "PerturbationBaselines": "baselines",
     "ScGenePTModel": "model",
 })

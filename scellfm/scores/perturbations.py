@@ -511,6 +511,11 @@ def assembled(
         n for n in details if "ceiling" not in n and n not in (TRAINING_MEAN, NO_CHANGE) and collapse(details[n])
     ]
     title += f"; one prediction for all perturbations: {', '.join(collapsed)}" if collapsed else ""
+    partial = {
+        n: int(detail["by_condition"]["mse"].notna().sum()) for n, detail in details.items() if "ceiling" not in n
+    }
+    few = [f"{name} ({n} of {len(names)})" for name, n in partial.items() if n < len(names)]
+    title += f"; not all perturbations predicted by: {', '.join(few)}" if few else ""
     origin = {
         "dynamic_range": ranges,
         "subgroups": {**groups, **strata(run.target)},
