@@ -18,9 +18,7 @@ from ..scores.table import Scores
 from ..store import atomic_write
 
 # %% auto #0
-__all__ = ['SAVED', 'vectors_of', 'label_codes', 'usable_cells', 'held_out_neighbours', 'confidence_table', 'lowest_threshold',
-           'save_map', 'open_map', 'mapped', 'Votes', 'ReferenceMap', 'label_scores', 'pca_pair', 'baseline_map',
-           'score_map', 'evaluate']
+__all__ = ['Votes', 'ReferenceMap']
 
 # %% ../../nbs/scgpt/mapping.ipynb #5ca07103
 def vectors_of(adata, key: str, what: str) -> tuple[np.ndarray, np.ndarray]:

@@ -13,9 +13,7 @@ import torch
 from ..core import DataError, optional, progress
 
 # %% auto #0
-__all__ = ['BLOCK', 'QUERIES', 'EXTRA', 'VOTES', 'TIES', 'SEARCHES', 'Subset', 'row_blocks', 'merge', 'rough_distances',
-           'exact_distances', 'candidates', 'within_reach', 'nearest_of_few', 'nearest', 'nearest_faiss', 'count_votes',
-           'vote_shares', 'winners']
+__all__ = ['nearest_of_few', 'nearest', 'nearest_faiss']
 
 # %% ../../nbs/scgpt/neighbours.ipynb #73610a6c
 BLOCK = 16384  # reference cells at a time

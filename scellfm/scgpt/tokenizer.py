@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['OVERLONG', 'cut', 'encode_cell', 'BinnedCells', 'gene_columns', 'occurrences', 'survey', 'tokenize', 'table_cells',
-           'mask_share', 'mask_coins']
+__all__ = ['BinnedCells', 'tokenize']
 
 # %% ../../nbs/scgpt/tokenizer.ipynb #ddd20010
 OVERLONG = ("sample", "top", "first")

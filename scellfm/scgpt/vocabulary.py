@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SPECIALS', 'NAME_COLUMNS', 'tokens_in_order', 'best_names', 'Vocabulary']
+__all__ = ['SPECIALS', 'tokens_in_order', 'Vocabulary']
 
 # %% ../../nbs/scgpt/vocabulary.ipynb #5dae6681
 SPECIALS = ("<pad>", "<cls>", "<eoc>")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 # %% auto #0
-__all__ = ['dataset_folders', 'CellNames', 'runs', 'Corpus', 'stretch', 'names_of_folders']
+__all__ = ['Corpus', 'stretch', 'names_of_folders']
 
 # %% ../../../nbs/geneformer/tokenizer/corpus.ipynb #6bcfcd22
 def dataset_folders(paths) -> list[Path]:

@@ -14,8 +14,7 @@ from ...core import AssetError, one_of
 from ...store import atomic_write
 
 # %% auto #0
-__all__ = ['FILES', 'WRITTEN', 'PLACES', 'Dictionaries', 'check_dictionaries', 'write_dictionaries', 'dictionary_files',
-           'companion', 'choose_tokens', 'read_dictionaries']
+__all__ = ['FILES', 'WRITTEN', 'Dictionaries', 'write_dictionaries', 'read_dictionaries']
 
 # %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #fbd2b942
 FILES = {

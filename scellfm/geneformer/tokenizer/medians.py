@@ -13,7 +13,7 @@ from scipy import sparse
 from ...core import DataError
 
 # %% auto #0
-__all__ = ['BUDGET', 'PARTS', 'middle_places', 'levels', 'narrow', 'collect', 'survey', 'exact_medians']
+__all__ = ['survey', 'exact_medians']
 
 # %% ../../../nbs/geneformer/tokenizer/medians.ipynb #292bd9a8
 BUDGET = 20_000_000  # values held in memory at once (16 bytes each)

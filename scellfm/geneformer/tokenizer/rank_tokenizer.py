@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from scellfm.data.genes import GeneMatch
 
 # %% auto #0
-__all__ = ['PATTERNS', 'fitted_ids', 'source_levels', 'fit_dictionaries', 'RankTokenizer']
+__all__ = ['PATTERNS', 'RankTokenizer']
 
 # %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #a826dae2
 def fitted_ids(source: CellSource, column: str | None, mapping: Mapping[str, str] | None) -> list[str]:

@@ -14,7 +14,7 @@ from scipy import sparse
 from ...core import DataError, one_of
 
 # %% auto #0
-__all__ = ['Ranked', 'token_type', 'sum_genes', 'descending', 'rank_numpy', 'kernel', 'rank_numba', 'frame', 'encode']
+__all__ = ['Ranked', 'token_type', 'frame', 'encode']
 
 # %% ../../../nbs/geneformer/tokenizer/ranking.ipynb #906e4de3
 @dataclass

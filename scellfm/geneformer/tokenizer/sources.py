@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['CellSource', 'block_rows', 'from_adata', 'from_anndata_file', 'from_loom', 'open_source', 'cell_files', 'cell_totals',
-           'stored_totals']
+__all__ = ['CellSource', 'block_rows', 'from_loom', 'open_source', 'cell_files']
 
 # %% ../../../nbs/geneformer/tokenizer/sources.ipynb #d4e639ad
 @dataclass

@@ -19,8 +19,7 @@ from .sources import CellSource, cell_totals, stored_totals
 from .tokenized import TokenizedCells
 
 # %% auto #0
-__all__ = ['LOG_LIKE', 'RESERVED', 'fault_place', 'vet_counts', 'Tally', 'merge_reports', 'warn_of_empty', 'Request',
-           'column_names', 'chosen_cells', 'tokenize_blocks', 'tokenize_block', 'join_cells']
+__all__ = []
 
 # %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #2948feb4
 LOG_LIKE = 20.0  # log1p of any count is below this
