@@ -164,12 +164,12 @@ def one_thread():
 
 # %% ../nbs/demo.ipynb #834816af
 def run_demo(
-    out="runs/demo",
+    out: str | Path = "runs/demo",  # folder of the results
     *,
-    pretrain_epochs: int = PRETRAIN_EPOCHS,
-    finetune_epochs: int = 5,
-    max_cells: int | None = None,
-    seed: int = 0,
+    pretrain_epochs: int = PRETRAIN_EPOCHS,  # passes over the cells without labels
+    finetune_epochs: int = 5,  # passes over the labelled cells
+    max_cells: int | None = None,  # at most so many monocytes are screened; all where none is given
+    seed: int = 0,  # seed of every random draw
 ) -> Demo:
     """The main job on the demonstration cells; writes table.csv, figures, report.html and report.json into `out`.
 

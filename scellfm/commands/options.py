@@ -113,6 +113,8 @@ def pairs_of(words: list[str]) -> dict:
 def arguments_of(parameter: Parameter) -> dict:
     "What argparse is told of a parameter, but for its name and its help."
     kinds, default = parameter.kinds, parameter.default
+    if {"bool", "dict"} <= set(kinds):  # a switch that may be followed by its settings
+        return {"nargs": "*"}
     if "bool" in kinds and "str" not in kinds:
         return {"action": argparse.BooleanOptionalAction if default is True else "store_true"}
     if "list" in kinds or "dict" in kinds:
@@ -189,6 +191,10 @@ def command_parser(path: str, parsers=None, options: bool = True) -> argparse.Ar
 # %% ../../nbs/commands/options.ipynb #2cb360a8
 def as_given(parameter: Parameter, value):
     "A value from the command line as the function wants it."
+    if {"bool", "dict"} <= set(parameter.kinds):
+        return {
+            name: number_or_text(("int", "float", "str"))(words[0]) for name, words in pairs_of(value).items()
+        } or True
     if "dict" in parameter.kinds and isinstance(value, list):
         return pairs_of(value)
     if "str" in parameter.kinds and "list" in parameter.kinds and value == [parameter.default]:

@@ -251,7 +251,7 @@ def hold_out(
     by: str | None = None,  # the column whose groups stay whole; None: each cell for itself
     fractions=(0.8, 0.1, 0.1),  # of train, valid and test; valid or test may be 0
     stratify: str | None = None,  # the column whose composition the parts shall share
-    seed: int = 0,
+    seed: int = 0,  # seed of every random draw
 ) -> Split:
     """Deal cells into train, valid and test; the result depends on the seed and the names of cells or groups alone.
 
@@ -270,7 +270,13 @@ def hold_out(
     return Split(*(np.flatnonzero(part == i) for i in range(3)), by, len(part), table)
 
 # %% ../../nbs/data/splits.ipynb #ae156ff9
-def folds(adata, by: str | None = None, k: int = 5, stratify: str | None = None, seed: int = 0) -> Folds:
+def folds(
+    adata,  # AnnData, tokenized cells, or a table of obs
+    by: str | None = None,  # column of obs whose groups (donors) are never cut
+    k: int = 5,  # folds
+    stratify: str | None = None,  # column of obs whose composition the parts share
+    seed: int = 0,  # seed of every random draw
+) -> Folds:
     """Deal cells into k folds: every cell is in one test part; train is all the rest, valid is empty.
 
     With fewer groups than k there are as many folds as groups, with a warning. Arguments and errors as in `hold_out`.

@@ -30,7 +30,8 @@ def projections(layer, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 def attend(layer, query, key, value, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    "The output [b, L, H] of a BERT layer from its projections and its input [b, L, H]; mask [b, 1, 1, L]: keys that are read."
+    """The output [b, L, H] of a BERT layer from its projections and its input [b, L, H]; mask [b, 1, 1, L]: keys
+    that are read."""
     heads = (split_heads(layer, values) for values in (query, key, value))
     return finish_layer(layer, F.scaled_dot_product_attention(*heads, attn_mask=mask), hidden)
 

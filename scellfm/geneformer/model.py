@@ -294,7 +294,8 @@ class GeneformerModel:
             return self.tokenizer(data, layer=layer, columns=tuple(columns))
         if not hasattr(data, "lengths") and (columns or not isinstance(data, list)):  # plain lists of ids have no obs
             raise DataError(
-                f"a {type(data).__name__} holds no cells; give an AnnData, the path of a saved data set, or TokenizedCells"
+                f"a {type(data).__name__} holds no cells; give an AnnData, the path of a saved data set, "
+                "or TokenizedCells"
             )
         return data
 

@@ -85,7 +85,8 @@ def count_tokens(sequences, rows: np.ndarray, vocabulary: int) -> np.ndarray:
 
 # %% ../../nbs/geneformer/pretraining.ipynb #6d316442
 def frequency_losses(cells: MaskedCells, counts: np.ndarray, judged: np.ndarray) -> dict[str, float]:
-    "Mean cross-entropy (nats) of the two guessers, who know `counts`, on the places asked in epoch 0 of the judged cells."
+    """Mean cross-entropy (nats) of the two guessers, who know `counts`, on the places asked in epoch 0 of the judged
+    cells."""
     overall = np.zeros(counts.shape[1])
     overall[cells.genes] = counts.sum(0)[cells.genes] + 1
     overall /= overall.sum()
@@ -138,7 +139,8 @@ def pretraining_split(cells, names: CellNames, split: Split | None, held_out: fl
 
 # %% ../../nbs/geneformer/pretraining.ipynb #c50be362
 def start_from_frequencies(model, counts: np.ndarray) -> None:
-    "Set an untrained (all-zero) output bias of a masked-gene model to each token's log-frequency, given their `counts`."
+    """Set an untrained (all-zero) output bias of a masked-gene model to each token's log-frequency, given their
+    `counts`."""
     bias = model.cls.predictions.bias
     if bool(bias.any()):
         return

@@ -41,7 +41,8 @@ def check_quantize(quantize: str, device: torch.device) -> dict:
     ]
     if lacking:
         raise (OptionError if package else ExtraError)(
-            f"quantize={quantize!r} needs {' and '.join(lacking)}; without, leave quantize out: dtype='bfloat16' halves the "
+            f"quantize={quantize!r} needs {' and '.join(lacking)}; without, leave quantize out: "
+            "dtype='bfloat16' halves the "
             "memory on every device"
         )
     return settings

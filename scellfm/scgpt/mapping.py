@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,26 +27,30 @@ def vectors_of(adata, key: str, what: str) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"the {what} is a {type(adata).__name__}; give an AnnData with obsm[{key!r}]")
     if key not in adata.obsm:
         raise DataError(
-            f"the {what} has no obsm[{key!r}]; it holds {', '.join(map(repr, adata.obsm.keys())) or 'nothing'}: embed it first"
+            f"the {what} has no obsm[{key!r}]; it holds {', '.join(map(repr, adata.obsm.keys())) or 'nothing'}: "
+            "embed it first"
         )
     values = np.asarray(adata.obsm[key])
     if values.ndim != 2 or not len(values) or not np.issubdtype(values.dtype, np.number):
         raise DataError(
-            f"obsm[{key!r}] of the {what} is {values.dtype} of shape {values.shape}; a matrix of numbers [cells, dimensions] is needed"
+            f"obsm[{key!r}] of the {what} is {values.dtype} of shape {values.shape}; a matrix of numbers [cells, "
+            "dimensions] is needed"
         )
     values = np.asarray(values, dtype=np.float32)
     finite, empty = np.isfinite(values).all(1), np.isnan(values).all(1)
     broken = np.flatnonzero(~finite & ~empty)
     if len(broken):
         raise DataError(
-            f"obsm[{key!r}] of the {what} has NaN or infinity in {len(broken)} cells, the first is {adata.obs_names[broken[0]]!r} "
+            f"obsm[{key!r}] of the {what} has NaN or infinity in {len(broken)} cells, "
+            f"the first is {adata.obs_names[broken[0]]!r} "
             f"(row {broken[0]}); embed these cells again"
         )
     return values, finite
 
 # %% ../../nbs/scgpt/mapping.ipynb #090ab740
 def label_codes(obs: pd.DataFrame, label: str, what: str) -> tuple[np.ndarray, np.ndarray]:
-    "obs[label] as (codes int64 [cells], -1 where it is missing; classes: categories in their order, else sorted by name)."
+    """obs[label] as (codes int64 [cells], -1 where it is missing; classes: categories in their order, else sorted by
+    name)."""
     if label not in obs:
         raise DataError(
             f"obs of the {what} has no column {label!r}; it holds {', '.join(map(repr, obs.columns)) or 'nothing'}"
@@ -74,7 +78,8 @@ def usable_cells(adata, key: str, label: str) -> tuple[np.ndarray, np.ndarray, n
         codes, classes = np.searchsorted(present, codes), classes[present]
     if len(classes) < 2:
         raise DataError(
-            f"obs[{label!r}] of the reference holds {len(classes)} label(s) ({', '.join(map(str, classes))}); every cell would be called that: two are needed"
+            f"obs[{label!r}] of the reference holds {len(classes)} label(s) ({', '.join(map(str, classes))}); "
+            "every cell would be called that: two are needed"
         )
     return values, codes, classes
 
@@ -93,7 +98,8 @@ def held_out_neighbours(
         here, others = np.flatnonzero(groups[chosen] == group), np.flatnonzero(groups != group)
         if len(others) < k:
             raise DataError(
-                f"without group {group!r} {len(others)} reference cells remain and k={k}; calibrate by another column, or with a smaller k"
+                f"without group {group!r} {len(others)} reference cells remain and k={k}; "
+                "calibrate by another column, or with a smaller k"
             )
         distances[here], found = nearest(Subset(rows, others), rows[chosen[here]], k)
         positions[here] = others[found]
@@ -108,12 +114,14 @@ def confidence_table(confidence: np.ndarray, right: np.ndarray) -> pd.DataFrame:
 
 
 def lowest_threshold(table: pd.DataFrame, accuracy: float, enough: int = 20) -> float:
-    "The lowest confidence with at least `accuracy` among `enough` cells; the highest with that many, and a warning, if there is none."
+    """The lowest confidence with at least `accuracy` among `enough` cells; the highest with that many, and a
+    warning, if there is none."""
     judged = table[table["n"] >= min(enough, table["n"].max())]
     reached = judged[judged["accuracy"] >= accuracy]
     if reached.empty:
         warn(
-            f"no threshold reaches an accuracy of {accuracy:.0%}: at a confidence of {judged['min_confidence'].iloc[-1]:.2f} or more it is "
+            f"no threshold reaches an accuracy of {accuracy:.0%}: at a confidence of "
+            f"{judged['min_confidence'].iloc[-1]:.2f} or more it is "
             f"{judged['accuracy'].iloc[-1]:.1%}; that one is set"
         )
         return float(judged["min_confidence"].iloc[-1])
@@ -146,7 +154,8 @@ def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
     for part in (file, described):
         if not part.is_file():
             raise AssetError(
-                f"{part} is missing; a reference map is a folder with index.safetensors and index.json, as ReferenceMap.save writes it"
+                f"{part} is missing; a reference map is a folder with index.safetensors and index.json, "
+                "as ReferenceMap.save writes it"
             )
     try:
         record = json.loads(described.read_text(encoding="utf8"))
@@ -162,7 +171,8 @@ def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
         raise AssetError(f"{path} is damaged or no reference map: {error}; save it again") from error
     if not fits:
         raise AssetError(
-            f"{path}: index.json does not belong to index.safetensors ({vectors.shape} vectors, {codes.shape} labels); save it again"
+            f"{path}: index.json does not belong to index.safetensors ({vectors.shape} vectors, "
+            f"{codes.shape} labels); save it again"
         )
     return vectors, codes, record
 
@@ -195,23 +205,25 @@ class ReferenceMap:
     """
     Annotated cells whose labels can be given to other cells of the same embedding.
 
-    ref: AnnData with obsm[use_rep] and obs[label]. k: neighbours that vote. vote: 'majority' or 'balanced' (common labels count
-    less). ties: 'first' in order, as the original, or 'nearest'. search: 'exact', or 'faiss' (extra search). Cells with less than
+    ref: AnnData with obsm[use_rep] and obs[label]. k: neighbours that vote. vote: 'majority' or 'balanced' (common
+    labels count
+    less). ties: 'first' in order, as the original, or 'nearest'. search: 'exact', or 'faiss' (extra search). Cells
+    with less than
     min_confidence, or farther than max_distance (squared Euclidean, k-th neighbour), are 'unknown'.
     """
 
     def __init__(
         self,
         ref,
-        use_rep: str = "X_scGPT",
-        label: str = "cell_type",
-        k: int = 10,
+        use_rep: str = "X_scGPT",  # embedding in obsm of both
+        label: str = "cell_type",  # column of the reference with the labels
+        k: int = 10,  # neighbours that vote
         *,
-        vote: str = "majority",
-        ties: str = "first",
-        search: str = "exact",
-        min_confidence: float = 0.0,
-        max_distance: float = np.inf,
+        vote: Literal["majority", "balanced"] = "majority",  # balanced: common labels count less
+        ties: Literal["first", "nearest"] = "first",  # which of the labels with equal votes wins
+        search: Literal["exact", "faiss"] = "exact",  # faiss needs the extra search
+        min_confidence: float = 0.0,  # share of votes below which a cell is unknown
+        max_distance: float = np.inf,  # squared distance to the k-th neighbour beyond which it is unknown
     ):
         vectors, codes, classes = usable_cells(ref, use_rep, label)
         self._set(
@@ -252,7 +264,8 @@ class ReferenceMap:
 
     def __repr__(self) -> str:
         return (
-            f"ReferenceMap: {len(self.vectors):,} cells, {len(self.classes)} labels of {self.label!r}, {self.use_rep} of {self.vectors.shape[1]} dimensions, "
+            f"ReferenceMap: {len(self.vectors):,} cells, {len(self.classes)} labels of {self.label!r}, "
+            f"{self.use_rep} of {self.vectors.shape[1]} dimensions, "
             f"k={self.k}, unknown below {self.min_confidence:g} of the votes or beyond {self.max_distance:g}"
         )
 
@@ -261,11 +274,13 @@ class ReferenceMap:
         return {name: getattr(self, name) for name in SAVED} | {"search": self.search, "n_reference": len(self.vectors)}
 
     def neighbours(self, query) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        "(squared distances, positions among the reference cells that were kept) [mapped cells, k], and which cells were mapped."
+        """(squared distances, positions among the reference cells that were kept) [mapped cells, k], and which cells
+        were mapped."""
         values, finite = vectors_of(query, self.use_rep, "query")
         if values.shape[1] != self.vectors.shape[1]:
             raise DataError(
-                f"obsm[{self.use_rep!r}] has {values.shape[1]} dimensions in the query and {self.vectors.shape[1]} in the reference; embed both with one model"
+                f"obsm[{self.use_rep!r}] has {values.shape[1]} dimensions in the query and {self.vectors.shape[1]} in "
+                "the reference; embed both with one model"
             )
         find = nearest if self.search == "exact" else nearest_faiss
         return *find(self.vectors, values[finite], self.k), finite
@@ -283,7 +298,8 @@ class ReferenceMap:
 
     def transfer(self, query, *, copy: bool = False):
         """
-        Write obs['<label>_transferred'] (categorical), obs['<label>_confidence'] (share of the votes) and uns['<label>_transferred'].
+        Write obs['<label>_transferred'] (categorical), obs['<label>_confidence'] (share of the votes) and
+        uns['<label>_transferred'].
 
         Returns None, or with copy=True the copy. 'unknown': below the thresholds, or no embedding (confidence NaN).
         """
@@ -309,17 +325,25 @@ class ReferenceMap:
         return (votes.confidence >= self.min_confidence - 1e-9) & (votes.far <= self.max_distance)
 
     def calibrate(
-        self, accuracy: float = 0.95, far: float = 0.01, by: str | None = None, *, n_cells: int = 5000, seed: int = 0
+        self,
+        accuracy: float = 0.95,  # share of named cells that should be right
+        far: float = 0.01,  # share of cells to be called too far
+        by: str | None = None,  # column whose groups (donors) are held out together
+        *,
+        n_cells: int = 5000,  # at most so many cells are held out
+        seed: int = 0,  # seed of every random draw
     ) -> pd.DataFrame:
         """
         Set min_confidence and max_distance on held-out reference cells; returns the accuracy at each confidence.
 
-        by: a column of the reference's obs whose groups are held out together, such as donor; None: each cell by itself. n_cells:
+        by: a column of the reference's obs whose groups are held out together, such as donor; None: each cell by
+        itself. n_cells:
         how many reference cells, drawn by `seed`, are held out in turn.
         """
         if not 0 < accuracy <= 1 or not 0 <= far < 1:
             raise OptionError(
-                f"accuracy={accuracy!r} must be above 0 and at most 1, far={far!r} at least 0 and below 1: shares of the held-out cells"
+                f"accuracy={accuracy!r} must be above 0 and at most 1, far={far!r} at least 0 and below 1: "
+                "shares of the held-out cells"
             )
         check_number("n_cells", n_cells, 1)
         n = len(self.vectors)
@@ -337,7 +361,8 @@ class ReferenceMap:
         if by is None:
             if self.k >= len(self.vectors):
                 raise DataError(
-                    f"k={self.k} and the reference has {len(self.vectors)} cells: none is left to judge a held-out one; lower k"
+                    f"k={self.k} and the reference has {len(self.vectors)} cells: "
+                    "none is left to judge a held-out one; lower k"
                 )
             return None
         if self.ref is None or by not in self.ref.obs:
@@ -353,7 +378,8 @@ class ReferenceMap:
     def evaluate(
         self, query, label: str | None = None, *, layer: str | None = None, baselines: bool = True, seed: int = 0
     ) -> Scores:
-        "Score the transfer against obs[label] of the query (None: the same column), beside the same map on HVG + PCA; see `evaluate`."
+        """Score the transfer against obs[label] of the query (None: the same column), beside the same map on HVG +
+        PCA; see `evaluate`."""
         return evaluate(self, query, label or self.label, layer, baselines, seed)
 
     def save(self, path: str | Path) -> None:
@@ -390,14 +416,16 @@ def label_scores(truth: np.ndarray, called: np.ndarray) -> tuple[dict, dict]:
 
 # %% ../../nbs/scgpt/mapping.ipynb #88e2a5f4
 def pca_pair(ref, query, layer: str | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    "HVG + PCA learnt on the reference's counts, for both; genes that both have. DataError: no counts, no gene in common."
+    """HVG + PCA learnt on the reference's counts, for both; genes that both have. DataError: no counts, no gene in
+    common."""
     from scellfm.baselines import count_features
     from scellfm.data.reading import check_counts, count_matrix
 
     genes = query.var_names.intersection(ref.var_names, sort=False)
     if len(genes) < 2 or not (ref.var_names.is_unique and query.var_names.is_unique):
         raise DataError(
-            f"reference and query share {len(genes)} gene names (unique: {ref.var_names.is_unique}, {query.var_names.is_unique}); the HVG + PCA "
+            f"reference and query share {len(genes)} gene names (unique: {ref.var_names.is_unique}, "
+            f"{query.var_names.is_unique}); the HVG + PCA "
             "baseline needs common, unique ones: rename them, or set baselines=False"
         )
     for cells in (ref, query):
@@ -413,7 +441,8 @@ def baseline_map(reference: ReferenceMap, query, layer: str | None, seed: int):
 
     if reference.ref is None:
         raise DataError(
-            "a loaded map holds no counts for the HVG + PCA baseline; make the map from the AnnData, or set baselines=False"
+            "a loaded map holds no counts for the HVG + PCA baseline; make the map from the AnnData, "
+            "or set baselines=False"
         )
     pairs = zip((reference.ref, query), pca_pair(reference.ref, query, layer, seed))
     ref, cells = (anndata.AnnData(obs=adata.obs, obsm={"X_pca": values}) for adata, values in pairs)
@@ -430,7 +459,8 @@ def score_map(reference: ReferenceMap, query, truth: np.ndarray) -> tuple[dict, 
         metrics.update(called=known.mean(), accuracy_called=(called == truth)[known].mean() if known.any() else np.nan)
     if (votes.near == 0).mean() > 0.5:
         warn(
-            "more than half of the query cells lie exactly on a reference cell: are they in the reference? Then the scores are too good"
+            "more than half of the query cells lie exactly on a reference cell: "
+            "are they in the reference? Then the scores are too good"
         )
     return metrics, details
 
@@ -447,7 +477,8 @@ def evaluate(reference: ReferenceMap, query, label: str, layer: str | None, base
     strange = np.isin(truth, reference.classes.astype(str), invert=True)
     if strange.any():
         warn(
-            f"{strange.sum()} of {len(truth)} query cells are of types that the reference does not hold ({', '.join(np.unique(truth[strange])[:5])}): "
+            f"{strange.sum()} of {len(truth)} query cells are of types that the reference does not hold "
+            f"({', '.join(np.unique(truth[strange])[:5])}): "
             "they count as wrong"
         )
     results = {reference.use_rep: score_map(reference, query, truth)}

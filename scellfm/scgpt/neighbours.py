@@ -97,9 +97,11 @@ def nearest_of_few(rows, queries: np.ndarray, k: int, block: int = BLOCK) -> tup
 
 def nearest(rows, queries: np.ndarray, k: int, *, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
     """
-    The k nearest `rows` [n, d] of each query [m, d]: (squared Euclidean distances float32, positions int64), both [m, k].
+    The k nearest `rows` [n, d] of each query [m, d]: (squared Euclidean distances float32, positions int64), both [m,
+    k].
 
-    Exact, ordered by distance, then position; memory is that of a block. `rows` may be mapped from a file. DataError: k > n.
+    Exact, ordered by distance, then position; memory is that of a block. `rows` may be mapped from a file. DataError:
+    k > n.
     """
     if not 1 <= k <= len(rows):
         raise DataError(f"k={k} neighbours of {len(rows)} rows: k must lie between 1 and the number of rows")
@@ -115,7 +117,8 @@ def nearest(rows, queries: np.ndarray, k: int, *, block: int = BLOCK) -> tuple[n
 
 # %% ../../nbs/scgpt/neighbours.ipynb #c32f5374
 def nearest_faiss(rows, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    "As `nearest`, by faiss's IndexFlatL2, as scGPT's tutorials do; the whole reference is copied into memory, ties as they fall."
+    """As `nearest`, by faiss's IndexFlatL2, as scGPT's tutorials do; the whole reference is copied into memory, ties
+    as they fall."""
     faiss = optional("faiss", "search")
     index = faiss.IndexFlatL2(rows.shape[1])
     for _, block in row_blocks(rows):
@@ -133,7 +136,8 @@ def count_votes(codes: np.ndarray, n_classes: int) -> np.ndarray:
 
 
 def vote_shares(codes: np.ndarray, proportions: np.ndarray, vote: str = "majority") -> np.ndarray:
-    "The share of each label in the votes of the neighbours `codes` [cells, k]: float64 [cells, classes], rows sum to 1."
+    """The share of each label in the votes of the neighbours `codes` [cells, k]: float64 [cells, classes], rows sum
+    to 1."""
     votes, k = count_votes(codes, len(proportions)).astype(np.float64), codes.shape[1]
     if vote == "balanced":
         votes = np.maximum(votes - 0.01 * k, 0) / proportions

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 
 import numpy as np
@@ -245,14 +246,14 @@ def matrix_before(adata, layer: str | None):
 
 # %% ../../nbs/scores/batches.ipynb #2806e961
 def integration(
-    adata,
-    reps,
-    batch: str | None = None,
-    label: str | None = None,
+    adata,  # cells with the embeddings in obsm
+    reps: str | Sequence[str],  # names of embeddings in obsm
+    batch: str | None = None,  # column of obs whose groups should mix
+    label: str | None = None,  # column of obs whose groups should stay apart
     *,
-    layer: str | None = None,
-    baselines: bool = True,
-    seed: int = 0,
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    baselines: bool = True,  # simple embeddings beside them
+    seed: int = 0,  # seed of every random draw
 ) -> Scores:
     """
     Score how embeddings obsm[reps] keep cell types (obs[label]) and mix batches (obs[batch]), beside baselines.

@@ -34,14 +34,14 @@ def umap(values: np.ndarray, *, n_neighbors: int = 15, seed: int = 0) -> np.ndar
 
 # %% ../../nbs/scores/pictures.ipynb #0acb9858
 def umaps(
-    adata,
-    reps: str | Sequence[str],
-    batch: str | None = None,
-    label: str | None = None,
+    adata,  # cells with the embeddings in obsm
+    reps: str | Sequence[str],  # names of embeddings in obsm
+    batch: str | None = None,  # column of obs whose groups should mix
+    label: str | None = None,  # column of obs whose groups should stay apart
     *,
-    layer: str | None = None,
-    baselines: bool = True,
-    seed: int = 0,
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    baselines: bool = True,  # simple embeddings beside them
+    seed: int = 0,  # seed of every random draw
 ):
     """
     A figure of UMAPs: a row for each of obsm[reps] and each baseline of `integration`, columns by batch and label.

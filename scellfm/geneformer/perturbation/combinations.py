@@ -17,7 +17,8 @@ from ...statistics.table import bh
 def pair_rows(joint: pd.DataFrame, singles: pd.DataFrame, anchor: str | None = None) -> pd.DataFrame:
     """Per pair and cell: gene (A+B), first, second, group, cell, donor, joint, sum, excess; from rows of screens.
 
-    joint: rows of pairs, named A+B, or, with an `anchor`, by its partner. DataError where no cell has all three shifts."""
+    joint: rows of pairs, named A+B, or, with an `anchor`, by its partner. DataError where no cell has all three
+    shifts."""
     pairs = joint.rename(columns={"shift": "joint"})
     if anchor is not None:
         pairs["gene"] = anchor + "+" + pairs["gene"].astype(str)

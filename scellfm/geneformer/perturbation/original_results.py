@@ -131,7 +131,8 @@ def original_shifts(
 
 
 def original_effects(folder, tokenizer, *, files: str = RAW) -> pd.DataFrame:
-    "The original's effects on genes (gene, affected, cell, cosine, affected_symbol), for method='aggregate_gene_shifts'."
+    """The original's effects on genes (gene, affected, cell, cosine, affected_symbol), for
+    method='aggregate_gene_shifts'."""
     rows = raw_rows(folder, files, is_cell=False)
     if not len(rows):
         raise AssetError(

@@ -327,9 +327,11 @@ def perturb(
 ) -> Screen | pd.DataFrame:
     """Perturb genes in silico and measure how far each cell moves: a Screen with one row per edit of a cell.
 
-    Shifts are cosines: with a goal, how much nearer the cell is to the goal's centre; without, 1 - cosine to the unedited
+    Shifts are cosines: with a goal, how much nearer the cell is to the goal's centre; without, 1 - cosine to the
+    unedited
     cell (Theodoris et al. 2023). 'overexpress' puts a gene on top, 'inhibit' and 'activate' move it down and up by
-    `quartiles`. gradient={'top': 100, 'check_cells': 20}: estimates all deletions, then computes the `top` genes of each
+    `quartiles`. gradient={'top': 100, 'check_cells': 20}: estimates all deletions, then computes the `top` genes of
+    each
     group and all genes of some cells, by which the estimate is judged. OptionError, DataError, StoreError."""
     models, model_of, held_out_by = reading_models(model, data, model_of)
     gf, alt = models[0], (alt,) if isinstance(alt, str) else tuple(alt or ())

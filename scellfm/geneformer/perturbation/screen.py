@@ -136,7 +136,8 @@ class Screen:
 
     @property
     def agreement(self) -> pd.DataFrame:
-        "How well the estimates of a gradient screen agree with exact shifts, group by group; empty for an exact screen."
+        """How well the estimates of a gradient screen agree with exact shifts, group by group; empty for an exact
+        screen."""
         return pd.DataFrame(self.params.get("agreement", []))
 
     def __repr__(self) -> str:
@@ -174,7 +175,8 @@ class Screen:
         return table
 
     def combinations(self, singles: "Screen | None" = None) -> pd.DataFrame:
-        """Joint effects of two genes against the sum of the single ones, one row per pair (and group): combination_table.
+        """Joint effects of two genes against the sum of the single ones, one row per pair (and group):
+        combination_table.
 
         singles: of a screen with an anchor, the screen of the same cells with genes='all'; one of combine='pairs' has
         its own."""

@@ -106,7 +106,8 @@ class Corpus:
     "The tokenized cells of saved data sets, left on disk. `corpus[3]` is one cell's token ids; `blocks` all of them."
 
     def __init__(self, paths):
-        "`paths`: a data set, a folder of data sets, or a list of these. DataError where they are none or do not go together."
+        """`paths`: a data set, a folder of data sets, or a list of these. DataError where they are none or do not go
+        together."""
         self.folders = dataset_folders(paths)
         self.tables = [read_table(folder) for folder in self.folders]
         self.blocks = [stretch(chunk) for table in self.tables for chunk in table["input_ids"].chunks if len(chunk)]

@@ -103,7 +103,8 @@ def dictionary_files(folder: Path, kind: str) -> dict[str, Path]:
 
 
 def companion(folder: Path, kind: str, tail: str) -> Path | None:
-    "The file of another kind that goes with the token dictionary that ends in `tail`: the same ending, else the only one."
+    """The file of another kind that goes with the token dictionary that ends in `tail`: the same ending, else the
+    only one."""
     found = dictionary_files(folder, kind)
     if tail in found:
         return found[tail]
@@ -130,7 +131,8 @@ def choose_tokens(folder: Path, version: str | None) -> tuple[Path, str, dict]:
     if not choices:
         kind = f" of {version}" if version else ""
         raise AssetError(
-            f"no token_dictionary*.json or .pkl{kind} in {folder}; the official files lie in the folder 'geneformer' of "
+            f"no token_dictionary*.json or .pkl{kind} in {folder}; "
+            "the official files lie in the folder 'geneformer' of "
             "the Geneformer repository (V1: 'geneformer/gene_dictionaries_30m')"
         )
     if len(choices) > 1:

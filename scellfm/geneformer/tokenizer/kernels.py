@@ -24,7 +24,8 @@ def compiled(function: Callable) -> Callable:
 # %% ../../../nbs/geneformer/tokenizer/kernels.ipynb #f28d5b46
 @compiled
 def gather_row(data, indices, start, stop, tokens, medians, slot, collapse, token, count, value):
-    "Fill token, count and value (count / median) with the known, expressed genes of one row; returns their number and sum."
+    """Fill token, count and value (count / median) with the known, expressed genes of one row; returns their number
+    and sum."""
     n, total = 0, 0.0
     for k in range(start, stop):
         column = indices[k]
@@ -121,7 +122,8 @@ def settle_ties(packed, n, limit, value, token):
 def rank_rows(
     data, indices, indptr, tokens, medians, slot, collapse, limit, out_tokens, out_counts, lengths, detected, known
 ):
-    "Rank every row into out_tokens, one after the other; fills lengths, detected and known, returns the number of tokens."
+    """Rank every row into out_tokens, one after the other; fills lengths, detected and known, returns the number of
+    tokens."""
     width = 1
     for row in range(len(indptr) - 1):
         width = max(width, indptr[row + 1] - indptr[row])

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -139,16 +139,17 @@ class RankTokenizer:
         cls,
         path_or_hub_id: str | Path,
         *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        version: str | None = None,
-        max_length: int | None = None,
-        special: bool | None = None,
+        subfolder: str | None = None,  # the model's folder inside the repository
+        revision: str | None = None,  # commit of the hub repository
+        local_files_only: bool = False,  # never ask the hub
+        version: Literal["V1", "V2"] | None = None,  # where a folder of dictionaries holds both
+        max_length: int | None = None,  # longest sequence; without it that of the dictionaries
+        special: bool | None = None,  # frame cells with <cls> and <eos>
     ) -> RankTokenizer:
         """Read the dictionaries in a folder (official V1 or V2, pickle or JSON; or ours) or of a hub repository.
 
-        `version` ("V1", "V2") chooses where a folder holds both. AssetError: missing, unsafe, or not fitting each other.
+        `version` ("V1", "V2") chooses where a folder holds both. AssetError: missing, unsafe, or not fitting each
+        other.
         """
         from scellfm.assets import find, read_dictionary
 
@@ -166,15 +167,16 @@ class RankTokenizer:
         cls,
         adata: AnnData | str | Path | Iterable,
         *,
-        layer: str | None = None,
-        gene_column: str | None = None,
-        mapping: Mapping[str, str] | None = None,
-        special: bool = False,
-        max_length: int = 2048,
+        layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+        gene_column: str | None = None,  # column of var that holds gene ids
+        mapping: Mapping[str, str] | None = None,  # {outdated id: id}
+        special: bool = False,  # frame cells with <cls> and <eos>
+        max_length: int = 2048,  # longest sequence of tokens
     ) -> RankTokenizer:
         """Vocabulary and exact medians of your own cells: an AnnData, a path, a folder of files, or a list of these.
 
-        Every gene that is detected becomes a token. `mapping` renames outdated ids first. Files are read in blocks, more than once
+        Every gene that is detected becomes a token. `mapping` renames outdated ids first. Files are read in blocks,
+        more than once
         if they hold more than 20 million values.
         """
         given = list(adata) if isinstance(adata, (list, tuple)) else [adata]
@@ -221,19 +223,23 @@ class RankTokenizer:
         self,
         adata: AnnData | str | Path,
         *,
-        layer: str | None = None,
-        columns=(),
-        keep_counts: bool = False,
-        empty: str = "drop",
-        gene_column: str | None = None,
-        engine: str = "auto",
+        layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+        columns: Sequence[str] | Mapping[str, str] = (),  # columns of obs to keep
+        keep_counts: bool = False,  # keep the normalised count of each token
+        empty: Literal["drop", "keep", "error"] = "drop",  # cells without any known gene
+        gene_column: str | None = None,  # column of var that holds gene ids
+        engine: Literal["auto", "numba", "numpy"] = "auto",  # the same tokens; numpy is slower
     ) -> TokenizedCells:
-        """Tokenize an AnnData (any matrix, backed or not; never changed) or one file. Returns TokenizedCells in the order of the cells.
+        """Tokenize an AnnData (any matrix, backed or not; never changed) or one file. Returns TokenizedCells in the
+        order of the cells.
 
         columns: obs columns to keep, names or {column: new name}. keep_counts: also x / n_counts * 10^4 of each token.
-        empty: cells without any known gene are dropped ("drop", with a warning), kept without gene tokens ("keep") or an
-        error ("error"). gene_column: the column of var with gene ids. engine: "numba", "numpy" (same tokens, slower), "auto".
-        obs["n_counts"] is used where present, else the sum over all genes; cells with obs["filter_pass"] != 1 are left out.
+        empty: cells without any known gene are dropped ("drop", with a warning), kept without gene tokens ("keep") or
+        an
+        error ("error"). gene_column: the column of var with gene ids. engine: "numba", "numpy" (same tokens, slower),
+        "auto".
+        obs["n_counts"] is used where present, else the sum over all genes; cells with obs["filter_pass"] != 1 are
+        left out.
         """
         ask = self._request(columns, keep_counts, empty, engine)
         tally = Tally("AnnData" if not isinstance(adata, (str, Path)) else str(adata))
@@ -247,16 +253,19 @@ class RankTokenizer:
         path_or_folder: str | Path,
         out: str | Path,
         *,
-        layer: str | None = None,
-        columns=(),
-        keep_counts: bool = False,
-        empty: str = "drop",
-        gene_column: str | None = None,
+        layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+        columns: Sequence[str] | Mapping[str, str] = (),  # columns of obs to keep
+        keep_counts: bool = False,  # keep the normalised count of each token
+        empty: Literal["drop", "keep", "error"] = "drop",  # cells without any known gene
+        gene_column: str | None = None,  # column of var that holds gene ids
     ) -> dict:
-        """Tokenize one file, or all h5ad, loom and zarr files of a folder in the order of their names, into the data set `out`.
+        """Tokenize one file, or all h5ad, loom and zarr files of a folder in the order of their names, into the data
+        set `out`.
 
-        `out` is a folder that `datasets.load_from_disk`, `TokenizedCells.load` and the original open. Cells are read in blocks of
-        rows, so memory does not grow with the files; `out` appears whole or not at all. Returns the report. Arguments as in a call.
+        `out` is a folder that `datasets.load_from_disk`, `TokenizedCells.load` and the original open. Cells are read
+        in blocks of
+        rows, so memory does not grow with the files; `out` appears whole or not at all. Returns the report. Arguments
+        as in a call.
         """
         ask = self._request(columns, keep_counts, empty, "auto")
         sources = [open_source(path, layer) for path in cell_files(path_or_folder)]

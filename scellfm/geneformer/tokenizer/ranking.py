@@ -55,7 +55,8 @@ def descending(values: np.ndarray) -> np.ndarray:
 
 
 def rank_numpy(csr: sparse.csr_matrix, medians: np.ndarray, tokens: np.ndarray, limit: int) -> tuple:
-    "Rank every row, at most `limit` tokens in each: (tokens, counts, length, genes detected, sum of known counts of each row)."
+    """Rank every row, at most `limit` tokens in each: (tokens, counts, length, genes detected, sum of known counts
+    of each row)."""
     summed = sum_genes(csr, tokens)
     typical = np.ones(summed.shape[1])
     typical[tokens[tokens >= 0]] = medians[tokens >= 0]
@@ -132,7 +133,8 @@ def encode(
     keep_counts: bool = False,
     engine: str = "auto",  # "numba", "numpy", or numba where it is installed
 ) -> Ranked:
-    "Rank value encoding of every row (value descending, token ascending), cut to `max_length` tokens, special ones included."
+    """Rank value encoding of every row (value descending, token ascending), cut to `max_length` tokens, special ones
+    included."""
     one_of("engine", engine, ("auto", "numba", "numpy"))
     tokens = np.ascontiguousarray(tokens, np.int64)
     medians = np.ascontiguousarray(medians, np.float64)

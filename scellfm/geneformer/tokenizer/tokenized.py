@@ -52,7 +52,8 @@ def report_rows(report: dict) -> list[tuple[str, str]]:
 # %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #2542a7d4
 @dataclass
 class TokenizedCells:
-    "Token ids of many cells, ragged. `cells[3]` is one cell's ids, `cells[10:20]` or `cells[mask]` are tokenized cells again."
+    """Token ids of many cells, ragged. `cells[3]` is one cell's ids, `cells[10:20]` or `cells[mask]` are tokenized
+    cells again."""
 
     tokens: np.ndarray  # uint16 or uint32 [n_tokens]
     offsets: np.ndarray  # int64 [n + 1]
@@ -102,7 +103,8 @@ class TokenizedCells:
         return read_dataset(Path(path))
 
     def to_dataset(self) -> datasets.Dataset:
-        "The same cells as a Hugging Face Dataset in memory (columns input_ids, length, counts if kept, and those of obs)."
+        """The same cells as a Hugging Face Dataset in memory (columns input_ids, length, counts if kept, and those
+        of obs)."""
         return optional("datasets", "datasets").Dataset(cells_table(self))
 
     def __repr__(self) -> str:
@@ -269,14 +271,16 @@ def flat_column(column: pyarrow.ChunkedArray) -> np.ndarray:
 
 
 def read_table(folder: Path) -> pyarrow.Table:
-    "The columns of a Hugging Face data set folder with input_ids, left on disk (mapped into memory); DataError if it is none."
+    """The columns of a Hugging Face data set folder with input_ids, left on disk (mapped into memory); DataError if
+    it is none."""
     import pyarrow as pa
 
     from scellfm.assets import read_dictionary
 
     if folder.is_file():
         raise DataError(
-            f"{folder} is a file and no saved data set; read its cells first: adata = scellfm.data.read({str(folder)!r})"
+            f"{folder} is a file and no saved data set; read its cells first: "
+            f"adata = scellfm.data.read({str(folder)!r})"
         )
     if not (folder / "state.json").exists():
         raise DataError(

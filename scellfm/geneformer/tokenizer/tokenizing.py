@@ -41,7 +41,8 @@ def vet_counts(source: CellSource, start: int, block: sparse.csr_matrix, stored:
     low, high = values.min(), values.max()
     if not (low >= 0 and high < np.inf):
         raise DataError(
-            f"{source.name}: {fault_place(source, start, block, 'negative')}, and a count is a number from 0 up; the values "
+            f"{source.name}: {fault_place(source, start, block, 'negative')}, and a count is a number from 0 up; "
+            "the values "
             f"were read from {source.stored}: name the raw counts with layer="
         )
     if values.dtype.kind == "i" or np.array_equal(values, np.rint(values)):
@@ -50,7 +51,8 @@ def vet_counts(source: CellSource, start: int, block: sparse.csr_matrix, stored:
         sums = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
         if stored is None or not np.allclose(sums, stored[start : start + block.shape[0]], rtol=1e-3, atol=1.0):
             raise DataError(
-                f"{source.name}: {fault_place(source, start, block, 'fraction')}, and no value exceeds {high:.3g}: this looks "
+                f"{source.name}: {fault_place(source, start, block, 'fraction')}, and no value exceeds {high:.3g}: "
+                "this looks "
                 f"log-normalised, on which the medians have no meaning. It was read from {source.stored}: name the raw "
                 "counts with layer=. (If it is linear: give the sums of each cell in obs['n_counts'].)"
             )
@@ -95,7 +97,8 @@ def warn_of_empty(report: dict, empty: str) -> None:
     "Say how many cells had no known gene; DataError if that is all of them."
     if not report["n_kept"] or report["n_empty"] == report["n_cells"]:
         raise DataError(
-            f"no cell is left of {report['n_cells']:,}: {report['n_empty']:,} have no known gene and {report['n_filtered']:,} are "
+            f"no cell is left of {report['n_cells']:,}: {report['n_empty']:,} have no known gene and "
+            f"{report['n_filtered']:,} are "
             f"marked by filter_pass; the gene match: {report['genes']}"
         )
     if report["n_empty"]:
@@ -123,7 +126,8 @@ class Request:
         taken = [name for name in self.columns.values() if name in RESERVED]
         if taken:
             raise DataError(
-                f"the obs column {taken[0]!r} would overwrite the tokens' own column; rename it: columns={{{taken[0]!r}: 'other name'}}"
+                f"the obs column {taken[0]!r} would overwrite the tokens' own column; rename it: "
+                f"columns={{{taken[0]!r}: 'other name'}}"
             )
 
 
@@ -190,7 +194,8 @@ def tokenize_block(source, block, totals, index, obs, medians, tokens, ask: Requ
     tally.n_truncated += int((ranked.detected > ask.max_length - 2 * bool(ask.special)).sum())
     if empty.any() and ask.empty == "error":
         raise DataError(
-            f"{source.name}: cell {str(names[int(empty.argmax())])!r} has no count in any known gene; filter such cells, or pass "
+            f"{source.name}: cell {str(names[int(empty.argmax())])!r} has no count in any known gene; "
+            "filter such cells, or pass "
             "empty='drop' or empty='keep'"
         )
     cells = cells[~empty] if empty.any() and ask.empty == "drop" else cells
