@@ -22,6 +22,8 @@ demo: $(READY)  ## the main job on real cells: train, classify, screen, report
 	$(BIN)/scellfm demo
 
 test: $(READY)  ## everything that must hold
+	$(BIN)/ruff format --quiet --check nbs tests tools benchmarks setup.py
+	$(BIN)/ruff check --quiet nbs tests tools benchmarks setup.py
 	$(QUIET) $(BIN)/python tools/check_notebooks.py
 	$(QUIET) $(BIN)/python tools/build_site.py --check
 	$(QUIET) SCELLFM_QUICK=1 $(BIN)/nbdev_test --n_workers 2 --timing
@@ -30,7 +32,8 @@ test: $(READY)  ## everything that must hold
 export: $(READY)  ## write scellfm/ from the notebooks
 	$(BIN)/nbdev_export
 
-clean: $(READY)  ## strip superfluous metadata from the notebooks
+clean: $(READY)  ## format notebooks and code, and strip superfluous metadata from the notebooks
+	$(BIN)/ruff format nbs tests tools benchmarks setup.py
 	$(BIN)/nbdev_clean
 
 notebooks: $(READY)  ## run every notebook and keep what it shows

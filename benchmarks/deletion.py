@@ -2,11 +2,10 @@
 
     python benchmarks/deletion.py [--kind delete] [--cells 1] [--genes 300] [--pairs 5] [--quick]
 
-The shape of Geneformer V1-10M (6 layers, hidden size 256, 25,426 tokens, random weights), the second to last layer. Both
-sides make the same edits in batches of the same size, in turns, in one process. Printed: median seconds, the ratio, the
-peak memory of each side in a process of its own, and the largest difference of the shifts. overexpression.py is the same
-with --kind overexpress.
-"""
+The shape of Geneformer V1-10M (6 layers, hidden size 256, 25,426 tokens, random weights), the second to last layer.
+Both sides make the same edits in batches of the same size, in turns, in one process. Printed: median seconds, the
+ratio, the peak memory of each side in a process of its own, and the largest difference of the shifts.
+overexpression.py is the same with --kind overexpress."""
 
 import os
 
@@ -126,7 +125,8 @@ def main(kind: str = "delete"):
         rate = len(results[name]) / np.median(times)
         print(f"{name:16s} {np.median(times):8.2f} s  {rate:8.1f} edits/s  peak memory +{memory(name, args):,.0f} MB")
     print(
-        f"ratio {ratio:.2f} (floor {FLOOR}), median of {args.pairs} pairs; {args.kind}, {args.cells} cells of {args.genes} genes; "
+        f"ratio {ratio:.2f} (floor {FLOOR}), median of {args.pairs} pairs; {args.kind}, "
+        f"{args.cells} cells of {args.genes} genes; "
         f"shifts up to {np.abs(results['scellfm']).max():.1e}, largest difference {difference:.1e} (limit 1e-5)"
     )
     sys.exit(0 if ratio >= FLOOR and difference <= 1e-5 else 1)

@@ -2,11 +2,11 @@
 
     python benchmarks/gradient_screen.py [--cells 6] [--genes 300] [--pairs 3] [--quick]
 
-The shape of Geneformer V1-10M with random weights, on one thread. Cells of the start and of the goal state draw their genes from two
-pools that share a half. In turns: all deletions exactly; all deletions estimated; the whole gradient screen, which computes 20
-genes in every cell and all genes of two cells. Printed: median seconds, the ratios, and the correlation of the estimates with
-the exact shifts (median over cells). Random weights are the hard case: neighbouring positions have nothing in common.
-"""
+The shape of Geneformer V1-10M with random weights, on one thread. Cells of the start and of the goal state draw their
+genes from two pools that share a half. In turns: all deletions exactly; all deletions estimated; the whole gradient
+screen, which computes 20 genes in every cell and all genes of two cells. Printed: median seconds, the ratios, and the
+correlation of the estimates with the exact shifts (median over cells). Random weights are the hard case: neighbouring
+positions have nothing in common."""
 
 import sys
 import time

@@ -1,12 +1,11 @@
-"""How the time and the memory of a perturbation screen grow: in proportion to cells and to genes, and not with the cells.
+"""Time and memory of a perturbation screen grow in proportion to cells and genes; memory not with the cells.
 
     python benchmarks/perturbation_scaling.py [--genes 200] [--quick]
 
-Deletions in the shape of Geneformer V1-10M, on one thread, of random cells of one length: of all their genes with 2 to 16 cells,
-and of 25 to 200 genes by name in 4 cells. Printed: seconds, and milliseconds per edit, which must stay within a third of
-one another; and by how much the peak memory of a process grows while it screens 8 or 32 cells of
-100 genes, enough for full batches, which may differ by a tenth.
-"""
+Deletions in the shape of Geneformer V1-10M, on one thread, of random cells of one length: of all their genes with 2
+to 16 cells, and of 25 to 200 genes by name in 4 cells. Printed: seconds, and milliseconds per edit, which must stay
+within a third of one another; and by how much the peak memory of a process grows while it screens 8 or 32 cells of
+100 genes, enough for full batches, which may differ by a tenth."""
 
 import json
 import os
@@ -68,7 +67,8 @@ def main():
     names = series("genes", [genes // 8, genes // 4, genes // 2, genes], lambda n: screen(4, genes, n))
     few, many = growth(most // 2, 100), growth(2 * most, 100)
     print(
-        f"peak memory +{few:,.0f} MB with {most // 2} cells, +{many:,.0f} MB with {2 * most} (limit {MORE_MEMORY:.1f} times)"
+        f"peak memory +{few:,.0f} MB with {most // 2} cells, +{many:,.0f} MB with {2 * most} (limit "
+        f"{MORE_MEMORY:.1f} times)"
     )
     sys.exit(0 if cells and names and many <= MORE_MEMORY * few else 1)
 

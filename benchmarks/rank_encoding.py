@@ -2,10 +2,9 @@
 
     python benchmarks/rank_encoding.py [--cells 4000] [--genes 20000] [--pairs 5] [--quick]
 
-Both sides encode the same synthetic counts (about 9 % of the genes of a cell are detected) with the same medians, in turns,
-in one process. Printed: median seconds, the ratio, the peak memory of each side in a process of its own, and the largest
-difference of the tokens (0 = identical).
-"""
+Both sides encode the same synthetic counts (about 9 % of the genes of a cell are detected) with the same medians, in
+turns, in one process. Printed: median seconds, the ratio, the peak memory of each side in a process of its own, and
+the largest difference of the tokens (0 = identical)."""
 
 import os
 
@@ -108,7 +107,8 @@ def main():
             cpu[side].append(time.process_time() - busy)
     x = given[0]
     print(
-        f"{x.shape[0]:,} cells x {x.shape[1]:,} genes, {x.nnz / x.shape[0]:,.0f} genes per cell, one thread, median of {args.pairs} pairs"
+        f"{x.shape[0]:,} cells x {x.shape[1]:,} genes, {x.nnz / x.shape[0]:,.0f} genes per cell, one thread, "
+        f"median of {args.pairs} pairs"
     )
     for side in SIDES:
         wall, busy = np.median(seconds[side]), np.median(cpu[side])

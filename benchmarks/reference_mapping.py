@@ -2,9 +2,9 @@
 
     python benchmarks/reference_mapping.py [--quick]
 
-1,000,000 x 512 float32 vectors of length 1 (2 GB on disk; --quick: 100,000), 200 labels, 1,000 query cells, k=10, one thread.
-A sample of queries is checked against all distances in float64. Where faiss is installed, its IndexFlatL2 runs beside it.
-"""
+1,000,000 x 512 float32 vectors of length 1 (2 GB on disk; --quick: 100,000), 200 labels, 1,000 query cells, k=10, one
+thread. A sample of queries is checked against all distances in float64. Where faiss is installed, its IndexFlatL2
+runs beside it."""
 
 import argparse
 import importlib.util
@@ -166,13 +166,16 @@ def main() -> int:
         )
     found = json.loads(done.stdout.splitlines()[-1])
     print(
-        f"reference mapping: {N_QUERY:,} cells to {n:,} x {DIM} ({n * DIM * 4 / 1e9:.1f} GB), k={K}, one thread: opened in {found['opened']:.2f} s, "
-        f"mapped in {found['took']:.1f} s, {found['memory']:.0f} MB above the imports (ceiling {MEMORY}), exact: {found['exact']}, "
+        f"reference mapping: {N_QUERY:,} cells to {n:,} x {DIM} ({n * DIM * 4 / 1e9:.1f} GB), k={K}, one thread: "
+        f"opened in {found['opened']:.2f} s, "
+        f"mapped in {found['took']:.1f} s, {found['memory']:.0f} MB above the imports (ceiling {MEMORY}), exact: "
+        f"{found['exact']}, "
         f"accuracy {found['accuracy']:.3f}"
     )
     if "faiss" in found:
         print(
-            f"faiss IndexFlatL2: {found['faiss']:.1f} s, {found['faiss_memory']:.0f} MB, same neighbours {found['same']:.5f}; "
+            f"faiss IndexFlatL2: {found['faiss']:.1f} s, {found['faiss_memory']:.0f} MB, "
+            f"same neighbours {found['same']:.5f}; "
             f"ours takes {found['took'] / found['faiss']:.2f} of its time"
         )
     return int(not found["exact"] or found["memory"] > MEMORY)

@@ -1,12 +1,13 @@
-"""Reference mapping and integration with scGPT on three real data sets, beside PCA and Harmony: the tables, whatever they say.
+"""Reference mapping and integration with scGPT on three real data sets, beside PCA and Harmony: the tables, whatever
+they say.
 
     SCELLFM_DATA=<folder> python benchmarks/scgpt_real_data.py [--quick]
 
-kang18 (PBMC of 8 donors, interferon or not), scp1884 (68 intestinal types) and pbmc-2batch (two runs, types told by markers). The published
-weights are no part of the data, so the model is a small one: with random weights, then trained on the reference cells without and with
-their labels (`continue_pretraining`). Cells to be named, or to be scored for integration, are never trained on. Not a benchmark of the
-published model: what it shows is that the whole path runs on real cells, and what a small model does not do.
-"""
+kang18 (PBMC of 8 donors, interferon or not), scp1884 (68 intestinal types) and pbmc-2batch (two runs, types told by
+markers). The published weights are no part of the data, so the model is a small one: with random weights, then
+trained on the reference cells without and with their labels (`continue_pretraining`). Cells to be named, or to be
+scored for integration, are never trained on. Not a benchmark of the published model: what it shows is that the whole
+path runs on real cells, and what a small model does not do."""
 
 import argparse
 import os
@@ -93,7 +94,8 @@ def mapping(title: str, ref, query, reps: list[str], label: str, by: str | None)
     levels = reference.calibrate(accuracy=0.9, by=by).set_index("min_confidence")["accuracy"]
     told = reference.evaluate(query, baselines=False).table.iloc[0]
     print(
-        f"calibrated for 90 % ({'each cell' if by is None else by + 's'} held out in turn), {levels[reference.min_confidence]:.0%} reached on the "
+        f"calibrated for 90 % ({'each cell' if by is None else by + 's'} held out in turn), "
+        f"{levels[reference.min_confidence]:.0%} reached on the "
         f"reference: {told['called']:.0%} of the cells are named, {told['accuracy_called']:.0%} of them rightly\n",
         flush=True,
     )
@@ -127,7 +129,8 @@ def kang18(epochs: int) -> None:
 
 
 def scp1884(epochs: int) -> None:
-    "Half of the cells of each of 68 types names the other half. Only Celltype: the other columns are shuffled in the source."
+    """Half of the cells of each of 68 types names the other half. Only Celltype:
+    the other columns are shuffled in the source."""
     adata = anndata.read_h5ad(DATA / "scp1884" / "scp1884.h5ad")
     adata.obs = adata.obs[["Celltype"]].astype(str)
     split = sf.data.hold_out(adata, fractions=(0.5, 0, 0.5), stratify="Celltype", seed=0)

@@ -2,13 +2,12 @@
 
     python benchmarks/tokenize_file.py [--cells 20000] [--genes 20000] [--pairs 5] [--quick]
 
-A synthetic file (about 9 % of the entries are not zero; CSR, not compressed, in the page cache) is written to a temporary
-folder. The sides take turns in one process, after each has treated a small file (which loads the compiled loops). The time
-counts from the call to the saved data set. The reference reads blocks with h5py, ranks each cell with a stable double
-precision argsort and yields it to Dataset.from_generator, then save_to_disk; it yields Python lists ("lists", the usual
-form) or numpy arrays ("arrays", which datasets takes in twice as fast). Memory is the growth of the peak over the imports in a
-process of its own, for the whole file and for half of it.
-"""
+A synthetic file (about 9 % of the entries are not zero; CSR, not compressed, in the page cache) is written to a
+temporary folder. The sides take turns in one process, after each has treated a small file (which loads the compiled
+loops). The time counts from the call to the saved data set. The reference reads blocks with h5py, ranks each cell
+with a stable double precision argsort and yields it to Dataset.from_generator, then save_to_disk; it yields Python
+lists ("lists", the usual form) or numpy arrays ("arrays", which datasets takes in twice as fast). Memory is the
+growth of the peak over the imports in a process of its own, for the whole file and for half of it."""
 
 import os
 
@@ -169,14 +168,16 @@ def main():
             for side in SIDES:
                 seconds[side].append(run(side, files["whole"], outs[side]))
         print(
-            f"{args.cells:,} cells x {args.genes:,} genes, {files['whole'].stat().st_size / 2**20:,.0f} MiB (not compressed), one thread, "
+            f"{args.cells:,} cells x {args.genes:,} genes, {files['whole'].stat().st_size / 2**20:,.0f} MiB (not "
+            "compressed), one thread, "
             f"median of {args.pairs} pairs"
         )
         memory = {side: float(start(side, files["whole"], Path(folder) / "memory.dataset")) for side in SIDES}
         for side in SIDES:
             wall, cpu = np.median(seconds[side], axis=0)
             print(
-                f"{side:23s} {wall:6.2f} s wall, {cpu:6.2f} s CPU, {args.cells / wall:8,.0f} cells/s, peak above import {memory[side]:5.0f} MB"
+                f"{side:23s} {wall:6.2f} s wall, {cpu:6.2f} s CPU, {args.cells / wall:8,.0f} cells/s, "
+                f"peak above import {memory[side]:5.0f} MB"
             )
         ratios = {side: np.median(np.array(seconds[side]) / np.array(seconds["scellfm"]), axis=0) for side in SIDES[1:]}
         for side, (wall, cpu) in ratios.items():

@@ -2,12 +2,12 @@
 
     SCELLFM_DATA=<folder> python benchmarks/true_size.py [--cells 8] [--genes 300] [--quick] [--full]
 
-The folder holds geneformer-configs (config.json of each published model), geneformer-v1 and -v2 (the official dictionaries) and
-kang18/kang18_2000.h5ad (blood cells). The weights are random, saved in the official layout, and every tensor is accounted for
-at loading. Each model runs in a process of its own, on one thread: the seconds to load, cells embedded per second, deletions
-per second (the first genes of one cell, each by itself, at the second to last layer), and the memory at its peak in all and
-beyond the imports. `--quick` takes V1-10M alone; `--full` adds V2-316M, whose weights are 1.3 GB.
-"""
+The folder holds geneformer-configs (config.json of each published model), geneformer-v1 and -v2 (the official
+dictionaries) and kang18/kang18_2000.h5ad (blood cells). The weights are random, saved in the official layout, and
+every tensor is accounted for at loading. Each model runs in a process of its own, on one thread: the seconds to load,
+cells embedded per second, deletions per second (the first genes of one cell, each by itself, at the second to last
+layer), and the memory at its peak in all and beyond the imports. `--quick` takes V1-10M alone; `--full` adds V2-316M,
+whose weights are 1.3 GB."""
 
 import os
 

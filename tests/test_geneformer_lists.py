@@ -87,7 +87,8 @@ def test_special_tokens_are_no_company():
     from geneformer_golden import cells, model
 
     gf, given = model("v2"), cells("v2")
-    assert not set(matched_controls(given, np.array([int(given[0][5])]), 50, True)) & {gf.tokenizer.cls, gf.tokenizer.eos}
+    drawn = set(matched_controls(given, np.array([int(given[0][5])]), 50, True))
+    assert not drawn & {gf.tokenizer.cls, gf.tokenizer.eos}
 
 
 def test_targets_are_tested_against_genes_like_them_and_corrected_among_themselves(pbmc):
