@@ -718,18 +718,18 @@ def test_ctrl_c_is_130_without_traceback(tmp_path):
 def test_warnings_of_ours_are_one_line_and_those_of_others_stay_out(monkeypatch, capsys):
     import warnings
 
-    def noisy(options):
+    def noisy(**settings):
         scellfm.core.warn("two\nlines")
         warnings.warn("for developers", FutureWarning, stacklevel=1)
 
-    monkeypatch.setattr(commands, "demo", noisy)
+    monkeypatch.setattr(demonstration, "demo", noisy)
     code, _, err = call(["demo"], capsys)
     assert code == 0 and err == "scellfm: warning: two lines\n"
 
 
 def test_quiet_turns_progress_off_for_the_call_alone(monkeypatch):
     seen = []
-    monkeypatch.setattr(commands, "demo", lambda options: seen.append(settings.progress))
+    monkeypatch.setattr(demonstration, "demo", lambda **given: seen.append(settings.progress))
     monkeypatch.setattr(settings, "progress", True)
     cli.main(["demo", "--quiet"])
     cli.main(["demo"])

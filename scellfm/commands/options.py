@@ -132,13 +132,15 @@ def shown_default(value) -> str:
 
 
 def help_of(found: list[tuple[str, Parameter]]) -> str:
-    "The comment beside a parameter and its default; defaults that differ are given by system."
-    defaults = {path.split(".")[1]: shown_default(parameter.default) for path, parameter in found}
+    "The comment beside a parameter and its default; defaults that differ are given by system or function."
+    systems = [path.split(".")[1] for path, _ in found]
+    names = systems if len(set(systems)) == len(found) else [path.rpartition(".")[2] for path, _ in found]
+    defaults = {name: shown_default(parameter.default) for name, (_, parameter) in zip(names, found)}
     comment = next((parameter.comment for _, parameter in found if parameter.comment), "")
     if len(set(defaults.values())) == 1:
         default = next(iter(defaults.values()))
         return f"{comment} (default: {default})" if default else comment
-    said = "; ".join(f"{system}: {default}" for system, default in defaults.items() if default)
+    said = "; ".join(f"{name}: {default}" for name, default in defaults.items() if default)
     return f"{comment} (default of {said})"
 
 # %% ../../nbs/commands/options.ipynb #4fae6e72

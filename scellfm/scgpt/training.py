@@ -30,7 +30,7 @@ from .model import ScGPTModel
 from .tokenizer import BinnedCells, survey, tokenize
 from ..scores.table import Scores
 from ..store import fingerprint
-from ..training import Rows, fit
+from ..training import History, Rows, fit
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -307,6 +307,32 @@ def report_losses(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, batc
             "guessed: the model has learned no more than that; train longer, on more cells, or at another learning_rate"
         )
 
+# %% ../../nbs/scgpt/training.ipynb #0f8f0383
+def learn(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, *, folder, inputs: dict, **recipe) -> History:
+    "Train the model on the hidden values of the training cells; its history."
+    rows, judged = hiding.rows(part.train), hiding.rows(part.test)
+    return fit(
+        model.model,
+        pretraining_loss,
+        rows.n,
+        rows.batch,
+        lengths=rows.lengths,
+        device=model.device,
+        folder=folder,
+        valid={"valid": judged} if judged.n else None,
+        desc="continual pretraining",
+        inputs=inputs,
+        **recipe,
+    )
+
+
+def predictions_of(part: Split, values: np.ndarray) -> FoldPredictions:
+    "The class probabilities [cells, classes] of all cells as predictions of held-out and of training cells."
+    own = FoldPredictions(len(values))
+    own.add(part.test, values[part.test])
+    own.add(part.train, values[part.train], trained=True)
+    return own
+
 # %% ../../nbs/scgpt/training.ipynb #e01d1a6e
 def continue_pretraining(
     gpt: ScGPTCheckpoint,  # stays as it is
@@ -354,40 +380,20 @@ def continue_pretraining(
     if gpt.load_report is None:  # not a checkpoint
         start_at_mean(model.model, float(known_values(cells, part.train)[1].mean()), gpt.n_bins)
     hiding = HiddenGenes(model, cells, adata.obs_names, shares=shares, max_length=max_length, seed=seed, codes=codes)
-    rows, judged = hiding.rows(part.train), hiding.rows(part.test)
-    model.history = fit(
-        model.model,
-        pretraining_loss,
-        rows.n,
-        rows.batch,
-        lengths=rows.lengths,
-        device=model.device,
-        folder=folder,
-        valid={"valid": judged} if judged.n else None,
-        desc="continual pretraining",
-        epochs=epochs,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        warmup=warmup,
-        schedule=schedule,
-        weight_decay=weight_decay,
-        seed=seed,
-        dtype=str(gpt.dtype).removeprefix("torch."),
-        inputs={
-            "cells": fingerprint(cells.genes, cells.values, part.train, part.test, labels),
-            "hiding": str((shares, max_length)),
-        },
-        **recipe,
-    )
+    trained_on = {
+        "cells": fingerprint(cells.genes, cells.values, part.train, part.test, labels),
+        "hiding": str((shares, max_length)),
+    }
+    options = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, warmup=warmup, schedule=schedule)
+    options |= dict(weight_decay=weight_decay, seed=seed, dtype=str(gpt.dtype).removeprefix("torch."), **recipe)
+    model.history = learn(model, hiding, part, folder=folder, inputs=trained_on, **options)
     model.device = next(model.model.parameters()).device
     report_losses(model, hiding, part, batch_size)
     if label is not None and len(part.test):
         values = class_probabilities(model, adata, index, layer=layer, max_length=max_length, seed=seed)
         settings = {"label": label, "held_out_by": part.by, "epochs": epochs, "seed": seed}
-        own = FoldPredictions(adata.n_obs)
-        own.add(part.test, values[part.test])
-        own.add(part.train, values[part.train], trained=True)
-        model.scores = label_scores(own, [part], count_matrix(adata, layer), codes, classes, groups, n_boot, settings)
+        own, counts = predictions_of(part, values), count_matrix(adata, layer)
+        model.scores = label_scores(own, [part], counts, codes, classes, groups, n_boot, settings)
     model.dtype = gpt.dtype
     model.model.to(gpt.dtype)
     return model
