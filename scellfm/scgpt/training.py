@@ -308,8 +308,9 @@ def report_losses(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, batc
         )
 
 # %% ../../nbs/scgpt/training.ipynb #0f8f0383
-def learn(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, *, folder, inputs: dict, **recipe) -> History:
+def learn(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, labels, *, folder, **recipe) -> History:
     "Train the model on the hidden values of the training cells; its history."
+    cells = hiding.cells
     rows, judged = hiding.rows(part.train), hiding.rows(part.test)
     return fit(
         model.model,
@@ -321,7 +322,10 @@ def learn(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, *, folder, i
         folder=folder,
         valid={"valid": judged} if judged.n else None,
         desc="continual pretraining",
-        inputs=inputs,
+        inputs={
+            "cells": fingerprint(cells.genes, cells.values, part.train, part.test, labels),
+            "hiding": str((hiding.shares, hiding.max_length)),
+        },
         **recipe,
     )
 
@@ -380,13 +384,9 @@ def continue_pretraining(
     if gpt.load_report is None:  # not a checkpoint
         start_at_mean(model.model, float(known_values(cells, part.train)[1].mean()), gpt.n_bins)
     hiding = HiddenGenes(model, cells, adata.obs_names, shares=shares, max_length=max_length, seed=seed, codes=codes)
-    trained_on = {
-        "cells": fingerprint(cells.genes, cells.values, part.train, part.test, labels),
-        "hiding": str((shares, max_length)),
-    }
     options = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, warmup=warmup, schedule=schedule)
     options |= dict(weight_decay=weight_decay, seed=seed, dtype=str(gpt.dtype).removeprefix("torch."), **recipe)
-    model.history = learn(model, hiding, part, folder=folder, inputs=trained_on, **options)
+    model.history = learn(model, hiding, part, labels, folder=folder, **options)
     model.device = next(model.model.parameters()).device
     report_losses(model, hiding, part, batch_size)
     if label is not None and len(part.test):
