@@ -653,7 +653,7 @@ def wrong(place, tmp_path):
         (["perturb", cells, *model, *out, "--method", "ttest"], "goal_state_shift"),
         (["perturb", cells, *model, *out, "--where", "donor"], "sex=female"),
         (["perturb", cells, *model, *out, "--where", "lab=x"], "lab"),
-        (["perturb", cells, *model, *out, "--gradient", "top=no"], "top"),
+        (["perturb", cells, *model, *out, "--gradient", "top=no"], "gradient"),
         (["tokenize", cells, *out], "--tokenizer"),
         (["tokenize", cells, "--tokenizer", str(tmp_path), *out], "dictionar"),
         (["tokenize", str(tmp_path), "--fit", str(tmp_path / "t"), *out], "h5ad"),

@@ -51,20 +51,40 @@ def plain(cell):
     return cell
 
 
-def relative(text: str, page: Path) -> str:
-    "Turn links to the published site into links that work from `page` wherever the site lies."
-    up = "../" * (len(page.parts) - 1)
-    text = re.sub(rf"({re.escape(SITE)}/[\w/]+\.html#\w+)\.\w+", r"\1", text)  # a method's link goes to its class
-    return text.replace(SITE + "/", up)
+def headings(notebook) -> set[str]:
+    "The anchors of the headings of a prepared notebook."
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    return {name.lower() for text in texts for name in re.findall(r"^#+ `?\[?`?([\w.]+)", text, flags=re.M)}
 
 
-def page_notebook(path: Path, page: Path):
-    "The notebook of one page, ready to be converted."
+def relative(text: str, page: Path, documented: dict[str, set[str]]) -> str:
+    """Turn links to the published site into links that work from `page` wherever the site lies.
+
+    A name that no page documents, such as that of a private helper, stays a name without a link."""
+
+    def link(match):
+        shown, target, anchor = match[1], match[2], match[3].split(".")[0].lower()  # a method's link goes to its class
+        known = target not in documented or anchor in documented[target]
+        return f"[{shown}]({'../' * (len(page.parts) - 1)}{target}#{anchor})" if known else shown
+
+    text = re.sub(rf"\[(`[^`\]]+`)\]\({re.escape(SITE)}/([\w/]+\.html)#([\w.]+)\)", link, text)
+    return text.replace(SITE + "/", "../" * (len(page.parts) - 1))
+
+
+def shown_notebook(path: Path):
+    "A processed notebook with the cells that its page shows."
     notebook = nbformat.read(path, as_version=4)
     notebook.cells = [shown for shown in map(plain, notebook.cells) if shown is not None]
+    return notebook
+
+
+def page_notebook(path: Path, page: Path, documented: dict[str, set[str]]):
+    "The notebook of one page, ready to be converted; `documented`: the anchors of each page."
+    notebook = shown_notebook(path)
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = re.sub(r"^#+ .*$", lambda m: m[0].replace("`", ""), relative(cell.source, page), flags=re.M)
+            text = relative(cell.source, page, documented)
+            cell.source = re.sub(r"^#+ .*$", lambda m: m[0].replace("`", ""), text, flags=re.M)
     return notebook
 
 
@@ -140,7 +160,7 @@ def readme(path: Path) -> tuple[str, dict[str, bytes]]:
     exporter.register_preprocessor(
         ExtractOutputPreprocessor(output_filename_template="picture_{cell_index}_{index}{extension}"), enabled=True
     )
-    notebook = page_notebook(path, Path("index.ipynb"))
+    notebook = page_notebook(path, Path("index.ipynb"), {})
     text, resources = exporter.from_notebook_node(notebook)
     pictures = {Path(name).name: data for name, data in resources.get("outputs", {}).items() if name.endswith(".png")}
     text = re.sub(r"!\[png\]\(([^)]+)\)", lambda m: f"![]({(PICTURES / Path(m[1]).name).as_posix()})", text)
@@ -192,9 +212,12 @@ def main() -> int:
     if not problems:
         with tempfile.TemporaryDirectory() as folder:
             pages = Path(folder) / "pages"
+            documented = {
+                str(Path(page).with_suffix(".html")): headings(shown_notebook(processed / page)) for page in notebooks
+            }
             for page in map(Path, notebooks):
                 (pages / page).parent.mkdir(parents=True, exist_ok=True)
-                nbformat.write(page_notebook(processed / page, page), pages / page)
+                nbformat.write(page_notebook(processed / page, page, documented), pages / page)
             shutil.copy(ROOT / "nbs" / "styles.css", pages / "styles.css")
             build(pages, out)
         problems += [f"broken link: {link}" for link in broken_links(out)]

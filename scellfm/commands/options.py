@@ -197,7 +197,8 @@ def as_given(parameter: Parameter, value):
         return {
             name: number_or_text(("int", "float", "str"))(words[0]) for name, words in pairs_of(value).items()
         } or True
-    if "dict" in parameter.kinds and isinstance(value, list):
+    either = "list" in parameter.kinds and isinstance(value, list) and not any("=" in str(word) for word in value)
+    if "dict" in parameter.kinds and isinstance(value, list) and not either:
         return pairs_of(value)
     if "str" in parameter.kinds and "list" in parameter.kinds and value == [parameter.default]:
         return parameter.default
