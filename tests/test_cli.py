@@ -421,6 +421,44 @@ def test_integrate_prints_and_draws_the_scores_with_their_baselines(place, tmp_p
     ] == "donor"
 
 
+def test_every_kind_of_classifier_is_made_reported_and_predicts(place, tmp_path, capsys):
+    cells, adata = str(place / "cells.h5ad"), scellfm.data.read(place / "cells.h5ad")
+    genes = list(adata.var_names)
+    (tmp_path / "genes.json").write_text(json.dumps({"x": genes[:12], "y": genes[12:24]}))
+    more = ["--k", "2", "--n-boot", "5", "--device", "cpu", "--quiet"]
+    labels = ["--label", "cell_type", "donor", "--stratify", "cell_type"]
+    kinds = {
+        "tasks": ("model", labels, ["cell_type_predicted", "donor_confidence"]),
+        "genes": ("model", ["--classes", str(tmp_path / "genes.json")], ["predicted", "n_cells"]),
+        "annotator": ("scgpt", ["--label", "cell_type", "--epochs", "1"], ["cell_type_predicted"]),
+    }
+    for kind, (model, asked, columns) in kinds.items():
+        made = str(tmp_path / kind)
+        code, out, err = call(["finetune", cells, "--model", str(place / model), *asked, *more, "--out", made], capsys)
+        assert code == 0 and out.count("held out") >= (2 if kind == "tasks" else 1), (kind, err)
+        report = json.loads((tmp_path / kind / "report.json").read_text())
+        found = [section["kind"] for section in report["sections"]]
+        assert found.count("scores") == (2 if kind == "tasks" else 1) and found.count("figure") >= 2, (kind, found)
+        table = str(tmp_path / f"{kind}.csv")
+        assert call(["predict", cells, "--model", made, "--device", "cpu", "--out", table], capsys)[0] == 0, kind
+        assert set(columns) <= set(pd.read_csv(table).columns), kind
+
+
+def test_a_prediction_that_the_cells_carry_already_is_made_anew(place, tmp_path, capsys):
+    one, two, model = str(tmp_path / "one.h5ad"), str(tmp_path / "two.csv"), ["--model", str(place / "clf")]
+    assert call(["predict", str(place / "cells.h5ad"), *model, "--device", "cpu", "--out", one], capsys)[0] == 0
+    assert call(["predict", one, *model, "--device", "cpu", "--out", two], capsys)[0] == 0
+    assert list(pd.read_csv(two).columns) == ["cell", "cell_type_predicted", "cell_type_confidence"]
+
+
+def test_a_classifier_takes_the_dictionaries_that_are_named(place, tmp_path, capsys):
+    gene = scellfm.data.read(place / "cells.h5ad").var_names[0]
+    given = ["perturb", str(place / "cells.h5ad"), "--model", str(place / "clf"), "--tokenizer", str(place / "model")]
+    given += ["--genes", gene, "--combine", "each", "--max-cells", "2", "--device", "cpu", "--out", str(tmp_path)]
+    code, _, err = call(given, capsys)
+    assert code == 0 and (tmp_path / "table.csv").exists(), err
+
+
 def test_finetune_prints_held_out_scores_beside_simple_methods(place, tmp_path, capsys):
     code, out, _ = call(
         [
@@ -623,6 +661,13 @@ def wrong(place, tmp_path):
         (["embed", spoiled(cells, tmp_path, "strange"), *scgpt, *out], "vocabulary"),
         (["finetune", cells, *scgpt, "--classes", str(bad), "--out", str(tmp_path / "clf")], "for Geneformer"),
         (["perturb", cells, *scgpt, *out], "works with Geneformer"),
+        ([*finetune, "--label", "cell_type", "--k", "2", "--fractions", ".8", ".1", ".1"], "one of the two"),
+        (["tokenize", cells, "--fit", str(tmp_path / "t"), "--version", "V1", *out], "--version has no meaning"),
+        (["map", ref, query, "--use-rep", "X_own", "--device", "cpu", *out], "--device has no meaning"),
+        (
+            ["integrate", ref, "--reps", "X_own", "--batch", "donor", "--revision", "a", *out],
+            "--revision has no meaning",
+        ),
         (["predict", cells, *model, *out], "holds no classifier"),
         ([*finetune, "--label", "celltype"], "celltype"),
         ([*finetune, "--label", "cell_type", "--by", "dono"], "donor"),

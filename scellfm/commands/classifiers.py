@@ -19,7 +19,7 @@ from scellfm.commands.inputs import (
     write_table,
 )
 from .options import refuse_others, settings_of, takes, with_defaults
-from .reports import add_classifier, begin
+from .reports import add_classifier, begin, judged_parts
 from ..core import DataError, OptionError
 
 # %% ../../nbs/commands/classifiers.ipynb #ee63de69
@@ -35,6 +35,8 @@ def split_from(cells, settings: dict):
         from scellfm.geneformer import TokenizedCells
 
         cells = TokenizedCells.load(cells)
+    if "fractions" in settings and "k" in settings:
+        raise OptionError("--k asks for folds and --fractions for one split; give one of the two")
     if "fractions" in settings:
         return hold_out(cells, **settings_of(settings, HOLD_OUT))
     return folds(cells, **settings_of(settings, FOLDS))
@@ -120,16 +122,21 @@ def finetune(
     classifier.save_pretrained(out)
     add_classifier(report, classifier)
     report.save(out)
-    return f"{classifier.scores.to_markdown()}\n{classifier.overfit_check}\n{out}"
+    lines = []
+    for name, part in judged_parts(classifier).items():
+        lines += [name] if name else []
+        lines += [part.scores.to_markdown(), str(part.overfit_check)]
+    return "\n".join([*lines, out])
 
 # %% ../../nbs/commands/classifiers.ipynb #9251cb5e
 def predictions(classifier, data, layer: str | None):
     "The AnnData with the classifier's columns, and those columns (or the table of genes)."
-    before = set(data.obs)
     found = classifier.predict(data, layer=layer)
     if found is not None:
         return data, found
-    return data, data.obs[[column for column in data.obs if column not in before]].rename_axis("cell")
+    labels = [part.label for part in judged_parts(classifier).values()]
+    columns = [f"{label}_{what}" for label in labels for what in ("predicted", "confidence")]
+    return data, data.obs[columns].rename_axis("cell")
 
 # %% ../../nbs/commands/classifiers.ipynb #5ba21b12
 def predict(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'CLASSIFIERS', 'GENEFORMER', 'SCGPT', 'demonstration', 'cells_from', 'whole_cells', 'out_format',
-           'write_table', 'system_of', 'is_classifier', 'load_model', 'load_geneformer', 'load_classifier']
+           'write_table', 'system_of', 'is_classifier', 'dictionaries_in', 'load_model', 'load_geneformer',
+           'load_classifier']
 
 # %% ../../nbs/commands/inputs.ipynb #15b87fc3
 from pathlib import Path
@@ -88,6 +89,15 @@ GENEFORMER = "scellfm.geneformer.model.GeneformerModel.from_pretrained"
 SCGPT = "scellfm.scgpt.checkpoint.ScGPTCheckpoint.from_pretrained"
 
 
+def dictionaries_in(settings: dict) -> dict:
+    "The settings with the RankTokenizer of the folder or hub id that `tokenizer` names, where it is given."
+    from scellfm.geneformer import RankTokenizer
+
+    if settings.get("tokenizer") is None:
+        return settings
+    return settings | {"tokenizer": RankTokenizer.from_pretrained(settings["tokenizer"])}
+
+
 def load_model(model: str, *, tokenizer: str | None = None, subfolder: str | None = None, **settings):
     "The Geneformer or ScGPT in a folder or on the hub, with the settings of its `from_pretrained`."
     if system_of(model, subfolder) == "scgpt":
@@ -96,12 +106,11 @@ def load_model(model: str, *, tokenizer: str | None = None, subfolder: str | Non
         if tokenizer is not None:
             raise OptionError(f"--tokenizer is an option of Geneformer, and {model} is a model of scGPT; leave it out")
         return ScGPT.from_pretrained(model, subfolder=subfolder, **settings_of(settings, SCGPT))
-    from scellfm.geneformer import Geneformer, RankTokenizer
+    from scellfm.geneformer import Geneformer
 
-    dictionaries = None if tokenizer is None else RankTokenizer.from_pretrained(tokenizer)
     inside = "fold0" if subfolder is None and is_classifier(model) else subfolder
-    where = settings_of(settings, GENEFORMER)
-    return Geneformer.from_pretrained(model, subfolder=inside, tokenizer=dictionaries, **where)
+    where = dictionaries_in({**settings_of(settings, GENEFORMER), "tokenizer": tokenizer})
+    return Geneformer.from_pretrained(model, subfolder=inside, **where)
 
 
 def load_geneformer(model: str, **settings):

@@ -9,7 +9,7 @@ __all__ = ['map', 'integrate']
 from pathlib import Path
 
 from .inputs import GENEFORMER, SCGPT, load_model, whole_cells, write_table
-from .options import settings_of, takes, with_defaults
+from .options import refuse_others, settings_of, takes, with_defaults
 from .reports import add_map, begin
 from .vectors import EMBED, embed_into
 from ..core import OptionError, warn
@@ -95,6 +95,8 @@ def map(
     """
     if model is not None and "use_rep" in settings:
         raise OptionError("--use-rep names an embedding that is there already, --model makes one; give one of the two")
+    if model is None:
+        refuse_others(settings, MAP, CALIBRATE, why="it belongs to --model, which is not given")
     settings |= {} if layer is None else {"layer": layer}
     asked = {**settings, "ref": ref, "query": query, "model": model, "truth": truth, "calibrate": calibrate}
     embedder = None if model is None else load_model(model, **settings_of(settings, GENEFORMER, SCGPT))
@@ -145,6 +147,8 @@ def integrate(
 
     if (model is None) == (reps is None):
         raise OptionError("give --reps for embeddings that are there already, or --model to make one")
+    if model is None:
+        refuse_others(settings, INTEGRATION, why="it belongs to --model, which is not given")
     asked = {**settings, "cells": cells, "model": model, "reps": reps and ", ".join(reps)}
     report = begin("How an embedding keeps types and mixes batches", with_defaults(asked, INTEGRATION))
     ask = settings_of(settings, INTEGRATION)

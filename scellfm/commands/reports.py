@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from scellfm.report import Report
 
 # %% auto #0
-__all__ = ['INPUTS', 'begin', 'add_picture', 'add_confusion', 'add_classifier', 'add_screen', 'add_map']
+__all__ = ['INPUTS', 'begin', 'add_picture', 'add_confusion', 'judged_parts', 'add_classifier', 'add_screen', 'add_map']
 
 # %% ../../nbs/commands/reports.ipynb #7ec68ff4
 INPUTS = ("cells", "model", "tokenizer", "classes", "ref", "query")
@@ -48,15 +48,23 @@ def add_confusion(report: Report, confusion: pd.DataFrame, caption: str) -> None
     add_picture(report, plotting.confusion(confusion), caption, "Who is taken for whom")
 
 
-def add_classifier(report: Report, classifier) -> None:
-    "Scores, overfitting check, confusion and losses of a CellClassifier or GeneClassifier."
-    from scellfm.geneformer.finetuning.evaluation import HELD_OUT
+def judged_parts(classifier) -> dict:
+    "The classifiers that have scores of their own: those of each label by its name, or the one under ''."
+    return getattr(classifier, "tasks", None) or {"": classifier}
 
-    report.add_scores(classifier.scores, "Held out, beside simple methods")
-    report.add_text(str(classifier.overfit_check))
-    judged = classifier.scores.details.get(HELD_OUT)
-    if judged is not None:
-        add_confusion(report, judged.confusion, "Held out: true classes in rows, what they were called in columns.")
+
+def add_classifier(report: Report, classifier) -> None:
+    "Scores, overfitting check, confusion (of each label) and losses of any classifier."
+    for label, part in judged_parts(classifier).items():
+        name = f"{label}: " if label else ""
+        report.add_scores(part.scores, f"{name}{'held' if label else 'Held'} out, beside simple methods")
+        report.add_text(str(part.overfit_check))
+        judged = part.scores.details.get(part.scores.table.index[0])  # the model's held-out row comes first
+        if judged is not None:
+            caption = (
+                f"{name}{'held' if label else 'Held'} out: true classes in rows, what they were called in columns."
+            )
+            add_confusion(report, judged.confusion, caption)
     for fold, history in enumerate(classifier.histories):
         add_picture(
             report, history.plot(), f"Losses while the model of fold {fold} was trained.", "" if fold else "Training"

@@ -8,7 +8,7 @@ __all__ = ['perturb']
 # %% ../../nbs/commands/screens.ipynb #e834f30d
 from pathlib import Path
 
-from .inputs import cells_from, is_classifier, load_geneformer, write_table
+from .inputs import cells_from, dictionaries_in, is_classifier, load_geneformer, write_table
 from .options import settings_of, takes, with_defaults
 from .reports import add_screen, begin
 from ..core import one_of
@@ -16,6 +16,7 @@ from ..core import one_of
 # %% ../../nbs/commands/screens.ipynb #7fb81467
 PERTURB = "scellfm.geneformer.perturbation.runner.perturb"
 LOAD = "scellfm.geneformer.model.GeneformerModel.from_pretrained"
+CLASSIFIER = "scellfm.geneformer.finetuning.classifier.CellClassifier.from_pretrained"
 
 
 def perturbed(model: str, cells, settings: dict):
@@ -24,8 +25,8 @@ def perturbed(model: str, cells, settings: dict):
     if is_classifier(model) and "subfolder" not in settings:
         from scellfm.geneformer import CellClassifier
 
-        own = ("scellfm.geneformer.finetuning.classifier.CellClassifier.from_pretrained",)
-        return CellClassifier.from_pretrained(model, **settings_of(settings, *own)).perturb(cells, **ask)
+        where = dictionaries_in(settings_of(settings, CLASSIFIER))
+        return CellClassifier.from_pretrained(model, **where).perturb(cells, **ask)
     return load_geneformer(model, **settings_of(settings, LOAD)).perturb(cells, **ask)
 
 # %% ../../nbs/commands/screens.ipynb #9f6eb12c

@@ -7,7 +7,7 @@ __all__ = ['tokenize']
 
 # %% ../../nbs/commands/tokens.ipynb #96fb908b
 from .inputs import cells_from
-from .options import settings_of, takes
+from .options import refuse_others, settings_of, takes
 from ..core import OptionError
 
 # %% ../../nbs/commands/tokens.ipynb #69e0b82c
@@ -23,7 +23,11 @@ def tokenizer_for(cells, tokenizer: str | None, fit: str | None, settings: dict)
     if (tokenizer is None) == (fit is None):
         raise OptionError("give --tokenizer for dictionaries that are there, or --fit FOLDER to make them of the cells")
     if tokenizer is not None:
+        refuse_others(
+            settings, FILES, LOAD, why="it belongs to --fit, and --tokenizer names dictionaries that are there"
+        )
         return RankTokenizer.from_pretrained(tokenizer, **settings_of(settings, LOAD))
+    refuse_others(settings, FILES, FIT, why="it belongs to --tokenizer, and --fit makes new dictionaries")
     made = RankTokenizer.fit(cells, **settings_of(settings, FIT))
     made.save_pretrained(fit)
     return made
