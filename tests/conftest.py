@@ -1,6 +1,7 @@
 """Where tests find the recorded outputs of the original software, and real data."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,18 @@ def real_data(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"real data {name} is not here (SCELLFM_DATA={DATA})")
     return path
+
+
+@pytest.fixture(scope="session")
+def yardstick() -> float:
+    "Seconds of a fixed piece of plain Python; bounds on time are multiples of it and hold on a slow machine too."
+    seconds = []
+    for _ in range(3):
+        start, table = time.process_time(), {}
+        for number in range(300_000):
+            table[f"ENSG{number:011d}"] = number
+        seconds.append(time.process_time() - start)
+    return min(seconds)
 
 
 def pytest_addoption(parser):

@@ -240,10 +240,10 @@ def test_donors_differ_as_much_as_asked_for():
         assert seen[abundant] == pytest.approx(told[abundant], abs=0.12)
 
 
-def test_ten_million_counts_take_seconds():
+def test_ten_million_counts_take_seconds(yardstick):
     start = time.process_time()
     simulate_cells(10_000, 1_000, batches=3, batch_gene_sd=0.2)
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 25 * yardstick
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_species_are_told_from_the_form_of_an_id():
     ]
 
 
-def test_sixty_thousand_genes_take_less_than_three_tenths_of_a_second():
+def test_sixty_thousand_genes_take_no_longer_than_a_few_dictionaries(yardstick):
     vocabulary = [f"ENSG{i:011d}" for i in range(60_000)]
     ids = [f"{gene}.{i % 9}" for i, gene in enumerate(vocabulary)]
     mapping, symbols = dict(zip(vocabulary, vocabulary)), {f"S{i}": gene for i, gene in enumerate(vocabulary)}
@@ -226,7 +226,7 @@ def test_sixty_thousand_genes_take_less_than_three_tenths_of_a_second():
         start = time.process_time()
         assert match_genes(ids, vocabulary, mapping=mapping, symbols=symbols).report["n_matched"] == 60_000
         seconds.append(time.process_time() - start)
-    assert min(seconds) < 0.3, f"{min(seconds):.2f} s"
+    assert min(seconds) < 2 * yardstick, f"{min(seconds):.2f} s, yardstick {yardstick:.2f} s"
 
 
 def test_real_symbols_are_found_in_the_official_dictionaries():

@@ -267,7 +267,7 @@ def test_leaks_are_named():
     check_leakage(Split(arange(2), arange(2, 4), arange(4, 6), None, 6), [1, 1, 2, 2, 3, 3])
 
 
-def test_large_tables_are_dealt_quickly():
+def test_large_tables_are_dealt_quickly(yardstick):
     import time
 
     obs = table(n=100_000, n_donors=200)
@@ -276,4 +276,4 @@ def test_large_tables_are_dealt_quickly():
         warnings.simplefilter("error")
         hold_out(obs, by="donor", stratify="cell_type")
         hold_out(obs, stratify="cell_type")
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 15 * yardstick

@@ -171,9 +171,9 @@ def test_real_genes_on_both_strands():
     assert (start_table(windows).groupby("row")["index"].count() >= 1).all()
 
 
-def test_windows_of_all_human_genes_are_planned_in_seconds():
+def test_windows_of_all_human_genes_are_planned_in_seconds(yardstick):
     path = real_data("genome/grch38_genes.tsv")
-    started = time.perf_counter()
+    started = time.process_time()
     windows = tss_windows(path)
     assert len(windows) == windows.table["gene"].nunique() == len(pd.read_csv(path, sep="\t"))
-    assert set(windows.bins(896)) == {447, 448} and time.perf_counter() - started < 10
+    assert set(windows.bins(896)) == {447, 448} and time.process_time() - started < 25 * yardstick

@@ -519,11 +519,11 @@ def test_a_vocabulary_of_another_checkpoint_is_refused(whole_human, tmp_path):
         ScGPT.from_pretrained(tmp_path, device="cpu")
 
 
-def test_the_published_vocabulary_is_read_at_once():
+def test_the_published_vocabulary_is_read_at_once(yardstick):
     path = real_data("scgpt") / "scgpt_human_vocab.json"
     times = []
     for _ in range(3):
         start = time.process_time()
         vocabulary = Vocabulary.from_file(path)
         times.append(time.process_time() - start)
-    assert len(vocabulary) == 60_697 and min(times) < 0.3
+    assert len(vocabulary) == 60_697 and min(times) < yardstick
