@@ -179,7 +179,7 @@ class Encoder(nn.Module):
             x = self.through(layer, x, mask)
         return self.through(self.layers[-1], x, mask, queries)
 
-    def through(self, layer, *inputs) -> torch.Tensor:
+    def through(self, layer: nn.Module, *inputs: torch.Tensor | int | None) -> torch.Tensor:
         "A layer's output; with checkpointing its inner states are computed again in the backward pass."
         if not (self.checkpointing and torch.is_grad_enabled()):
             return layer(*inputs)
