@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .inputs import GENEFORMER, SCGPT, load_model, whole_cells, write_table
 from .options import refuse_others, settings_of, takes, with_defaults
-from .reports import add_map, begin
+from .reports import add_map, begin, beside
 from .vectors import EMBED, embed_into
 from ..core import OptionError, warn
 
@@ -163,7 +163,10 @@ def integrate(
     write_tables(folder, {"scores.csv": scores.table.rename_axis("method")})
     with atomic_write(folder / "umap.png") as part:
         part.write_bytes(png(figure))
-    report.add_scores(scores, "Kept apart and mixed, beside simple methods")
-    report.add_figure(figure, "The same cells by each embedding, coloured by batch and by label.", "Pictures")
+    columns = {"kept apart": ask.get("label"), "mixed": ask.get("batch")}
+    what = " and ".join(word for word, column in columns.items() if column)
+    report.add_scores(scores, f"How well groups are {what}{beside(scores)}")
+    colours = " and by ".join(f"{column}" for column in (ask.get("batch"), ask.get("label")) if column)
+    report.add_figure(figure, f"The same cells by each embedding, coloured by {colours}.", "Pictures")
     plt.close(figure)
     return f"{scores!r}\n\n{folder / 'scores.csv'}\n{folder / 'umap.png'}\n{report.save(folder)}"
