@@ -57,7 +57,7 @@ def _unlink_once(path: Path, text: str) -> None:
         claim.unlink(missing_ok=True)
 
 # %% ../../nbs/store/lock.ipynb #a8692af7
-def _clear_stale(path: Path, what: Path) -> None:
+def _clear_stale(path: Path, what: Path | None = None) -> None:
     "Remove the lock of a process that is gone, wait for one that is just being made; StoreError when its holder lives."
     try:
         text, age = path.read_text(errors="replace"), time.time() - path.stat().st_mtime
@@ -68,8 +68,8 @@ def _clear_stale(path: Path, what: Path) -> None:
             time.sleep(0.1)
         else:
             raise StoreError(
-                f"{what} is being written by process {holder['pid']} on {holder['host']}; wait for it or choose"
-                f" another folder. If you know that it runs no more, delete {path}"
+                f"{what or path.parent} is being written by process {holder['pid']} on {holder['host']}; wait for it or "
+                f"choose another folder. If you know that it runs no more, delete {path}"
             )
     except FileNotFoundError:
         logger.debug("the lock %s went away by itself", path)
@@ -110,7 +110,7 @@ class Lock:
                 self._finalizer = weakref.finalize(self, _unlock, path, self.text)
                 return
             try:
-                _clear_stale(path, what or path.parent)
+                _clear_stale(path, what)
             except OSError as error:
                 raise error if isinstance(error, StoreError) else _cannot_write(path, error) from error
         raise StoreError(f"{path} is taken and given back all the time; is another program using this folder?")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Maybe', 'Absent', 'Between', 'Either', 'Only', 'check_record', 'parts_fit', 'read_record']
 
-# %% ../../nbs/store/records.ipynb #fa9b4d1d
+# %% ../../nbs/store/records.ipynb #66570ed9
 import json
 import math
 import os
@@ -15,9 +15,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..core import AssetError, ScellfmError
+from ..core import AssetError, ScellfmError, StoreError
 
-# %% ../../nbs/store/records.ipynb #576921d6
+# %% ../../nbs/store/records.ipynb #1b2c32b2
 class Maybe(NamedTuple):
     "A value that may be null or absent."
 
@@ -49,7 +49,7 @@ class Only(NamedTuple):
 
     values: tuple[str, ...]
 
-# %% ../../nbs/store/records.ipynb #3194a5f7
+# %% ../../nbs/store/records.ipynb #80369b14
 WORDS = {
     str: "a text",
     int: "a whole number",
@@ -79,7 +79,7 @@ def in_words(pattern: Any) -> str:
             return f"a list, each of it {in_words(pattern[0])}"
     return "a dictionary" if isinstance(pattern, dict) else WORDS[pattern]
 
-# %% ../../nbs/store/records.ipynb #f7906030
+# %% ../../nbs/store/records.ipynb #7e0b8a15
 def is_plain(value: Any, kind: type) -> bool:
     "Is a value from JSON of this kind? `true` is no number, and a whole number is also a number."
     if kind in (int, float):
@@ -92,7 +92,7 @@ def is_between(value: Any, pattern: Between) -> bool:
     fits = is_plain(value, int if pattern.whole else float) and pattern.least <= value <= pattern.most
     return fits and (pattern.whole or math.isfinite(value))
 
-# %% ../../nbs/store/records.ipynb #57f5c1ed
+# %% ../../nbs/store/records.ipynb #49c15883
 def misfit(value: Any, pattern: Any, place: str = "") -> tuple[str, Any, Any] | None:
     "(place, value, pattern) of the first disagreement of a value with a pattern; None where they agree."
     wrong = (place, value, pattern)
@@ -113,7 +113,7 @@ def misfit(value: Any, pattern: Any, place: str = "") -> tuple[str, Any, Any] | 
             return misfit_of_keys(value, pattern, place)
     return None if is_plain(value, pattern) else wrong
 
-# %% ../../nbs/store/records.ipynb #8daa2475
+# %% ../../nbs/store/records.ipynb #451a6b01
 def misfit_of_items(value: Any, pattern: list, place: str) -> tuple[str, Any, Any] | None:
     "The first item of a list that departs from the pattern."
     if not isinstance(value, list):
@@ -137,17 +137,21 @@ def misfit_of_keys(value: Any, pattern: dict, place: str) -> tuple[str, Any, Any
                 return wrong
     return None
 
-# %% ../../nbs/store/records.ipynb #d7bde112
+# %% ../../nbs/store/records.ipynb #d43ead86
+def _damaged(where: object, what: str, error: type[ScellfmError]) -> ScellfmError:
+    "The error for a damaged file, with what can be done about one of its kind."
+    remedy = "delete it to begin anew, or choose another folder" if error is StoreError else "fetch it or save it again"
+    return error(f"{where} {what}; the file is damaged, or was not written by this package: {remedy}")
+
+# %% ../../nbs/store/records.ipynb #868a3a93
 def check_record(found: Any, pattern: Any, where: object, error: type[ScellfmError] = AssetError) -> Any:
     "The record itself if it fits its pattern; else an error with the file, the place, and what should be there."
     wrong = misfit(found, pattern)
     if wrong:
         place, value, wanted = wrong
         shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:57]}..."
-        raise error(
-            f"{where}: {place or 'the file'} is {shown} and should be {in_words(wanted)}; the file is damaged, or was "
-            "not written by this package: fetch it or save it again"
-        )
+        what = f"has {shown} as {place}" if place else f"holds {shown}"
+        raise _damaged(where, f"{what}, which should be {in_words(wanted)}", error)
     return found
 
 
@@ -159,19 +163,17 @@ def parts_fit(where: object, error: type[ScellfmError] = AssetError) -> Iterator
     except ScellfmError:
         raise
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as reason:
-        raise error(
-            f"{where} is damaged, or was not written by this package: its parts do not fit each other "
-            f"({type(reason).__name__}: {str(reason)[:200]}); fetch it or save it again"
-        ) from reason
+        what = f"has parts that do not fit each other ({type(reason).__name__}: {str(reason)[:200]})"
+        raise _damaged(where, what, error) from reason
 
-# %% ../../nbs/store/records.ipynb #1d460400
+# %% ../../nbs/store/records.ipynb #a2a25a4c
 def read_record(path: str | os.PathLike, pattern: Any = dict, error: type[ScellfmError] = AssetError) -> Any:
     "The content of a JSON file that fits its pattern; else an error that names the file and the place."
     path = Path(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as reason:
-        raise error(f"{path} is no readable JSON ({reason}); fetch it or save it again") from reason
+        raise _damaged(path, f"is no readable JSON ({reason})", error) from reason
     except OSError as reason:
         raise error(f"{path} cannot be read: {reason.strerror}; check the path and your rights") from reason
     return check_record(found, pattern, path, error)
