@@ -68,8 +68,8 @@ def _clear_stale(path: Path, what: Path | None = None) -> None:
             time.sleep(0.1)
         else:
             raise StoreError(
-                f"{what or path.parent} is being written by process {holder['pid']} on {holder['host']}; wait for it or "
-                f"choose another folder. If you know that it runs no more, delete {path}"
+                f"{what or path.parent} is being written by process {holder['pid']} on {holder['host']}; wait for it "
+                f"or choose another folder. If you know that it runs no more, delete {path}"
             )
     except FileNotFoundError:
         logger.debug("the lock %s went away by itself", path)
