@@ -205,6 +205,12 @@ def check_fit(tokenizer, vocabulary: int) -> None:
         )
 
 # %% ../../nbs/geneformer/model.ipynb #0fcd2fb0
+def mark_trained(config) -> None:
+    "Take the mark of random weights from the config of a model that is being trained."
+    if hasattr(config, "scellfm_untrained"):
+        del config.scellfm_untrained
+
+# %% ../../nbs/geneformer/model.ipynb #929774f3
 class GeneformerModel:
     """The weights of a Geneformer with their tokenizer on a device: what every task is handed.
 
@@ -217,6 +223,7 @@ class GeneformerModel:
         self.model = (model if quantized else model.to(device=self.device, dtype=self.dtype)).eval()
         self.tokenizer = tokenizer
         self.load_report = None
+        self._warned = False  # that it was never trained
 
     @classmethod
     def from_config(cls, name: str, tokenizer, *, seed: int = 0, device="auto", dtype="float32") -> Self:
@@ -224,6 +231,7 @@ class GeneformerModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = build_model(shape_config(name, len(tokenizer.genes), tokenizer.max_length))
+        model.config.scellfm_untrained = True  # goes with the weights into config.json, until they are trained
         return cls(model, tokenizer, device=device, dtype=dtype)
 
     @classmethod
@@ -282,11 +290,23 @@ class GeneformerModel:
         config = self.model.config
         return (
             f"Geneformer({self.tokenizer.version}: {self.n_layers} layers, hidden size {config.hidden_size}, "
-            f"{config.vocab_size:,} tokens, {self.device}, {str(self.dtype).removeprefix('torch.')})"
+            f"{config.vocab_size:,} tokens, {self.device}, {str(self.dtype).removeprefix('torch.')}"
+            f"{', never trained' * self.untrained})"
         )
+
+    @property
+    def untrained(self) -> bool:
+        "Whether the weights are the random ones of `from_config`, also after saving and loading."
+        return bool(getattr(self.model.config, "scellfm_untrained", False))
 
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor | None, layer: int) -> torch.Tensor:
         "hidden_states[layer] [b, L, H] (layer 0 is the input) without running what lies above, in evaluation mode."
+        if self.untrained and not self._warned:
+            self._warned = True
+            warn(
+                "this model was made by from_config and never trained: its weights are random, and what is read of it "
+                "says nothing of biology. Train it (pretrain, finetune), or load a checkpoint (from_pretrained)"
+            )
         return hidden_states(self.model.bert, ids, mask, layer)
 
     def cells(self, data, *, layer: str | None = None, columns=()):

@@ -13,7 +13,7 @@ import torch
 
 from ..core import DivergedError, OptionError, keyed_generator, progress, warn
 from ..data.splits import Split, check_fractions, check_split, deal_cells
-from .model import GeneformerModel
+from .model import GeneformerModel, mark_trained
 from .quantize import refuse_quantized
 from .tokenizer.corpus import CellNames, Corpus
 from ..inference import pad
@@ -244,4 +244,5 @@ def fit_masked(gf: GeneformerModel, masked: MaskedCells, train, judged, identity
         raise DivergedError(f"{error}. This model's weights are spoilt: load it, or make it, anew") from error
     gf.model.to(gf.dtype)
     gf.device = gf.model.device
+    mark_trained(gf.model.config)
     return history

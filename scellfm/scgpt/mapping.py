@@ -421,7 +421,8 @@ def pca_pair(ref, query, layer: str | None, seed: int) -> tuple[np.ndarray, np.n
     """HVG + PCA learnt on the reference's counts, for both; genes that both have. DataError: no counts, no gene in
     common."""
     from scellfm.baselines import count_features
-    from scellfm.data.reading import check_counts, count_matrix
+    from scellfm.data.reading import count_matrix
+    from scellfm.scores.batches import check_baseline_counts
 
     genes = query.var_names.intersection(ref.var_names, sort=False)
     if len(genes) < 2 or not (ref.var_names.is_unique and query.var_names.is_unique):
@@ -431,9 +432,9 @@ def pca_pair(ref, query, layer: str | None, seed: int) -> tuple[np.ndarray, np.n
             "baseline needs common, unique ones: rename them, or set baselines=False"
         )
     for cells in (ref, query):
-        check_counts(cells, layer)
+        check_baseline_counts(cells, layer)
     counts = [count_matrix(cells, layer)[:, cells.var_names.get_indexer(genes)] for cells in (ref, query)]
-    features = count_features(seed).fit(counts[0])
+    features = count_features(seed, logged=False).fit(counts[0])
     return features.transform(counts[0]), features.transform(counts[1])
 
 # %% ../../nbs/scgpt/mapping.ipynb #169f646b
