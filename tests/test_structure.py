@@ -278,7 +278,8 @@ def public_functions(tree: ast.Module):
             yield node.name, node, parameters(node)
         if isinstance(node, ast.ClassDef) and node.name in public:
             methods = [(method.name, method) for method in node.body if isinstance(method, ast.FunctionDef)]
-            for name, method in [*methods, *bound_functions(node, tree)]:
+            bound = [(name, method) for name, method in bound_functions(node, tree) if method.name not in public]
+            for name, method in [*methods, *bound]:
                 if name[0] != "_" or name == "__init__":
                     yield f"{node.name}.{name}", method, parameters(method)[1:]
 
@@ -300,8 +301,8 @@ def gaps(tree: ast.Module) -> list[str]:
 
 
 TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
-UNTYPED = 468  # public functions that lack a type or a docstring: this number only falls, to 0
-SHORT_CELLS = 0.63  # share of exported cells with at most 25 lines: this number only rises, to 0.9
+UNTYPED = 424  # public functions that lack a type or a docstring: this number only falls, to 0
+SHORT_CELLS = 0.69  # share of exported cells with at most 25 lines: this number only rises, to 0.9
 
 
 def test_functions_are_short():
