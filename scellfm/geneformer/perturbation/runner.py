@@ -256,20 +256,20 @@ def gene_facts(gf: GeneformerModel, shifts: pd.DataFrame, cells, data, design: S
     facts["log2fc"] = np.nan
     if design.goal is None or not hasattr(data, "obs_names"):
         return facts
+    from scellfm.data.reading import genes_of
     from scellfm.statistics import log2_fold_change
 
-    tokens = gf.tokenizer.match(data).index
+    tokens = gf.tokenizer.match(genes_of(data, layer)).index
     genes = np.where(tokens >= 0, np.asarray(gf.tokenizer.genes, dtype=object)[tokens], "")
     for group in facts["group"].unique():
         mask = design.passes(data.obs)
         if design.groupby:
             mask &= (data.obs[design.groupby].astype(str) == group).to_numpy()
         fold = log2_fold_change(
-            data, design.state, design.start, design.goal, donor=design.donor, layer=layer, mask=mask
+            data, design.state, design.start, design.goal, donor=design.donor, layer=layer, mask=mask, genes=genes
         )
-        by_gene = pd.Series(fold.to_numpy(), index=genes).groupby(level=0).first()
         inside = facts["group"] == group
-        facts.loc[inside, "log2fc"] = facts.loc[inside, "gene"].map(by_gene)
+        facts.loc[inside, "log2fc"] = facts.loc[inside, "gene"].map(fold)
     return facts
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #9333b1f3
