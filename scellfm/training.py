@@ -35,8 +35,12 @@ from .inference import pick_device
 from .store import atomic_write, fingerprint
 
 # %% ../nbs/training.ipynb #8df65487
-def batches(n: int, batch_size: int, *, seed: int = 0, epoch: int = 0, lengths=None) -> list[np.ndarray]:
+def batches(
+    n: int, batch_size: int, *, seed: int = 0, epoch: int = 0, lengths=None, shuffle: bool = True
+) -> list[np.ndarray]:
     "One epoch over `n` rows as int64 arrays of positions; near-equal `lengths` (one per row) share a batch."
+    if not shuffle:
+        return np.split(np.arange(n, dtype=np.int64), range(batch_size, n, batch_size))
     generator = keyed_generator(seed, "order", epoch)
     order = generator.permutation(n).astype(np.int64)
     if lengths is None:
@@ -68,23 +72,29 @@ class Recipe:
     greater_is_better: bool = False
     seed: int = 0
     dtype: str = "float32"
+    decay: float = 1.0  # the learning rate is multiplied by it after each epoch
+    shuffle: bool = True  # False: every epoch in the order of the rows
+    accumulate: int = 1  # parts in which a batch is computed, to save memory; for a loss of one part
 
     def __post_init__(self):
         one_of("schedule", self.schedule, ("linear", "cosine", "constant"))
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        check_number("decay", self.decay, 0, 1, whole=False)
+        check_number("accumulate", self.accumulate, 1)
         smallest = dict(epochs=1, steps=1, batch_size=1, learning_rate=0, weight_decay=0, warmup=0, patience=1)
         for name, least in smallest.items():
             if name != "steps" or self.steps is not None:
                 check_number(name, getattr(self, name), least, whole=least == 1)
 
-    def rate(self, step: int, total: int) -> float:
-        "The learning rate of a step (counted from 0) among `total`."
+    def rate(self, step: int, total: int, epoch: int = 0) -> float:
+        "The learning rate of a step (counted from 0) among `total`, in an epoch."
+        largest = self.learning_rate * self.decay**epoch
         rise = math.ceil(self.warmup * total) if self.warmup < 1 else int(self.warmup)
         if step < rise:
-            return self.learning_rate * (step + 1) / rise
+            return largest * (step + 1) / rise
         left = (total - step) / max(total - rise, 1)
         shape = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}
-        return self.learning_rate * shape[self.schedule]
+        return largest * shape[self.schedule]
 
 # %% ../nbs/training.ipynb #8c49cb36
 STEP_COLUMNS = ("step", "epoch", "loss", "learning_rate", "gradient_norm")
@@ -310,15 +320,36 @@ class Run:
         loss = (total * (self.accelerator.num_processes / both[1].clamp(min=1))).sum()
         return loss, both.cpu().numpy().astype(np.float64)
 
+    def accumulated(self, data: Rows, rows: np.ndarray, epoch: int) -> np.ndarray:
+        "The gradients of one global batch, left in the parameters; the sums of its loss."
+        parts = np.array_split(rows, min(self.recipe.accumulate, len(rows)))
+        if len(parts) == 1:
+            loss, sums = self.sums(data, rows, epoch)
+            self.accelerator.backward(loss)
+            return sums
+        found = []
+        for part in parts:
+            loss, sums = self.sums(data, part, epoch)
+            if sums.shape[1] > 1:
+                raise OptionError(
+                    f"accumulate={self.recipe.accumulate} is for a loss of one part; this one has several"
+                )
+            self.accelerator.backward(loss * float(max(sums[1, 0], 1)))
+            found.append(sums)
+        sums = sum(found)
+        for p in self.model.parameters():
+            if p.grad is not None:
+                p.grad /= float(max(sums[1, 0], 1))
+        return sums
+
     def step(self, data: Rows, rows: np.ndarray, epoch: int, total_steps: int) -> None:
         "Learn from one global batch."
-        step, rate = self.position["step"], self.recipe.rate(self.position["step"], total_steps)
+        step, rate = self.position["step"], self.recipe.rate(self.position["step"], total_steps, epoch)
         torch.manual_seed(keyed_seed(self.recipe.seed, "step", step, self.accelerator.process_index) % 2**63)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        loss, sums = self.sums(data, rows, epoch)
-        self.accelerator.backward(loss)
+        sums = self.accumulated(data, rows, epoch)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip or math.inf).item()
         mean = mean_of(sums)
         if not math.isfinite(mean + norm):
@@ -411,7 +442,8 @@ def train(run: Run, data: Rows, valid, metrics, save_every: int | None, desc: st
     bar.update(run.position["step"])
     while run.position["step"] < total and not run.history.stopped_early:
         epoch, done = divmod(run.position["step"], per_epoch)
-        groups = batches(data.n, recipe.batch_size, seed=recipe.seed, epoch=epoch, lengths=data.lengths)
+        order = dict(seed=recipe.seed, epoch=epoch, lengths=data.lengths, shuffle=recipe.shuffle)
+        groups = batches(data.n, recipe.batch_size, **order)
         for rows in groups[done : done + total - run.position["step"]]:
             run.model.train()
             run.step(data, rows, epoch, total)

@@ -1,9 +1,15 @@
 """The house as a whole: which module may import which, and what a user finds behind the public names."""
 
 import ast
-from functools import cache
+import importlib
+import inspect
+import json
+import re
+from functools import cache, reduce
 from pathlib import Path
 
+import numpy as np
+import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "scellfm"
@@ -140,3 +146,200 @@ def test_no_wing_imports_another():
     wings = {module: found for module, found in GRAPH.items() if room(module) in WINGS}
     sideways = [(m, o) for m, found in wings.items() for o in found if room(o) in WINGS and not allowed(m, o)]
     assert sideways == []
+
+
+# ---- what a user meets: names, signatures, docstrings ----
+
+# (class, method, the function that it is), by dotted names below scellfm
+BOUND = (
+    ("geneformer.Geneformer", "embed", "geneformer.embedding.embed"),
+    ("geneformer.Geneformer", "embed_genes", "geneformer.embedding.embed_genes"),
+    ("geneformer.Geneformer", "state_embeddings", "geneformer.embedding.state_embeddings"),
+    ("geneformer.Geneformer", "perturb", "geneformer.perturbation.runner.perturb"),
+    ("geneformer.Geneformer", "pretrain", "geneformer.pretraining.pretrain"),
+    ("geneformer.Geneformer", "finetune", "geneformer.finetuning.multitask.finetune"),
+    ("geneformer.Geneformer", "finetune_genes", "geneformer.finetuning.genes.finetune_genes"),
+    ("geneformer.Geneformer", "search", "geneformer.finetuning.hyperparameters.search"),
+    ("geneformer.CellClassifier", "perturb", "geneformer.perturbation.runner.perturb"),
+    ("geneformer.TaskClassifier", "perturb", "geneformer.perturbation.runner.perturb"),
+    ("scgpt.ScGPT", "embed", "scgpt.embedding.embed"),
+    ("scgpt.ScGPT", "gene_embeddings", "scgpt.embedding.gene_embeddings"),
+    ("scgpt.ScGPT", "attention", "scgpt.embedding.attention"),
+    ("scgpt.ScGPT", "continue_pretraining", "scgpt.training.continue_pretraining"),
+    ("scgpt.ScGPT", "finetune", "scgpt.annotation.finetune"),
+)
+DELEGATED = (  # methods with a docstring of their own that hand their options on
+    ("geneformer.CellClassifier", "embed", "geneformer.embedding.embed"),
+    ("geneformer.TaskClassifier", "embed", "geneformer.embedding.embed"),
+)
+
+
+def found(path: str):
+    "What a dotted path below scellfm names."
+    import scellfm
+
+    return reduce(getattr, path.split("."), scellfm)
+
+
+def imported(path: str):
+    "The function of a module by its full path, whatever the package exports."
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(f"scellfm.{module}"), name)
+
+
+def options_of(function) -> dict:
+    "The parameters of a function but for its first: {name: (default, kind, annotation)}."
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    return {p.name: (p.default, p.kind, str(p.annotation)) for p in parameters}
+
+
+@pytest.mark.parametrize("owner, method, function", BOUND, ids=lambda part: part.rpartition(".")[2])
+def test_a_bound_method_is_its_function(owner, method, function):
+    bound, free = getattr(found(owner), method), imported(function)
+    assert inspect.signature(bound) == inspect.signature(free)
+    assert bound.__doc__ == free.__doc__ and bound.__doc__
+    assert bound.__annotations__ == free.__annotations__
+
+
+@pytest.mark.parametrize("owner, method, function", DELEGATED, ids=lambda part: part.rpartition(".")[2])
+def test_a_delegating_method_names_every_option(owner, method, function):
+    own, free = options_of(getattr(found(owner), method)), options_of(imported(function))
+    assert getattr(found(owner), method).__doc__
+    assert {name: own[name][0] for name in list(free)[1:]} == {name: free[name][0] for name in list(free)[1:]}
+
+
+def test_every_argument_of_perturb_is_named():
+    parameters = inspect.signature(found("geneformer.Geneformer.perturb")).parameters.values()
+    assert {"kind", "genes", "state", "start", "goal", "groupby", "emb_layer"} <= {p.name for p in parameters}
+    assert not [p for p in parameters if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+
+
+PUBLIC_FACE = """
+data.demo data.read data.check_counts data.hold_out data.folds statistics.screen_test scores.integration
+geneformer.Geneformer geneformer.Geneformer.from_pretrained geneformer.Geneformer.from_config
+geneformer.Geneformer.save_pretrained geneformer.Geneformer.pretrain geneformer.Geneformer.embed
+geneformer.Geneformer.embed_genes geneformer.Geneformer.state_embeddings geneformer.Geneformer.finetune
+geneformer.Geneformer.finetune_genes geneformer.Geneformer.perturb geneformer.RankTokenizer
+geneformer.RankTokenizer.from_pretrained geneformer.RankTokenizer.fit geneformer.CellClassifier.predict
+geneformer.CellClassifier.perturb geneformer.Screen.table geneformer.Screen.recover
+scgpt.ScGPT scgpt.ScGPT.from_pretrained scgpt.ScGPT.embed scgpt.ReferenceMap scgpt.ReferenceMap.transfer
+scgenept.PerturbationData scgenept.PerturbationData.split scgenept.PerturbationData.load
+rosa.tss_windows rosa.embed_genes rosa.Enformer rosa.Enformer.from_pretrained rosa.Enformer.from_config
+""".split()
+
+
+def test_the_public_face_is_callable_after_every_module_was_imported():
+    for module in sorted(MODULES):
+        if not module.endswith("__main__"):
+            importlib.import_module(module)
+    for name in PUBLIC_FACE:
+        assert callable(found(name)), name
+
+
+@pytest.mark.parametrize("package", sorted(name for name in MODULES if MODULES[name].name == "__init__.py"))
+def test_no_module_has_the_name_of_what_its_package_exports(package):
+    below = {name.rpartition(".")[2] for name in MODULES if name.rpartition(".")[0] == package}
+    exported = {name for name, module in lazy_names(package).items() if not module.endswith(f".{name}")}
+    assert not below & exported
+
+
+# ---- the size of things ----
+
+
+def functions_of(tree: ast.Module):
+    "Every function of a module, methods and inner ones too."
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def public_names(tree: ast.Module) -> set[str]:
+    "The names in __all__."
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def public_functions(tree: ast.Module):
+    "(name, function, its parameters without self) of public functions, and of the public methods of public classes."
+    public = public_names(tree)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name in public:
+            yield node.name, node, parameters(node)
+        if isinstance(node, ast.ClassDef) and node.name in public:
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and (method.name[0] != "_" or method.name == "__init__"):
+                    yield f"{node.name}.{method.name}", method, parameters(method)[1:]
+
+
+def parameters(node: ast.FunctionDef) -> list[ast.arg]:
+    "The parameters of a function, *args and **kwargs aside."
+    return [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+
+
+def gaps(tree: ast.Module) -> list[str]:
+    "What public functions lack: types of parameters, the type of what is returned, a docstring."
+    found = []
+    for name, node, arguments in public_functions(tree):
+        untyped = any(argument.annotation is None for argument in arguments)
+        unreturned = node.returns is None and node.name != "__init__"
+        if untyped or unreturned or (ast.get_docstring(node) is None and node.name != "__init__"):
+            found.append(name)
+    return found
+
+
+TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
+UNTYPED = 468  # public functions that lack a type or a docstring: this number only falls, to 0
+SHORT_CELLS = 0.63  # share of exported cells with at most 25 lines: this number only rises, to 0.9
+
+
+def test_functions_are_short():
+    lengths = [node.end_lineno - node.lineno + 1 for tree in TREES.values() for node in functions_of(tree)]
+    assert max(lengths) <= 60 and np.median(lengths) <= 10
+
+
+def test_public_functions_are_typed_and_documented():
+    found = [f"{module}.{name}" for module, tree in TREES.items() for name in gaps(tree)]
+    assert len(found) <= UNTYPED, found[-20:]
+
+
+def exported_cells() -> list[int]:
+    "The number of lines of every exported cell of every notebook."
+    lengths = []
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        for cell in json.loads(path.read_text())["cells"]:
+            lines = "".join(cell["source"]).splitlines()
+            if cell["cell_type"] == "code" and any(re.match(r"#\| *exporti?\b", line) for line in lines):
+                lengths.append(sum(not line.startswith("#|") for line in lines))
+    return lengths
+
+
+def test_exported_cells_are_short():
+    lengths = np.array(exported_cells())
+    assert (lengths <= 25).mean() >= SHORT_CELLS
+
+
+MOST_PARAMETERS = 12
+TRAINING = "a training is described by its numbers, and users type them by name: epochs=1, freeze_layers=4"
+SCREEN = "one screen is one question: which genes, in which cells, from where to where; each answer has a name"
+MANY = {  # public functions with more parameters than that, and why
+    "geneformer.perturbation.runner.perturb": SCREEN,
+    "geneformer.finetuning.classifier.finetune_cells": TRAINING,
+    "geneformer.finetuning.multitask.finetune_tasks": TRAINING,
+    "geneformer.finetuning.multitask.finetune": TRAINING,
+    "geneformer.finetuning.genes.finetune_genes": TRAINING,
+    "scgpt.annotation.finetune": TRAINING,
+    "scgpt.training.continue_pretraining": TRAINING,
+    "scgpt.embedding.embed": "how cells are read, pooled, cut and kept, in one call as in scanpy; all have defaults",
+    "data.cells.simulate_cells": "what is true of simulated cells is said here, each truth by its name",
+    "geneformer.tokenizer.kernels.rank_rows": "a compiled loop takes arrays and no objects",
+}
+
+
+def test_public_functions_take_few_arguments_or_say_why_not():
+    many = {
+        f"{module.partition('.')[2]}.{name}"
+        for module, tree in TREES.items()
+        for name, _, arguments in public_functions(tree)
+        if len(arguments) > MOST_PARAMETERS
+    }
+    assert not many - MANY.keys(), "group what belongs together, or give a reason here"

@@ -1,6 +1,7 @@
 "The one training loop: repeatable, resumable, the same on one process and on several."
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -440,3 +441,41 @@ def test_the_means_of_a_losss_parts_are_added_up():
     norm = torch.stack([p.grad.norm() for p in by_hand.parameters()]).norm()
     assert step.gradient_norm == pytest.approx(norm.item(), rel=1e-5)
     assert step.loss == pytest.approx((totals / counts).sum().item(), rel=1e-5)
+
+
+def test_the_rate_decays_after_each_epoch_as_steplr_does():
+    recipe = Recipe(learning_rate=0.5, warmup=0, schedule="constant", decay=0.9)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.Adam([weight], lr=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
+    for epoch in range(4):
+        assert math.isclose(recipe.rate(7, 40, epoch), optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+
+
+def test_a_batch_in_parts_teaches_the_same():
+    x, y = torch.arange(12.0).reshape(6, 2) / 6, torch.arange(6.0)
+
+    def batch(rows, epoch):
+        return x[rows], y[rows]
+
+    def loss(model, batch):
+        return ((model(batch[0]).squeeze(1) - batch[1]) ** 2).sum(), len(batch[1])
+
+    weights = []
+    for parts in (1, 4, 100):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 1)
+        history = fit(model, loss, 6, batch, epochs=2, batch_size=6, accumulate=parts, shuffle=False, device="cpu")
+        weights.append((model.weight.detach().clone(), history.steps["loss"].tolist()))
+    for weight, losses in weights[1:]:
+        torch.testing.assert_close(weight, weights[0][0])
+        np.testing.assert_allclose(losses, weights[0][1], rtol=1e-5)
+    with pytest.raises(OptionError, match="loss of one part"):
+        two = lambda model, batch: (torch.stack([model(batch[0]).sum()] * 2), torch.ones(2))  # noqa: E731
+        fit(torch.nn.Linear(2, 1), two, 6, batch, accumulate=2, device="cpu")
+
+
+def test_without_shuffling_rows_come_in_their_order():
+    assert [group.tolist() for group in batches(5, 2, epoch=3, shuffle=False)] == [[0, 1], [2, 3], [4]]

@@ -8,4 +8,5 @@ __getattr__, __dir__, __all__ = _lazy(__name__, {
     "demo": "demonstration", "simulate_cells": "cells", "simulate_shifts": "shifts",
     "GeneVectors": "vectors", "read_vectors": "vector_files",
     "simulate_perturbations": "perturbed", "PerturbationSimulation": "perturbed",
+    "simulate_genome": "genomes", "GenomeSimulation": "genomes",
 })

@@ -11,5 +11,7 @@ __getattr__, __dir__, __all__ = _lazy(__name__, {
     "Annotation": "annotation", "read_annotation": "annotation",
     "Variants": "vcf", "read_variants": "vcf",
     "pair_with_windows": "variants", "allele_codes": "variants", "personal_codes": "variants",
+    "log_normalize": "expression", "quantile_bins": "expression", "rank_order": "expression",
+    "pseudobulk": "expression", "read_expression": "expression", "fetch_census": "expression",
     "Windows": "windows", "tss_windows": "windows", "start_table": "windows",
 })
