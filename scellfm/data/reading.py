@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'counts_of', 'check_matrices', 'places', 'is_raw', 'var_key', 'expected_shape', 'matrix_key',
-           'open_counts', 'genes_of', 'path_blocks', 'count_blocks', 'count_matrix', 'Fault', 'CountFaults', 'judge',
-           'remedy', 'warn_of_oddities', 'check_counts', 'file_kind', 'parse', 'check_options', 'read']
+           'open_counts', 'file_kind', 'genes_of', 'path_blocks', 'count_blocks', 'count_matrix', 'Fault',
+           'CountFaults', 'judge', 'remedy', 'warn_of_oddities', 'check_counts', 'parse', 'check_options', 'read']
 
 # %% ../../nbs/data/reading.ipynb #ac72911d
 def counts_of(adata: AnnData, layer: str | None = None) -> Any:
@@ -109,6 +109,30 @@ def open_counts(path: Path, layer: str | None, checked: bool = False) -> Iterato
             sought = "X" if layer is None else f"layers/{layer}"
             raise DataError(f"{path} has no {sought!r}: layer={layer!r} is not in this AnnData; there is: {there}")
         yield file[key], key, expected_shape(file, key)
+
+# %% ../../nbs/data/reading.ipynb #c8722904
+SUFFIXES = {".h5ad": "h5ad", ".h5": "10x_h5", ".hdf5": "10x_h5", ".loom": "loom"}
+
+
+def file_kind(path: Path) -> str:
+    "Which format a path holds: h5ad, 10x_h5, 10x_mtx, loom or zarr."
+    if path.is_dir():
+        if any(path.glob("*matrix.mtx*")):
+            return "10x_mtx"
+        if path.suffix == ".zarr" or (path / ".zgroup").exists() or (path / "zarr.json").exists():
+            return "zarr"
+        raise DataError(f"the folder {path} holds neither matrix.mtx[.gz] (10x) nor a zarr store; name the file itself")
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: {path.suffix or 'no'} suffix; known are .h5ad, .h5 (10x), .loom, .zarr, 10x folders")
+    if path.suffix not in (".h5", ".hdf5") or not path.exists():
+        return SUFFIXES[path.suffix]
+    kind = hdf5_kind(path)
+    if kind == "molecules":
+        raise DataError(
+            f"{path} lists the molecules of a Cell Ranger run and no cells: read filtered_feature_bc_matrix.h5, which "
+            "lies beside it"
+        )
+    return SUFFIXES[path.suffix] if kind == "unknown" else kind
 
 # %% ../../nbs/data/reading.ipynb #3e06eb4c
 def genes_of(adata_or_path: AnnData | str | Path, layer: str | None = None) -> GeneTable:
@@ -284,30 +308,6 @@ def check_counts(adata: AnnData, layer: str | None = None) -> None:
     if not faults.total:
         raise DataError(f"{where} holds only zeros ({shape[0]} cells x {shape[1]} genes). {remedy(adata, layer)}")
     warn_of_oddities(adata, layer, faults, place(faults.inexact))
-
-# %% ../../nbs/data/reading.ipynb #c8722904
-SUFFIXES = {".h5ad": "h5ad", ".h5": "10x_h5", ".hdf5": "10x_h5", ".loom": "loom"}
-
-
-def file_kind(path: Path) -> str:
-    "Which format a path holds: h5ad, 10x_h5, 10x_mtx, loom or zarr."
-    if path.is_dir():
-        if any(path.glob("*matrix.mtx*")):
-            return "10x_mtx"
-        if path.suffix == ".zarr" or (path / ".zgroup").exists() or (path / "zarr.json").exists():
-            return "zarr"
-        raise DataError(f"the folder {path} holds neither matrix.mtx[.gz] (10x) nor a zarr store; name the file itself")
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: {path.suffix or 'no'} suffix; known are .h5ad, .h5 (10x), .loom, .zarr, 10x folders")
-    if path.suffix not in (".h5", ".hdf5") or not path.exists():
-        return SUFFIXES[path.suffix]
-    kind = hdf5_kind(path)
-    if kind == "molecules":
-        raise DataError(
-            f"{path} lists the molecules of a Cell Ranger run and no cells: read filtered_feature_bc_matrix.h5, which "
-            "lies beside it"
-        )
-    return SUFFIXES[path.suffix] if kind == "unknown" else kind
 
 # %% ../../nbs/data/reading.ipynb #284bda62
 def parse(path: Path, kind: str, backed: bool, prefix: str | None = None, genome: str | None = None) -> AnnData:
