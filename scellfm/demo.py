@@ -138,16 +138,18 @@ def write_report(folder: Path, adata: AnnData, model, classifier, screen, table:
     report.add_settings({**classifier.settings, **screen.params})
     report.add_scores(classifier.scores, "Can the model tell the states apart?")
     report.add_text(EXPLANATION.replace("\n", " "), "Which gene's loss moves a monocyte towards a T cell?")
-    with atomic_write(folder / "table.csv") as path:
-        table.to_csv(path, index=False)
-    for name, (axes, caption) in figures(model, classifier, screen, table).items():
+    drawn = figures(model, classifier, screen, table)
+    for name, (axes, caption) in drawn.items():
         if name != "scores.png":  # the report draws the scores below their table
             report.add_figure(axes, caption)
+    report.add_table(table[list(COLUMNS)].head(50), "The first fifty genes", "All genes and columns are in table.csv.")
+    report.save(folder)
+    with atomic_write(folder / "table.csv") as path:
+        table.to_csv(path, index=False)
+    for name, (axes, _) in drawn.items():
         with atomic_write(folder / name) as path:
             Path(path).write_bytes(png(axes.figure))
         pyplot.close(axes.figure)
-    report.add_table(table[list(COLUMNS)].head(50), "The first fifty genes", "All genes and columns are in table.csv.")
-    report.save(folder)
 
 # %% ../nbs/demo.ipynb #f618936b
 @contextmanager
@@ -176,8 +178,10 @@ def run_demo(
     The same numbers at every run on one machine. `max_cells` limits the monocytes that are screened."""
     from scellfm.data import demo
     from scellfm.report import Report
+    from scellfm.store.layouts import REPORT
+    from scellfm.store.outputs import result_folder
 
-    adata, folder = demo(), Path(out)
+    adata, folder = demo(), result_folder(out, REPORT._replace(others=FILES), name="out")
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(
         "Which gene's loss moves a monocyte towards a T cell?",

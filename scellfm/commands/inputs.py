@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'CLASSIFIERS', 'GENEFORMER', 'SCGPT', 'demonstration', 'cells_from', 'whole_cells', 'out_format',
-           'write_table', 'system_of', 'is_classifier', 'dictionaries_in', 'load_model', 'load_geneformer',
-           'load_classifier']
+           'write_table', 'output_file', 'output_folder', 'system_of', 'is_classifier', 'dictionaries_in', 'load_model',
+           'load_geneformer', 'load_classifier']
 
 # %% ../../nbs/commands/inputs.ipynb #15b87fc3
 from pathlib import Path
@@ -62,6 +62,26 @@ def write_table(table, out: str | Path) -> None:
             table.to_csv(part)
         else:
             table.to_parquet(part)
+
+# %% ../../nbs/commands/inputs.ipynb #f4dc2050
+def output_file(out: str, *inputs: str | None) -> Path:
+    "The file that --out names. OptionError, StoreError: it can be no file, or an input would be replaced."
+    from scellfm.store.outputs import check_replaced, output_path
+
+    path = output_path(out, "--out")
+    check_replaced(path, None, [name for name in inputs if name is not None and Path(name).expanduser().exists()])
+    return path
+
+
+def output_folder(out: str, *others: str, parts: dict | None = None) -> Path:
+    "The folder of a report and `others` beside it that --out names; parts: kinds of folders in it. Errors as above."
+    from scellfm.store.layouts import REPORT
+    from scellfm.store.outputs import check_replaced, result_folder
+
+    folder = result_folder(out, REPORT._replace(others=(*REPORT.others, *others)), name="--out")
+    for name, kind in (parts or {}).items():
+        check_replaced(folder / name, kind)
+    return folder
 
 # %% ../../nbs/commands/inputs.ipynb #e714d4ab
 SYSTEMS = {"geneformer": "Geneformer", "scgpt": "scGPT"}

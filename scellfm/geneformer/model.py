@@ -22,6 +22,8 @@ from .quantize import check_quantize, load_quantized
 from .tokenizer.rank_tokenizer import RankTokenizer
 from .tokenizer.tokenized import TokenizedCells
 from ..inference import Sequences, as_sequences
+from ..store.layouts import BERT_MODEL, TOKENIZER
+from ..store.outputs import result_folder
 
 # %% ../../nbs/geneformer/model.ipynb #69f5706e
 SHAPES = {
@@ -257,6 +259,7 @@ class GeneformerModel:
 
     def save_pretrained(self, folder) -> None:
         "Write config.json, model.safetensors and the tokenizer's dictionaries: opens here and in the original."
+        folder = result_folder(folder, BERT_MODEL, TOKENIZER)
         save_model(self.model, folder)
         self.tokenizer.save_pretrained(folder)
 

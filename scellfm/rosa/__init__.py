@@ -13,5 +13,6 @@ __getattr__, __dir__, __all__ = _lazy(__name__, {
     "pair_with_windows": "variants", "allele_codes": "variants", "personal_codes": "variants",
     "log_normalize": "expression", "quantile_bins": "expression", "rank_order": "expression",
     "pseudobulk": "expression", "read_expression": "expression", "fetch_census": "expression",
+    "hold_out_grid": "hold_outs", "HoldOutGrid": "hold_outs", "region_sets": "hold_outs", "families_of": "hold_outs",
     "Windows": "windows", "tss_windows": "windows", "start_table": "windows",
 })

@@ -26,6 +26,8 @@ from .checkpoint import ScGPTCheckpoint
 from .embedding import ScGPTReader
 from .training import HiddenGenes, binned_cells, class_probabilities, label_scores, learner
 from ..store import fingerprint
+from ..store.layouts import ANNOTATOR, SCGPT_MODEL
+from ..store.outputs import result_folder
 from ..training import fit
 
 # %% auto #0
@@ -108,18 +110,13 @@ RECORD = "annotator.json"
 
 def save_annotator(annotator: CellAnnotator, folder: Path) -> None:
     "See `CellAnnotator.save_pretrained`."
-    for k, model in enumerate(annotator.models):
-        model.save_pretrained(folder / f"fold{k}")
+    folds = {f"fold{k}": model for k, model in enumerate(annotator.models)}
+    folder = result_folder(folder, ANNOTATOR, parts=dict.fromkeys(folds, SCGPT_MODEL))
+    record = {"label": annotator.label, "classes": list(map(str, annotator.classes)), "folds": len(folds)}
+    write_record(folder / RECORD, record | annotator.evidence_record())
+    for name, model in folds.items():
+        model.save_pretrained(folder / name)
     annotator.trained_on.save(folder)
-    write_record(
-        folder / RECORD,
-        {
-            "label": annotator.label,
-            "classes": list(map(str, annotator.classes)),
-            "folds": len(annotator.models),
-            **annotator.evidence_record(),
-        },
-    )
 
 
 def load_annotator(folder: Path, device, dtype) -> CellAnnotator:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from .. import inference
-from ..assets import find, read_dictionary, read_tensors, save_tensors
-from ..core import OptionError, one_of
+from ..assets import find, read_dictionary, read_tensors, save_tensors, save_torch
+from ..core import OptionError, one_of, plain
 from ..data.genes import GeneMatch
 from .model import ScGPTConfig, ScGPTModel, load_model, published_name
 from .vocabulary import Vocabulary
 from ..store import atomic_write
+from ..store.layouts import SCGPT_MODEL
+from ..store.outputs import result_folder
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -94,17 +96,14 @@ class ScGPTCheckpoint:
 
     def save_pretrained(self, folder: str | Path) -> None:
         "Write args.json, vocab.json, model.safetensors and best_model.pt, which the original opens."
-        folder = Path(folder)
+        folder = result_folder(folder, SCGPT_MODEL)
         tensors = {published_name(name): value.detach().cpu() for name, value in self.model.state_dict().items()}
-        save_tensors(folder / "model.safetensors", tensors)
-        with atomic_write(folder / "best_model.pt") as temporary:
-            torch.save(tensors, temporary)
         with atomic_write(folder / "args.json") as temporary:
-            temporary.write_text(
-                json.dumps({"n_bins": self.n_bins} | self.args | self.model.config.to_args(), indent=2),
-                encoding="utf-8",
-            )
+            args = plain({"n_bins": self.n_bins} | self.args | self.model.config.to_args())
+            temporary.write_text(json.dumps(args, indent=2), encoding="utf-8")
         self.vocabulary.save(folder / "vocab.json")
+        save_torch(folder / "best_model.pt", tensors)
+        save_tensors(folder / "model.safetensors", tensors)
 
     def __repr__(self) -> str:
         c = self.model.config

@@ -16,6 +16,7 @@ from ..core import AssetError, DataError, OptionError, check_number, keyed_gener
 from .neighbours import SEARCHES, TIES, VOTES, Subset, nearest, nearest_faiss, vote_shares, winners
 from ..scores.table import Scores
 from ..store import atomic_write
+from ..store.layouts import REFERENCE_MAP
 
 # %% auto #0
 __all__ = ['Votes', 'ReferenceMap']
@@ -136,7 +137,7 @@ def save_map(path: str | Path, vectors: np.ndarray, codes: np.ndarray, record: d
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    with atomic_write(path) as folder:
+    with atomic_write(path, kind=REFERENCE_MAP) as folder:
         Path(folder).mkdir()
         try:
             save_file(

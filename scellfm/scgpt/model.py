@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..assets import LoadReport, load_state
 from ..core import AssetError, OptionError, one_of
+from .attention import lean_attention
 
 # %% ../../nbs/scgpt/model.ipynb #c9958833
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Attention(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int, dropout: float):
         super().__init__()
-        self.n_heads, self.dropout = n_heads, dropout
+        self.n_heads, self.dropout, self.lean = n_heads, dropout, False
         self.in_proj_weight = nn.Parameter(torch.empty(3 * d_model, d_model))  # queries, keys, values stacked
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * d_model))
         self.out_proj = nn.Linear(d_model, d_model)
@@ -126,8 +128,12 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, queries: int | None = None) -> torch.Tensor:
         q, k, v = self.split(x, queries)
-        keys = None if mask is None else mask[:, None, None, :]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        if self.lean and dropout and x.device.type != "cuda":  # torch keeps all weights here, and none on CUDA
+            y = lean_attention(q, k, v, mask, dropout)
+        else:
+            keys = None if mask is None else mask[:, None, None, :]
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=dropout)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def weights(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -165,12 +171,25 @@ class Encoder(nn.Module):
     def __init__(self, config: ScGPTConfig):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
+        self.checkpointing = False
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, queries: int | None = None) -> torch.Tensor:
         mask = None if mask is None or bool(mask.all()) else mask
         for layer in self.layers[:-1]:
-            x = layer(x, mask)
-        return self.layers[-1](x, mask, queries)
+            x = self.through(layer, x, mask)
+        return self.through(self.layers[-1], x, mask, queries)
+
+    def through(self, layer: nn.Module, *inputs: torch.Tensor | int | None) -> torch.Tensor:
+        "A layer's output; with checkpointing its inner states are computed again in the backward pass."
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return layer(*inputs)
+        return checkpoint(layer, *inputs, use_reentrant=False)
+
+    def spare(self, lean: bool = True, checkpointing: bool = False) -> None:
+        "How training saves memory: attention that keeps no weights; layers that keep no inner states."
+        self.checkpointing = checkpointing
+        for layer in self.layers:
+            layer.self_attn.lean = lean
 
     def attention(self, x: torch.Tensor, mask: torch.Tensor | None, layer: int) -> torch.Tensor:
         "Attention [b, heads, L, L] of one layer (-1: the last); the layers above are not run."

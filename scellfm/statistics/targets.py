@@ -34,6 +34,18 @@ def _state_means(adata, groups: np.ndarray, n_groups: int, layer: str | None) ->
         sums, cells = sums + (pick @ block).toarray(), cells + np.bincount(code[row], minlength=n_groups)
     return sums / np.maximum(cells, 1)[:, None]
 
+# %% ../../nbs/statistics/targets.ipynb #95e14011
+def has_value(obs: pd.DataFrame, columns: list[str], chosen: np.ndarray) -> np.ndarray:
+    "Which rows have a value in all columns [n]; a warning counts the `chosen` ones that have none."
+    kept = np.ones(len(obs), bool)
+    for column in columns:
+        missing = obs[column].isna().to_numpy()
+        if (missing & chosen).any():
+            n = (missing & chosen).sum()
+            warn(f"{n:,} of {chosen.sum():,} cells have no value of {column!r} and are left out of the fold changes")
+        kept &= ~missing
+    return kept
+
 # %% ../../nbs/statistics/targets.ipynb #94ab551a
 def log2_fold_change(
     adata, state: str, start, goal, *, donor: str | None = None, layer: str | None = None, mask=None, genes=None
@@ -53,6 +65,7 @@ def log2_fold_change(
         if column not in adata.obs:
             raise DataError(f"obs has no column {column!r}; it has: {', '.join(map(str, adata.obs.columns))}")
     chosen = np.ones(adata.n_obs, bool) if mask is None else np.asarray(mask, bool)
+    chosen = chosen & has_value(adata.obs, [state, *([donor] if donor else [])], chosen)
     means = []
     for value in (start, goal):
         cells = (

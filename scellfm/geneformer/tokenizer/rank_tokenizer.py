@@ -48,6 +48,8 @@ from scellfm.geneformer.tokenizer.tokenizing import (
     warn_of_empty,
 )
 from ...store import atomic_write
+from ...store.layouts import DATASET, TOKENIZER
+from ...store.outputs import result_folder
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -213,11 +215,12 @@ class RankTokenizer:
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        "Write the dictionaries and settings as JSON."
+        "Write the dictionaries and settings as JSON. StoreError where files of other kinds would be overwritten."
+        folder = result_folder(folder, TOKENIZER)
         write_dictionaries(self.dictionaries, folder)
         settings = {"max_length": self.max_length, "special": self.special, "version": self.version}
         settings |= {"gene_column": self.gene_column} if self.gene_column else {}
-        with atomic_write(Path(folder) / "rank_tokenizer.json") as path:
+        with atomic_write(folder / "rank_tokenizer.json") as path:
             Path(path).write_text(json.dumps(settings), encoding="utf8")
 
     def match(
@@ -310,7 +313,8 @@ class RankTokenizer:
         ask = self._request(columns, keep_counts, empty, "auto")
         sources = [open_source(path, layer) for path in cell_files(path_or_folder)]
         bar, reports = progress(desc="tokenizing", total=sum(source.n_cells for source in sources), unit="cell"), []
-        with bar, atomic_write(out) as folder, DatasetWriter(folder) as writer:
+        inputs = [path_or_folder, *(source.name for source in sources)]
+        with bar, atomic_write(out, kind=DATASET, inputs=inputs) as folder, DatasetWriter(folder) as writer:
             for source in sources:
                 tally = Tally(source.name)
                 for cells in self._blocks(source, ask, tally, gene_column, match):

@@ -15,6 +15,8 @@ import pandas as pd
 
 from ...core import DataError, optional
 from ...store import atomic_write, fingerprint, sha256
+from ...store.layouts import DATASET
+from ...store.writers import is_leftover
 
 if TYPE_CHECKING:
     import datasets
@@ -92,7 +94,7 @@ class TokenizedCells:
 
     def save(self, path: str | Path) -> None:
         "Write a folder that `datasets.load_from_disk` (and so the original Geneformer) and `TokenizedCells.load` open."
-        with atomic_write(path) as folder, DatasetWriter(folder) as writer:
+        with atomic_write(path, kind=DATASET) as folder, DatasetWriter(folder) as writer:
             for start in range(0, max(len(self), 1), 1000):
                 writer.write(self[start : start + 1000])
             writer.finish(self.report, self.special)
@@ -281,6 +283,10 @@ def read_table(folder: Path) -> pyarrow.Table:
         raise DataError(
             f"{folder} is a file and no saved data set; read its cells first: "
             f"adata = scellfm.data.read({str(folder)!r})"
+        )
+    if is_leftover(folder):
+        raise DataError(
+            f"{folder} is the temporary name of a data set that is being written, or was left; tokenize again"
         )
     if not (folder / "state.json").exists():
         raise DataError(

@@ -1,0 +1,276 @@
+"""Screens, scores and reports as users met them: missing labels, genes that are not there, numbers and sentences that mislead."""
+
+import json
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.sparse import csr_matrix
+
+from scellfm.core import DataError, ScellfmWarning
+from scellfm.data.demonstration import demo
+from scellfm.data.shifts import simulate_shifts
+from scellfm.data.splits import check_leakage, folds, hold_out
+from scellfm.geneformer import Geneformer, RankTokenizer, Screen
+from scellfm.geneformer.perturbation.combinations import ROUNDING
+from scellfm.statistics import log2_fold_change, screen_test
+from scellfm.statistics.screen import MIN_GENES
+
+START, GOAL = "CD14+ Monocyte", "CD8+ Cytotoxic T"
+QUESTION = dict(state="cell_type", start=START, goal=GOAL, donor="donor")
+
+
+@pytest.fixture(scope="module")
+def pbmc():
+    "Ninety monocytes and T cells with three donors, and a tiny model with their vocabulary."
+    adata = demo()
+    adata = adata[adata.obs["cell_type"].isin([START, GOAL])][:90].copy()
+    adata.obs["donor"] = np.tile(["a", "b", "c"], 30)
+    adata.obs["tissue"] = np.tile(["blood", "marrow"], 45)
+    return adata, Geneformer.from_config("tiny", RankTokenizer.fit(adata, max_length=48), device="cpu")
+
+
+def with_gaps(adata, column: str, gone: np.ndarray, values=None):
+    "A copy in which the cells `gone` have no value in a column."
+    changed = adata.copy()
+    values = changed.obs[column].astype(object).to_numpy() if values is None else values
+    changed.obs[column] = pd.Series(np.where(gone, None, values), index=changed.obs_names, dtype=object)
+    return changed
+
+
+def warned(call) -> tuple:
+    "(what a call returns, the texts of our warnings)."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = call()
+    return result, [str(one.message) for one in caught if issubclass(one.category, ScellfmWarning)]
+
+
+def common(adata, gf, n: int) -> list[str]:
+    "The genes that most monocytes have."
+    cells = gf.cells(adata[adata.obs["cell_type"] == START].copy())
+    number = np.bincount(np.concatenate([cells[i] for i in range(len(cells))]))
+    return [str(gf.tokenizer.genes[token]) for token in np.argsort(-number, kind="stable")[:n]]
+
+
+# a missing label is no label
+@pytest.mark.parametrize("column", ["donor", "tissue", "cell_type"])
+def test_a_screen_of_cells_without_a_label_is_that_of_the_others(pbmc, column):
+    adata, gf = pbmc
+    gone = np.arange(90) % 3 == 0
+    broken = with_gaps(adata, column, gone)
+    ask = QUESTION | {"groupby": "tissue"}
+    screen, said = warned(lambda: gf.perturb(broken, **ask))
+    assert any("30 of 90 cells have no value of" in text and repr(column) in text for text in said)
+    expected = gf.perturb(adata[~gone].copy(), **ask)
+    pd.testing.assert_frame_equal(screen.shifts, expected.shifts)
+    pd.testing.assert_frame_equal(screen.genes, expected.genes)
+
+
+def test_cells_without_a_donor_are_no_donor(pbmc):
+    adata, gf = pbmc
+    gone = (adata.obs["donor"] == "c").to_numpy()
+    screen = gf.perturb(with_gaps(adata, "donor", gone), **QUESTION)
+    assert set(screen.shifts["donor"]) == {"a", "b"} and "2 donors" in repr(screen)
+    table = screen.table()
+    assert table["p"].isna().all() and table.loc[0, "status"].startswith("exploratory: 2 donors, 3 are needed")
+
+
+def test_missing_values_are_not_chosen_by_their_text(pbmc):
+    adata, gf = pbmc
+    broken = with_gaps(adata, "tissue", np.arange(90) < 30)
+    for wanted in ("nan", "None", np.nan):
+        with pytest.raises(DataError, match="no cell has these values"):
+            gf.perturb(broken, where={"tissue": wanted})
+    with pytest.raises(DataError, match="no cell has cell_type='nan'"):
+        gf.perturb(with_gaps(adata, "cell_type", np.arange(90) < 30), state="cell_type", start="nan", goal=GOAL)
+
+
+def test_a_column_without_any_value_is_refused(pbmc):
+    adata, gf = pbmc
+    with pytest.raises(DataError, match="all 90 cells lack a value"):
+        gf.perturb(with_gaps(adata, "donor", np.ones(90, dtype=bool)), **QUESTION)
+
+
+def test_missing_made_text_is_warned_of(pbmc):
+    adata, gf = pbmc
+    broken = with_gaps(adata, "donor", np.arange(90) % 3 == 0)
+    broken.obs["donor"] = broken.obs["donor"].astype(str).replace("None", "nan")
+    _, said = warned(lambda: gf.perturb(broken, max_cells=2, **QUESTION))
+    assert any("text 'nan' in 30 of 90 cells" in text for text in said)
+
+
+def test_a_group_without_cells_to_perturb_is_named(pbmc):
+    adata, gf = pbmc
+    only = adata[(adata.obs["cell_type"] == GOAL) | (adata.obs["tissue"] == "blood")].copy()
+    screen, said = warned(lambda: gf.perturb(only, groupby="tissue", max_cells=2, **QUESTION))
+    assert screen.groups == ["blood"] and any("group 'marrow' has no cell" in text for text in said)
+
+
+def test_fold_changes_leave_out_cells_without_a_donor_or_state(pbmc):
+    adata, _ = pbmc
+    gone = np.arange(90) % 3 == 0
+    expected = log2_fold_change(adata[~gone].copy(), "cell_type", START, GOAL, donor="donor")
+    found, said = warned(
+        lambda: log2_fold_change(with_gaps(adata, "donor", gone), "cell_type", START, GOAL, donor="donor")
+    )
+    np.testing.assert_allclose(found, expected)
+    assert any("30 of 90 cells" in text and "donor" in text for text in said)
+    with pytest.raises(DataError, match="no cell has"):
+        log2_fold_change(with_gaps(adata, "cell_type", gone), "cell_type", "None", GOAL)
+
+
+def test_splits_refuse_missing_groups_and_strata():
+    obs = pd.DataFrame(
+        {"donor": ["a", "b", None, "c"] * 5, "type": ["T", None, "B", "B"] * 5}, index=list(map(str, range(20)))
+    )
+    for call in (
+        lambda: hold_out(obs, by="donor"),
+        lambda: folds(obs, by="donor"),
+        lambda: hold_out(obs, stratify="type"),
+        lambda: check_leakage(hold_out(obs), obs["donor"]),
+    ):
+        with pytest.raises(DataError, match="missing"):
+            call()
+
+
+# what was asked for and could not be done has a row
+@pytest.mark.parametrize("method", ["matched", "goal_state_shift"])
+def test_each_gene_that_was_asked_for_has_a_row_with_a_status(pbmc, method):
+    adata, gf = pbmc
+    genes = common(adata, gf, 3)
+    without = adata.copy()
+    counts = without.X.toarray()
+    counts[:, without.var_names.get_loc(genes[1])] = 0
+    without.X = csr_matrix(counts)
+    ask = dict(genes=[*genes, "NOSUCHGENE"], combine="each", max_cells=20, **QUESTION)
+    screen, said = warned(lambda: gf.perturb(without, **ask))
+    table = screen.table(method=method).set_index("gene")
+    assert set(table.index) == {*genes, "NOSUCHGENE"}
+    assert table.loc[genes[1], "status"].startswith("in none of the ") and table.loc[genes[1], "n_cells"] == 0
+    assert table.loc["NOSUCHGENE", "status"] == "not in the model's vocabulary"
+    assert any(genes[1] in text and "NOSUCHGENE" in text for text in said)
+    assert screen.table(method=method)["gene"].tolist()[-2:] == [genes[1], "NOSUCHGENE"]
+
+
+def test_absent_genes_stay_after_saving_and_in_a_group_that_has_none_of_them(pbmc, tmp_path):
+    adata, gf = pbmc
+    gene = common(adata, gf, 1)[0]
+    counts = adata.X.toarray()
+    counts[(adata.obs["tissue"] == "marrow").to_numpy(), adata.var_names.get_loc(gene)] = 0
+    changed = adata.copy()
+    changed.X = csr_matrix(counts)
+    screen = gf.perturb(changed, genes=[gene], combine="each", groupby="tissue", **QUESTION)
+    screen.save(tmp_path / "screen")
+    for one in (screen, Screen.load(tmp_path / "screen")):
+        table = one.table()
+        assert table["group"].tolist() == ["blood", "marrow"]
+        assert table["status"].iloc[1].startswith("in none of the ") and np.isnan(table["mean_shift"].iloc[1])
+
+
+def test_absent_targets_follow_the_tested_ones_and_come_before_their_controls(pbmc):
+    adata, gf = pbmc
+    genes = common(adata, gf, 2)
+    screen = gf.perturb(adata, genes=[*genes, "NOSUCHGENE"], matched=20, **QUESTION)
+    table = screen.table()
+    assert set(table["gene"].iloc[:2]) == set(genes) and table["gene"].iloc[2] == "NOSUCHGENE"
+    assert table["target"].tolist() == [True] * 3 + [False] * (len(table) - 3)
+
+
+def test_each_pair_that_was_asked_for_has_a_row(pbmc):
+    adata, gf = pbmc
+    first, second = common(adata, gf, 2)
+    counts = adata.X.toarray()
+    places = [adata.var_names.get_loc(gene) for gene in (first, second)]
+    counts[::2, places[0]] = 0
+    counts[1::2, places[1]] = 0
+    changed = adata.copy()
+    changed.X = csr_matrix(counts)
+    screen = gf.perturb(changed, genes=[first, second, common(adata, gf, 3)[2]], combine="pairs", **QUESTION)
+    pair = f"{first}+{second}"
+    for table in (screen.table(), screen.combinations()):
+        assert table.set_index("gene").loc[pair, "status"].startswith("in none of the ")
+
+
+def test_genes_perturbed_together_that_no_cell_has_are_named_with_the_way_out(pbmc):
+    adata, gf = pbmc
+    genes = common(adata, gf, 2)
+    without = adata.copy()
+    counts = without.X.toarray()
+    counts[:, without.var_names.get_loc(genes[0])] = 0
+    without.X = csr_matrix(counts)
+    with pytest.raises(DataError, match=f"{genes[0]} in none.*combine='each'"):
+        gf.perturb(without, genes=genes, **QUESTION)
+
+
+# a short list has nothing to be compared with
+def test_effects_of_a_short_list_are_empty_and_the_status_says_what_to_add(pbmc):
+    adata, gf = pbmc
+    genes = common(adata, gf, 3)
+    whole = gf.perturb(adata, **QUESTION)
+    for combine, more in (("each", "matched=50"), ("pairs", "matched=50"), ("joint", "combine='each', matched=50")):
+        table = gf.perturb(adata, genes=genes, combine=combine, **QUESTION).table()
+        assert table[["effect", "expected", "z", "percentile", "p"]].isna().all().all()
+        assert table["mean_shift"].notna().all()
+        shown = table[~table["gene"].str.contains("+", regex=False) | (combine == "joint")]
+        shown = shown[shown["status"] != "too few cells"]
+        assert shown["status"].str.contains(f"{MIN_GENES} are needed").all() and shown["status"].str.contains(more).all()
+    expected = whole.shifts.groupby("gene")["shift"].mean()
+    table = gf.perturb(adata, genes=genes, combine="each", **QUESTION).table()
+    np.testing.assert_allclose(table["mean_shift"], expected[table["gene"]], atol=1e-6)
+    matched = gf.perturb(adata, genes=genes, matched=50, **QUESTION).table()
+    assert matched.loc[matched["target"], "effect"].notna().all()
+
+
+# rounding is no movement
+def simulated(**changes) -> Screen:
+    "A screen of simulated shifts of 200 genes with one driver in twenty."
+    shifts = simulate_shifts(n_genes=200, n_donors=4, cells_per_donor=30, drivers=0.05, seed=1, **changes)
+    shifts = shifts.astype({"gene": str, "cell": str, "donor": str}).assign(group="all")
+    genes = shifts[["group", "gene"]].drop_duplicates().assign(log2fc=np.nan)
+    return Screen(shifts, genes.assign(symbol=genes["gene"]), {"kind": "delete"})
+
+
+def test_a_mean_shift_within_rounding_has_no_effect_and_no_p():
+    screen = simulated()
+    before = screen.table().set_index("gene")
+    still = before.index[0]
+    rows = screen.shifts["gene"] == still
+    sign = np.where(np.arange(rows.sum()) % 2, 1.0, -1.0)
+    screen.shifts.loc[rows, "shift"] = 0.9 * ROUNDING * sign
+    table = screen.table().set_index("gene")
+    assert table.loc[still, ["effect", "expected", "z", "p", "fdr", "percentile"]].isna().all()
+    assert table.loc[still, "status"].startswith("rounding")
+    assert not table.loc[still:, "status"].str.startswith("tested").any()
+    assert table["p"].notna().sum() == before["p"].notna().sum() - 1
+
+
+def test_an_untrained_model_read_at_cls_moves_nothing_and_says_so(pbmc):
+    adata, _ = pbmc
+    gf = Geneformer.from_config("V1-10M", RankTokenizer.fit(adata, max_length=48, special=True), device="cpu")
+    small = adata[:8].copy()
+    screen, said = warned(lambda: gf.perturb(small, state="cell_type", start=START, goal=GOAL))
+    mean = screen.shifts.groupby("gene")["shift"].mean().abs()
+    table = screen.table().set_index("gene")
+    within = table.index[mean[table.index] < ROUNDING]
+    assert len(within) and table.loc[within, ["effect", "z", "p"]].isna().all().all()
+    assert table.loc[within, "status"].str.startswith("rounding").all()
+    assert any("is rounding" in text for text in said) == ((mean < ROUNDING).mean() > 0.5)
+
+
+# evidence first
+@pytest.mark.parametrize("donors", [True, False])
+def test_genes_that_cannot_be_tested_follow_those_that_are(donors):
+    screen = simulated()
+    rare = screen.shifts["gene"].isin(sorted(screen.shifts["gene"].unique())[:20])
+    first = screen.shifts.groupby("gene").cumcount() == 0
+    screen.shifts = screen.shifts[~rare | first].copy()
+    screen.shifts.loc[rare & first, "shift"] = -12.0
+    if not donors:
+        screen.shifts["donor"] = np.nan
+    for table in (screen.table(), screen_test(screen.shifts)):
+        few = (table["status"] == "too few cells").to_numpy()
+        assert few.sum() >= 20 and few[-few.sum() :].all() and not few[0]
+    original = screen.table(method="goal_state_shift")
+    assert "status" not in original and original["effect"].iloc[np.flatnonzero(original["fdr"] >= 0.05)].is_monotonic_decreasing
