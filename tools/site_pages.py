@@ -143,7 +143,8 @@ def page_text(page: Page, places: dict[str, str], examples: dict[str, str]) -> s
     parts = []
     for number, cell in enumerate(page.notebook.cells):
         if cell.cell_type == "markdown":
-            parts.append(linked(formulas(cell.source, page), page, places))
+            prose = re.sub(r"^- skip_\w+: true\n?", "", cell.source, flags=re.M)  # a word to the exporter
+            parts.append(linked(formulas(prose, page), page, places))
         elif cell.cell_type == "code":
             parts += code_parts(cell, number, page, places, examples)
     return "\n\n".join(parts) + "\n"

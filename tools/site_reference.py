@@ -56,15 +56,24 @@ def words_of(shown: Entry) -> str:
     return inspect.cleandoc(getattr(described, "__doc__", None) or "")
 
 
+def member(cls: type, name: str) -> object:
+    "A member of a class: a property or static method as it is, a class method bound."
+    found = inspect.getattr_static(cls, name)
+    plain = isinstance(found, property | staticmethod) or inspect.isfunction(found) or hasattr(found, "func")
+    return found if plain else getattr(cls, name)
+
+
 def own_methods(cls: type) -> Iterator[tuple[str, object]]:
     "The public methods and properties of a class and of its bases in this package."
     seen = set()
     for base in (base for base in cls.__mro__ if base.__module__.startswith("scellfm")):
-        for name, member in vars(base).items():
-            callable_member = callable(unbound(member)) and not isinstance(member, type)
-            if callable_member and name not in seen and (name == "__call__" or not name.startswith("_")):
-                seen.add(name)
-                yield name, member
+        for name in vars(base):
+            if name in seen or (name.startswith("_") and name != "__call__"):
+                continue
+            seen.add(name)
+            found = member(cls, name)
+            if callable(unbound(found)) and not isinstance(found, type):
+                yield name, found
 
 
 def entry(module: ModuleType, name: str) -> Entry | None:
@@ -74,7 +83,7 @@ def entry(module: ModuleType, name: str) -> Entry | None:
         return None
     if method:
         found = getattr(module, owner, None)
-        return None if found is None else Entry(name, inspect.getattr_static(found, method))
+        return None if found is None else Entry(name, member(found, method))
     found = getattr(module, name)
     methods = [Entry(f"{name}.{m}", o) for m, o in own_methods(found)] if isinstance(found, type) else []
     return Entry(name, found, methods)
