@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['PARTS', 'Split', 'Folds', 'check_split', 'column_of', 'labels_of', 'check_fractions', 'whole_numbers', 'deal_cells',
-           'all_deals', 'greedy_deals', 'deal_groups', 'deal_by', 'deal', 'hold_out', 'folds', 'check_leakage']
+__all__ = ['PARTS', 'LOOKS_MISSING', 'Split', 'Folds', 'check_split', 'known_labels', 'column_of', 'labels_of', 'check_fractions',
+           'whole_numbers', 'deal_cells', 'all_deals', 'greedy_deals', 'deal_groups', 'deal_by', 'deal', 'hold_out',
+           'folds', 'check_leakage']
 
 # %% ../../nbs/data/splits.ipynb #8cd931d0
 PARTS = ("train", "valid", "test")
@@ -46,7 +48,7 @@ class Split:
 
     def _repr_html_(self) -> str:
         "Counts in each part."
-        unit = "cells" if self.by is None else f"groups of {self.by!r}"
+        unit = "cells" if self.by is None else f"groups of {escape(repr(self.by))}"
         return f"<p>Split of {self.n:,} cells by {unit}</p>" + ("" if self.table is None else self.table.to_html())
 
 # %% ../../nbs/data/splits.ipynb #f9897b27
@@ -74,7 +76,7 @@ class Folds:
         "Counts in the test part of each fold."
         import pandas as pd
 
-        unit = "cells" if self.by is None else f"groups of {self.by!r}"
+        unit = "cells" if self.by is None else f"groups of {escape(repr(self.by))}"
         title = f"<p>{len(self)} folds of {self.splits[0].n:,} cells by {unit}; the test parts:</p>"
         rows = {f"fold {i}": split.table.loc["test"] for i, split in enumerate(self.splits) if split.table is not None}
         return title + pd.DataFrame(rows).T.to_html()
@@ -91,20 +93,37 @@ def check_split(split, one: bool = False) -> None:
         raise OptionError(f"split is of the type {type(split).__name__}; give {wanted}")
 
 # %% ../../nbs/data/splits.ipynb #5526fcc2
-def column_of(obs: pd.DataFrame, name: str, use: str) -> np.ndarray:
-    "The values of a column of obs as str; DataError for a missing column (with the nearest name) or a missing value."
+LOOKS_MISSING = ("nan", "NaN", "<NA>", "NaT", "")  # texts that a missing value becomes when a column is made text
+
+
+def known_labels(obs: pd.DataFrame, name: str, use: str) -> tuple[np.ndarray, np.ndarray]:
+    "The values of a column of obs as str (None where missing), and which rows have one [n]; DataError: no such column."
     if not isinstance(name, Hashable) or name not in obs:
         close = difflib.get_close_matches(str(name), list(map(str, obs.columns)), n=3)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise DataError(f"{use}={name!r} is not a column of obs; it has {list(obs.columns)}.{hint}")
-    missing = obs[name].isna().to_numpy()
-    if missing.any():
-        first = obs.index[int(missing.argmax())]
+    known = obs[name].notna().to_numpy()
+    values = obs[name].astype(str).to_numpy(dtype=object)
+    for text in LOOKS_MISSING:
+        if (known & (values == text)).any():
+            warn(
+                f"obs[{name!r}] has the text {text!r} in {(known & (values == text)).sum():,} of {len(obs):,} cells, "
+                f"taken for a name; if it means missing, say so: adata.obs[{name!r}].replace({text!r}, None)"
+            )
+    values[~known] = None
+    return values, known
+
+# %% ../../nbs/data/splits.ipynb #b3b85447
+def column_of(obs: pd.DataFrame, name: str, use: str) -> np.ndarray:
+    "The values of a column of obs as str; DataError for a missing column (with the nearest name) or a missing value."
+    values, known = known_labels(obs, name, use)
+    if not known.all():
+        first = obs.index[int((~known).argmax())]
         raise DataError(
-            f"obs[{name!r}] is missing (NaN) for {missing.sum():,} of {len(obs):,} cells, first {first!r}; "
+            f"obs[{name!r}] is missing (NaN) for {(~known).sum():,} of {len(obs):,} cells, first {first!r}; "
             f"leave them out: adata[adata.obs[{name!r}].notna()]"
         )
-    return obs[name].astype(str).to_numpy(dtype=object)
+    return values
 
 # %% ../../nbs/data/splits.ipynb #b0ed4b80
 def labels_of(obs: pd.DataFrame, stratify: str | None) -> np.ndarray:
@@ -303,7 +322,16 @@ def folds(
 # %% ../../nbs/data/splits.ipynb #bcb7e515
 def check_leakage(split: Split | Folds, groups) -> None:
     "DataError naming a group (or row) that is in two parts; `groups` [n]: the donor, study, ... of each row."
-    groups = np.asarray(groups, dtype=object).astype(str)
+    import pandas as pd
+
+    groups = np.asarray(groups, dtype=object)
+    missing = pd.isna(groups)
+    if missing.any():
+        raise DataError(
+            f"groups is missing for {missing.sum():,} of {len(groups):,} rows, first row {int(missing.argmax())}: "
+            "whether they are on two sides cannot be told; leave these rows out before they are split"
+        )
+    groups = groups.astype(str)
     for number, one in enumerate(split.folds()):
         if len(groups) != one.n:
             raise DataError(

@@ -5,12 +5,15 @@
 # %% ../../nbs/scores/labels.ipynb #56cef0f4
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core import DataError, check_number, keyed_generator, warn
+from .table import holds
 
 # %% auto #0
 __all__ = ['BINS', 'check_probabilities', 'check_classes', 'check_truth', 'check_groups', 'divide', 'class_scores',
@@ -18,7 +21,7 @@ __all__ = ['BINS', 'check_probabilities', 'check_classes', 'check_truth', 'check
            'draws', 'bounds', 'ClassificationResult', 'classification']
 
 # %% ../../nbs/scores/labels.ipynb #58480354
-def check_probabilities(probabilities, n: int, n_classes: int) -> np.ndarray:
+def check_probabilities(probabilities: np.ndarray, n: int, n_classes: int) -> np.ndarray:
     "Probabilities as float64 [n, n_classes], or a DataError that says what is wrong and where."
     values = np.asarray(probabilities, dtype=np.float64)
     if values.shape != (n, n_classes):
@@ -42,7 +45,7 @@ def check_probabilities(probabilities, n: int, n_classes: int) -> np.ndarray:
     return values
 
 # %% ../../nbs/scores/labels.ipynb #49808f86
-def check_classes(classes) -> np.ndarray:
+def check_classes(classes: Sequence | np.ndarray) -> np.ndarray:
     "The classes as an array of at least two different labels."
     classes = np.asarray(classes)
     if len(classes) < 2 or len(set(classes.tolist())) < len(classes):
@@ -52,7 +55,7 @@ def check_classes(classes) -> np.ndarray:
     return classes
 
 
-def check_truth(truth, classes: np.ndarray) -> np.ndarray:
+def check_truth(truth: Sequence | np.ndarray, classes: np.ndarray) -> np.ndarray:
     "True labels as positions in `classes` (int64); DataError for labels that are missing or unknown, or all the same."
     truth = np.asarray(truth)
     missing = pd.isna(truth)
@@ -76,7 +79,7 @@ def check_truth(truth, classes: np.ndarray) -> np.ndarray:
     return codes.astype(np.int64)
 
 # %% ../../nbs/scores/labels.ipynb #daa5f661
-def check_groups(groups, n: int) -> np.ndarray | None:
+def check_groups(groups: Sequence | np.ndarray | None, n: int) -> np.ndarray | None:
     "The group of each cell as codes (int64) in the order of their names; None stays None."
     if groups is None:
         return None
@@ -91,7 +94,7 @@ def check_groups(groups, n: int) -> np.ndarray | None:
     return np.unique(groups.astype(str), return_inverse=True)[1].astype(np.int64)
 
 # %% ../../nbs/scores/labels.ipynb #ef204509
-def divide(top, bottom) -> np.ndarray:
+def divide(top: np.ndarray | float, bottom: np.ndarray | float) -> np.ndarray:
     "top / bottom, NaN where bottom is 0."
     top, bottom = np.asarray(top, float), np.asarray(bottom, float)
     return np.divide(top, bottom, out=np.full(np.broadcast(top, bottom).shape, np.nan), where=bottom != 0)
@@ -190,7 +193,9 @@ class Weighted:
         }
 
 # %% ../../nbs/scores/labels.ipynb #3391dda2
-def draws(codes: np.ndarray, probabilities: np.ndarray, groups: np.ndarray | None, n_boot: int, seed: int):
+def draws(
+    codes: np.ndarray, probabilities: np.ndarray, groups: np.ndarray | None, n_boot: int, seed: int
+) -> Iterator[np.ndarray]:
     "Yield `n_boot` weights of cells: donors drawn with replacement, or cells where there are no donors."
     generator = keyed_generator(seed, "bootstrap")
     if groups is None:  # an order that belongs to the cells and not to their rows
@@ -205,7 +210,8 @@ def draws(codes: np.ndarray, probabilities: np.ndarray, groups: np.ndarray | Non
 def bounds(
     weighted: Weighted, probabilities: np.ndarray, groups: np.ndarray | None, n_boot: int, seed: int
 ) -> tuple[dict, dict]:
-    "The 2.5 % and 97.5 % points of each score over the draws; NaN where a score could not be computed in half of them."
+    """The 2.5 % and 97.5 % points of each score over the draws; NaN where half of the draws have no score,
+    or where the score itself lies outside."""
     names = list(weighted.metrics(np.ones(len(weighted.codes))))
     if n_boot == 0 or (groups is not None and groups.max() == 0):
         if n_boot:
@@ -219,7 +225,8 @@ def bounds(
     )
     drawn.loc[:, drawn.isna().mean() > 0.5] = np.nan
     low, high = drawn.quantile(0.025), drawn.quantile(0.975)
-    return low.to_dict(), high.to_dict()
+    inside = holds(pd.Series(weighted.metrics(np.ones(len(weighted.codes)))), low, high)
+    return low.where(inside).to_dict(), high.where(inside).to_dict()
 
 # %% ../../nbs/scores/labels.ipynb #8261e067
 @dataclass
@@ -242,27 +249,35 @@ class ClassificationResult:
         "The labels, in the order of the columns of probabilities."
         return list(self.per_class.index)
 
-    def to_dict(self) -> dict:
-        "The scores and tables as plain numbers (not the cells' probabilities)."
-        tables = {name: getattr(self, name).to_dict("split") for name in ("per_class", "confusion", "calibration")}
-        return {
-            "metrics": self.metrics,
-            "low": self.low,
-            "high": self.high,
-            **tables,
-            "n_cells": self.n_cells,
-            "n_groups": self.n_groups,
-        }
+    @property
+    def constant(self) -> bool | None:
+        "Whether the same was said of every cell; None without the cells' probabilities."
+        return None if self.probabilities is None else bool(np.ptp(self.probabilities, axis=0).max() < 1e-9)
 
-    def _repr_html_(self) -> str:
-        unit = "cells resampled" if self.n_groups is None else f"{self.n_groups} groups resampled"
-        scores = pd.DataFrame({"score": self.metrics, "low": self.low, "high": self.high}).round(3)
-        tables = f"{scores.T.to_html()}{self.per_class.round(3).to_html()}"
-        return f"<p>{self.n_cells:,} cells; 95 % intervals with {unit}</p>{tables}"
+# %% ../../nbs/scores/labels.ipynb #a0d28b02
+@patch
+def to_dict(self: ClassificationResult) -> dict:
+    "The scores and tables as plain numbers (not the cells' probabilities)."
+    tables = {name: getattr(self, name).to_dict("split") for name in ("per_class", "confusion", "calibration")}
+    names = ("metrics", "low", "high", "n_cells", "n_groups", "constant")
+    return {**{name: getattr(self, name) for name in names}, **tables}
 
 
+@patch
+def _repr_html_(self: ClassificationResult) -> str:
+    unit = "cells resampled" if self.n_groups is None else f"{self.n_groups} groups resampled"
+    scores = pd.DataFrame({"score": self.metrics, "low": self.low, "high": self.high}).round(3)
+    about = f"; 95 % intervals with {unit}" if scores["low"].notna().any() else "; no intervals"
+    return f"<p>{self.n_cells:,} cells{about}</p>{scores.T.to_html()}{self.per_class.round(3).to_html()}"
+
+# %% ../../nbs/scores/labels.ipynb #9d4adb0b
 def classification(
-    truth, probabilities, classes, groups=None, n_boot: int = 200, seed: int = 0
+    truth: Sequence | np.ndarray,
+    probabilities: np.ndarray,
+    classes: Sequence | np.ndarray,
+    groups: Sequence | np.ndarray | None = None,
+    n_boot: int = 200,
+    seed: int = 0,
 ) -> ClassificationResult:
     """
     Score a classifier's probabilities [cells, classes] against the true labels [cells].

@@ -6,48 +6,47 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core import DataError, one_of
 from ..metrics import direction, is_aside, metric_name, smaller_is_better
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # %% auto #0
-__all__ = ['STYLE', 'plain', 'plain_number', 'table_from', 'short', 'interval', 'Scores', 'scores_markdown', 'scores_html']
+__all__ = ['STYLE', 'CONSTANT', 'FORMULA', 'plain', 'plain_number', 'table_from', 'short', 'interval', 'Scores', 'holds',
+           'checked_bounds', 'is_constant', 'safe_text', 'safe_table', 'scores_markdown', 'scores_html']
 
 # %% ../../nbs/scores/table.ipynb #cbc1810c
-def plain(value):
+def plain(value: Any) -> Any:
     "The same value in what JSON knows: dict, list, str, int, float, bool, None (also NaN, infinity); tables are split."
     if isinstance(value, pd.DataFrame):
-        return plain(
-            {"index": list(value.index), "columns": list(value.columns), "data": value.to_numpy(dtype=object).tolist()}
-        )
-    if isinstance(value, pd.Series):
-        return plain(value.to_dict())
-    if hasattr(value, "to_dict"):
+        cells = value.to_numpy(dtype=object).tolist()
+        return plain({"index": list(value.index), "columns": list(value.columns), "data": cells})
+    if isinstance(value, pd.Series) or hasattr(value, "to_dict"):
         return plain(value.to_dict())
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset, np.ndarray, pd.Index)):
-        return [
-            plain(item)
-            for item in (
-                sorted(value, key=str)
-                if isinstance(value, (set, frozenset))
-                else np.atleast_1d(value)
-                if isinstance(value, np.ndarray)
-                else value
-            )
-        ]
-    if value is None or value is pd.NA or isinstance(value, (str, bool)):
-        return None if value is pd.NA else value
+    if isinstance(value, (set, frozenset)):
+        return [plain(item) for item in sorted(value, key=str)]
+    if isinstance(value, np.ndarray):
+        return [plain(item) for item in np.atleast_1d(value)]
+    if isinstance(value, (list, tuple, pd.Index)):
+        return [plain(item) for item in value]
     return plain_number(value)
 
 
-def plain_number(value):
-    "An int, a finite float, a bool, or None; anything that is no number as text."
+def plain_number(value: Any) -> int | float | bool | str | None:
+    "An int, a finite float, a bool, a text, or None; anything that is none of these as text."
+    if value is None or value is pd.NA or isinstance(value, (str, bool)):
+        return None if value is pd.NA else value
     if isinstance(value, (np.bool_, np.integer, int)):
         return value.item() if isinstance(value, np.generic) else value
     if isinstance(value, (float, np.floating)):
@@ -87,41 +86,9 @@ class Scores:
     origin: dict = field(default_factory=dict)  # where the scores came from: data, split, seed, versions
 
     def __post_init__(self):
-        for name in ("low", "high"):
-            bound = getattr(self, name)
-            if bound is None:
-                setattr(self, name, pd.DataFrame(np.nan, self.table.index, self.table.columns))
-            elif not (bound.index.equals(self.table.index) and bound.columns.equals(self.table.columns)):
-                raise DataError(
-                    f"{name} has the rows {list(bound.index)} and columns {list(bound.columns)}; "
-                    f"the table has {list(self.table.index)} "
-                    f"and {list(self.table.columns)}: give bounds of the same methods and metrics"
-                )
-
-    def best(self, metric: str) -> list[str]:
-        "The methods with the best value of a metric as it is shown; rows on training cells and ceilings are left out."
-        values = self.table[metric].astype(float)
-        values = values[[not is_aside(method) for method in values.index]].dropna()
-        if values.empty or direction(metric) == "neither":
-            return []
-        top = values.min() if smaller_is_better(metric) else values.max()
-        return [method for method, value in values.items() if short(value) == short(top)]
-
-    def _cells(self):
-        "Yield (method, [(value, interval, is it the best)]) for each row."
-        best = {metric: self.best(metric) for metric in self.table}
-        for i, method in enumerate(self.table.index):
-            yield (
-                method,
-                [
-                    (
-                        short(self.table.iat[i, j]),
-                        interval(self.low.iat[i, j], self.high.iat[i, j]),
-                        method in best[metric],
-                    )
-                    for j, metric in enumerate(self.table)
-                ],
-            )
+        low, high = (checked_bounds(self.table, getattr(self, name), name) for name in ("low", "high"))
+        inside = holds(self.table, low, high)
+        self.low, self.high = low.where(inside), high.where(inside)
 
     def __repr__(self) -> str:
         return "\n".join(filter(None, [self.title, self.to_markdown()]))
@@ -129,39 +96,130 @@ class Scores:
     def _repr_html_(self) -> str:
         return scores_html(self)
 
-    def to_markdown(self) -> str:
-        "A pipe table; the best value of each metric is bold, intervals in brackets."
-        return scores_markdown(self)
+# %% ../../nbs/scores/table.ipynb #d75bdd50
+def holds(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    "Whether low <= value <= high, rounding aside (bool, of the same kind); False where one is missing."
+    slack = 1e-9 * np.maximum(1.0, np.abs(value))
+    return (low <= value + slack) & (high >= value - slack)
 
-    def plot(self, ax=None, *, kind: str = "scores", method: str | None = None):
-        """Draw kind 'scores' (dots with intervals), 'roc', 'calibration', or the 'confusion' matrix of one method.
 
-        method: None draws all, or the confusion matrix of the first. Returns the axes.
-        The last three need what `classification` found, ROC and calibration with the cells' probabilities."""
-        from scellfm import plotting
+def checked_bounds(table: pd.DataFrame, bound: pd.DataFrame | None, name: str) -> pd.DataFrame:
+    "The bounds, or empty ones where there are none; DataError unless they are of the table's methods and metrics."
+    if bound is None:
+        return pd.DataFrame(np.nan, table.index, table.columns)
+    if not (bound.index.equals(table.index) and bound.columns.equals(table.columns)):
+        raise DataError(
+            f"{name} has the rows {list(bound.index)} and columns {list(bound.columns)}; "
+            f"the table has {list(table.index)} "
+            f"and {list(table.columns)}: give bounds of the same methods and metrics"
+        )
+    return bound.astype(float)
 
-        one_of("kind", kind, ("scores", "roc", "calibration", "confusion"))
-        if method is not None:
-            one_of("method", method, list(self.table.index))
-        if kind != "confusion":
-            return getattr(plotting, kind)(self if method is None else {method: self.details.get(method)}, ax=ax)
-        found = self.details.get(method or self.table.index[0])
-        if found is None:
-            raise DataError(
-                f"the scores of {method or self.table.index[0]!r} come without a confusion matrix; draw kind='scores'"
-            )
-        return plotting.confusion(
-            pd.DataFrame(**found["confusion"]) if isinstance(found, dict) else found.confusion, ax=ax
+# %% ../../nbs/scores/table.ipynb #339c1964
+CONSTANT = ("majority class",)  # methods that say the same of every cell, by name
+
+
+def is_constant(method: str, detail: object) -> bool:
+    "Whether a method predicts the same for every cell, by its full result (or the record of one) or by its name."
+    told = detail.get("constant") if isinstance(detail, dict) else getattr(detail, "constant", None)
+    return str(method) in CONSTANT if told is None else bool(told)
+
+
+@patch
+def best(self: Scores, metric: str) -> list[str]:
+    "The methods with the best value of a metric as it is shown; rows on training cells and ceilings are left out."
+    values = self.table[metric].astype(float)
+    values = values[[not is_aside(method) for method in values.index]].dropna()
+    if "calibration" in str(metric):
+        values = values[[not is_constant(method, self.details.get(method)) for method in values.index]]
+    if values.empty or direction(metric) == "neither":
+        return []
+    top = values.min() if smaller_is_better(metric) else values.max()
+    return [method for method, value in values.items() if short(value) == short(top)]
+
+
+@patch
+def _cells(self: Scores) -> Iterator[tuple[str, list[tuple[str, str, bool]]]]:
+    "Yield (method, [(value, interval, is it the best)]) for each row."
+    best = {metric: self.best(metric) for metric in self.table}
+    for i, method in enumerate(self.table.index):
+        bounds = zip(self.table.iloc[i], self.low.iloc[i], self.high.iloc[i], self.table)
+        yield (
+            method,
+            [(short(value), interval(low, high), method in best[metric]) for value, low, high, metric in bounds],
         )
 
-    def to_dict(self) -> dict:
-        "A record that JSON takes; `from_dict` brings it back (details as plain records)."
-        return {name: plain(getattr(self, name)) for name in ("table", "low", "high", "details", "title", "origin")}
+# %% ../../nbs/scores/table.ipynb #774a8ac7
+@patch
+def to_markdown(self: Scores) -> str:
+    "A pipe table; the best value of each metric is bold, intervals in brackets."
+    return scores_markdown(self)
 
-    @classmethod
-    def from_dict(cls, record: dict) -> Scores:
-        "The Scores of a record that `to_dict` made."
-        return cls(**{**record, **{name: table_from(record[name]) for name in ("table", "low", "high")}})
+
+@patch
+def to_dict(self: Scores) -> dict:
+    "A record that JSON takes; `from_dict` brings it back (details as plain records)."
+    return {name: plain(getattr(self, name)) for name in ("table", "low", "high", "details", "title", "origin")}
+
+
+@patch(cls_method=True)
+def from_dict(cls: Scores, record: dict) -> Scores:
+    "The Scores of a record that `to_dict` made."
+    return cls(**{**record, **{name: table_from(record[name]) for name in ("table", "low", "high")}})
+
+# %% ../../nbs/scores/table.ipynb #182b8d0e
+@patch
+def plot(
+    self: Scores,
+    ax: Axes | None = None,
+    *,
+    kind: Literal["scores", "roc", "calibration", "confusion"] = "scores",
+    method: str | None = None,
+) -> Axes:
+    """Draw kind 'scores' (dots with intervals), 'roc', 'calibration', or the 'confusion' matrix of one method.
+
+    method: None draws all, or the confusion matrix of the first. Returns the axes.
+    The last three need what `classification` found, ROC and calibration with the cells' probabilities."""
+    from scellfm import plotting
+
+    one_of("kind", kind, ("scores", "roc", "calibration", "confusion"))
+    if method is not None:
+        one_of("method", method, list(self.table.index))
+    if kind != "confusion":
+        return getattr(plotting, kind)(self if method is None else {method: self.details.get(method)}, ax=ax)
+    name = method or self.table.index[0]
+    found = self.details.get(name)
+    if found is None:
+        raise DataError(f"the scores of {name!r} come without a confusion matrix; draw kind='scores'")
+    return plotting.confusion(pd.DataFrame(**found["confusion"]) if isinstance(found, dict) else found.confusion, ax=ax)
+
+# %% ../../nbs/scores/table.ipynb #2f45a257
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of a formula
+
+
+def safe_text(value: Any) -> Any:
+    "A text that no spreadsheet takes for a formula; anything else as it is."
+    if not isinstance(value, str) or len(value) < 2 or not value.startswith(FORMULA):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def safe_table(table: pd.DataFrame) -> pd.DataFrame:
+    "The table for a CSV file: names of rows and columns and all texts by `safe_text`."
+    columns = [
+        values
+        if pd.api.types.is_numeric_dtype(values.dtype)
+        else pd.Series([safe_text(value) for value in values], index=values.index, dtype=object)
+        for _, values in table.items()
+    ]
+    safe = pd.concat(columns, axis=1) if columns else table.copy()
+    safe.columns = table.columns.map(safe_text)
+    index = table.index if table.index.nlevels > 1 else table.index.map(safe_text)
+    return safe.set_axis(index, axis=0).rename_axis(table.index.names)
 
 # %% ../../nbs/scores/table.ipynb #5b17452d
 def scores_markdown(scores: Scores) -> str:

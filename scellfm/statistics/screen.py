@@ -6,7 +6,7 @@
 __all__ = ['WINDOW', 'MIN_CELLS', 'MIN_DONORS', 'MATCHED', 'MIN_MATCHED', 'CUT', 'CUT_MEAN', 'MIN_GENES', 'TAIL_WARNING',
            'COLUMNS', 'by_cell_and_rank', 'matched_residuals', 'donor_means', 'pooled_variance', 'error_freedom',
            'gene_features', 'nearest_genes', 'expected_effect', 'offset_trend', 'between_gene_variance', 'percentile',
-           'judge', 'why_exploratory', 'explore', 'screen_test']
+           'outlier_statistics', 'why_exploratory', 'explore', 'screen_test']
 
 # %% ../../nbs/statistics/screen.ipynb #826bbcdf
 from collections.abc import Mapping
@@ -211,7 +211,9 @@ def percentile(value: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(value), np.nan, 100 * below)
 
 # %% ../../nbs/statistics/screen.ipynb #bf501845
-def judge(summary: Mapping[str, np.ndarray], features: np.ndarray, tested: np.ndarray) -> dict[str, np.ndarray]:
+def outlier_statistics(
+    summary: Mapping[str, np.ndarray], features: np.ndarray, tested: np.ndarray
+) -> dict[str, np.ndarray]:
     """Expected effect, tau and percentile of every gene; se, z, df and p of the `tested` ones (positions).
     `summary`: see `donor_means`."""
     from scipy.stats import t as student_t
@@ -315,7 +317,8 @@ COLUMNS = (
 
 
 def screen_test(shifts: pd.DataFrame, *, log2fc: Mapping | pd.Series | None = None) -> pd.DataFrame:
-    """Is each gene an outlier among genes like it, beyond its donors' spread? One row per gene, most significant first.
+    """Is each gene an outlier among genes like it, beyond its donors' spread? One row per gene, most significant first,
+    genes with too few cells last.
 
     shifts: columns gene, cell, donor, rank, shift, one row per (gene, cell). log2fc: by gene, copied into the table.
     effect: mean over donors of (shift - mean shift of the 50 genes nearest in rank in the same cell); expected: that
@@ -340,7 +343,7 @@ def screen_test(shifts: pd.DataFrame, *, log2fc: Mapping | pd.Series | None = No
     n_donors = (summary["n"] >= MIN_CELLS).sum(1) if table.n_donors else np.zeros(size, np.int64)
     tested = np.flatnonzero(n_donors >= MIN_DONORS)
     reason = why_exploratory(table.n_donors, size, len(tested))
-    verdict = explore(summary["effect"], rows, features) if reason else judge(summary, features, tested)
+    verdict = explore(summary["effect"], rows, features) if reason else outlier_statistics(summary, features, tested)
     away = np.sign(summary["effect"] - verdict["expected"])[:, None]
     same = (
         (np.sign(summary["mean"] - verdict["expected"][:, None]) == away)
@@ -365,7 +368,7 @@ def screen_test(shifts: pd.DataFrame, *, log2fc: Mapping | pd.Series | None = No
         )
     )[list(COLUMNS)]
     result[["effect", "expected", "tau", "se"]] *= unit
-    order = np.lexsort((table.genes.astype(str), -np.abs(result["z"]), result["p"]))
+    order = np.lexsort((table.genes.astype(str), -np.abs(result["z"]), result["p"], ~enough))
     result = result.iloc[order].reset_index(drop=True)
     result.attrs.update(exploratory=bool(reason), tail_ratio=np.nan if reason else _tail_ratio(result["z"].dropna()))
     return result

@@ -36,71 +36,61 @@ def pair_rows(joint: pd.DataFrame, singles: pd.DataFrame, anchor: str | None = N
     return pairs[["gene", "first", "second", "group", "cell", "donor", "joint", "sum", "excess"]]
 
 # %% ../../../nbs/geneformer/perturbation/combinations.ipynb #7d10c008
-COLUMNS = (
-    "group",
-    "gene",
-    "effect",
-    "se",
-    "low",
-    "high",
-    "df",
-    "p",
-    "fdr",
-    "joint",
-    "sum",
-    "n_cells",
-    "n_donors",
-    "n_same_sign",
-    "status",
-)
+ROUNDING = 4 * 1.2e-7  # mean shifts below this are rounding of 32-bit cosines
+COLUMNS = "group gene effect se low high df p fdr joint sum n_cells n_donors n_same_sign status".split()
 
 
-def pair_summary(rows: pd.DataFrame) -> dict:
-    "Effect, interval and p of one pair (rows of one pair in one group)."
-    from scipy.stats import t as student_t
-
+def donor_effects(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    "Mean excess, joint shift and sum of each donor with enough cells (else of all), and how many have enough."
     by_donor = rows.groupby("donor", observed=True)[["excess", "joint", "sum"]].agg(["mean", "size"])
     means = by_donor.xs("mean", axis=1, level=1)
     enough = by_donor["excess", "size"] >= MIN_CELLS
-    used = (
-        means[enough] if enough.any() else means if len(means) else rows[["excess", "joint", "sum"]].mean().to_frame().T
-    )
-    n, excess = int(enough.sum()), used["excess"].to_numpy()
-    result = {
-        "effect": excess.mean(),
-        "joint": used["joint"].mean(),
-        "sum": used["sum"].mean(),
-        "n_cells": len(rows),
-        "n_donors": n,
-        "n_same_sign": int((np.sign(excess) == np.sign(excess.mean())).sum()) if n else 0,
-    }
+    if enough.any():
+        return means[enough], int(enough.sum())
+    return (means if len(means) else rows[["excess", "joint", "sum"]].mean().to_frame().T), 0
+
+# %% ../../../nbs/geneformer/perturbation/combinations.ipynb #be12eb3e
+def pair_summary(rows: pd.DataFrame) -> dict:
+    "Effect, interval and p of one pair (rows of one pair in one group)."
+    rows = rows[rows["donor"].notna()] if rows["donor"].notna().any() else rows
+    used, n = donor_effects(rows)
+    excess = used["excess"].to_numpy()
+    result = {"effect": excess.mean(), "joint": used["joint"].mean(), "sum": used["sum"].mean()}
+    same = int((np.sign(excess) == np.sign(excess.mean())).sum()) if n else 0
+    result |= {"n_cells": len(rows), "n_donors": n, "n_same_sign": same}
+    if max(abs(result["joint"]), abs(result["sum"])) < ROUNDING:
+        return result | {"effect": np.nan, "status": f"rounding: the shifts are below {ROUNDING:.2g}"}
     if n < MIN_DONORS:
-        few = (
-            "no donors"
-            if not len(means)
-            else f"{n} donor{'s' * (n != 1)} with {MIN_CELLS} cells, {MIN_DONORS} are needed"
-        )
-        return result | {"status": f"exploratory: {few}"}
+        few = f"{n} donor{'s' * (n != 1)} with {MIN_CELLS} cells, {MIN_DONORS} are needed"
+        return result | {"status": f"exploratory: {few if rows['donor'].notna().any() else 'no donors'}"}
+    return result | {**donor_test(excess), "status": "tested"}
+
+
+def donor_test(excess: np.ndarray) -> dict[str, float]:
+    "Standard error, 95 % interval and two-sided p of the mean over donors."
+    from scipy.stats import t as student_t
+
+    n, mean = len(excess), excess.mean()
     se = excess.std(ddof=1) / np.sqrt(n)
     half = student_t.ppf(0.975, n - 1) * se
-    p = 2 * student_t.sf(abs(excess.mean()) / max(se, np.finfo(float).tiny), n - 1)
-    return result | {
-        "se": se,
-        "low": excess.mean() - half,
-        "high": excess.mean() + half,
-        "df": n - 1,
-        "p": p,
-        "status": "tested",
-    }
+    p = 2 * student_t.sf(abs(mean) / max(se, np.finfo(float).tiny), n - 1)
+    return {"se": se, "low": mean - half, "high": mean + half, "df": n - 1, "p": p}
 
+# %% ../../../nbs/geneformer/perturbation/combinations.ipynb #5a034d62
+def combination_table(rows: pd.DataFrame, absent: dict[str, dict] | None = None) -> pd.DataFrame:
+    """One row per pair and group: COLUMNS; the most significant first, then the largest excess.
 
-def combination_table(rows: pd.DataFrame) -> pd.DataFrame:
-    "One row per pair and group: COLUMNS; the most significant first, then the largest excess."
+    absent: {group: {pair: why}} of pairs without rows, which come last."""
     parts = [
         {"group": group, "gene": gene, **pair_summary(part)}
         for (group, gene), part in rows.groupby(["group", "gene"], sort=True, observed=True)
     ]
-    table = pd.DataFrame(parts).reindex(columns=list(COLUMNS))
+    parts += [
+        {"group": group, "gene": pair, "n_cells": 0, "n_donors": 0, "n_same_sign": 0, "status": why}
+        for group, pairs in (absent or {}).items()
+        for pair, why in pairs.items()
+    ]
+    table = pd.DataFrame(parts).reindex(columns=COLUMNS)
     table["fdr"] = table.groupby("group", observed=True)["p"].transform(lambda p: bh(p.to_numpy()))
     order = np.lexsort((-table["effect"].abs(), table["p"].fillna(2)))
     return table.iloc[order].reset_index(drop=True)

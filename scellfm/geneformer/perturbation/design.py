@@ -6,13 +6,15 @@
 __all__ = []
 
 # %% ../../../nbs/geneformer/perturbation/design.ipynb #7a10c003
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ...core import DataError, OptionError, check_number, keyed_seed, one_of, warn
+from ...data.splits import known_labels
 from ..model import GeneformerModel
 from .edits import KINDS
 from ...inference import Sequences
@@ -49,21 +51,7 @@ class ScreenDesign:
     where: dict | None = None
 
     def __post_init__(self):
-        for name in ("state", "groupby", "donor"):
-            if not isinstance(getattr(self, name), (str, type(None))):
-                raise OptionError(f"{name}={getattr(self, name)!r}: give the name of one column of obs")
-        if (self.goal is not None or self.start is not None or self.alt) and self.state is None:
-            raise OptionError("start, goal and alt are values of an obs column; name it: state='condition'")
-        if self.state is not None and self.start is None:
-            raise OptionError(
-                f"state={self.state!r} is given without start: say which cells are perturbed, start='diseased'"
-            )
-        if self.alt and self.goal is None:
-            raise OptionError("alt states are measured beside a goal; name it: goal='healthy'")
-        if len(set(map(str, self.states))) < len(self.states):
-            raise OptionError(
-                f"goal={self.goal!r}, start={self.start!r} and alt={list(self.alt)!r}: the states must differ"
-            )
+        check_states(self)
 
     @property
     def columns(self) -> list[str]:
@@ -76,33 +64,80 @@ class ScreenDesign:
         "The states that shifts are measured by: goal, start, alternatives; none without a goal."
         return [] if self.goal is None else [self.goal, self.start, *self.alt]
 
-    def check(self, obs: pd.DataFrame) -> None:
-        "Raise a DataError where a column or a state is not in obs."
-        for column in self.columns:
-            if column not in obs:
-                raise DataError(f"obs has no column {column!r}; it has {', '.join(map(repr, obs.columns)) or 'none'}")
-        kept = obs[self.passes(obs)]
-        found = set(kept[self.state].astype(str)) if self.state else set()
-        for name in (self.start, *self.states):
-            if name is not None and str(name) not in found:
-                raise DataError(
-                    f"no cell has {self.state}={name!r}; its values are {', '.join(sorted(found)[:12])}"
-                    + (f" among the cells where {self.where}" if self.where else "")
-                )
+# %% ../../../nbs/geneformer/perturbation/design.ipynb #9ab4bdb7
+def check_states(self: ScreenDesign) -> None:
+    "OptionError where the columns and states of a design do not go together."
+    for name in ("state", "groupby", "donor"):
+        if not isinstance(getattr(self, name), (str, type(None))):
+            raise OptionError(f"{name}={getattr(self, name)!r}: give the name of one column of obs")
+    if (self.goal is not None or self.start is not None or self.alt) and self.state is None:
+        raise OptionError("start, goal and alt are values of an obs column; name it: state='condition'")
+    if self.state is not None and self.start is None:
+        raise OptionError(
+            f"state={self.state!r} is given without start: say which cells are perturbed, start='diseased'"
+        )
+    if self.alt and self.goal is None:
+        raise OptionError("alt states are measured beside a goal; name it: goal='healthy'")
+    if len(set(map(str, self.states))) < len(self.states):
+        raise OptionError(
+            f"goal={self.goal!r}, start={self.start!r} and alt={list(self.alt)!r}: the states must differ"
+        )
 
-    def passes(self, obs: pd.DataFrame) -> np.ndarray:
-        "Which cells take part [cells]: those whose columns have the values that `where` names; DataError if none."
-        kept = np.ones(len(obs), dtype=bool)
-        for column, values in (self.where or {}).items():
-            inside = (obs[column].isin(values) | obs[column].astype(str).isin(list(map(str, values)))).to_numpy()
-            kept &= inside
-            if not kept.any():
-                found = ", ".join(map(str, pd.unique(obs[column])[:12]))
-                raise DataError(
-                    f"where={self.where}: no cell {'is left' if inside.any() else 'has these values'} at "
-                    f"{column!r}, whose values are {found}"
-                )
-        return kept
+# %% ../../../nbs/geneformer/perturbation/design.ipynb #32f69036
+@patch
+def chosen(self: ScreenDesign, obs: pd.DataFrame) -> np.ndarray:
+    "Which cells have the values that `where` names [cells]; DataError if none has."
+    kept = np.ones(len(obs), dtype=bool)
+    for column, values in (self.where or {}).items():
+        inside = (obs[column].isin(values) | obs[column].astype(str).isin(list(map(str, values)))).to_numpy()
+        inside &= obs[column].notna().to_numpy()
+        kept &= inside
+        if not kept.any():
+            found = ", ".join(map(str, pd.unique(obs[column].dropna())[:12]))
+            raise DataError(
+                f"where={self.where}: no cell {'is left' if inside.any() else 'has these values'} at "
+                f"{column!r}, whose values are {found}"
+            )
+    return kept
+
+
+@patch
+def passes(self: ScreenDesign, obs: pd.DataFrame) -> np.ndarray:
+    "Which cells take part [cells]: chosen by `where`, with a value of the state, the group and the donor."
+    kept = self.chosen(obs)
+    for column in (self.state, self.groupby, self.donor):
+        kept &= True if column is None else obs[column].notna().to_numpy()
+    return kept
+
+# %% ../../../nbs/geneformer/perturbation/design.ipynb #d490ab55
+@patch
+def warn_of_missing(self: ScreenDesign, obs: pd.DataFrame) -> None:
+    "Warn how many of the chosen cells lack a value of the state, the group or the donor; DataError if all do."
+    chosen = self.chosen(obs)
+    for use, column in (("state", self.state), ("groupby", self.groupby), ("donor", self.donor)):
+        if column is None:
+            continue
+        missing = chosen & ~known_labels(obs, column, use)[1]
+        if missing.sum() == chosen.sum():
+            raise DataError(f"{use}={column!r}: all {chosen.sum():,} cells lack a value of this column; name another")
+        if missing.any():
+            warn(f"{missing.sum():,} of {chosen.sum():,} cells have no value of {column!r} ({use}) and are left out")
+
+
+@patch
+def check(self: ScreenDesign, obs: pd.DataFrame) -> None:
+    "DataError where a column or a state is not in obs; a warning counts the cells that lack a value."
+    for column in self.columns:
+        if column not in obs:
+            raise DataError(f"obs has no column {column!r}; it has {', '.join(map(repr, obs.columns)) or 'none'}")
+    self.warn_of_missing(obs)
+    found = set(obs.loc[self.passes(obs), self.state].astype(str)) if self.state else set()
+    for name in (self.start, *self.states):
+        if name is not None and str(name) not in found:
+            raise DataError(
+                f"no cell has {self.state}={name!r}; its values are {', '.join(sorted(found)[:12])}"
+                + (f" among the cells where {self.where}" if self.where else "")
+            )
 
 # %% ../../../nbs/geneformer/perturbation/design.ipynb #1d01ad6f
 @dataclass
@@ -130,6 +165,12 @@ def draw(rows: np.ndarray, names: np.ndarray, number: int | None, seed: int) -> 
     return rows[np.sort(np.argsort(lots, kind="stable")[:number])]
 
 
+def state_rows(inside: np.ndarray, has_state: np.ndarray, own: np.ndarray) -> np.ndarray:
+    "The cells that make a state's embedding: those read by this model, or all of the group where it has none."
+    rows = np.flatnonzero(inside & has_state & own)
+    return rows if len(rows) else np.flatnonzero(inside & has_state)
+
+# %% ../../../nbs/geneformer/perturbation/design.ipynb #6d3035c3
 def plan_tasks(
     obs: pd.DataFrame, design: ScreenDesign, model_of: np.ndarray, names: np.ndarray, max_cells, seed: int
 ) -> list[ScreenTask]:
@@ -141,6 +182,9 @@ def plan_tasks(
         inside = (groups == group) & (model_of >= 0) & passes
         start = np.flatnonzero(inside if state is None else inside & (state == str(design.start)))
         chosen = draw(start, names, max_cells, seed)
+        if not len(chosen):
+            what = "" if state is None else f" of {design.state}={design.start!r}"
+            warn(f"group {group!r} has no cell{what} to perturb and is left out")
         for model in np.unique(model_of[chosen]):
             mine = chosen[model_of[chosen] == model]
             members = {s: state_rows(inside, state == str(s), model_of == model) for s in design.states}
@@ -154,12 +198,6 @@ def plan_tasks(
             "there is no cell to perturb: no group has cells of the start state and of every state asked for"
         )
     return tasks
-
-
-def state_rows(inside: np.ndarray, has_state: np.ndarray, own: np.ndarray) -> np.ndarray:
-    "The cells that make a state's embedding: those read by this model, or all of the group where it has none."
-    rows = np.flatnonzero(inside & has_state & own)
-    return rows if len(rows) else np.flatnonzero(inside & has_state)
 
 # %% ../../../nbs/geneformer/perturbation/design.ipynb #7a10c006
 def take(cells: Sequences, rows: np.ndarray, gf: GeneformerModel) -> Sequences:
@@ -196,6 +234,20 @@ def rows_of_models(model_of, n_models: int, cells, data) -> np.ndarray:
     return chosen
 
 # %% ../../../nbs/geneformer/perturbation/design.ipynb #cc7f7091
+def unknown_genes(tokenizer, genes) -> dict[str, str]:
+    "Why each gene of a list that the vocabulary lacks is unknown; DataError where it lacks them all."
+    found, why = 0, {}
+    for gene in dict.fromkeys(map(str, genes)):
+        try:
+            tokenizer.token(gene)
+            found += 1
+        except DataError as error:
+            why[gene] = str(error)
+    if not found:
+        raise DataError("; ".join(why.values()))
+    return why
+
+# %% ../../../nbs/geneformer/perturbation/design.ipynb #0cf8f4c1
 COMBINATIONS = ("joint", "each", "pairs")
 
 
@@ -235,10 +287,12 @@ def resolve_genes(tokenizer, kind: str, genes, anchor, combine: str = "joint") -
         raise OptionError("genes=[]: name at least one gene, or 'all'")
     if isinstance(genes, str):
         return [None], None if anchor is None else int(tokenizer.token(str(anchor)))
-    tokens = np.array(list(dict.fromkeys(tokenizer.token(str(gene)) for gene in genes)), dtype=np.int64)
+    unknown = {} if combine == "joint" else unknown_genes(tokenizer, genes)
+    known = [str(gene) for gene in genes if str(gene) not in unknown]
+    tokens = np.array(list(dict.fromkeys(map(tokenizer.token, known))), dtype=np.int64)
     if combine == "joint":
         return [tokens[None]], None
-    pairs = [np.array(list(combinations(tokens, 2)))] if combine == "pairs" else []
+    pairs = [np.array(list(combinations(tokens, 2))).reshape(-1, 2)] if combine == "pairs" else []
     return [tokens[:, None], *pairs], None
 
 
@@ -263,10 +317,16 @@ class GeneChange:
     quartiles: int
     sets: list
     anchor: int | None
+    unknown: dict = field(default_factory=dict)  # genes of the list that the vocabulary lacks, and why
+
+    def requested(self, tokenizer) -> dict[str, np.ndarray]:
+        "Each set of genes that was asked for by its name (`A`, or `A+B`): its tokens; empty where all genes are meant."
+        sets = [one for tokens in self.sets if tokens is not None for one in tokens]
+        return {"+".join(str(tokenizer.genes[token]) for token in one): one for one in sets}
 
     def params(self, tokenizer) -> dict:
         "The change in words, for the record of a screen."
-        targets = None if self.matched is None else [str(tokenizer.genes[token]) for token in self.sets[0][:, 0]]
+        targets = None if self.matched is None else [*self.requested(tokenizer), *self.unknown]
         return {
             "kind": self.kind,
             "genes": self.genes if isinstance(self.genes, str) else list(map(str, self.genes)),
@@ -286,4 +346,5 @@ def resolve_change(tokenizer, kind: str, genes, combine=None, matched=None, anch
         genes = list(genes)
     combine = resolve_combination(genes, combine, matched)
     sets, anchor = resolve_genes(tokenizer, kind, genes, anchor, combine)
-    return GeneChange(kind, genes, combine, matched, resolve_quartiles(kind, quartiles), sets, anchor)
+    unknown = {} if sets[0] is None or combine == "joint" else unknown_genes(tokenizer, genes)
+    return GeneChange(kind, genes, combine, matched, resolve_quartiles(kind, quartiles), sets, anchor, unknown)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ...core import DataError, check_number, progress, tell
+from ...core import DataError, check_number, progress, tell, warn
 from ..embedding import embed_cells, summarize
 from ..model import GeneformerModel, layer_index, pooling
 from .controls import matched_controls
@@ -37,7 +37,7 @@ from scellfm.geneformer.perturbation.gradient import (
     resolve_gradient,
     warn_of_missed_genes,
 )
-from .screen import Screen
+from .screen import ROUNDING, Screen
 from ...inference import Sequences
 from ...store import Store, fingerprint
 
@@ -121,6 +121,57 @@ class ScreenRunner:
             estimate=estimate,
         )
 
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #f0fb1be0
+def has_genes(cells: Sequences, sets: list[np.ndarray]) -> np.ndarray:
+    "How many of the cells have all tokens of each set [s]."
+    wanted = np.unique(np.concatenate(sets))
+    (tokens,), _ = cells.flat()
+    place = np.searchsorted(wanted, tokens).clip(max=len(wanted) - 1)
+    mine = wanted[place] == tokens
+    present = np.zeros((len(cells), len(wanted)), dtype=bool)
+    present[np.repeat(np.arange(len(cells)), cells.lengths)[mine], place[mine]] = True
+    return np.array([present[:, np.searchsorted(wanted, one)].all(1).sum() for one in sets], dtype=np.int64)
+
+
+def absent_genes(runner: ScreenRunner, tasks: list[ScreenTask], jobs: list[Job], change: GeneChange) -> dict:
+    "For each group the sets of genes that were asked for and not perturbed, and why: {group: {name: why}}."
+    gf, found = runner.models[0], {}
+    names = change.requested(gf.tokenizer)
+    for group in dict.fromkeys(task.group for task in tasks) if names else ():
+        made = set().union(*(job.labels for job in jobs if job.task.group == group))
+        lacking = {name: one for name, one in names.items() if name not in made}
+        rows = np.concatenate([task.rows for task in tasks if task.group == group])
+        own = take(runner.cells, rows, gf)
+        held = has_genes(own, list(lacking.values())) if lacking else []
+        found[group] = {
+            name: f"in none of the {len(rows):,} cells"
+            if not n
+            else f"in {n:,} of the {len(rows):,} cells, where the edit changes nothing"
+            for name, n in zip(lacking, held)
+        } | dict.fromkeys(change.unknown, "not in the model's vocabulary")
+    return {group: why for group, why in found.items() if why}
+
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #f252dc70
+def why_nothing(runner: ScreenRunner, tasks: list[ScreenTask], change: GeneChange) -> str:
+    "Why no cell can be edited, in words."
+    tokenizer, n = runner.models[0].tokenizer, sum(len(task.rows) for task in tasks)
+    far = " at a rank from which it can move" if change.kind in ("inhibit", "activate") else ""
+    if change.anchor is not None:
+        return f"none of the {n:,} cells has the anchor {tokenizer.symbol(change.anchor)}; nothing can be perturbed"
+    if change.sets[0] is None:
+        return f"none of the {n:,} cells has a gene to edit{far}; nothing can be perturbed"
+    tokens = np.unique(np.concatenate([one for sets in change.sets for one in sets]))
+    cells = take(runner.cells, np.concatenate([task.rows for task in tasks]), runner.models[0])
+    held = dict(zip((tokenizer.symbol(token) for token in tokens), has_genes(cells, list(tokens[:, None]))))
+    each = ", ".join(f"{gene} in {'none' if not k else f'{k:,}'}" for gene, k in list(held.items())[:10])
+    if change.combine != "joint" or len(held) == 1:
+        wanted = "any of the genes" if len(held) > 1 else "the gene"
+        return f"none of the {n:,} cells has {wanted}{far} ({each}); nothing can be perturbed"
+    return (
+        f"none of the {n:,} cells has all of the genes{far} that are perturbed together ({each}); leave out those that "
+        "are missing, or perturb each by itself: combine='each'"
+    )
+
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #510a0837
 def group_controls(
     runner: ScreenRunner, tasks: list[ScreenTask], group: str, targets: np.ndarray, matched: int
@@ -144,12 +195,7 @@ def plan_jobs(runner: ScreenRunner, tasks: list[ScreenTask], change: GeneChange)
             edits = make_edits(own, change.kind, tokens, change.anchor, gf.special, gf.max_length, change.quartiles)
             jobs.append(Job(f"{i:04d}-{number}-", task, own, edits, edit_labels(own, edits, vocabulary)))
     if not any(len(job.edits) for job in jobs):
-        listed = "all of the genes" if change.sets[0] is not None else "a gene to edit"
-        wanted = listed if change.anchor is None else "the anchor"
-        far = " at a rank from which it can move" if change.kind in ("inhibit", "activate") else ""
-        raise DataError(
-            f"none of the {sum(len(task.rows) for task in tasks):,} cells has {wanted}{far}; nothing can be perturbed"
-        )
+        raise DataError(why_nothing(runner, tasks, change))
     return [job for job in jobs if len(job.edits)]
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #e9b97d62
@@ -245,10 +291,13 @@ def finish_rows(
     return rows[[*first, *last, *(["model"] if n_models > 1 else [])]]
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #c62dee3d
-def gene_facts(gf: GeneformerModel, shifts: pd.DataFrame, cells, data, design: ScreenDesign, layer) -> pd.DataFrame:
+def gene_facts(
+    gf: GeneformerModel, shifts: pd.DataFrame, data, design: ScreenDesign, layer: str | None, absent: dict
+) -> pd.DataFrame:
     """group, gene, symbol and log2fc (goal over start; NaN where counts or a goal are missing) of every gene
-    screened, within a group in the order of the tokens."""
-    facts = shifts[["group", "gene"]].drop_duplicates().reset_index(drop=True)
+    screened or asked for, within a group in the order of the tokens."""
+    more = pd.DataFrame([(group, gene) for group, genes in absent.items() for gene in genes], columns=["group", "gene"])
+    facts = pd.concat([shifts[["group", "gene"]].drop_duplicates(), more], ignore_index=True)
     token = facts["gene"].str.split("+").str[0].map(gf.tokenizer.token_dictionary)
     order = np.lexsort((token, pd.factorize(facts["group"])[0]))
     facts = facts.iloc[order].reset_index(drop=True)
@@ -256,21 +305,27 @@ def gene_facts(gf: GeneformerModel, shifts: pd.DataFrame, cells, data, design: S
     facts["log2fc"] = np.nan
     if design.goal is None or not hasattr(data, "obs_names"):
         return facts
+    return facts.assign(log2fc=fold_changes(gf, facts, data, design, layer))
+
+
+def fold_changes(gf: GeneformerModel, facts: pd.DataFrame, data, design: ScreenDesign, layer: str | None) -> pd.Series:
+    "The log2 fold change, goal over start, of each row of `facts` (group, gene), among the cells of its group."
+    from scellfm.data.reading import genes_of
     from scellfm.statistics import log2_fold_change
 
-    tokens = gf.tokenizer.match(data).index
+    result = pd.Series(np.nan, index=facts.index)
+    tokens = gf.tokenizer.match(genes_of(data, layer)).index
     genes = np.where(tokens >= 0, np.asarray(gf.tokenizer.genes, dtype=object)[tokens], "")
     for group in facts["group"].unique():
         mask = design.passes(data.obs)
         if design.groupby:
             mask &= (data.obs[design.groupby].astype(str) == group).to_numpy()
         fold = log2_fold_change(
-            data, design.state, design.start, design.goal, donor=design.donor, layer=layer, mask=mask
+            data, design.state, design.start, design.goal, donor=design.donor, layer=layer, mask=mask, genes=genes
         )
-        by_gene = pd.Series(fold.to_numpy(), index=genes).groupby(level=0).first()
         inside = facts["group"] == group
-        facts.loc[inside, "log2fc"] = facts.loc[inside, "gene"].map(by_gene)
-    return facts
+        result[inside] = facts.loc[inside, "gene"].map(fold)
+    return result
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #9333b1f3
 def reading_models(model, data, model_of) -> tuple[list, np.ndarray | None, str | None]:
@@ -296,6 +351,27 @@ def screen_params(models: list, design: ScreenDesign, change: GeneChange, emb_la
         "seed": seed,
         "models": [repr(model) for model in models],
     }
+
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #430f277b
+def warn_of_absent(absent: dict, tokenizer) -> None:
+    "Warn of the genes that were asked for and not perturbed."
+    for group, why in absent.items():
+        names = {gene: "+".join(map(str, map(tokenizer.symbol, gene.split("+")))) for gene in why}
+        some = ", ".join(f"{names[gene]} ({reason})" for gene, reason in list(why.items())[:5])
+        more = f" and {len(why) - 5} more" if len(why) > 5 else ""
+        warn(f"group {group!r}: not perturbed were {some}{more}; each has a row in the table that says so")
+
+
+def warn_of_rounding(shifts: pd.DataFrame, params: dict) -> None:
+    "Warn where most of the mean shifts of a group are rounding."
+    for group, part in shifts.groupby("group", observed=True):
+        small = part.groupby("gene", observed=True)["shift"].mean().abs() < ROUNDING
+        if small.mean() > 0.5:
+            warn(
+                f"group {group!r}: the mean shift of {small.sum():,} of {len(small):,} genes is below {ROUNDING:.2g}, "
+                f"which is rounding: this model hardly changes what is read ({params['pool']}, hidden state "
+                f"{params['hidden_state']}) when a gene is edited. Is it trained? Another emb_layer may say more"
+            )
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #7b30c006
 def perturb(
@@ -348,9 +424,13 @@ def perturb(
     readers = rows_of_models(model_of, len(models), cells, data)
     tasks = plan_tasks(obs, design, readers, names, max_cells, seed)
     jobs = plan_jobs(runner, tasks, change)
+    absent = absent_genes(runner, tasks, jobs, change)
+    warn_of_absent(absent, gf.tokenizer)
     if dry_run:
         return cost(jobs)
     store = open_store(folder, models, runner.cells, tasks, params)
     rows, more = compute(runner, jobs, gradient, names, seed, store)
     shifts = finish_rows(rows, obs, names, design, len(models))
-    return Screen(shifts, gene_facts(gf, shifts, cells, data, design, layer), params | more)
+    warn_of_rounding(shifts, params)
+    facts = gene_facts(gf, shifts, data, design, layer, absent)
+    return Screen(shifts, facts, params | {"absent": absent} | more)

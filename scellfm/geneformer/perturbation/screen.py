@@ -17,8 +17,11 @@ from ... import statistics
 from ...assets import read_dictionary
 from ...core import AssetError, OptionError, one_of
 from . import original_modes
-from .combinations import combination_table, pair_rows
+from .combinations import ROUNDING, combination_table, pair_rows
+from ...scores.table import plain
+from ...statistics.screen import COLUMNS, MIN_GENES
 from ...store import atomic_write
+from ...store.layouts import SCREEN
 
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #66c607d3
 def standardize(shifts: pd.DataFrame) -> pd.Series:
@@ -27,28 +30,81 @@ def standardize(shifts: pd.DataFrame) -> pd.Series:
     spread = shifts.groupby(within, dropna=False, observed=True)["shift"].transform("std")
     return shifts["shift"] / spread.where(spread > 0, 1.0)
 
+# %% ../../../nbs/geneformer/perturbation/screen.ipynb #0c0ae8c7
+COMPARED = ("effect", "expected", "tau", "se", "z", "df", "p", "fdr", "percentile", "n_same_sign")  # with other genes
+
+
+def tested_first(table: pd.DataFrame) -> pd.DataFrame:
+    "The table with the rows that no test or comparison was made for at its end, the order else kept."
+    compared = table["status"].str.startswith(("tested", "exploratory", "a pair")).to_numpy()
+    attrs, order = table.attrs, np.argsort(~compared, kind="stable")
+    table = table.iloc[order].reset_index(drop=True)
+    table.attrs = attrs
+    return table
+
+
+def without_rounding(table: pd.DataFrame) -> pd.DataFrame:
+    "The table in which genes whose mean shift is rounding have no effect and no p, and do not count as tests."
+    small = table["mean_shift"].abs() < ROUNDING
+    if not small.any():
+        return table
+    table.loc[small, list(COMPARED)] = np.nan
+    table.loc[small, "status"] = f"rounding: the mean shift is below {ROUNDING:.2g}"
+    return tested_first(table.assign(fdr=statistics.bh(table["p"])))
+
+
+def without_comparison(table: pd.DataFrame, why: str) -> pd.DataFrame:
+    "The table of genes that have no others to be compared with: mean shifts alone, largest first, and what to add."
+    table = table.assign(**dict.fromkeys(COMPARED, np.nan), n_matched=0)
+    shown = table["status"].str.startswith("exploratory")
+    table.loc[shown, "status"] = f"exploratory: {why}"
+    largest = np.argsort(-table["mean_shift"].abs().to_numpy(), kind="stable")
+    attrs, table = table.attrs, table.iloc[largest].reset_index(drop=True)
+    table.attrs = attrs
+    return tested_first(table)
+
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #4414c184
-def matched_table(shifts: pd.DataFrame, log2fc: pd.Series) -> pd.DataFrame:
-    "The test of genes among genes like them, on standardised shifts, beside the mean of the shifts as they are."
+def matched_table(shifts: pd.DataFrame, log2fc: pd.Series, too_few: str = "") -> pd.DataFrame:
+    """The test of genes among genes like them, on standardised shifts, beside the mean of the shifts as they are.
+
+    too_few: what to say of fewer than MIN_GENES genes, which are not compared ('': they are)."""
     scaled = shifts.assign(shift=standardize(shifts))[["gene", "cell", "donor", "rank", "shift"]]
     table = statistics.screen_test(scaled, log2fc=log2fc if log2fc.notna().any() else None)
     table.insert(1, "mean_shift", table["gene"].map(shifts.groupby("gene", observed=True)["shift"].mean()))
-    return table
+    if too_few and len(table) < MIN_GENES:
+        counted = f"{len(table)} gene{'s' * (len(table) != 1)} screened, {MIN_GENES} are needed"
+        table = without_comparison(table, f"{counted}{too_few}")
+    return without_rounding(table)
 
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #ae8cead9
+def stacked(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    "Tables one below the other with the columns of all and the attrs of the first; columns may be empty in some."
+    if len(parts) == 1:
+        return parts[0]
+    names = dict.fromkeys(name for part in parts for name in part)
+    columns = {name: [v for part in parts for v in part.get(name, [np.nan] * len(part))] for name in names}
+    table = pd.DataFrame(columns)
+    table.attrs = parts[0].attrs
+    return table
+
+# %% ../../../nbs/geneformer/perturbation/screen.ipynb #c98ad46c
+ADD_MATCHED = "; to compare each with genes like it, add combine='each', matched=50"
+
+
 def singles_then_pairs(shifts: pd.DataFrame, log2fc: pd.Series) -> pd.DataFrame:
     "Single genes and pairs are not alike: each are set among their own, and pairs share genes and get no p."
     is_pair = shifts["gene"].str.contains("+", regex=False)
-    singles, pairs = (matched_table(part, log2fc) for part in (shifts[~is_pair], shifts[is_pair]))
-    pairs = pairs.assign(p=np.nan, fdr=np.nan, status="a pair: see combinations()")
-    table = pd.concat([singles, pairs], ignore_index=True)
-    table.attrs = singles.attrs
-    return table
+    parts = [matched_table(part, log2fc, ADD_MATCHED) for part in (shifts[~is_pair], shifts[is_pair]) if len(part)]
+    for part in parts:
+        pair = part["gene"].str.contains("+", regex=False)
+        part.loc[pair, ["p", "fdr"]] = np.nan
+        part.loc[pair, "status"] = "a pair: see combinations()"
+    return stacked(parts)
 
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #ee8040be
 def targets_first(table: pd.DataFrame, targets: list) -> pd.DataFrame:
     "The table of genes screened with others like them: the `targets` on top, and BH over them alone."
-    table.insert(1, "target", table["gene"].isin(targets))
+    table.insert(1, "target", table["gene"].isin(targets).to_numpy())
     table["fdr"] = statistics.bh(table["p"].where(table["target"]))
     attrs, order = table.attrs, np.argsort(~table["target"].to_numpy(), kind="stable")
     table = table.iloc[order].reset_index(drop=True)
@@ -126,8 +182,8 @@ class Screen:
 
     @property
     def groups(self) -> list[str]:
-        "The groups of cells that were screened apart."
-        return list(dict.fromkeys(self.shifts["group"].astype(str)))
+        "The groups of cells that were screened apart, also those that have none of the genes."
+        return list(dict.fromkeys([*self.shifts["group"].astype(str), *(self.params.get("absent") or {})]))
 
     @property
     def estimated(self) -> bool:
@@ -170,7 +226,7 @@ class Screen:
         parts = [
             group_table(self, method, name, null, effects) for name in ([group] if group is not None else self.groups)
         ]
-        table = pd.concat(parts, ignore_index=True)
+        table = stacked(parts)
         table.attrs = {**parts[0].attrs, "method": method}
         return table
 
@@ -188,7 +244,8 @@ class Screen:
             )
         is_pair = self.shifts["gene"].str.contains("+", regex=False) | (anchor is not None)
         alone = self.shifts[~is_pair] if singles is None else singles.shifts
-        table = combination_table(pair_rows(self.shifts[is_pair], alone, anchor))
+        rows = pair_rows(self.shifts[is_pair], alone, anchor)
+        table = combination_table(rows, pairs_without_rows(self, rows, self.shifts[is_pair]))
         symbol = (self if singles is None else singles).genes.drop_duplicates("gene").set_index("gene")["symbol"]
         names = ["+".join(str(symbol.get(part, part)) for part in pair.split("+")) for pair in table["gene"]]
         table.insert(2, "symbol", names)
@@ -221,11 +278,11 @@ class Screen:
 
     def save(self, path) -> None:
         "Write the screen as a folder of shifts.parquet, genes.parquet and screen.json."
-        with atomic_write(path) as folder:
+        with atomic_write(path, kind=SCREEN) as folder:
             Path(folder).mkdir()
             self.shifts.to_parquet(Path(folder) / "shifts.parquet", index=False)
             self.genes.to_parquet(Path(folder) / "genes.parquet", index=False)
-            (Path(folder) / "screen.json").write_text(json.dumps(self.params, indent=1))
+            (Path(folder) / "screen.json").write_text(json.dumps(plain(self.params), indent=1), encoding="utf8")
 
     @classmethod
     def from_original(cls, folder, tokenizer, *, goal: str | None = None, files: str = "*_raw.pickle") -> "Screen":
@@ -249,6 +306,19 @@ class Screen:
             *(saved_table(path / f"{name}.parquet") for name in ("shifts", "genes")),
             read_dictionary(path / "screen.json"),
         )
+
+# %% ../../../nbs/geneformer/perturbation/screen.ipynb #3c13a922
+def pairs_without_rows(screen: "Screen", rows: pd.DataFrame, joint: pd.DataFrame) -> dict[str, dict]:
+    "Why pairs that were asked for have no rows among those of `pair_rows`: {group: {pair: why}}."
+    anchor, found = screen.params.get("anchor"), {}
+    made = set(zip(rows["group"], rows["gene"]))
+    for group, genes in (screen.params.get("absent") or {}).items():
+        found[group] = {gene: why for gene, why in genes.items() if "+" in gene}
+    for group, gene in dict.fromkeys(zip(joint["group"], joint["gene"])):
+        pair = gene if anchor is None else f"{anchor}+{gene}"
+        if (group, pair) not in made:
+            found.setdefault(group, {})[pair] = "no cell in which each of its genes was perturbed alone too"
+    return found
 
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #90479610
 def original_table(
@@ -274,12 +344,39 @@ def tested_table(screen: "Screen", shifts: pd.DataFrame, log2fc: pd.Series) -> p
             "method='matched' needs the rank of a gene in a cell and the cell's donor, and the original's raw "
             f"results have neither; choose one of {', '.join(map(repr, METHODS[1:]))}"
         )
+    if not len(shifts):
+        return pd.DataFrame(columns=["gene", "mean_shift", *COLUMNS[1:]]).astype({"gene": str, "status": str})
     if screen.params.get("combine") == "pairs":
         return singles_then_pairs(shifts, log2fc)
-    table = matched_table(shifts, log2fc)
+    table = matched_table(shifts, log2fc, what_to_add(screen.params))
     return targets_first(table, screen.params["targets"]) if screen.params.get("targets") else table
 
 
+def what_to_add(params: dict) -> str:
+    "What would let a screen of few genes be compared with others ('': it is compared as it is)."
+    if params.get("matched"):
+        return ""
+    if params.get("combine") == "joint":
+        return "; perturbed together they have no others to be compared with" + ADD_MATCHED.replace("; to", ": to")
+    return "; the cells have no more" if params.get("genes", "all") == "all" else ADD_MATCHED
+
+# %% ../../../nbs/geneformer/perturbation/screen.ipynb #cf9dac0e
+def with_absent(table: pd.DataFrame, absent: dict[str, str]) -> pd.DataFrame:
+    "The table with a row for each gene that was asked for and not perturbed; after the targets, else at the end."
+    if "status" not in table:
+        table = table.assign(status="perturbed")
+    first = table[table["target"]] if "target" in table else table
+    rows = [{"gene": gene, "status": why, "target": True} for gene, why in absent.items()]
+    parts = [[*first[name], *(row.get(name, EMPTY.get(name, np.nan)) for row in rows)] for name in table]
+    rest = table.iloc[len(first) :]
+    whole = pd.DataFrame({name: [*part, *rest[name]] for name, part in zip(table, parts)})
+    whole.attrs = table.attrs
+    return whole
+
+
+EMPTY = {"n_cells": 0, "n_donors": 0, "n_matched": 0, "n_null": 0, "exact": False}
+
+# %% ../../../nbs/geneformer/perturbation/screen.ipynb #68ec8bf8
 def with_symbols(table: pd.DataFrame, symbols: pd.Series, group: str | None) -> pd.DataFrame:
     "The table with each gene's symbol, and the group where one is given."
     attrs = dict(table.attrs)
@@ -296,9 +393,15 @@ def group_table(screen: "Screen", method: str, group: str, null=None, effects=No
     shifts = screen.shifts[screen.shifts["group"].astype(str) == group]
     known = screen.genes[screen.genes["group"].astype(str) == group].set_index("gene")
     alike = one_instrument(shifts) if screen.estimated and method != "aggregate_data" else shifts
+    absent = (screen.params.get("absent") or {}).get(group, {})
     if method == "matched":
         table = tested_table(screen, alike, known["log2fc"])
-    else:
+    elif len(alike):
         table = original_table(screen, method, group, alike, list(known.index), null, effects)
+    else:
+        table = pd.DataFrame({"gene": [], "n_cells": [], "status": []})
     table = mark_exact(table, shifts) if alike is not shifts else table
+    if absent and method not in ("aggregate_data", "aggregate_gene_shifts"):
+        table = with_absent(table, absent)
+        table = table.assign(log2fc=table["gene"].map(known["log2fc"])) if "log2fc" in table else table
     return with_symbols(table, known["symbol"], group if len(screen.groups) > 1 else None)
