@@ -107,7 +107,7 @@ def predict(
     if genes == "seen":
         kept = values.ne(0).any(0)
         if not original:
-            kept |= flags.ne(model.config.flag_pad_id).any(0)
+            kept |= flags.eq(1).any(0)
     tokens = gene_ids[kept].expand(len(values), -1)
     model.eval()
     predicted = torch.zeros_like(values)
