@@ -50,6 +50,7 @@ class AffineDecoder(nn.Module):
         self.adaptive_bias = adaptive_bias
 
     def forward(self, states: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        "States [b, L, d] and values [b, L] -> predicted values [b, L]."
         coefficient, bias = (self.activation(decoder(states)[0]) for decoder in (self.coeff_decoder, self.bias_decoder))
         if self.adaptive_bias:
             bias = bias * values.sum(1, keepdim=True) / values.ne(0).sum(1, keepdim=True)
