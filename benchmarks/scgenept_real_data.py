@@ -3,8 +3,8 @@
     SCELLFM_DATA=... python benchmarks/scgenept_real_data.py papalexi FOLDER [score, or the seeds to train]
     SCELLFM_DATA=... python benchmarks/scgenept_real_data.py norman FOLDER
 
-The model is tiny (1 layer of 32), pretrained on the control cells alone; targets are left out in folds; three seeds. What
-is trained is kept in FOLDER, and the same call goes on from there; `score` only scores what there is.
+The model is tiny (1 layer of 32), pretrained on the control cells alone; targets are left out in folds; three seeds.
+What is trained is kept in FOLDER, and the same call goes on from there; `score` only scores what there is.
 """
 
 import json
