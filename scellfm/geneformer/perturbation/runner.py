@@ -384,8 +384,7 @@ def warn_of_rounding(shifts: pd.DataFrame, params: dict) -> None:
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #7b30c006
 def perturb(
-    model: GeneformerModel
-    | list[GeneformerModel],  # a Geneformer, a classifier (a cell is read by the model that has not seen it), a list
+    model: GeneformerModel | list[GeneformerModel],  # a Geneformer, a classifier (each cell by its fold), or a list
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of a saved dataset
     *,
     kind: Literal["delete", "overexpress", "inhibit", "activate"] = "delete",
@@ -415,11 +414,10 @@ def perturb(
     """Perturb genes in silico and measure how far each cell moves: a Screen with one row per edit of a cell.
 
     Shifts are cosines: with a goal, how much nearer the cell is to the goal's centre; without, 1 - cosine to the
-    unedited
-    cell (Theodoris et al. 2023). 'overexpress' puts a gene on top, 'inhibit' and 'activate' move it down and up by
-    `quartiles`. gradient={'top': 100, 'check_cells': 20}: estimates all deletions, then computes the `top` genes of
-    each
-    group and all genes of some cells, by which the estimate is judged. OptionError, DataError, StoreError."""
+    unedited cell (Theodoris et al. 2023). 'overexpress' puts a gene on top, 'inhibit' and 'activate' move it down and
+    up by `quartiles`. gradient={'top': 100, 'check_cells': 20}: estimates all deletions, then computes the `top` genes
+    of each group and all genes of some cells, by which the estimate is judged. A classifier reads each cell by the
+    model that has not seen it. OptionError, DataError, StoreError."""
     models, model_of, held_out_by = reading_models(model, data, model_of)
     gf, alt = models[0], (alt,) if isinstance(alt, str) else tuple(alt or ())
     if max_cells is not None:
