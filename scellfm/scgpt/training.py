@@ -14,6 +14,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+# %% auto #0
+__all__ = ['PARTS', 'MODEL', 'learner', 'with_head', 'start_at_mean', 'binned_cells', 'HiddenGenes', 'check_shares',
+           'pretraining_loss', 'mean_parts', 'known_values', 'guessers', 'class_probabilities', 'label_scores',
+           'learning_cells', 'report_losses', 'continue_pretraining']
+
+# %% ../../nbs/scgpt/training.ipynb #c1ea7501
 from ..assets import load_state
 from ..baselines import count_classifiers
 from ..core import DataError, OptionError, keyed_generator, keyed_seed, warn
@@ -34,11 +40,6 @@ from ..training import History, Rows, fit
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-# %% auto #0
-__all__ = ['PARTS', 'MODEL', 'learner', 'with_head', 'start_at_mean', 'binned_cells', 'HiddenGenes', 'check_shares',
-           'pretraining_loss', 'mean_parts', 'known_values', 'guessers', 'class_probabilities', 'label_scores',
-           'learning_cells', 'report_losses', 'continue_pretraining']
 
 # %% ../../nbs/scgpt/training.ipynb #8812c123
 def learner(gpt: ScGPTCheckpoint, classes: list[str], seed: int, decoders: bool = True) -> ScGPTCheckpoint:
