@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 # %% auto #0
-__all__ = ['NEW', 'TRAINED', 'TrainedOn', 'keys_of', 'scrambled', 'row_sums', 'gene_columns', 'matrix_contents', 'count_contents',
-           'token_contents', 'record_file', 'save_membership', 'load_membership', 'warn_of_trained', 'check_cells',
-           'resolve_folds', 'by_name']
+__all__ = ['NEW', 'TRAINED', 'TrainedOn', 'keys_of', 'by_occurrence', 'scrambled', 'row_sums', 'gene_columns', 'matrix_contents',
+           'count_contents', 'token_contents', 'record_file', 'save_membership', 'load_membership', 'warn_of_trained',
+           'check_cells', 'resolve_folds', 'by_name']
 
 # %% ../../nbs/crossfit/membership.ipynb #5e4d9396
 NEW, TRAINED = -1, -2  # no model was trained on the row; all models were
@@ -90,8 +90,15 @@ class TrainedOn:
 
 
 def keys_of(names: Sequence[str] | pd.Index | np.ndarray, kind: str = "cell") -> np.ndarray:
-    "64-bit keys of the names of rows."
-    return np.array([keyed_seed(0, kind, str(name)) for name in names], dtype=np.uint64)
+    "64-bit keys of the names of rows; a name that repeats is told apart by how often it came before."
+    return np.array([keyed_seed(0, kind, name) for name in by_occurrence(names)], dtype=np.uint64)
+
+
+def by_occurrence(names: Sequence[str] | pd.Index | np.ndarray) -> np.ndarray:
+    "The names as text, the second and later rows of one name with their number behind it: no two are the same."
+    names = pd.Series(np.asarray(names, dtype=object)).astype(str)
+    number = names.groupby(names, sort=False).cumcount()
+    return np.where(number > 0, names + "\x1f" + number.astype(str), names).astype(object)
 
 # %% ../../nbs/crossfit/membership.ipynb #65d38f1d
 def scrambled(values: np.ndarray) -> np.ndarray:
@@ -217,11 +224,13 @@ def warn_of_trained(fold: np.ndarray) -> None:
 
 # %% ../../nbs/crossfit/membership.ipynb #fa7f57f4
 def check_cells(names: pd.Index, split: Split | Folds, n: int) -> None:
-    "DataError where the names of the cells repeat, or where the split is not of the `n` cells of the data."
+    "DataError where there are no cells, or the split is not of the `n` cells of the data; warns of repeated names."
+    if not len(names):
+        raise DataError("there are no cells to learn from; check the filters before")
     if not names.is_unique:
-        raise DataError(
-            f"obs_names repeat (e.g. {names[names.duplicated()][0]!r}), and a cell's name tells "
-            "which models have seen it; call adata.obs_names_make_unique()"
+        warn(
+            f"obs_names repeat (e.g. {names[names.duplicated()][0]!r}); which models have seen a cell is told by its "
+            "name and by how often the name came before: keep the order, or call adata.obs_names_make_unique()"
         )
     of = split.folds()[0].n
     if of != n:

@@ -291,6 +291,11 @@ def integration(
             f"batch={batch!r} and label={label!r}: what should mix and what should stay apart are two columns"
         )
     batches = None if batch is None else groups_of(adata, batch, "batches")
+    if label is None:
+        warn(
+            "no label is given: whether cell types stay apart, and whether batches mix within them, cannot be told; "
+            "pcr alone is scored. Name the column of cell types: label='cell_type'"
+        )
     warn_if_one(labels, label, "how well types are kept")
     warn_if_one(batches, batch, "how well batches mix")
     batches = None if batches is None or len(set(batches)) == 1 else batches
