@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['NEW', 'TRAINED', 'TrainedOn', 'keys_of', 'by_occurrence', 'scrambled', 'row_sums', 'gene_columns', 'matrix_contents',
-           'count_contents', 'token_contents', 'record_file', 'save_membership', 'load_membership', 'warn_of_trained',
-           'check_cells', 'resolve_folds', 'by_name']
+           'count_contents', 'token_contents', 'cell_contents', 'record_file', 'save_membership', 'load_membership',
+           'warn_of_trained', 'check_cells', 'resolve_folds', 'by_name']
 
 # %% ../../nbs/crossfit/membership.ipynb #5e4d9396
 NEW, TRAINED = -1, -2  # no model was trained on the row; all models were
@@ -150,6 +150,18 @@ def token_contents(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return row_sums(
         scrambled(np.asarray(tokens).astype(np.uint64) ^ (place.astype(np.uint64) << np.uint64(32))), offsets
     )
+
+# %% ../../nbs/crossfit/membership.ipynb #4f730828
+def cell_contents(data: Any, cells: Any = None, layer: str | None = None) -> dict[str, np.ndarray]:
+    "The contents of cells as `TrainedOn` takes them: of their counts where `data` has them, and of their tokens."
+    found = {}
+    if hasattr(data, "var_names"):
+        counts = count_contents(data, layer)
+        found["counts"] = counts if cells is None else counts[cells.cell_index]
+    cells = data if cells is None else cells
+    if hasattr(cells, "offsets"):
+        found["tokens"] = token_contents(cells.tokens, cells.offsets)
+    return found
 
 # %% ../../nbs/crossfit/membership.ipynb #db41dc7a
 def same_contents(
