@@ -202,7 +202,7 @@ def count_classifiers(seed: int = 0, logged: bool | None = None) -> dict[str, Ba
         "majority class": DummyClassifier(strategy="prior"),
     }
 
-
+# %% ../nbs/baselines.ipynb #a6bde6c5
 def steps(pipeline: Pipeline) -> list[BaseEstimator]:
     "The estimators of a pipeline, in order."
     return [step for _, step in pipeline.steps]
@@ -220,7 +220,7 @@ def group_names(X: Matrix) -> tuple[np.ndarray, np.ndarray]:
     values = np.asarray(X, dtype=object).reshape(len(X))
     return values.astype(str), ~pd.isna(values)
 
-
+# %% ../nbs/baselines.ipynb #a1803b33
 class GroupMeans(RegressorMixin, BaseEstimator):
     "Predict the mean of a row's group; the mean over all fitted rows for a group that was not there, or is missing."
 

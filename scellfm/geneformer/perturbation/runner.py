@@ -141,7 +141,7 @@ def has_genes(cells: Sequences, sets: list[np.ndarray]) -> np.ndarray:
     present[np.repeat(np.arange(len(cells)), cells.lengths)[mine], place[mine]] = True
     return np.array([present[:, np.searchsorted(wanted, one)].all(1).sum() for one in sets], dtype=np.int64)
 
-
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #62f5f273
 def absent_genes(runner: ScreenRunner, tasks: list[ScreenTask], jobs: list[Job], change: GeneChange) -> dict:
     "For each group the sets of genes that were asked for and not perturbed, and why: {group: {name: why}}."
     gf, found = runner.models[0], {}
@@ -316,7 +316,7 @@ def gene_facts(
         return facts
     return facts.assign(log2fc=fold_changes(gf, facts, data, design, layer))
 
-
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #c06631b6
 def fold_changes(gf: GeneformerModel, facts: pd.DataFrame, data, design: ScreenDesign, layer: str | None) -> pd.Series:
     "The log2 fold change, goal over start, of each row of `facts` (group, gene), among the cells of its group."
     from scellfm.data.reading import genes_of
