@@ -192,7 +192,7 @@ class Neighbours(ClassifierMixin, BaseEstimator):
 
 # %% ../nbs/baselines.ipynb #80e2d2e6
 def count_classifiers(seed: int = 0, logged: bool | None = None) -> dict[str, BaseEstimator]:
-    """The baselines of a cell classifier by name: unfitted scikit-learn estimators on raw counts [cells, genes], sparse.
+    """The baselines of a cell classifier by name: unfitted scikit-learn estimators on sparse counts [cells, genes].
 
     logged: the matrix holds logarithms already (`is_logged`; None: each tells it from the matrix it is fitted on)."""
     features = [steps(count_features(seed, logged=logged)) for _ in range(2)]
