@@ -61,9 +61,10 @@ def test_the_order_of_rows_and_the_spelling_of_chromosomes_change_nothing(simula
     from rosa_models import lively
 
     paths = simulation.write(tmp_path)
-    windows = tss_windows(paths["annotation"], paths["fasta"], length=2048)
+    windows = tss_windows(paths["annotation"], paths["fasta"], length=512)
     model = lively(dim=48, dim_divisible_by=6)
-    effects = variant_effect(table, model=model, windows=windows, strands="forward", max_distance=190)
+    table = table.groupby("label").head(15)
+    effects = variant_effect(table, model=model, windows=windows, strands="forward")
     first = score_variants(table, effects, n_boot=0)
     other = table.sample(frac=1, random_state=0).assign(chrom=lambda t: t["chrom"].str.removeprefix("chr"))
     second = score_variants(other, effects, n_boot=0)
@@ -95,7 +96,7 @@ def test_the_caveat_and_the_counts_are_with_the_scores(table):
         (lambda t: t.assign(label=0), "both are needed"),
         (lambda t: t.assign(label="yes"), "label='yes'"),
         (lambda t: pd.concat([t, t.iloc[:1]]), "twice"),
-        (lambda t: t.assign(allele_frequency=2.0), "allele_frequency=2"),
+        (lambda t: t.assign(allele_frequency=2.0), "allele_frequency='2"),
         (lambda t: t.assign(tss_distance="near"), "tss_distance"),
         (lambda t: t.drop(columns="ref"), "no column ref"),
     ],

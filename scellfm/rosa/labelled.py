@@ -40,7 +40,7 @@ class Labels:
     frequency: np.ndarray | None
     group: np.ndarray | None
 
-
+# %% ../../nbs/rosa/labelled.ipynb #de699ef6
 def numbers_of(table: pd.DataFrame, name: str, low: float, high: float) -> np.ndarray | None:
     "A column as numbers within bounds, None where it is not there; DataError for anything else in it."
     if name not in table:
@@ -52,7 +52,7 @@ def numbers_of(table: pd.DataFrame, name: str, low: float, high: float) -> np.nd
     if wrong.any():
         at = int(wrong.argmax())
         raise DataError(
-            f"{name}={table[name].iloc[at]!r} in row {at} of {len(table):,} is no number from {low:g} to {high:g}"
+            f"{name}={str(table[name].iloc[at])!r} in row {at} of {len(table):,} is no number from {low:g} to {high:g}"
             f" ({wrong.sum():,} such rows)"
         )
     return values
@@ -92,7 +92,7 @@ def effects_by_name(effects: VariantEffects, table: pd.DataFrame) -> np.ndarray:
     respelt = table[keys].assign(chrom=table["chrom"].map(other_name))
     return np.where(np.isnan(values), known.reindex(pd.MultiIndex.from_frame(respelt)).to_numpy(), values)
 
-
+# %% ../../nbs/rosa/labelled.ipynb #232bb2ca
 def effect_values(effects, table: pd.DataFrame, name: str) -> np.ndarray:
     "Effects float64 [variants] in the order of the table, from VariantEffects, a column's name, or one number each."
     if isinstance(effects, VariantEffects):
@@ -171,7 +171,7 @@ def metrics_of(name: str, effect: np.ndarray | None, labels: Labels, matched, ro
         near = ranked(score[inside], positive[inside])
     return dict(zip(METRICS, (signs, *ranked(score, positive), *near)))
 
-
+# %% ../../nbs/rosa/labelled.ipynb #7b4ed907
 ALONE = ("distance alone", "allele frequency alone")
 
 
