@@ -126,6 +126,7 @@ def matched_by_distance(distance: np.ndarray, positive: np.ndarray, controls: in
         others = np.flatnonzero(free)
         chosen = others[np.argsort(np.abs(place[others] - place[row]), kind="stable")[:share]]
         kept[chosen], free[chosen] = True, False
+        kept[row] = len(chosen) > 0
     return kept
 
 # %% ../../nbs/rosa/labelled.ipynb #38771a13
