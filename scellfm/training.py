@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,7 +144,7 @@ class History:
         return training_curves(self, ax=ax)
 
     def _repr_html_(self) -> str:
-        simple = "; ".join(f"{name} {loss:.4f}" for name, loss in self.baselines.items())
+        simple = "; ".join(f"{escape(str(name))} {loss:.4f}" for name, loss in self.baselines.items())
         table = self.epochs.to_html(index=False, float_format="{:.4f}".format)
         table += f"<p>{self.learned:,} parameters learned</p>" if self.learned else ""
         return table + (f"<p>Held-out loss of simple methods: {simple}</p>" if simple else "")
