@@ -363,7 +363,7 @@ class GeneVectors:
         "The values as a DataFrame, genes in rows."
         return pd.DataFrame(self.values, index=self.genes)
 
-    def derived(self, genes, values, covered, step: dict) -> GeneVectors:
+    def derived(self, genes: Iterable[str], values: np.ndarray, covered: np.ndarray, step: dict) -> GeneVectors:
         "A table made from this one; `step` joins the history in its manifest."
         manifest = self.manifest | {"steps": [*self.manifest.get("steps", []), step]}
         return GeneVectors(genes, values, covered, manifest)

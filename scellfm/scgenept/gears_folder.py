@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SERVER', 'PUBLISHED', 'PROCESSED', 'RANKED', 'SET_NAMES', 'fetch_published', 'find_processed', 'condition_names',
-           'gears_table', 'write_processed', 'stored_top', 'agreement']
+__all__ = ['SERVER', 'PUBLISHED', 'PROCESSED', 'fetch_published', 'find_processed']
 
 # %% ../../nbs/scgenept/gears_folder.ipynb #7fa8ec95
 SERVER = "https://dataverse.harvard.edu/api/access/datafile"

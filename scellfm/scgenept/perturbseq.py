@@ -272,7 +272,9 @@ class PerturbationData(CellStatistics):
     """
 
     @classmethod
-    def load(cls, name: str | Path, *, root: str | Path | None = None, download: bool = True, **options):
+    def load(
+        cls, name: str | Path, *, root: str | Path | None = None, download: bool = True, **options
+    ) -> PerturbationData:
         """
         Open root/name/perturb_processed.h5ad (GEARS's layout), or the folder `name` itself; pickles are never opened.
 

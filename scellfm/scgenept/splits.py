@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..core import DataError, OptionError, check_number, one_of, warn
 from .conditions import CONTROL, perturbation_of, perturbed_genes, published_label
 from .leakage import leakage_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% auto #0
 __all__ = ['PARTS', 'SEEN0', 'KINDS', 'VERSIONS', 'ABSENT_FROM_GO', 'DEFAULTS', 'OPTIONS', 'PerturbationSplit', 'later_rule',
@@ -56,7 +60,7 @@ class PerturbationSplit:
         "The genes that are perturbed in a part, sorted."
         return sorted({gene for name in self.perturbations(part) for gene in name.split("+")})
 
-    def leakage(self, annotations=None):
+    def leakage(self, annotations: Mapping[str, Iterable[str]] | pd.DataFrame | None = None) -> pd.DataFrame:
         "What the parts share, as a table; see `leakage_of`. annotations: {gene: its terms}, to add the nearest genes."
         return leakage_of({part: getattr(self, part) for part in PARTS}, annotations)
 

@@ -211,7 +211,7 @@ def gears_scores(
     return pd.DataFrame(rows).T.rename_axis("condition")
 
 
-def mean_of(values) -> np.ndarray:
+def mean_of(values: np.ndarray) -> np.ndarray:
     "The mean over rows of a matrix, sparse or not, float64."
     return np.asarray(values.mean(0, dtype=np.float64)).ravel()
 

@@ -395,12 +395,12 @@ def challenge_scores(adata: AnnData, predictions: Mapping, condition: str, contr
 
 # %% ../../nbs/scores/perturbations.ipynb #e01224d1
 def perturbation(
-    truth=None,
-    prediction=None,
-    control="ctrl",
+    truth: AnnData | np.ndarray | None = None,
+    prediction: pd.DataFrame | AnnData | Mapping[str, pd.DataFrame | AnnData] | np.ndarray | None = None,
+    control: str | np.ndarray = "ctrl",
     *older,
     metrics: str | Sequence[str] = "default",
-    train=None,
+    train: Sequence | Mapping | None = None,
     subgroups: Mapping[str, Sequence[str]] | None = None,
     condition: str = "condition",
     de_genes: Mapping[str, Sequence[str]] | None = None,
@@ -448,7 +448,9 @@ def perturbation(
     return assembled(details, run, columns, groups, seed, over)
 
 
-def of_matrices(first, second, third, *older, **arrays) -> Scores:
+def of_matrices(
+    first: np.ndarray | None, second: np.ndarray | None, third: np.ndarray | str | None, *older, **arrays
+) -> Scores:
     "The call with matrices [cells, genes]: scGPT's four correlations."
     names = ("predicted", "observed", "control", "conditions", "genes")
     given = {name: value for name, value in zip(names, (first, second, third, *older)) if value is not None}
