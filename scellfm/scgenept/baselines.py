@@ -63,14 +63,14 @@ def additive(training: Training, unseen: np.ndarray | None = None) -> np.ndarray
             out[i] = training.control + np.sum(parts, axis=0)
     return out
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #4f89e8a4
 def additive_with_mean(training: Training) -> np.ndarray:
     "Additive, with the mean single effect for unseen genes; NaN everywhere without training singles."
     single = training.single
     effect = np.mean(list(single.values()), axis=0) - training.control if single else None
     return additive(training, effect)
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #0d898537
 def matching_mean(training: Training) -> np.ndarray:
     "The mean, over a perturbation's genes, of the mean of the training perturbations with that gene (u where none)."
     has = [set(name.split("+")) for name in training.names]
@@ -80,7 +80,7 @@ def matching_mean(training: Training) -> np.ndarray:
         out.append(np.mean([training.mean[row].mean(0) if row else training.average for row in rows], axis=0))
     return np.array(out)
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #7e41851c
 def random_perturbation(training: Training) -> np.ndarray:
     "The mean of a training perturbation drawn for each wanted one from the seed and its name."
     order = np.argsort(training.names)
@@ -89,7 +89,7 @@ def random_perturbation(training: Training) -> np.ndarray:
     ]
     return training.mean[order[draws]]
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #71cb3b53
 def majority_direction(training: Training) -> np.ndarray:
     "Control plus, per gene, the direction of most training perturbations times the mean size of the change."
     change = training.mean - training.control
@@ -103,7 +103,7 @@ def features_of(names: Sequence[str], vectors: GeneVectors) -> np.ndarray:
     ends = np.cumsum([len(name.split("+")) for name in names])
     return np.array([part.sum(0) for part in np.split(rows, ends[:-1])])
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #c90ef5f6
 def on_vectors(training: Training, vectors: GeneVectors, fit: Callable) -> np.ndarray:
     "Fit on the training perturbations that have features and predict the wanted ones that do; NaN for the others."
     known, asked = features_of(training.names, vectors), features_of(training.wanted, vectors)
@@ -113,14 +113,14 @@ def on_vectors(training: Training, vectors: GeneVectors, fit: Callable) -> np.nd
         out[can] = training.control + fit(known[use], training.mean[use] - training.control, asked[can])
     return out
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #110a636d
 def ridge_fit(known: np.ndarray, change: np.ndarray, asked: np.ndarray) -> np.ndarray:
     "Ridge regression, standardised, with the penalty by leave-one-out."
     from scellfm.baselines import ridge
 
     return np.asarray(ridge().fit(known, change).predict(asked)).reshape(len(asked), -1)
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #d07b3062
 def nearest_fit(known: np.ndarray, change: np.ndarray, asked: np.ndarray, k: int = 5) -> np.ndarray:
     "The mean change of the k nearest training perturbations (cosine of centred vectors)."
     centre = known.mean(0)
@@ -132,7 +132,7 @@ def nearest_fit(known: np.ndarray, change: np.ndarray, asked: np.ndarray, k: int
     nearest = np.argsort(-(unit(asked) @ unit(known).T), axis=1, kind="stable")[:, : min(k, len(known))]
     return change[nearest].mean(1)
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #c1b1f4ba
 def kernel_fit(known: np.ndarray, change: np.ndarray, asked: np.ndarray) -> np.ndarray:
     "Kernel ridge with a Gaussian kernel of the median distance; the penalty by leave-one-out, which is exact here."
     from scipy.spatial.distance import cdist
@@ -232,7 +232,7 @@ def perturbation_baselines(
             parts[name].append(pd.DataFrame(makers[name](), training.wanted, effects.genes))
     return PerturbationBaselines({name: pd.concat(tables) for name, tables in parts.items()})
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #85d2bc13
 def training_of(
     effects: Effects, split: PerturbationSplit | Mapping[str, Sequence[str]], control: str, seed: int
 ) -> Training:

@@ -47,7 +47,7 @@ def family_table(families: Mapping[str, str] | pd.Series | pd.DataFrame, genes: 
         warn(f"{lone} of {len(genes)} perturbed genes are in no family; each is a family of its own")
     return {gene: known.get(gene, f"(only {gene})") for gene in genes}
 
-
+# %% ../../nbs/scgenept/families.ipynb #9e11ee9b
 def dealt(families: Mapping[str, str], fractions: tuple, seed: int) -> dict[str, str]:
     "{gene: 'train', 'valid' or 'test'}: whole families, in keyed order, as near to the fractions as they come."
     members: dict[str, list[str]] = {}

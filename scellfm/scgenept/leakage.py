@@ -49,7 +49,7 @@ def jaccard(annotations: Mapping[str, Iterable[str]], genes: Iterable[str]) -> n
     both, sizes = (has @ has.T).toarray(), np.array([len(one) for one in terms], dtype=np.float64)
     return both / np.maximum(sizes[:, None] + sizes[None, :] - both, 1)
 
-
+# %% ../../nbs/scgenept/leakage.ipynb #cce75a2b
 def annotation_sets(annotations: Mapping[str, Iterable[str]] | pd.DataFrame) -> dict[str, set[str]]:
     "{gene: its terms} from a dictionary, or from a table with the columns 'gene' and 'term'."
     if hasattr(annotations, "columns"):
@@ -79,7 +79,7 @@ def near_labels(first: Iterable[str], second: Iterable[str], annotations: Mappin
     near = {gene for gene, value in zip(fresh, similar) if value > NEAR}
     return [label for label in second if near.intersection(perturbed_genes(label))]
 
-
+# %% ../../nbs/scgenept/leakage.ipynb #704cc131
 def leakage_of(
     parts: Mapping[str, Iterable[str]], annotations: Mapping[str, Iterable[str]] | pd.DataFrame | None = None
 ) -> pd.DataFrame:

@@ -235,7 +235,7 @@ def _simulated(labels: list[str], kind: str, seed: int, options: dict) -> tuple:
     train, valid_groups = _simulation_single(train, 0.9, seed)
     return train, aside, groups, valid_groups
 
-
+# %% ../../nbs/scgenept/splits.ipynb #420f0416
 def _drawn(labels: list[str], kind: str, seed: int, version: str, options: dict) -> tuple:
     "The older splits: (train, valid, test, in no set)."
     stream, share = np.random.RandomState(seed), options["combo_single_split_test_set_fraction"]
@@ -339,7 +339,7 @@ def custom_split(
     split.subgroups = subgroups_of(split.test, split.genes("train"))
     return split
 
-
+# %% ../../nbs/scgenept/splits.ipynb #d39f149f
 def subgroups_of(labels: Iterable[str], trained: Iterable[str]) -> dict[str, list[str]]:
     "Held-out labels by how many of their genes were trained on; the names of GEARS."
     trained, groups = (

@@ -51,7 +51,7 @@ def table_of(values: np.ndarray, name: str, genes: Sequence[str]) -> np.ndarray:
         )
     return values
 
-
+# %% ../../nbs/scores/profiles.ipynb #2c6b13a5
 def changed_genes(condition: str, given: Mapping | None, move: np.ndarray, genes: pd.Index, n_top: int) -> np.ndarray:
     "Positions of a condition's most changed genes: the first n_top of its list, or the largest |move|."
     if given is None:
