@@ -550,12 +550,12 @@ def assembled(
     collapsed = [
         n for n in details if "ceiling" not in n and n not in (TRAINING_MEAN, NO_CHANGE) and collapse(details[n])
     ]
-    title += f"; one prediction for all perturbations: {', '.join(collapsed)}" if collapsed else ""
+    title += f"; one prediction for all perturbations: {named(collapsed)}" if collapsed else ""
     partial = {
         n: int(detail["by_condition"]["mse"].notna().sum()) for n, detail in details.items() if "ceiling" not in n
     }
     few = [f"{name} ({n} of {len(names)})" for name, n in partial.items() if n < len(names)]
-    title += f"; not all perturbations predicted by: {', '.join(few)}" if few else ""
+    title += f"; not all perturbations predicted by: {named(few)}" if few else ""
     origin = {
         "dynamic_range": ranges,
         "subgroups": {**groups, **strata(run.target)},
@@ -566,6 +566,12 @@ def assembled(
     return PerturbationScores(*tables, details=details, title=title, origin=origin)
 
 # %% ../../nbs/scores/perturbations.ipynb #2c489545
+def named(methods: Sequence[str], most: int = 5) -> str:
+    "The first methods by name, and how many there are more."
+    more = f" and {len(methods) - most} more" if len(methods) > most else ""
+    return ", ".join(methods[:most]) + more
+
+
 def collapse(detail: dict) -> bool:
     "Whether predictions vary over perturbations by less than a hundredth of the truth."
     return detail["numbers"]["variance_ratio"] < 0.01
