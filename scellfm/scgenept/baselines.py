@@ -5,15 +5,17 @@
 # %% ../../nbs/scgenept/baselines.ipynb #5b602c14
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, OptionError, check_number, keyed_generator, one_of, warn
+from ..core import DataError, OptionError, check_number, keyed_generator, one_of, tell, warn
 from ..data.vectors import GeneVectors
+from .gears import VARIABLE, gears_baseline
 from ..scores.effects import CONTROL, Effects, measure_effects, names_of
 
 if TYPE_CHECKING:
@@ -197,6 +199,7 @@ def perturbation_baselines(
     split: PerturbationSplit | Mapping[str, Sequence[str]] | Sequence[PerturbationSplit],
     *,
     vectors: GeneVectors | Mapping[str, GeneVectors] | None = None,
+    annotations: Mapping[str, Iterable[str]] | pd.DataFrame | None = None,
     baselines: str | Sequence[str] = "default",
     condition: str = "condition",
     control: str = "ctrl",
@@ -207,8 +210,9 @@ def perturbation_baselines(
 
     data: PerturbationData, or AnnData of log-normalised cells with obs[condition]. split: a PerturbationSplit, a
     mapping with "train" and "test", or a list of folds, each predicted by what was trained without it. vectors: gene
-    vectors, or several by name ({"GO": ...} gives "ridge on GO"). baselines: "default", "all", or names. seed: for
-    permuted and random vectors and the random perturbation.
+    vectors, or several by name ({"GO": ...} gives "ridge on GO"). annotations: {gene: GO terms}, for GEARS (see
+    `gears_baseline`). baselines: "default", "all", or names; "all" holds GEARS where annotations are given and
+    SCELLFM_GEARS_PYTHON names its interpreter. seed: for permuted and random vectors and the random perturbation.
 
     Returns {name: perturbations x genes}, ready for scellfm.scores.perturbation. DataError: a split of other data, a
     perturbation in both parts, vectors of other genes.
@@ -224,12 +228,16 @@ def perturbation_baselines(
         raise OptionError(f"vectors[{wrong[0]!r}] is a {type(named[wrong[0]]).__name__}; give GeneVectors")
     versions = all_versions(trainings, named, seed)
     chosen = chosen_of(baselines, list(named))
+    gears = wants_gears(chosen, baselines, annotations)
+    chosen = [name for name in chosen if name != GEARS]
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in chosen}
     for training in trainings:
         makers = makers_of(training, versions)
         for name in chosen:
             one_of("baselines", name, list(makers))
             parts[name].append(pd.DataFrame(makers[name](), training.wanted, effects.genes))
+    if gears:
+        parts[GEARS] = [gears_baseline(data, fold, annotations, seed=seed) for fold in folds]
     return PerturbationBaselines({name: pd.concat(tables) for name, tables in parts.items()})
 
 # %% ../../nbs/scgenept/baselines.ipynb #85d2bc13
@@ -255,6 +263,20 @@ def training_of(
     return Training(
         [effects.conditions[i] for i in rows], effects.mean[rows], effects.n[rows], effects.control_mean, test, seed
     )
+
+# %% ../../nbs/scgenept/baselines.ipynb #90668d80
+GEARS = "GEARS"
+
+
+def wants_gears(chosen: list[str], baselines: str | Sequence[str], annotations) -> bool:
+    "Whether to run GEARS: it was named, or all were asked for and it is at hand. OptionError: named without terms."
+    if GEARS in chosen and annotations is None:
+        raise OptionError("the baseline 'GEARS' needs annotations=, the GO terms of genes, for its graph")
+    if not isinstance(baselines, str) or baselines != "all" or annotations is None:
+        return GEARS in chosen
+    if VARIABLE not in os.environ:
+        tell(f"GEARS is not among the baselines: {VARIABLE} names no interpreter with cell-gears")
+    return VARIABLE in os.environ
 
 # %% ../../nbs/scgenept/baselines.ipynb #74c54798
 def all_versions(trainings: Sequence[Training], named: Mapping[str, GeneVectors], seed: int) -> dict[str, dict]:
