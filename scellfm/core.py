@@ -182,6 +182,7 @@ def tell(message: str) -> None:
     "Log `message`, and show it where the bars are."
     from tqdm.auto import tqdm
 
+    message = printable(message)
     logger.info(message)
     if settings.progress:
         tqdm.write(f"scellfm: {message}", file=sys.stderr)
@@ -190,7 +191,7 @@ def tell(message: str) -> None:
 def keyed_seed(seed: int, *keys: object) -> int:
     "A 64-bit number made of `seed` and `keys` alone: the same on every machine and in every order (SHA-256)."
     text = "\x1f".join(map(str, (seed, *keys)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(text.encode("utf8", "surrogatepass")).digest()[:8], "little")
 
 
 def keyed_generator(seed: int, *keys: object) -> "numpy.random.Generator":

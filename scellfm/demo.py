@@ -110,11 +110,12 @@ def figures(model, classifier, screen, table: pd.DataFrame) -> dict[str, tuple]:
     return {
         "scores.png": (
             classifier.scores.plot(),
-            "Held-out scores of Geneformer beside simple methods on the same cells; lines are 95 % intervals.",
+            "Held-out scores of Geneformer beside simple methods on the same cells"
+            + ("; lines are 95 % intervals." if classifier.scores.low.notna().any(axis=None) else "."),
         ),
         "screen.png": (
             screen.plot(),
-            "The mean shift of each gene against its mean rank; the band is what genes of like rank and detection do.",
+            "The effect of each gene against its mean rank; the band is what genes of like rank and detection do.",
         ),
         "top_genes.png": (
             plotting.top_genes(table),
@@ -132,6 +133,7 @@ def write_report(folder: Path, adata: AnnData, model, classifier, screen, table:
     from matplotlib import pyplot
 
     from scellfm.plotting import png
+    from scellfm.scores.table import safe_table
     from scellfm.store import atomic_write
 
     report.add_input("cells", adata)
@@ -145,7 +147,7 @@ def write_report(folder: Path, adata: AnnData, model, classifier, screen, table:
     report.add_table(table[list(COLUMNS)].head(50), "The first fifty genes", "All genes and columns are in table.csv.")
     report.save(folder)
     with atomic_write(folder / "table.csv") as path:
-        table.to_csv(path, index=False)
+        safe_table(table).to_csv(path, index=False)
     for name, (axes, _) in drawn.items():
         with atomic_write(folder / name) as path:
             Path(path).write_bytes(png(axes.figure))

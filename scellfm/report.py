@@ -247,9 +247,9 @@ def scores_section(scores: Scores) -> str:
 
     figure = scores.plot().figure
     try:
-        picture = figure_html(
-            png(figure, dpi=110), "Scores with 95 % intervals" + (f": {scores.title}" if scores.title else "")
-        )
+        intervals = " with 95 % intervals" if scores.low.notna().any(axis=None) else ""
+        caption = f"Scores{intervals}" + (f": {scores.title}" if scores.title else "")
+        picture = figure_html(png(figure, dpi=110), caption)
     finally:
         plt.close(figure)
     origin = f"<p class='meta'>{shown(scores.origin)}</p>" if scores.origin else ""

@@ -54,12 +54,13 @@ def out_format(out: str, known: tuple[str, ...]) -> str:
 
 
 def write_table(table, out: str | Path) -> None:
-    "A DataFrame as csv or parquet, by the name of the file."
+    "A DataFrame as csv (without what a spreadsheet would run) or parquet, by the name of the file."
+    from scellfm.scores.table import safe_table
     from scellfm.store import atomic_write
 
     with atomic_write(out) as part:
         if Path(out).suffix.lower() == ".csv":
-            table.to_csv(part)
+            safe_table(table).to_csv(part, encoding="utf8", errors="backslashreplace")
         else:
             table.to_parquet(part)
 

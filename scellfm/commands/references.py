@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .inputs import GENEFORMER, SCGPT, load_model, output_folder, whole_cells, write_table
 from .options import refuse_others, settings_of, takes, with_defaults
-from .reports import add_map, begin
+from .reports import add_map, begin, beside
 from .vectors import EMBED, embed_into
 from ..core import OptionError, warn
 from ..store.layouts import REFERENCE_MAP
@@ -165,8 +165,11 @@ def integrate(
             reps = [embed_into(made, data, settings_of(settings, *EMBED.values()), of=model)[1]]
         scores = integration(data, reps, **ask)
         figure = umaps(data, reps, **settings_of(ask, "scellfm.scores.pictures.umaps"))
-    report.add_scores(scores, "Kept apart and mixed, beside simple methods")
-    report.add_figure(figure, "The same cells by each embedding, coloured by batch and by label.", "Pictures")
+    columns = {"kept apart": ask.get("label"), "mixed": ask.get("batch")}
+    what = " and ".join(word for word, column in columns.items() if column)
+    report.add_scores(scores, f"How well groups are {what}{beside(scores)}")
+    colours = " and by ".join(column for column in (ask.get("batch"), ask.get("label")) if column)
+    report.add_figure(figure, f"The same cells by each embedding, coloured by {colours}.", "Pictures")
     page = report.save(folder)
     write_tables(folder, {"scores.csv": scores.table.rename_axis("method")})
     with atomic_write(folder / "umap.png") as part:

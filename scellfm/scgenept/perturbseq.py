@@ -28,6 +28,7 @@ from scellfm.scgenept.conditions import (
 )
 from .expression import log_expression, normalized_expression
 from .families import family_split, similarity_split
+from .folds import perturbation_folds
 from .gears_folder import agreement, find_processed, gears_table, stored_top, write_processed
 from .pairing import keyed_pairs, original_pairs
 from .splits import KINDS, PARTS, PerturbationSplit, custom_split, split_conditions
@@ -293,6 +294,10 @@ class PerturbationData(CellStatistics):
         if needed not in options:
             raise OptionError(f"the split {kind!r} needs {needed}=; see {OWN_SPLITS[kind].__name__}")
         return OWN_SPLITS[kind](self.labels, options.pop(needed), **seeded, **options)
+
+    def folds(self, k: int = 5, *, by: str = "gene", seed: int = 0) -> list[PerturbationSplit]:
+        "k splits, each perturbation in one test set; by='gene' or 'perturbation', see `perturbation_folds`."
+        return perturbation_folds(self.labels, k, by=by, seed=seed)
 
     def check_split(self, split: PerturbationSplit) -> None:
         "DataError unless the split was made of exactly these labels."

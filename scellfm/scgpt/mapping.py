@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import AssetError, DataError, OptionError, check_number, keyed_generator, one_of, warn
+from ..data.splits import column_of
 from .neighbours import SEARCHES, TIES, VOTES, Subset, nearest, nearest_faiss, vote_shares, winners
 from ..scores.table import Scores
 from ..store import atomic_write
@@ -374,7 +375,7 @@ class ReferenceMap:
         kept = vectors_of(self.ref, self.use_rep, "reference")[1] & (
             label_codes(self.ref.obs, self.label, "reference")[0] >= 0
         )
-        return self.ref.obs[by].astype(str).to_numpy()[kept]
+        return column_of(self.ref.obs[kept], by, "by")
 
     def evaluate(
         self, query, label: str | None = None, *, layer: str | None = None, baselines: bool = True, seed: int = 0
@@ -399,7 +400,7 @@ class ReferenceMap:
         return found
 
 # %% ../../nbs/scgpt/mapping.ipynb #f1615719
-def label_scores(truth: np.ndarray, called: np.ndarray) -> tuple[dict, dict]:
+def naming_scores(truth: np.ndarray, called: np.ndarray) -> tuple[dict, dict]:
     "Accuracy and macro precision, recall, F1 (scikit-learn's, over all labels that occur), and the tables by label."
     from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
@@ -454,7 +455,10 @@ def score_map(reference: ReferenceMap, query, truth: np.ndarray) -> tuple[dict, 
     "The scores of one map on the cells of the query, and its tables by label."
     votes, known = reference.votes(query), None
     called = np.where(votes.code < 0, "unknown", reference.classes[votes.code]).astype(str)
-    metrics, details = label_scores(truth, called)
+    metrics, details = naming_scores(truth, called)
+    named = np.where(reference.is_known(votes), called, "unknown").astype(str)
+    transferred = naming_scores(truth, named)[1]["confusion"]
+    details["transferred"] = transferred[transferred.sum(axis=1) > 0]
     if reference.min_confidence > 0 or np.isfinite(reference.max_distance):
         known = reference.is_known(votes)
         metrics.update(called=known.mean(), accuracy_called=(called == truth)[known].mean() if known.any() else np.nan)
@@ -486,7 +490,7 @@ def evaluate(reference: ReferenceMap, query, label: str, layer: str | None, base
     if baselines:
         results["HVG + PCA"] = score_map(*baseline_map(reference, query, layer, seed), truth)
         commonest = np.full(len(truth), reference.classes[reference.proportions.argmax()]).astype(str)
-        results["majority class"] = label_scores(truth, commonest)
+        results["majority class"] = naming_scores(truth, commonest)
     table = pd.DataFrame({method: metrics for method, (metrics, _) in results.items()}).T
     return Scores(
         table[list(results[reference.use_rep][0])],

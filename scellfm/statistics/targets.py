@@ -112,6 +112,8 @@ def score_ranking(value: np.ndarray, known: np.ndarray, weights: np.ndarray) -> 
         return dict.fromkeys(SCORES, np.nan)
     drawn = np.array(ranking_scores(value, known, weights))
     low, high = np.quantile(drawn[:, 1:], [0.025, 0.975], axis=1)
+    inside = (low <= drawn[:, 0]) & (drawn[:, 0] <= high)  # else the resampling says nothing of this value
+    low, high = np.where(inside, low, np.nan), np.where(inside, high, np.nan)
     return dict(zip(SCORES, np.column_stack([drawn[:, 0], low, high]).ravel()))
 
 # %% ../../nbs/statistics/targets.ipynb #c50c8be4
