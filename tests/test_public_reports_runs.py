@@ -334,3 +334,175 @@ def test_a_lock_that_is_dated_tomorrow_does_not_block(tmp_path, text):
         store.finish()
     assert time.monotonic() - start < 5
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["a.npz", "manifest.json"]
+
+
+# ---- E27: a run goes on only from its own parts
+
+
+def other_counts(adata):
+    "Other counts with the same zeros."
+    adata.X.data = np.random.default_rng(9).permutation(adata.X.data)
+    return adata
+
+
+def with_layer(adata):
+    adata.layers["other"] = other_counts(adata.copy()).X
+    return adata
+
+
+def geneformer(folder, medians=1.0, **config):
+    "A tiny Geneformer, with other medians of half the genes, or other settings in its config.json."
+    tok = RankTokenizer.fit(cells())
+    changed = {gene: m * (medians if i % 2 else 1) for i, (gene, m) in enumerate(tok.medians.items())}
+    tok = RankTokenizer(tok.token_dictionary, changed, max_length=tok.max_length)
+    Geneformer.from_config("tiny", tok).save_pretrained(folder)
+    told = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(told))
+    return Geneformer.from_pretrained(folder, device="cpu")
+
+
+def scgpt(folder, **args):
+    ScGPT.from_config("tiny", GENES, dropout=0.0).save_pretrained(folder)
+    told = json.loads((folder / "args.json").read_text()) | args
+    (folder / "args.json").write_text(json.dumps(told))
+    return ScGPT.from_pretrained(folder, device="cpu")
+
+
+def heavier(model, by=0.01):
+    weight = next(model.model.parameters())
+    weight.data += by
+    return model
+
+
+LEARNING = dict(
+    epochs=2,
+    learning_rate=2e-3,
+    batch_size=5,
+    weight_decay=0.1,
+    seed=5,
+    warmup=0.3,
+    schedule="constant",
+    clip=0.5,
+    decay=0.5,
+    shuffle=False,
+    accumulate=2,
+)
+GENEFORMER = dict(medians=3.0, hidden_act="gelu", num_attention_heads=2, hidden_dropout_prob=0.3)
+RUNS = {  # run: (model, how it is called, options that change a number, changes of the model's files)
+    "finetune": (
+        geneformer,
+        lambda gf, adata, **how: gf.finetune(adata, how.pop("label", "cell_type"), split=split(adata), n_boot=0, **how),
+        LEARNING | dict(label="side", freeze_layers=1, class_weights="balanced", layer="other"),
+        GENEFORMER,
+    ),
+    "several labels": (
+        geneformer,
+        lambda gf, adata, **how: gf.finetune(
+            adata, how.pop("label", ["cell_type", "side"]), split=split(adata), n_boot=0, **how
+        ),
+        LEARNING
+        | dict(label=["side", "cell_type"], freeze_layers=1, class_weights="balanced", layer="other")
+        | dict(task_weights={"side": 2.0}, accumulate=None, batch_size=7),
+        GENEFORMER,
+    ),
+    "gene classes": (
+        geneformer,
+        lambda gf, adata, **how: gf.finetune_genes(
+            adata, how.pop("classes", {"a": GENES[:10], "b": GENES[10:]}), folds=2, n_boot=0, **how
+        ),
+        LEARNING
+        | dict(classes={"a": GENES[:15], "b": GENES[15:]}, freeze_layers=1, class_weights="balanced", layer="other")
+        | dict(max_cells=10),
+        GENEFORMER,
+    ),
+    "pretrain": (
+        geneformer,
+        lambda gf, adata, **how: gf.pretrain(adata, **({"epochs": 1} | how)),
+        LEARNING | dict(mask_share=0.3, held_out=0.3, layer="other"),
+        GENEFORMER,
+    ),
+    "embed": (
+        geneformer,
+        lambda gf, adata, **how: gf.embed(adata, **how),
+        dict(emb_layer=0, token_budget=99, layer="other"),
+        GENEFORMER,
+    ),
+    "embed genes": (
+        geneformer,
+        lambda gf, adata, **how: gf.embed_genes(adata, **how),
+        dict(emb_layer=0, token_budget=99, layer="other"),
+        GENEFORMER,
+    ),
+    "perturb": (
+        geneformer,
+        lambda gf, adata, **how: gf.perturb(
+            adata, **(dict(genes=GENES[:3], state="cell_type", start="B", goal="T") | how)
+        ),
+        dict(
+            genes=GENES[1:4],
+            states=dict(start="T", goal="B"),
+            kind="overexpress",
+            combine="each",
+            emb_layer=0,
+            max_cells=4,
+        )
+        | dict(seed=7, token_budget=99, layer="other", groupby="side", where={"side": "left"}),
+        GENEFORMER,
+    ),
+    "scGPT finetune": (
+        scgpt,
+        lambda gpt, adata, **how: gpt.finetune(
+            adata, how.pop("label", "cell_type"), split=split(adata), n_boot=0, **({"epochs": 1} | how)
+        ),
+        LEARNING | dict(label="side", freeze_layers=1, max_length=9, layer="other"),
+        dict(nheads=2, n_bins=7, pad_value=-3, dropout=0.5),
+    ),
+    "continual pretraining": (
+        scgpt,
+        lambda gpt, adata, **how: gpt.continue_pretraining(adata, **({"epochs": 1} | how)),
+        LEARNING
+        | dict(label="side", mask_share=0.3, held_out=0.3, max_length=9, layer="other", accumulate=None, batch_size=7),
+        dict(nheads=2, n_bins=7, pad_value=-3, dropout=0.5, mask_value=-5),
+    ),
+    "scGPT embed": (
+        scgpt,
+        lambda gpt, adata, **how: gpt.embed(adata, **how),
+        dict(pool="mean", max_length=9, overlong="top", seed=4, token_budget=99, layer="other"),
+        dict(nheads=2, n_bins=7, pad_value=-3),
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_changed_input_or_setting_of_a_run_that_resumes_is_refused(tmp_path, run):
+    make, call, settings, files = RUNS[run]
+    call(make(tmp_path / "model"), with_layer(cells()), folder=tmp_path / "run")
+    before = tree(tmp_path / "run")
+    tried = [("other counts", dict(adata=other_counts(with_layer(cells())))), ("weights", dict(weights=True))]
+    changes = {
+        name: value if name == "states" else {name: value} for name, value in settings.items() if value is not None
+    }
+    tried += [(name, {"settings": change}) for name, change in changes.items()]
+    tried += [(name, {"files": {name: value}}) for name, value in files.items()]
+    for name, change in tried:
+        model = make(tmp_path / "model", **change.get("files", {}))
+        model = heavier(model) if "weights" in change else model
+        with pytest.raises(StoreError, match="another run|other inputs"):
+            call(model, change.get("adata", with_layer(cells())), folder=tmp_path / "run", **change.get("settings", {}))
+            pytest.fail(f"{name} was changed and the old result came back")
+        assert tree(tmp_path / "run") == before, name
+    call(make(tmp_path / "model"), with_layer(cells()), folder=tmp_path / "run")
+    assert tree(tmp_path / "run") == before
+
+
+def test_two_trainings_do_not_write_one_checkpoint(tmp_path):
+    gf, adata = geneformer(tmp_path / "model"), cells()
+    (tmp_path / "run" / "fold0").mkdir(parents=True)
+    held = Lock(tmp_path / "run" / "fold0" / "lock")
+    with pytest.raises(StoreError, match="is being written by process"):
+        gf.finetune(adata, "cell_type", split=split(adata), n_boot=0, folder=tmp_path / "run")
+    held.release()
+    (tmp_path / "run" / "fold0" / "lock").write_text("{")
+    os.utime(tmp_path / "run" / "fold0" / "lock", (time.time() + 86400,) * 2)
+    gf.finetune(adata, "cell_type", split=split(adata), n_boot=0, folder=tmp_path / "run")
+    assert list(tree(tmp_path / "run")) == ["fold0/training.safetensors"]

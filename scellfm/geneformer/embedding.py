@@ -18,16 +18,21 @@ from .. import inference
 from ..core import DataError, one_of, progress, warn
 from .model import GeneformerModel, layer_index, pool_cells, pooling
 from ..inference import Sequences
-from ..store import Store, block_rows, each_block, fingerprint, rows_in_blocks
+from ..store import Store, block_rows, each_block, rows_in_blocks
+from ..store.identity import run_inputs
 
 # %% ../../nbs/geneformer/embedding.ipynb #3f6cdffa
 CELL_BLOCK = 4096  # cells that are embedded, and kept, at a time
 
 
 def store_inputs(gf: GeneformerModel, cells: Sequences) -> dict[str, str]:
-    "What results are made from, by fingerprint: the weights, and the tokens of the cells in order."
-    tokens = [fingerprint(cells.flat(rows)) for rows in block_rows(len(cells), 2**16)]
-    return {"weights": fingerprint(dict(gf.model.state_dict())), "cells": fingerprint(tokens)}
+    "What results are made from, by fingerprint: weights, settings of the model, tokenizer, tokens of the cells."
+    return run_inputs(
+        weights=gf.model.state_dict(),
+        config=gf.model.config,
+        tokenizer=gf.tokenizer.identity,
+        cells=(cells.flat(rows) for rows in block_rows(len(cells), 2**16)),
+    )
 
 
 def embed_cells(

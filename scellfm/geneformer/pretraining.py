@@ -17,7 +17,7 @@ from .model import GeneformerModel
 from .quantize import refuse_quantized
 from .tokenizer.corpus import CellNames, Corpus
 from ..inference import pad
-from ..store import fingerprint
+from ..store.identity import run_inputs
 from ..training import History, Rows, fit
 
 # %% ../../nbs/geneformer/pretraining.ipynb #8293deba
@@ -149,13 +149,16 @@ def start_from_frequencies(model, counts: np.ndarray) -> None:
         bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
 
 # %% ../../nbs/geneformer/pretraining.ipynb #a1486bdf
-def identity_of(names: CellNames, lengths: np.ndarray, parts, block: int = 2**18) -> list[str]:
-    "A fingerprint of the names and lengths of the cells of each part, block by block."
-    return [
-        fingerprint(names[rows[start : start + block]], lengths[rows[start : start + block]])
-        for rows in parts
-        for start in range(0, max(len(rows), 1), block)
-    ]
+def identity_of(gf: GeneformerModel, masked: MaskedCells, parts, block: int = 2**16) -> dict:
+    "What a pretraining on these parts is made from, by fingerprint: names and tokens of the cells, block by block."
+    starts = [rows[start : start + block] for rows in parts for start in range(0, len(rows), block)]
+    return run_inputs(
+        tokenizer=gf.tokenizer.identity,
+        cells=([masked.names[rows], masked.sequences.flat(rows)] for rows in starts),
+        parts=[len(rows) for rows in parts],
+        mask_share=masked.share,
+        hidden=masked.genes,
+    )
 
 # %% ../../nbs/geneformer/pretraining.ipynb #1dda8f55
 def check_pretraining(gf: GeneformerModel, split: Split | None, mask_share: float) -> None:
@@ -215,15 +218,15 @@ def pretrain(
     gf.model.float()  # weights learn in float32; bfloat16 is for the products
     counts = count_tokens(masked.sequences, train, gf.model.config.vocab_size)
     start_from_frequencies(gf.model, counts.sum(0))
-    identity = identity_of(masked.names, masked.sequences.lengths, (train, judged))
+    identity = {} if folder is None else identity_of(gf, masked, (train, judged))
     options = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed, folder=folder) | recipe
-    gf.history = fit_masked(gf, masked, train, judged, fingerprint(identity, mask_share), options)
+    gf.history = fit_masked(gf, masked, train, judged, identity, options)
     gf.history.baselines = frequency_losses(masked, counts, judged if len(judged) else train)
     warn_if_useless(gf.history)
     return gf
 
 
-def fit_masked(gf: GeneformerModel, masked: MaskedCells, train, judged, identity: str, options: dict) -> History:
+def fit_masked(gf: GeneformerModel, masked: MaskedCells, train, judged, identity: dict, options: dict) -> History:
     "Run the training loop; the model is back in its own precision, on the device that the loop chose."
     rows = masked.rows(train)
     try:
@@ -237,7 +240,7 @@ def fit_masked(gf: GeneformerModel, masked: MaskedCells, train, judged, identity
             dtype=str(gf.dtype).removeprefix("torch."),
             device=gf.device,
             desc="pretraining",
-            inputs={"cells": identity},
+            inputs=identity,
             **options,
         )
     except DivergedError as error:

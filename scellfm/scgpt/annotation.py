@@ -25,7 +25,6 @@ from ..data.splits import Folds, Split, check_split, column_of
 from .checkpoint import ScGPTCheckpoint
 from .embedding import ScGPTReader
 from .training import HiddenGenes, binned_cells, class_probabilities, label_scores, learner
-from ..store import fingerprint
 from ..store.layouts import ANNOTATOR, SCGPT_MODEL
 from ..store.outputs import result_folder
 from ..training import fit
@@ -216,13 +215,9 @@ def train_fold(
         folder=folder,
         desc=f"fine-tuning, fold {k}",
         dtype=str(gpt.dtype).removeprefix("torch."),
-        inputs={
-            "cells": fingerprint(
-                hiding.cells.genes, hiding.cells.values, hiding.codes[part.train], part.train, part.valid
-            ),
-            "frozen": freeze_layers,
-            "max_length": hiding.max_length,
-        },
+        inputs={}
+        if folder is None
+        else hiding.identity(part, labels=hiding.codes, classes=classes, frozen=freeze_layers),
         **options,
     )
     model.model.requires_grad_(True)

@@ -21,6 +21,7 @@ from .checkpoint import ScGPTCheckpoint
 from .model import POOLS, pool_cells
 from .tokenizer import BinnedCells, survey, tokenize
 from ..store import Store, each_block, fingerprint
+from ..store.identity import run_inputs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -187,11 +188,13 @@ def open_store(
     if folder is None:
         return nullcontext()
     counts = [fingerprint(block) for _, block in count_blocks(source, layer)]
-    inputs = {
-        "weights": fingerprint(dict(gpt.model.state_dict())),
-        "cells": fingerprint(np.asarray(obs_names).astype(str), counts),
-        "genes": fingerprint(np.asarray(index)),
-    }
+    inputs = run_inputs(
+        weights=gpt.model.state_dict(),
+        config=gpt.model.config,
+        tokenizer=gpt.vocabulary.tokens,
+        cells=[np.asarray(obs_names).astype(str), counts],
+        genes=np.asarray(index),
+    )
     return Store(folder, inputs, {"pool": pool, "n_bins": gpt.n_bins, "token_budget": token_budget} | how)
 
 

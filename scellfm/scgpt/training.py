@@ -29,7 +29,7 @@ from .embedding import over_cells
 from .model import ScGPTModel
 from .tokenizer import BinnedCells, survey, tokenize
 from ..scores.table import Scores
-from ..store import fingerprint
+from ..store.identity import run_inputs
 from ..training import History, Rows, fit
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ class HiddenGenes:
     ):
         self.cells, self.names, self.codes = cells, np.asarray(names).astype(str), codes
         self.pad_id, self.pad_value = gpt.vocabulary.pad, gpt.model.config.pad_value
+        self.tokens = gpt.vocabulary.tokens
         self.mask_value = float(gpt.args.get("mask_value", -1))
         self.shares, self.max_length, self.seed = shares, max_length, seed
 
@@ -131,6 +132,21 @@ class HiddenGenes:
         hidden = generator.random(len(genes)) < share
         hidden[0] = False
         return genes, values, hidden
+
+    def identity(self, part: Split, **more) -> dict:
+        "What a training on a part of these cells is made from, by fingerprint."
+        hiding = dict(shares=list(self.shares), max_length=self.max_length, mask_value=self.mask_value)
+        tokens = [(self.cells.genes, self.cells.values, self.cells.offsets)]
+        return run_inputs(
+            tokenizer=self.tokens,
+            cells=tokens,
+            names=self.names,
+            train=part.train,
+            valid=part.valid,
+            test=part.test,
+            **hiding,
+            **more,
+        )
 
     def rows(self, which: np.ndarray) -> Rows:
         "The cells at these positions, as the training loop takes them."
@@ -310,7 +326,6 @@ def report_losses(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, batc
 # %% ../../nbs/scgpt/training.ipynb #0f8f0383
 def learn(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, labels, *, folder, **recipe) -> History:
     "Train the model on the hidden values of the training cells; its history."
-    cells = hiding.cells
     rows, judged = hiding.rows(part.train), hiding.rows(part.test)
     return fit(
         model.model,
@@ -322,10 +337,7 @@ def learn(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, labels, *, f
         folder=folder,
         valid={"valid": judged} if judged.n else None,
         desc="continual pretraining",
-        inputs={
-            "cells": fingerprint(cells.genes, cells.values, part.train, part.test, labels),
-            "hiding": str((hiding.shares, hiding.max_length)),
-        },
+        inputs={} if folder is None else hiding.identity(part, labels=labels),
         **recipe,
     )
 

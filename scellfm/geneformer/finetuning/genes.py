@@ -38,13 +38,12 @@ from scellfm.geneformer.finetuning.genesets import (
     gene_levels,
     labelled_genes,
 )
-from .heads import choose_learners, weights_of
+from .heads import choose_learners, training_inputs, weights_of
 from .lora import merge_adapters
 from ..model import GeneformerModel, layer_index, translate
 from ..pretraining import IGNORED
 from ..quantize import refuse_quantized
 from ..reader import GeneformerReader
-from ...store import fingerprint
 from ...store.layouts import GENE_CLASSIFIER
 from ...training import Rows, fit
 
@@ -157,13 +156,17 @@ def train_gene_fold(
         dtype=str(gf.dtype).removeprefix("torch."),
         desc=f"gene classes, fold {k}",
         folder=None if folder is None else Path(folder) / f"fold{k}",
-        inputs={
-            "cells": fingerprint(sequences.lengths[which], cells.tokens),
-            "genes": fingerprint(label_of),
-            "frozen": freeze_layers,
-            "class_weights": str(class_weights),
-            "adapters": adapters,
-        },
+        inputs=training_inputs(
+            gf,
+            sequences,
+            Split(which, which[:0], which[:0], None, len(cells)),
+            folder,
+            genes=label_of,
+            classes=classes,
+            frozen=freeze_layers,
+            class_weights=class_weights,
+            adapters=adapters,
+        ),
         **recipe,
     )
     model = merge_adapters(model).requires_grad_(True)

@@ -33,13 +33,13 @@ from scellfm.core import (
 from ...crossfit.labels import check_class_folds
 from ...data.splits import Folds, Split, hold_out
 from .classifier import CellClassifier, finetune_cells, prepare, train_and_judge
-from .heads import probabilities, train_fold
+from .heads import probabilities, train_fold, training_inputs
 from ..model import GeneformerModel
 from ...metrics import smaller_is_better
 from ...scores.labels import classification
 from ...scores.table import Scores
 from ...store import atomic_write, fingerprint
-from ...training import Recipe, model_tensors
+from ...training import Recipe, identity_of
 
 # %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #0db949d6
 def default_space(n_layers: int, lora=None) -> dict:
@@ -179,7 +179,9 @@ def search_fold(score, space: Mapping, start: Mapping, trials: int, best_is_smal
 def judge_of(gf: GeneformerModel, prepared, part: Split, k: int, options: dict, metric: str, notes: Notes):
     "The function of settings that trains on the inner training cells of fold k and scores the inner test cells."
     codes, classes, cells = prepared[:3]
-    sequences, weights = gf.readable(cells), fingerprint(model_tensors(gf.model))
+    sequences = gf.readable(cells)
+    known = training_inputs(gf, sequences, part, notes.path, labels=codes, classes=classes, test=part.test)
+    known |= {} if notes.path is None else identity_of(gf.model)
 
     def train_and_score(asked: dict) -> float:
         try:
@@ -195,7 +197,7 @@ def judge_of(gf: GeneformerModel, prepared, part: Split, k: int, options: dict, 
     def score(settings: dict) -> float:
         asked = {**options, **settings}
         what = json.dumps({"fold": k, "metric": metric, **asked}, sort_keys=True, default=str)
-        key = fingerprint(what, weights, cells.tokens, cells.offsets, codes, part.train, part.test)
+        key = fingerprint(what, known)
         return notes.score(key, lambda: train_and_score(asked))
 
     return score

@@ -39,7 +39,8 @@ from scellfm.geneformer.perturbation.gradient import (
 )
 from .screen import ROUNDING, Screen
 from ...inference import Sequences
-from ...store import Store, fingerprint
+from ...store import Store, block_rows
+from ...store.identity import run_inputs
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #683fd390
 def effect_rows(
@@ -252,11 +253,13 @@ def open_store(folder, models: list, cells, tasks: list[ScreenTask], settings: d
     folder."""
     if folder is None:
         return None
-    inputs = {
-        "weights": [fingerprint({name: value for name, value in gf.model.state_dict().items()}) for gf in models],
-        "cells": fingerprint(np.asarray(cells.lengths), *(np.asarray(cells[i]) for i in range(len(cells)))),
-        "tasks": fingerprint([[task.group, task.model, task.rows, task.states] for task in tasks]),
-    }
+    inputs = run_inputs(
+        weights=[gf.model.state_dict() for gf in models],
+        config=[gf.model.config for gf in models],
+        tokenizer=models[0].tokenizer.identity,
+        cells=(cells.flat(rows) for rows in block_rows(len(cells), 2**16)),
+        tasks=[[task.group, task.model, task.rows, task.states] for task in tasks],
+    )
     return Store(folder, inputs, settings)
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #a55859f1
@@ -428,7 +431,7 @@ def perturb(
     warn_of_absent(absent, gf.tokenizer)
     if dry_run:
         return cost(jobs)
-    store = open_store(folder, models, runner.cells, tasks, params)
+    store = open_store(folder, models, runner.cells, tasks, params | {"token_budget": token_budget})
     rows, more = compute(runner, jobs, gradient, names, seed, store)
     shifts = finish_rows(rows, obs, names, design, len(models))
     warn_of_rounding(shifts, params)

@@ -194,6 +194,11 @@ class RankTokenizer:
         with atomic_write(folder / "rank_tokenizer.json") as path:
             Path(path).write_text(json.dumps(settings), encoding="utf8")
 
+    @property
+    def identity(self) -> tuple:
+        "All that tokens come from: dictionaries and medians, the longest sequence, the frame."
+        return self.dictionaries, self.max_length, self.special
+
     def match(self, adata: AnnData, *, gene_column: str | None = None) -> GeneMatch:
         "Which token each gene of the data is (`.index`, -1 = none), with a report; see `data.genes.match_genes`."
         return match_genes(adata, self.genes, mapping=self.mapping, symbols=self.gene_names, column=gene_column)
