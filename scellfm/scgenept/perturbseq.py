@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, OptionError, one_of, warn
+from ..data.reading import genes_of
 from ..data.splits import column_of
 from .changes import N_TOP, GroupStatistics, group_statistics, index_sets, ranked, welch
 from scellfm.scgenept.conditions import (
@@ -99,7 +100,7 @@ def _assembled(adata, matrix, ids: list[str], labels: np.ndarray, names: np.ndar
     "An AnnData of its own around the log values: obs with both names of each cell, var with the names of genes."
     import anndata
 
-    source = adata.raw.var if layer == "raw" and layer not in adata.layers else adata.var
+    source = genes_of(adata, layer).var
     var = source.loc[~source.index.duplicated()].loc[ids].copy()
     genes = gene_names(var, ids)
     var["gene_id"] = ids

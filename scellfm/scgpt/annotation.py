@@ -20,7 +20,7 @@ from ..crossfit.evidence import Evidence, evidence_of, write_record
 from ..crossfit.labels import check_class_folds, classes_of, predicted_classes, write_predictions
 from ..crossfit.membership import TrainedOn, resolve_folds, warn_of_trained
 from ..crossfit.predictions import cross_fit, predict_held_out
-from ..data.reading import count_matrix, read
+from ..data.reading import count_matrix, genes_of, read
 from ..data.splits import Folds, Split, check_split, column_of
 from .checkpoint import ScGPTCheckpoint
 from .embedding import ScGPTReader
@@ -75,7 +75,8 @@ class CellAnnotator(Evidence):
         """
         fold = self.trained_on.fold_of(adata.obs_names)
         warn_of_trained(fold)
-        index = self.models[0].match(adata, column=column, mapping=mapping, symbols=symbols).index
+        genes = genes_of(adata, layer)
+        index = self.models[0].match(genes, column=column, mapping=mapping, symbols=symbols).index
         how = dict(layer=layer, max_length=self.settings["max_length"], seed=self.settings["seed"])
 
         def predict(model, rows):

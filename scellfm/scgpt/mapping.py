@@ -421,18 +421,20 @@ def pca_pair(ref, query, layer: str | None, seed: int) -> tuple[np.ndarray, np.n
     """HVG + PCA learnt on the reference's counts, for both; genes that both have. DataError: no counts, no gene in
     common."""
     from scellfm.baselines import count_features
-    from scellfm.data.reading import check_counts, count_matrix
+    from scellfm.data.reading import check_counts, count_matrix, genes_of
 
-    genes = query.var_names.intersection(ref.var_names, sort=False)
-    if len(genes) < 2 or not (ref.var_names.is_unique and query.var_names.is_unique):
+    of_ref, of_query = (genes_of(cells, layer).var_names for cells in (ref, query))
+    genes = of_query.intersection(of_ref, sort=False)
+    if len(genes) < 2 or not (of_ref.is_unique and of_query.is_unique):
         raise DataError(
-            f"reference and query share {len(genes)} gene names (unique: {ref.var_names.is_unique}, "
-            f"{query.var_names.is_unique}); the HVG + PCA "
+            f"reference and query share {len(genes)} gene names (unique: {of_ref.is_unique}, "
+            f"{of_query.is_unique}); the HVG + PCA "
             "baseline needs common, unique ones: rename them, or set baselines=False"
         )
     for cells in (ref, query):
         check_counts(cells, layer)
-    counts = [count_matrix(cells, layer)[:, cells.var_names.get_indexer(genes)] for cells in (ref, query)]
+    pairs = ((ref, of_ref), (query, of_query))
+    counts = [count_matrix(cells, layer)[:, names.get_indexer(genes)] for cells, names in pairs]
     features = count_features(seed).fit(counts[0])
     return features.transform(counts[0]), features.transform(counts[1])
 

@@ -22,7 +22,7 @@ from ..crossfit.labels import check_class_folds, classes_of
 from ..crossfit.membership import by_name
 from ..crossfit.predictions import FoldPredictions
 from ..crossfit.tables import class_score_table, row_names
-from ..data.reading import count_matrix, read
+from ..data.reading import count_matrix, genes_of, read
 from ..data.splits import Split, check_leakage, check_split, column_of, hold_out
 from .checkpoint import ScGPTCheckpoint
 from .embedding import over_cells
@@ -88,8 +88,9 @@ def start_at_mean(model: ScGPTModel, mean: float, largest: float) -> None:
 # %% ../../nbs/scgpt/training.ipynb #d342b9ed
 def binned_cells(gpt: ScGPTCheckpoint, adata, *, layer, names: dict, seed: int) -> tuple[BinnedCells, np.ndarray]:
     "All cells of `adata` with all their known genes, and the token of each column (-1: unknown)."
-    totals, _ = survey(adata, adata.obs_names, adata.var_names, layer)
-    index = gpt.match(adata, counts=totals, **names).index
+    genes = genes_of(adata, layer)
+    totals, _ = survey(adata, adata.obs_names, genes.var_names, layer)
+    index = gpt.match(genes, counts=totals, **names).index
     blocks = [
         block
         for _, block in tokenize(
@@ -101,7 +102,7 @@ def binned_cells(gpt: ScGPTCheckpoint, adata, *, layer, names: dict, seed: int) 
             seed=seed,
             n_bins=gpt.n_bins,
             cls_value=gpt.model.config.pad_value,
-            max_length=adata.n_vars + 2,
+            max_length=len(genes) + 2,
         )
     ]
     lengths = np.concatenate([block.lengths for block in blocks])

@@ -316,7 +316,8 @@ def read_dataset(folder: Path) -> TokenizedCells:
     table = read_table(folder)
     tokens = flat_column(table["input_ids"])
     lengths = pa.compute.list_value_length(table["input_ids"]).to_numpy()
-    tokens = tokens.astype(np.uint16 if tokens.max(initial=0) < 2**16 else np.uint32, copy=False)
+    if tokens.dtype not in (np.uint16, np.uint32):  # as written by others
+        tokens = tokens.astype(np.uint16 if tokens.max(initial=0) < 2**16 else np.uint32)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     obs = table.drop_columns([c for c in ("input_ids", "length", "counts") if c in table.column_names]).to_pandas()
     counts = flat_column(table["counts"]).astype(np.float32) if "counts" in table.column_names else None
