@@ -28,7 +28,7 @@ from ..store.outputs import result_folder
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # %% auto #0
 __all__ = ['GeneformerModel']
@@ -249,7 +249,29 @@ def from_config(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = build_model(shape_config(name, len(tokenizer.genes), tokenizer.max_length))
+    model.config.scellfm_untrained = True  # goes with the weights into config.json, until they are trained
     return cls(model, tokenizer, device=device, dtype=dtype)
+
+# %% ../../nbs/geneformer/model.ipynb #18e1e751
+def mark_trained(config: PretrainedConfig) -> None:
+    "Take the mark of random weights from the config of a model that is being trained."
+    if hasattr(config, "scellfm_untrained"):
+        del config.scellfm_untrained
+
+
+def is_untrained(gf: GeneformerModel) -> bool:
+    "Whether the weights are the random ones of `from_config`, also after saving and loading."
+    return bool(getattr(gf.model.config, "scellfm_untrained", False))
+
+
+def warn_once_if_untrained(gf: GeneformerModel) -> None:
+    "Warn, the first time, where the weights are random."
+    if gf.untrained and not gf._warned:
+        gf._warned = True
+        warn(
+            "this model was made by from_config and never trained: its weights are random, and what is read of it "
+            "says nothing of biology. Train it (pretrain, finetune) or load a checkpoint (from_pretrained)"
+        )
 
 # %% ../../nbs/geneformer/model.ipynb #755ac808
 def from_pretrained(
@@ -353,7 +375,7 @@ class GeneformerModel:
         quantized = getattr(model, "is_quantized", False)  # has its device and its precision
         self.model = (model if quantized else model.to(device=self.device, dtype=self.dtype)).eval()
         self.tokenizer = tokenizer
-        self.load_report = None
+        self.load_report, self._warned = None, False
 
     from_config = classmethod(from_config)
     from_pretrained = classmethod(from_pretrained)
@@ -368,15 +390,18 @@ class GeneformerModel:
 
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor | None, layer: int) -> torch.Tensor:
         "hidden_states[layer] [b, L, H] (layer 0 is the input) without running what lies above, in evaluation mode."
+        warn_once_if_untrained(self)
         return hidden_states(self.model.bert, ids, mask, layer)
 
     n_layers = property(lambda self: self.model.config.num_hidden_layers, doc="The number of layers of the encoder.")
     max_length = property(lambda self: self.model.config.max_position_embeddings, doc="The most tokens of a cell.")
     special = property(lambda self: self.tokenizer.cls is not None, doc="Whether cells carry <cls> and <eos>.")
+    untrained = property(is_untrained, doc="Whether the weights are random: made by `from_config` and never trained.")
 
     def __repr__(self) -> str:
         config = self.model.config
         return (
             f"Geneformer({self.tokenizer.version}: {self.n_layers} layers, hidden size {config.hidden_size}, "
-            f"{config.vocab_size:,} tokens, {self.device}, {str(self.dtype).removeprefix('torch.')})"
+            f"{config.vocab_size:,} tokens, {self.device}, {str(self.dtype).removeprefix('torch.')}"
+            f"{', never trained' * self.untrained})"
         )

@@ -14,7 +14,7 @@ import torch
 
 from ..core import DivergedError, OptionError, keyed_generator, progress, warn
 from ..data.splits import Split, check_fractions, check_split, deal_cells
-from .model import GeneformerModel, is_dataset
+from .model import GeneformerModel, is_dataset, mark_trained
 from .quantize import refuse_quantized
 from .tokenizer.corpus import CellNames, Corpus
 from ..inference import pad
@@ -269,4 +269,5 @@ def fit_masked(
         raise DivergedError(f"{error}. This model's weights are spoilt: load it, or make it, anew") from error
     gf.model.to(gf.dtype)
     gf.device = gf.model.device
+    mark_trained(gf.model.config)
     return history
