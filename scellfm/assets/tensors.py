@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'WRAPPERS', 'weights_file', 'read_safetensors', 'save_tensors', 'save_torch', 'save_model', 'unwrapped',
-           'read_torch', 'Tensors', 'read_sharded', 'read_tensors']
+           'read_torch', 'check_sizes', 'check_layers', 'Tensors', 'read_sharded', 'read_tensors']
 
 # %% ../../nbs/assets/tensors.ipynb #3f5395ea
 import os
@@ -143,6 +143,26 @@ def _reason(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     told = re.search(r"(?<=WeightsUnpickler error: ).*", text)
     return (told.group() if told else text.splitlines()[0])[:200].rstrip(" .")
+
+# %% ../../nbs/assets/tensors.ipynb #9e5b4b27
+def check_sizes(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping, where: object) -> None:
+    "AssetError unless `tensors` have these shapes; names that no tensor has are left to the audit of the loading."
+    for name, shape in wanted.items():
+        if name in tensors and tuple(tensors[name].shape) != tuple(shape):
+            raise AssetError(
+                f"{where} speaks of {name} of the shape {tuple(shape)}, and the weights beside it have "
+                f"{tuple(tensors[name].shape)}: they do not belong together; fetch both again"
+            )
+
+
+def check_layers(wanted: int, tensors: Mapping, prefix: str, where: object) -> None:
+    "AssetError unless the tensors are those of so many layers: `prefix` stands before a layer's number."
+    numbers = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
+    if len(numbers) != wanted:
+        raise AssetError(
+            f"{where} speaks of {wanted:,} layers, and the weights beside it have {len(numbers):,}: they do not belong "
+            "together; fetch both again"
+        )
 
 # %% ../../nbs/assets/tensors.ipynb #4af1d42a
 class Tensors(dict):

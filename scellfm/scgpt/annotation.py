@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..assets import find, read_dictionary
+from ..assets import find
 from ..core import check_number, keyed_seed, warn
 from ..crossfit.check import check_overfit, fewer_epochs, freeze_more, hold_out_donors, untried
 from ..crossfit.evidence import Evidence, evidence_of, write_record
@@ -25,8 +25,9 @@ from ..data.splits import Folds, Split, check_split, column_of
 from .checkpoint import ScGPTCheckpoint
 from .embedding import ScGPTReader
 from .training import HiddenGenes, annotation_scores, binned_cells, class_probabilities, learner
-from ..store.layouts import ANNOTATOR, SCGPT_MODEL
+from ..store.layouts import ANNOTATOR, OF_CELLS, SCGPT_MODEL
 from ..store.outputs import result_folder
+from ..store.records import read_record
 from ..training import fit
 
 # %% auto #0
@@ -120,7 +121,7 @@ def save_annotator(annotator: CellAnnotator, folder: Path) -> None:
 
 def load_annotator(folder: Path, device, dtype) -> CellAnnotator:
     "An annotator that `save_annotator` wrote."
-    record = read_dictionary(folder / RECORD)
+    record = read_record(folder / RECORD, OF_CELLS)
     models = [
         ScGPTReader.from_pretrained(folder / f"fold{k}", device=device, dtype=dtype) for k in range(record["folds"])
     ]

@@ -20,8 +20,9 @@ from ..data.genes import GeneMatch
 from .model import ScGPTConfig, ScGPTModel, load_model, published_name
 from .vocabulary import Vocabulary
 from ..store import atomic_write
-from ..store.layouts import SCGPT_MODEL
+from ..store.layouts import SCGPT_ARGS, SCGPT_MODEL
 from ..store.outputs import result_folder
+from ..store.records import check_record
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -76,7 +77,8 @@ class ScGPTCheckpoint:
         """Load a checkpoint folder in the original's layout; `load_report` says what became of each tensor.
         AssetError otherwise."""
         folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
-        args, vocabulary = read_dictionary(folder / "args.json"), Vocabulary.from_file(folder / "vocab.json")
+        args = check_record(read_dictionary(folder / "args.json"), SCGPT_ARGS, folder / "args.json")
+        vocabulary = Vocabulary.from_file(folder / "vocab.json")
         model, report = load_model(read_tensors(folder), args, len(vocabulary), vocabulary.pad)
         made = cls(model, vocabulary, args=args, device=device, dtype=dtype)
         made.load_report = report

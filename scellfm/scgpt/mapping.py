@@ -18,6 +18,7 @@ from .neighbours import SEARCHES, TIES, VOTES, Subset, nearest, nearest_faiss, v
 from ..scores.table import Scores
 from ..store import atomic_write
 from ..store.layouts import REFERENCE_MAP
+from ..store.records import read_record
 
 # %% auto #0
 __all__ = ['Votes', 'ReferenceMap']
@@ -160,7 +161,7 @@ def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
                 "as ReferenceMap.save writes it"
             )
     try:
-        record = json.loads(described.read_text(encoding="utf8"))
+        record = read_record(described, REFERENCE_MAP.records["index.json"])
         vectors, codes = mapped(file, "embedding", np.float32), np.array(mapped(file, "codes", np.int64))
         fits = (
             vectors.ndim == 2
@@ -168,6 +169,7 @@ def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
             and set(SAVED) <= record.keys()
             and codes.min() >= 0
             and codes.max() < len(record["classes"])
+            and record["k"] <= len(vectors)
         )
     except Exception as error:  # whatever damaged bytes make of the libraries
         raise AssetError(f"{path} is damaged or no reference map: {error}; save it again") from error

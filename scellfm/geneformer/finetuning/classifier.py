@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'held_out_probabilities', 'CellClassifier', 'load_fold', 'with_head', 'class_dictionary', 'class_names',
-           'save_models', 'save_classifier', 'record_of', 'load_classifier', 'classifier_from', 'prepare',
-           'prepare_cells', 'counts_for', 'finetune_cells', 'train_and_judge']
+           'save_models', 'save_classifier', 'record_of', 'load_classifier', 'membership', 'classifier_from',
+           'check_outputs', 'prepare', 'prepare_cells', 'counts_for', 'finetune_cells', 'train_and_judge']
 
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #10556432
 from dataclasses import dataclass
@@ -29,12 +29,13 @@ from ...data.splits import Folds, Split, check_split, column_of
 from ..embedding import embed
 from .evaluation import MODEL, advice_for, counts_of_tokens
 from .heads import probabilities, train_fold
-from ..model import GeneformerModel, fitting_tokenizer, translate
+from ..model import GeneformerModel, checked_sizes, fitting_tokenizer, translate
 from ..perturbation.runner import perturb
 from ..pretraining import token_rows
 from ..reader import GeneformerReader
-from ...store.layouts import BERT_MODEL, CELL_CLASSIFIER, TOKENIZER
+from ...store.layouts import BERT_MODEL, CELL_CLASSIFIER, OF_CELLS, TOKENIZER
 from ...store.outputs import FolderKind, result_folder
+from ...store.records import parts_fit, read_record
 
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #ba4981f7
 def held_out_probabilities(
@@ -137,8 +138,7 @@ def load_fold(folder: Path, tokenizer, device, dtype) -> GeneformerReader:
     "A BertForSequenceClassification from a folder in the official layout, every tensor accounted for."
     from transformers import AutoModelForSequenceClassification
 
-    config = read_dictionary(folder / "config.json")
-    tensors = translate(read_tensors(folder))
+    config, tensors = read_record(folder / "config.json"), translate(read_tensors(folder))
     if "classifier.weight" not in tensors or tensors["classifier.weight"].ndim != 2:
         raise AssetError(
             f"{folder} holds no cell classifier: no classifier.weight is among its {len(tensors)} "
@@ -152,6 +152,7 @@ def with_head(kind, config: dict, tensors: dict, folder: Path, tokenizer, device
     "A Geneformer around a classifier of transformers (`kind`: its Auto class); classes without names are numbered."
     from transformers import BertConfig
 
+    checked_sizes(config, tensors, folder / "config.json")
     n_classes = len(tensors["classifier.weight"])
     if len(config.get("id2label") or {}) != n_classes:
         names = {i: f"LABEL_{i}" for i in range(n_classes)}
@@ -193,7 +194,8 @@ def class_dictionary(folder: Path) -> Path | None:
 def class_names(folder: Path, config) -> np.ndarray:
     "The names of the classes by number: from class_dictionary, else from the config."
     path = class_dictionary(folder)
-    names = {int(k): str(v) for k, v in (read_dictionary(path) if path else config.id2label).items()}
+    with parts_fit(path or folder / "config.json"):
+        names = {int(k): str(v) for k, v in (read_dictionary(path) if path else config.id2label).items()}
     if sorted(names) != list(range(config.num_labels)):
         raise AssetError(
             f"{path or folder / 'config.json'} names the classes {sorted(names)} and the "
@@ -233,14 +235,35 @@ def record_of(clf: CellClassifier) -> dict:
 
 def load_classifier(folder: Path, tokenizer, device, dtype) -> CellClassifier:
     "A classifier that `save_classifier` wrote."
-    record = read_dictionary(folder / RECORD)
+    record = read_record(folder / RECORD, OF_CELLS)
     models = [load_fold(folder / f"fold{k}", tokenizer, device, dtype) for k in range(record["folds"])]
-    return classifier_from(record, models, TrainedOn.load(folder))
+    return classifier_from(record, models, membership(folder, record["folds"]), folder / RECORD)
 
 
-def classifier_from(record: dict, models: list[GeneformerReader], trained_on: TrainedOn) -> CellClassifier:
-    "The classifier that `record_of` described."
+def membership(folder: Path, folds: int) -> TrainedOn:
+    "The record of the cells that each of so many models was trained on. AssetError."
+    found = TrainedOn.load(folder)
+    if len(found.fold) and found.fold.max() >= folds:
+        raise AssetError(
+            f"{folder} has {folds} models, and cells that model {found.fold.max() + 1} judges; its files belong to two "
+            "classifiers: save it again"
+        )
+    return found
+
+
+def classifier_from(record: dict, models: list[GeneformerReader], trained_on: TrainedOn, where: Path) -> CellClassifier:
+    "The classifier that `record_of` described in the file `where`. AssetError."
+    check_outputs(models, len(record["classes"]), where)
     return CellClassifier(models, record["label"], np.array(record["classes"]), trained_on, **evidence_of(record))
+
+
+def check_outputs(models: list[GeneformerReader], n: int, where: Path) -> None:
+    "AssetError unless each model gives `n` classes."
+    odd = [model.model.config.num_labels for model in models if model.model.config.num_labels != n]
+    if odd or not n:
+        raise AssetError(
+            f"{where} names {n} classes and a model beside it gives {odd[0] if odd else 'some'}; save it again"
+        )
 
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #b3e9b5c6
 def prepare(gf: GeneformerModel, data, label: str, split, layer: str | None):

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from ... import inference
-from ...assets import find, load_state, read_dictionary, read_tensors
+from ...assets import find, load_state, read_tensors
 from ...core import AssetError, DataError, check_number, keyed_seed, warn
 from ...crossfit.check import check_overfit, fewer_epochs, freeze_more, untried
 from ...crossfit.evidence import Evidence, evidence_of
@@ -28,7 +28,7 @@ from ...crossfit.tables import class_score_table, row_names
 from ...data.splits import Split
 from ...data.splits import folds as deal_folds
 from ..embedding import gene_means
-from .classifier import class_names, save_models, with_head
+from .classifier import check_outputs, class_names, save_models, with_head
 from .evaluation import MODEL
 from scellfm.geneformer.finetuning.genesets import (
     LEVELS,
@@ -44,7 +44,8 @@ from ..model import GeneformerModel, layer_index, mark_trained, translate
 from ..pretraining import IGNORED
 from ..quantize import refuse_quantized
 from ..reader import GeneformerReader
-from ...store.layouts import GENE_CLASSIFIER
+from ...store.layouts import BERT, GENE_CLASSIFIER, OF_GENES
+from ...store.records import parts_fit, read_record
 from ...training import Rows, fit
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #3e23290c
@@ -180,7 +181,7 @@ def load_gene_model(folder: Path, tokenizer, device, dtype) -> GeneformerReader:
     "A BertForTokenClassification from a folder in the official layout, every tensor accounted for."
     from transformers import AutoModelForTokenClassification
 
-    config, tensors = read_dictionary(folder / "config.json"), translate(read_tensors(folder))
+    config, tensors = read_record(folder / "config.json", BERT), translate(read_tensors(folder))
     kind = (config.get("architectures") or ["unnamed"])[0]
     of_cells = kind == "BertForSequenceClassification"
     if of_cells or "classifier.weight" not in tensors or tensors["classifier.weight"].ndim != 2:
@@ -191,6 +192,17 @@ def load_gene_model(folder: Path, tokenizer, device, dtype) -> GeneformerReader:
     return with_head(
         AutoModelForTokenClassification, config, tensors, folder, tokenizer, device, dtype, ignore=("bert.pooler.",)
     )
+
+# %% ../../../nbs/geneformer/finetuning/genes.ipynb #5b3a06f7
+def judged_genes(record: dict, model: GeneformerReader, where: Path) -> pd.DataFrame:
+    "The table of genes in a record; AssetError where it does not fit the classes, the folds or the model's genes."
+    with parts_fit(where):
+        genes = pd.DataFrame(**record["genes"]).rename_axis("gene").astype({"fold": np.int64})
+        strange = [gene for gene in genes.index if gene not in model.tokenizer.token_dictionary]
+        odd = [name for name in genes["class"] if name not in record["classes"]]
+        if strange or odd or not genes["fold"].between(-1, record["folds"] - 1).all():
+            raise ValueError(f"genes {strange[:3]}, classes {odd[:3]}, folds up to {genes['fold'].max()}")
+    return genes
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #7c63e77d
 RECORD = "gene_classifier.json"
@@ -294,13 +306,11 @@ class GeneClassifier(Evidence):
             model = load_gene_model(folder, tokenizer, device, dtype)
             nothing_known = pd.DataFrame({"class": np.empty(0, object), "fold": np.empty(0, np.int64)})
             return cls([model], class_names(folder, model.model.config), nothing_known)
-        record = read_dictionary(folder / RECORD)
+        record = read_record(folder / RECORD, OF_GENES)
         models = [load_gene_model(folder / f"fold{k}", tokenizer, device, dtype) for k in range(record["folds"])]
+        check_outputs(models, len(record["classes"]), folder / RECORD)
         return cls(
-            models,
-            np.array(record["classes"]),
-            pd.DataFrame(**record["genes"]).rename_axis("gene"),
-            **evidence_of(record),
+            models, np.array(record["classes"]), judged_genes(record, models[0], folder / RECORD), **evidence_of(record)
         )
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #411560fb

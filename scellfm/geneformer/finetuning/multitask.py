@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from fastcore.meta import delegates
 
-from ...assets import find, read_dictionary
+from ...assets import find
 from ...baselines import count_classifiers
 from ...core import AssetError, DataError, OptionError, one_of, warn
 from ...crossfit.baselines import baseline_predictions
@@ -30,11 +30,13 @@ from ...crossfit.tables import class_score_table
 from ...data.splits import Folds, Split, column_of
 from scellfm.geneformer.finetuning.classifier import (
     CellClassifier,
+    check_outputs,
     classifier_from,
     counts_for,
     finetune_cells,
     held_out_probabilities,
     load_fold,
+    membership,
     prepare_cells,
     record_of,
     save_models,
@@ -46,7 +48,8 @@ from ..perturbation.runner import perturb
 from ..pretraining import IGNORED
 from ..reader import GeneformerReader
 from ...scores.table import Scores
-from ...store.layouts import TASK_CLASSIFIER
+from ...store.layouts import OF_TASKS, TASK_CLASSIFIER
+from ...store.records import parts_fit, read_record
 from ...training import History
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #3c4f7910
@@ -250,10 +253,13 @@ class TaskClassifier:
                 f"{folder} has no {RECORD}, so it holds no classifier of several labels; load a classifier of "
                 "one with CellClassifier.from_pretrained"
             )
-        record = read_dictionary(folder / RECORD)
+        record = read_record(folder / RECORD, OF_TASKS)
         models = [load_fold(folder / f"fold{k}", tokenizer, device, dtype) for k in range(record["folds"])]
-        tasks = [classifier_from(task, [], TrainedOn.load(folder)) for task in record["tasks"]]
-        return assemble(models, tasks, [History.from_dict(history) for history in record["histories"]])
+        check_outputs(models, sum(len(task["classes"]) for task in record["tasks"]), folder / RECORD)
+        trained_on = membership(folder, record["folds"])
+        with parts_fit(folder / RECORD):
+            tasks = [classifier_from(task, [], trained_on, folder / RECORD) for task in record["tasks"]]
+            return assemble(models, tasks, [History.from_dict(history) for history in record["histories"]])
 
 
 def assemble(

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from ... import statistics
-from ...assets import read_dictionary
 from ...core import AssetError, OptionError, one_of
 from . import original_modes
 from .combinations import ROUNDING, combination_table, pair_rows
@@ -22,6 +21,7 @@ from ...scores.table import plain
 from ...statistics.screen import COLUMNS, MIN_GENES
 from ...store import atomic_write
 from ...store.layouts import SCREEN
+from ...store.records import read_record
 
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #66c607d3
 def standardize(shifts: pd.DataFrame) -> pd.Series:
@@ -198,7 +198,9 @@ class Screen:
 
     def __repr__(self) -> str:
         n_cells, n_donors = self.shifts["cell"].nunique(), self.shifts["donor"].nunique()
-        towards = f" from {self.params['start']!r} towards {self.params['goal']!r}" if self.params.get("goal") else ""
+        towards = (
+            f" from {self.params.get('start')!r} towards {self.params['goal']!r}" if self.params.get("goal") else ""
+        )
         exact = f" ({int(self.shifts['exact'].sum()):,} exact, the others estimated)" if self.estimated else ""
         return (
             f"Screen({self.params.get('kind', 'perturb')} of {self.shifts['gene'].nunique():,} genes in "
@@ -304,7 +306,7 @@ class Screen:
             )
         return cls(
             *(saved_table(path / f"{name}.parquet") for name in ("shifts", "genes")),
-            read_dictionary(path / "screen.json"),
+            read_record(path / "screen.json", SCREEN.records["screen.json"]),
         )
 
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #3c13a922
