@@ -171,7 +171,8 @@ def with_head(kind, config: dict, tensors: dict, folder: Path, tokenizer, device
 def class_dictionary(folder: Path) -> Path | None:
     """The *id_class_dict.* in the model's folder, or nearest above it; None where there is none.
 
-    Of several in one place that whose prefix ends the name of the model's folder or of its parent, else AssetError."""
+    Of several in one place that whose prefix ends the name of the model's folder or of its parent, else AssetError; two
+    folders up, where other projects lie, a file without that prefix is none of the model's."""
     places = [folder.absolute(), *folder.absolute().parents[:2]]
     for place in places:
         files = sorted(place.glob("*id_class_dict.*"), reverse=True)  # of one name .json comes last, and is taken
@@ -179,9 +180,11 @@ def class_dictionary(folder: Path) -> Path | None:
         own = [
             prefix
             for prefix in found
-            if len(found) == 1 or prefix and any(one.name.endswith(f"_{prefix}") for one in places[:2])
+            if (len(found) == 1 and place != places[2])
+            or prefix
+            and any(p.name.endswith(f"_{prefix}") for p in places[:2])
         ]
-        if found and not own:
+        if found and not own and place != places[2]:
             raise AssetError(
                 f"{place} has class names of several models ({', '.join(path.name for path in files[::-1])}), and "
                 f"none has the prefix of {folder}; copy the model's own beside its config.json"
