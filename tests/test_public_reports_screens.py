@@ -16,6 +16,7 @@ from scellfm.core import DataError, ScellfmWarning, keyed_seed, tell
 from scellfm.crossfit.baselines import baseline_predictions
 from scellfm.crossfit.check import OverfitCheck
 from scellfm.crossfit.evidence import Evidence
+from scellfm.crossfit.membership import NEW, TrainedOn, count_contents
 from scellfm.data.demonstration import demo
 from scellfm.data.shifts import simulate_shifts
 from scellfm.data.splits import check_leakage, folds, hold_out
@@ -509,3 +510,46 @@ def test_what_integration_cannot_do_without_counts_names_the_way_out(pbmc):
     adata.obsm["X"] = np.random.default_rng(0).normal(size=(90, 4))
     with pytest.raises(DataError, match="baselines=False"):
         integration(adata, "X", label="cell_type")
+
+
+# the same name is not the same cell
+def test_the_content_of_a_cell_is_its_counts_by_gene_name():
+    counts = np.random.default_rng(0).poisson(0.7, (12, 9))
+    names = [f"ENSG{i:011d}" for i in range(9)]
+    one = AnnData(csr_matrix(counts.astype(np.float32)), var=pd.DataFrame(index=names))
+    order = np.random.default_rng(1).permutation(9)
+    others = [
+        AnnData(counts[:, order].astype(np.int64), var=pd.DataFrame(index=[f"{names[i]}.3" for i in order])),
+        AnnData(np.c_[counts, np.zeros(12)], var=pd.DataFrame(index=[*names, "ENSG00000099999"])),
+        AnnData(counts.astype(float), var=pd.DataFrame({"ensembl_id": names}, index=[f"g{i}" for i in range(9)])),
+    ]
+    split = counts.copy()
+    split[:, 0] //= 2
+    halves = AnnData(np.c_[split, counts[:, 0] - split[:, 0]].astype(float), var=pd.DataFrame(index=[*names, names[0]]))
+    content = count_contents(one)
+    for other in (*others, halves):
+        np.testing.assert_array_equal(count_contents(other), content)
+    full = counts.sum(1) > 0
+    assert (count_contents(AnnData(2.0 * counts, var=one.var)) != content)[full].all()
+    assert len(set(content[full])) == len(np.unique(counts[full], axis=0))
+
+
+def test_a_known_name_with_another_content_is_new_and_counted():
+    names, content = [str(i) for i in range(6)], np.arange(10, 16, dtype=np.uint64)
+    parts = folds(pd.DataFrame(index=names), k=2).folds()
+    record = TrainedOn.of(names, parts, contents={"counts": content})
+    changed = content.copy()
+    changed[:4] += np.uint64(100)
+    fold, said = warned(lambda: record.fold_of(names, {"counts": changed}))
+    assert (fold[:4] == NEW).all() and (fold[4:] >= 0).all()
+    assert len(said) == 1 and "4 of 6 cells have the name" in said[0]
+    fold, said = warned(lambda: record.fold_of(names, {"counts": content}))
+    assert (fold >= 0).all() and not said
+
+
+def test_a_record_without_contents_matches_by_name_and_says_so(tmp_path):
+    names = [str(i) for i in range(6)]
+    parts = folds(pd.DataFrame(index=names), k=2).folds()
+    TrainedOn.of(names, parts).save(tmp_path)
+    fold, said = warned(lambda: TrainedOn.load(tmp_path).fold_of(names, {"counts": np.zeros(6, np.uint64)}))
+    assert (fold >= 0).all() and "by their names alone" in said[0]
