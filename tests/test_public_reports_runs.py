@@ -506,3 +506,127 @@ def test_two_trainings_do_not_write_one_checkpoint(tmp_path):
     os.utime(tmp_path / "run" / "fold0" / "lock", (time.time() + 86400,) * 2)
     gf.finetune(adata, "cell_type", split=split(adata), n_boot=0, folder=tmp_path / "run")
     assert list(tree(tmp_path / "run")) == ["fold0/training.safetensors"]
+
+
+# ---- D16: numbers of numpy and pandas
+
+
+def graded(adata):
+    "A column of whole numbers and one of nullable booleans."
+    adata.obs["grade"] = pd.array([1, 2] * (adata.n_obs // 2), dtype="Int64")
+    adata.obs["treated"] = pd.array([True, False] * (adata.n_obs // 2), dtype="boolean")
+    return adata
+
+
+def test_a_screen_between_values_of_a_column_is_saved_and_read_back(tmp_path):
+    gf, adata = geneformer(tmp_path / "model"), graded(cells())
+    first, second = adata.obs["grade"].unique()[:2]
+    options = dict(genes=GENES[:3], combine="each", max_cells=np.int32(4), seed=np.uint8(3), emb_layer=np.int64(-1))
+    screen = gf.perturb(adata, state="grade", start=first, goal=second, where={"treated": [np.True_, False]}, **options)
+    screen.save(tmp_path / "screen")
+    params = Screen.load(tmp_path / "screen").params
+    assert [params[name] for name in ("max_cells", "seed", "emb_layer")] == [4, 3, -1]
+    assert all(type(params[name]) is int for name in ("max_cells", "seed", "emb_layer"))
+
+
+@pytest.mark.parametrize("label", ["grade", "treated"])
+def test_settings_of_a_classifier_come_back_with_their_types(tmp_path, label):
+    gf, adata = geneformer(tmp_path / "model"), graded(cells())
+    numbers = dict(epochs=np.int64(1), seed=np.int16(3), batch_size=np.uint8(6), freeze_layers=np.int64(1))
+    more = dict(learning_rate=np.float32(0.001), class_weights=None, n_boot=np.int64(0))
+    clf = gf.finetune(adata, label, split=split(adata), **numbers, **more)
+    clf.save_pretrained(tmp_path / "clf")
+    settings = CellClassifier.from_pretrained(tmp_path / "clf", device="cpu").settings
+    assert {name: settings[name] for name in numbers} == {name: int(value) for name, value in numbers.items()}
+    assert all(type(settings[name]) is int for name in numbers) and type(settings["learning_rate"]) is float
+    clf.predict(adata)
+    assert adata.obs[f"{label}_predicted"].notna().all()
+
+
+# ---- E36, and kills
+
+
+def test_the_same_model_is_saved_to_the_same_bytes(made, tmp_path):
+    for name in ("one", "another"):
+        made["scGPT"](tmp_path / name)
+        made["scGPT classifier"](tmp_path / f"{name} classifier")
+    assert tree(tmp_path / "one") == tree(tmp_path / "another")
+    assert tree(tmp_path / "one classifier") == tree(tmp_path / "another classifier")
+
+
+KILLED_RUN = """
+import os, signal, sys, threading
+sys.path.insert(0, {tests!r})
+import test_public_reports_runs as here
+print("ready", flush=True)
+here.go({run!r}, sys.argv[1], sys.argv[2])
+print("finished", flush=True)
+"""
+KILLS = {
+    "finetune": dict(epochs=3, save_every=1),
+    "several labels": dict(epochs=3, save_every=1),
+    "gene classes": dict(epochs=3, save_every=1),
+    "pretrain": dict(epochs=6, save_every=1),
+    "perturb": dict(genes="all"),
+    "scGPT finetune": dict(epochs=3, save_every=1),
+    "continual pretraining": dict(epochs=3, save_every=1),
+    "embed": {},
+    "scGPT embed": {},
+}
+
+
+def go(run, model, folder):
+    "A run in small blocks."
+    import warnings
+
+    from scellfm.geneformer import embedding
+    from scellfm.geneformer.perturbation import edits
+    from scellfm.scgpt import embedding as scgpt_embedding
+
+    warnings.simplefilter("ignore")
+    embedding.CELL_BLOCK = 2
+    if hasattr(edits, "BLOCK"):
+        edits.BLOCK = 8
+    tokenize = scgpt_embedding.tokenize
+    scgpt_embedding.tokenize = lambda *args, **options: tokenize(*args, rows=2, **options)
+    make, call = RUNS[run][:2]
+    kind = ScGPT if make is scgpt else Geneformer
+    call(kind.from_pretrained(model, device="cpu"), with_layer(cells()), folder=folder, **KILLS[run])
+
+
+def start(run, model, folder):
+    code, env = KILLED_RUN.format(tests=str(ROOT / "tests"), run=run), {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", code, str(model), str(folder)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def killed_again_and_again(run, place, kills):
+    "The files of a run that was killed so often, at moments spread over its course, and of one that was left alone."
+    RUNS[run][0](place / "model")
+    whole = start(run, place / "model", place / "whole")
+    whole.stdout.readline()
+    began = time.monotonic()
+    assert whole.communicate()[0] == "finished\n"
+    lasts, seen = time.monotonic() - began, 0
+    for share in np.random.default_rng(0).permutation(np.linspace(0.05, 0.95, kills)):
+        process = start(run, place / "model", place / "run")
+        process.stdout.readline()
+        time.sleep(share * lasts)
+        process.send_signal(signal.SIGKILL)
+        seen += process.communicate()[0] == ""
+    last = start(run, place / "model", place / "run")
+    assert last.communicate()[0].endswith("finished\n")
+    return tree(place / "run"), tree(place / "whole"), seen
+
+
+@pytest.mark.parametrize("run", ["finetune", "perturb", "embed"])
+def test_a_run_that_is_killed_goes_on_to_the_same_bytes_and_leaves_nothing(tmp_path, run):
+    after, whole, killed = killed_again_and_again(run, tmp_path, 3)
+    assert after == whole and killed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", KILLS)
+def test_thirty_kills_leave_the_same_bytes_and_nothing_else(tmp_path, run):
+    after, whole, killed = killed_again_and_again(run, tmp_path, 30)
+    assert after == whole and killed > 5

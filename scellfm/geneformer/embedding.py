@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from .. import inference
-from ..core import DataError, one_of, progress, warn
+from ..core import DataError, one_of, plain_arguments, progress, warn
 from ..data.results import result_for
 from .model import GeneformerModel, is_dataset, layer_index, pool_cells, pooling
 from ..inference import Sequences
@@ -76,6 +76,7 @@ def embed_cells(
         return rows_in_blocks(folder, len(sequences), compute, **keep)
 
 # %% ../../nbs/geneformer/embedding.ipynb #c1ff7c6a
+@plain_arguments
 def embed(
     gf: GeneformerModel,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
@@ -194,6 +195,7 @@ def gene_means(
     return means.astype(np.float32), counts
 
 # %% ../../nbs/geneformer/embedding.ipynb #19516086
+@plain_arguments
 def embed_genes(
     gf: GeneformerModel,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
@@ -281,6 +283,7 @@ def labels_of(obs: pd.DataFrame) -> pd.DataFrame:
     return obs[~missing].astype(str)
 
 # %% ../../nbs/geneformer/embedding.ipynb #b03e1088
+@plain_arguments
 def state_embeddings(
     gf: GeneformerModel,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..core import DivergedError, OptionError, keyed_generator, progress, warn
+from ..core import DivergedError, OptionError, keyed_generator, plain_arguments, progress, warn
 from ..data.splits import Split, check_fractions, check_split, deal_cells
 from .model import GeneformerModel, is_dataset, mark_trained
 from .quantize import refuse_quantized
@@ -213,6 +213,7 @@ def cells_to_learn(gf: GeneformerModel, data, layer: str | None) -> TokenizedCel
     return Corpus(data)
 
 # %% ../../nbs/geneformer/pretraining.ipynb #fb9f8db8
+@plain_arguments
 def pretrain(
     gf: GeneformerModel,  # trained in place
     data: AnnData | TokenizedCells | Corpus | str | Path | Sequence[str | Path],  # or paths of saved data sets

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..assets import find
-from ..core import check_number, keyed_seed, warn
+from ..core import check_number, keyed_seed, plain_arguments, warn
 from ..crossfit.check import check_overfit, fewer_epochs, freeze_more, hold_out_donors, untried
 from ..crossfit.evidence import Evidence, evidence_of, write_record
 from ..crossfit.labels import check_class_folds, classes_of, predicted_classes, write_predictions
@@ -145,6 +145,7 @@ def advice_for(by: str | None, epochs: int, freeze_layers: int, n_layers: int) -
     return untried([hold_out_donors(by), fewer_epochs(epochs, fewest), freeze_more(freeze_layers, n_layers)])
 
 # %% ../../nbs/scgpt/annotation.ipynb #7034e8fb
+@plain_arguments
 def finetune(
     gpt: ScGPTCheckpoint,  # stays as it is
     adata,  # AnnData or the path of a file, raw or log-normalised counts

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import inference
-from ..core import DataError, one_of, warn
+from ..core import DataError, one_of, plain_arguments, warn
 from ..data.reading import count_blocks, genes_of, read
 from .checkpoint import ScGPTCheckpoint
 from .model import POOLS, pool_cells
@@ -184,6 +184,7 @@ def open_store(
     return Store(folder, inputs, {"pool": pool, "n_bins": gpt.n_bins, "token_budget": token_budget} | how)
 
 
+@plain_arguments
 def embed(
     gpt: ScGPTCheckpoint,
     adata: AnnData | str | Path,

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import AssetError, DataError, OptionError, check_number, keyed_generator, one_of, warn
+from ..core import AssetError, DataError, OptionError, check_number, keyed_generator, one_of, plain, warn
 from ..data.splits import column_of
 from .neighbours import SEARCHES, TIES, VOTES, Subset, nearest, nearest_faiss, vote_shares, winners
 from ..scores.table import Scores
@@ -148,7 +148,7 @@ def save_map(path: str | Path, vectors: np.ndarray, codes: np.ndarray, record: d
             )
         except SafetensorError as error:  # its way to say that the disk is full
             raise OSError(str(error)) from error
-        (Path(folder) / "index.json").write_text(json.dumps(record, indent=1), encoding="utf8")
+        (Path(folder) / "index.json").write_text(json.dumps(plain(record), indent=1), encoding="utf8")
 
 # %% ../../nbs/scgpt/mapping.ipynb #553956d3
 def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..assets import load_state
 from ..baselines import count_classifiers, is_logged
-from ..core import DataError, OptionError, keyed_generator, keyed_seed, warn
+from ..core import DataError, OptionError, keyed_generator, keyed_seed, plain_arguments, warn
 from ..crossfit.baselines import baseline_predictions
 from ..crossfit.labels import check_class_folds, classes_of
 from ..crossfit.membership import by_name
@@ -353,6 +353,7 @@ def predictions_of(part: Split, values: np.ndarray) -> FoldPredictions:
     return own
 
 # %% ../../nbs/scgpt/training.ipynb #e01d1a6e
+@plain_arguments
 def continue_pretraining(
     gpt: ScGPTCheckpoint,  # stays as it is
     adata: AnnData | str | Path,  # raw or log-normalised counts

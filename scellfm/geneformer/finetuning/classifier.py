@@ -17,7 +17,7 @@ from fastcore.meta import delegates
 
 from ...assets import find, load_state, read_dictionary, read_tensors, save_model
 from ...baselines import count_classifiers
-from ...core import AssetError, OptionError, warn
+from ...core import AssetError, OptionError, plain_arguments, warn
 from ...crossfit.baselines import baseline_predictions
 from ...crossfit.check import check_overfit
 from ...crossfit.evidence import Evidence, evidence_of, write_record
@@ -300,6 +300,7 @@ def counts_for(data, cells, gf: GeneformerModel, layer: str | None):
     return counts_of_tokens(cells, gf.model.config.vocab_size)
 
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #97d2c74e
+@plain_arguments
 def finetune_cells(
     gf: GeneformerModel,
     data,  # AnnData, TokenizedCells, or the path of a saved dataset

@@ -19,7 +19,7 @@ import torch
 
 from ... import inference
 from ...assets import find, load_state, read_tensors
-from ...core import AssetError, DataError, check_number, keyed_seed, warn
+from ...core import AssetError, DataError, check_number, keyed_seed, plain_arguments, warn
 from ...crossfit.check import check_overfit, fewer_epochs, freeze_more, untried
 from ...crossfit.evidence import Evidence, evidence_of
 from ...crossfit.membership import by_name
@@ -349,6 +349,7 @@ def advice_for_genes(epochs: int, freeze_layers: int, n_layers: int) -> list[str
     return untried([fewer_epochs(epochs), freeze_more(freeze_layers, n_layers)], ["name more genes per class"])
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #46fe7ae6
+@plain_arguments
 def finetune_genes(
     gf: GeneformerModel,
     data,  # AnnData, TokenizedCells, or the path of a saved dataset

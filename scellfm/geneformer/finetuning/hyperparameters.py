@@ -27,6 +27,7 @@ from scellfm.core import (
     logger,
     one_of,
     optional,
+    plain_arguments,
     progress,
     warn,
 )
@@ -221,6 +222,7 @@ class Search:
         return pd.DataFrame(self.best).rename_axis("best of fold").to_html() + self.classifier._repr_html_()
 
 
+@plain_arguments
 def search(
     gf: GeneformerModel,
     data,  # AnnData, TokenizedCells, or the path of a saved dataset

@@ -20,7 +20,7 @@ from fastcore.meta import delegates
 
 from ...assets import find
 from ...baselines import count_classifiers
-from ...core import AssetError, DataError, OptionError, one_of, warn
+from ...core import AssetError, DataError, OptionError, one_of, plain_arguments, warn
 from ...crossfit.baselines import baseline_predictions
 from ...crossfit.check import check_overfit
 from ...crossfit.labels import check_class_folds, classes_of, predicted_classes, write_predictions
@@ -274,6 +274,7 @@ def assemble(
     return TaskClassifier(models, {task.label: task for task in tasks}, histories)
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #c554e3c2
+@plain_arguments
 def finetune_tasks(
     gf: GeneformerModel,
     data,  # AnnData, TokenizedCells, or the path of a saved dataset
@@ -388,6 +389,7 @@ def judge_task(
     return CellClassifier([], task.label, task.classes, trained_on, **evidence)
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #9fa7101a
+@plain_arguments
 def finetune(
     gf: GeneformerModel,
     data,  # AnnData, TokenizedCells, or the path of a saved dataset

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ...core import DataError, check_number, progress, tell, warn
+from ...core import DataError, check_number, plain_arguments, progress, tell, warn
 from ..embedding import embed_cells, summarize
 from ..model import GeneformerModel, layer_index, pooling
 from .controls import matched_controls
@@ -377,6 +377,7 @@ def warn_of_rounding(shifts: pd.DataFrame, params: dict) -> None:
             )
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #7b30c006
+@plain_arguments
 def perturb(
     model,  # a Geneformer, a classifier (a cell is read by the model that has not seen it), a list
     data,  # AnnData, TokenizedCells, or the path of a saved dataset
