@@ -19,7 +19,7 @@ from scipy import sparse
 from scellfm import cli
 from scellfm.core import OptionError, ScellfmError, StoreError
 from scellfm.data import hold_out
-from scellfm.geneformer import Geneformer, RankTokenizer, Screen, TokenizedCells
+from scellfm.geneformer import CellClassifier, Geneformer, RankTokenizer, Screen, TokenizedCells
 from scellfm.geneformer.tokenizer.corpus import Corpus
 from scellfm.report import Report
 from scellfm.scgpt import ReferenceMap, ScGPT
