@@ -17,6 +17,7 @@ import pickletools
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,12 +39,12 @@ class Name:
 class DTypeNote:
     "A numpy dtype in the making: its code, then its byte order."
 
-    def __init__(self, code):
+    def __init__(self, code: Any):
         if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|[US]\d{1,5}", code):
             raise Refused(f"the numpy type {code!r}")
         self.dtype = np.dtype(code)
 
-    def set_order(self, state) -> None:
+    def set_order(self, state: Any) -> None:
         "The byte order, which is the second part of a dtype's state."
         if not (isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|", "=")):
             raise Refused("a numpy type in an unknown state")
@@ -61,7 +62,7 @@ ARRAYS = (
 )  # known only where arrays are asked for
 
 
-def made(function, arguments):
+def made(function: Any, arguments: Any) -> Any:
     "What one of the known calls stands for; Refused for every other."
     if isinstance(function, Name) and isinstance(arguments, tuple):
         if function.text == "numpy.dtype" and arguments:
@@ -84,7 +85,7 @@ class ArrayNote:
 
     array: np.ndarray | None = None
 
-    def set_state(self, data, note, shape, order: str) -> None:
+    def set_state(self, data: Any, note: Any, shape: Any, order: str) -> None:
         "Fill it; Refused unless the bytes are the numbers of that shape."
         plain = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
         if not (plain and isinstance(note, DTypeNote) and isinstance(data, (bytes, bytearray)) and order in ("C", "F")):
@@ -94,7 +95,7 @@ class ArrayNote:
         self.array = np.frombuffer(data, note.dtype).reshape(shape, order=order)
 
 
-def made_array(function: str, arguments: tuple):
+def made_array(function: str, arguments: tuple) -> Any:
     "What a call that makes an array stands for, or an OrderedDict; Refused for every other."
     if function == "collections.OrderedDict" and not arguments:
         return {}
@@ -112,14 +113,14 @@ def made_array(function: str, arguments: tuple):
 PLAIN = (str, int, float, type(None))
 
 
-def plain_key(key, lists: bool) -> bool:
+def plain_key(key: Any, lists: bool) -> bool:
     "Whether a key is a text or a number, or, where `lists` are read, a tuple of such keys."
     if lists and type(key) is tuple:
         return all(plain_key(part, True) for part in key)
     return isinstance(key, PLAIN)
 
 
-def extend(target, items: list) -> None:
+def extend(target: Any, items: list) -> None:
     "Append `items` to a list; Refused unless all are numbers, or lists of one."
     if type(target) is not list:
         raise Refused("a change of something that is not a list")
@@ -129,7 +130,7 @@ def extend(target, items: list) -> None:
     target += [item[0] if type(item) is list else item for item in items]
 
 
-def extend_array(target, items: list) -> None:
+def extend_array(target: Any, items: list) -> None:
     "Append `items` to a list that will be an array: numbers and runs of them, or rows (lists and arrays)."
     if type(target) is not list:
         raise Refused("a change of something that is not a list")
@@ -139,7 +140,7 @@ def extend_array(target, items: list) -> None:
     target += items
 
 
-def as_array(value) -> np.ndarray:
+def as_array(value: Any) -> np.ndarray:
     "The array that a list (of numbers, or of rows of one length) or a note stands for; the list is emptied."
     if isinstance(value, ArrayNote):
         if value.array is None:
@@ -155,7 +156,7 @@ def as_array(value) -> np.ndarray:
     return np.stack(parts) if any(rows) else np.concatenate(parts or [np.empty(0)])
 
 
-def fill(target, items: list, lists: bool = False, arrays: bool = False) -> None:
+def fill(target: Any, items: list, lists: bool = False, arrays: bool = False) -> None:
     "Put `items` (key, value, key, value, ...) into a dictionary; Refused unless all is plain data."
     if type(target) is not dict or len(items) % 2:
         raise Refused("a change of something that is not a dictionary")
@@ -205,7 +206,7 @@ class Stack(list):
             raise Refused(f"the function {name}")
         self.append(Name(name))
 
-    def recall(self, key) -> None:
+    def recall(self, key: Any) -> None:
         "Push what was put aside."
         if type(self.memo[key]) in (dict, list):
             raise Refused(
@@ -252,7 +253,7 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "MARK": Stack.MAR
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 # %% ../../nbs/assets/dictionaries.ipynb #a156868a
-def step(stack: Stack, name: str, argument) -> None:
+def step(stack: Stack, name: str, argument: Any) -> None:
     "Do one instruction of a pickle that makes plain data; Refused for every other."
     match name:
         case _ if name in LITERALS:
@@ -297,7 +298,7 @@ def step(stack: Stack, name: str, argument) -> None:
             raise Refused(f"the instruction {name}")
 
 
-def step_of_list(stack: Stack, name: str, argument) -> None:
+def step_of_list(stack: Stack, name: str, argument: Any) -> None:
     "Do one of the instructions that are known only where lists or arrays are read; Refused for every other."
     match name:
         case "EMPTY_LIST":
@@ -372,7 +373,7 @@ def read_dictionary(path: str | os.PathLike, *, lists: bool = False) -> dict:
     return found
 
 
-def parsed(path: Path, what: str, **allowed):
+def parsed(path: Path, what: str, **allowed: bool) -> Any:
     "The content of a JSON file or a pickle; AssetError: missing, damaged, unsafe, not the published file of that name."
     kind = usable(path)
     known_as(path)
@@ -408,7 +409,7 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray] | np.ndarray:
     return numbers(found, str(path))
 
 
-def numbers(value, where: str) -> np.ndarray:
+def numbers(value: Any, where: str) -> np.ndarray:
     "An array of numbers; AssetError for text, objects, or rows of different lengths."
     try:
         array = np.asarray(value)

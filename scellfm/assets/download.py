@@ -19,11 +19,13 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from .files import nearby, usable
 from .hub import cache_folder
 from ..core import AssetError, StoreError, logger, progress
 from ..store import atomic_write, sha256
+from ..store.records import read_record
 
 # %% auto #0
 __all__ = ['HERE', 'PIECE', 'ATTEMPTS', 'PAUSE', 'PASSING', 'check_address', 'SafeRedirects', 'part_files', 'attempt',
@@ -43,7 +45,9 @@ def check_address(url: str) -> None:
 class SafeRedirects(urllib.request.HTTPRedirectHandler):
     "Follows a redirect only to an address that may be asked."
 
-    def redirect_request(self, request, file, code, message, headers, newurl):
+    def redirect_request(
+        self, request: urllib.request.Request, file: Any, code: int, message: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
         "The request for the new address."
         check_address(newurl)
         return super().redirect_request(request, file, code, message, headers, newurl)
@@ -142,8 +146,8 @@ def remember_download(url: str, digest: str) -> None:
     "Note the sha256 of an address at its first use; AssetError where it gave another one before."
     notes_path = cache_folder() / "downloads.json"
     try:
-        notes = json.loads(notes_path.read_text()) if notes_path.exists() else {}
-    except (OSError, ValueError) as error:
+        notes = read_record(notes_path, {...: [str]}) if notes_path.exists() else {}
+    except AssetError as error:
         logger.warning("%s cannot be read and is begun anew: %s", notes_path, error)
         notes = {}
     if url in notes and notes[url][0] != digest:

@@ -21,6 +21,7 @@ from pathlib import Path
 from .files import nearby
 from ..core import AssetError, StoreError, logger, warn
 from ..store import atomic_write, sha256
+from ..store.records import read_record
 
 # %% ../../nbs/assets/hub.ipynb #a3c1aa57
 def git_sha1(path: Path) -> str:
@@ -58,8 +59,8 @@ def remember(source: str, digests: dict[str, str], fixed: bool) -> None:
     "Note the sha256 of files at their first use; warn when one has changed since, AssetError if it must not (`fixed`)."
     path = cache_folder() / "hub.json"
     try:
-        notes = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError) as error:
+        notes = read_record(path, {...: {...: [str]}}) if path.exists() else {}
+    except AssetError as error:
         logger.warning("%s cannot be read and is begun anew: %s", path, error)
         notes = {}
     known = notes.setdefault(source, {})

@@ -101,7 +101,7 @@ def save_model(model: "PreTrainedModel", folder: str | os.PathLike) -> None:
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
-def unwrapped(found, path: Path) -> dict:
+def unwrapped(found: object, path: Path) -> dict:
     "The state dict itself, out of what a training script put around it."
     import torch
 
