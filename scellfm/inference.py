@@ -258,7 +258,7 @@ def batches(
         if own_bar:
             bar.close()
 
-
+# %% ../nbs/inference.ipynb #a582e5e2
 def replan(lengths: np.ndarray, plan: list, spread: float) -> tuple[int, list]:
     "Half the size of the batch that did not fit, and the batches that are left at that size."
     failed = plan[0]
@@ -297,7 +297,7 @@ def check_not_empty(lengths: np.ndarray) -> None:
     if not np.any(lengths):
         raise DataError(f"all {len(lengths)} sequences are empty: no gene of these cells is known to the tokenizer")
 
-
+# %% ../nbs/inference.ipynb #05544969
 def run(
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     sequences: object,

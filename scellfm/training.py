@@ -243,7 +243,7 @@ def check(self: Checkpoint, found: dict) -> None:
             f"{self.path} is the checkpoint of another run ({what}); choose another folder or delete it to begin anew"
         )
 
-
+# %% ../nbs/training.ipynb #b5f540c2
 @patch
 def save(
     self: Checkpoint,
@@ -287,7 +287,7 @@ def read(self: Checkpoint) -> tuple[dict, dict]:
         raise StoreError(f"{self.path} is not a whole checkpoint ({error}); delete it to begin anew") from error
     return check_record(record, RECORD, self.path, StoreError), tensors
 
-
+# %% ../nbs/training.ipynb #456cd36b
 def _parts_of(tensors: Mapping, model: torch.nn.Module) -> dict[str, dict]:
     "The tensors of model, optimizer and best weights; ValueError where they are not those of this model."
     names = [name for name in tensors if "|" in name]
@@ -515,7 +515,7 @@ def identity_of(model: torch.nn.Module) -> dict:
     "Weights, and the values of its configuration that change a number, as fingerprints."
     return run_inputs(weights=model_tensors(model), config=getattr(model, "config", None))
 
-
+# %% ../nbs/training.ipynb #0ed3905d
 def train(
     run: Run, data: Rows, valid: Mapping[str, Rows], metrics: Callable | None, save_every: int | None, desc: str
 ) -> None:

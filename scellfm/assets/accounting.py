@@ -116,7 +116,7 @@ def misfits(tensors: Mapping, target: Mapping, names: Mapping[str, str]) -> dict
         "different, though the model has one memory for both": twice,
     }
 
-
+# %% ../../nbs/assets/accounting.ipynb #0ea8afbc
 def left_over(tensors: Mapping, target: Mapping, names: Mapping[str, str], ignore: tuple, fresh: tuple) -> list[str]:
     "Tensors, by their names in the model, without a place in it or replaced by a fresh parameter of another shape."
     return [

@@ -35,7 +35,7 @@ class Name:
 
     text: str
 
-
+# %% ../../nbs/assets/dictionaries.ipynb #780333e7
 class DTypeNote:
     "A numpy dtype in the making: its code, then its byte order."
 
@@ -50,7 +50,7 @@ class DTypeNote:
             raise Refused("a numpy type in an unknown state")
         self.dtype = self.dtype.newbyteorder(state[1])
 
-
+# %% ../../nbs/assets/dictionaries.ipynb #4a3aa69c
 SCALARS = {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"}
 NAMES = SCALARS | {"numpy.dtype", "_codecs.encode"}
 LISTS = {"collections.defaultdict", "builtins.list", "__builtin__.list"}  # known only where lists are asked for
@@ -61,7 +61,7 @@ ARRAYS = (
     EMPTY_ARRAYS | WHOLE_ARRAYS | {"numpy.ndarray", "collections.OrderedDict"} | EMPTY_BYTES
 )  # known only where arrays are asked for
 
-
+# %% ../../nbs/assets/dictionaries.ipynb #a17833f2
 def made(function: Any, arguments: Any) -> Any:
     "What one of the known calls stands for; Refused for every other."
     if isinstance(function, Name) and isinstance(arguments, tuple):
@@ -94,7 +94,7 @@ class ArrayNote:
             raise Refused(f"an array of {note.dtype} {shape} from {len(data)} bytes")
         self.array = np.frombuffer(data, note.dtype).reshape(shape, order=order)
 
-
+# %% ../../nbs/assets/dictionaries.ipynb #85de656d
 def made_array(function: str, arguments: tuple) -> Any:
     "What a call that makes an array stands for, or an OrderedDict; Refused for every other."
     if function == "collections.OrderedDict" and not arguments:
@@ -119,7 +119,7 @@ def plain_key(key: Any, lists: bool) -> bool:
         return all(plain_key(part, True) for part in key)
     return isinstance(key, PLAIN)
 
-
+# %% ../../nbs/assets/dictionaries.ipynb #37414d84
 def extend(target: Any, items: list) -> None:
     "Append `items` to a list; Refused unless all are numbers, or lists of one."
     if type(target) is not list:
@@ -129,7 +129,7 @@ def extend(target: Any, items: list) -> None:
             raise Refused(f"a list of something that is a {type(item).__name__}")
     target += [item[0] if type(item) is list else item for item in items]
 
-
+# %% ../../nbs/assets/dictionaries.ipynb #07e9ed24
 def extend_array(target: Any, items: list) -> None:
     "Append `items` to a list that will be an array: numbers and runs of them, or rows (lists and arrays)."
     if type(target) is not list:
@@ -139,7 +139,7 @@ def extend_array(target: Any, items: list) -> None:
             raise Refused(f"a list of something that is a {type(item).__name__}")
     target += items
 
-
+# %% ../../nbs/assets/dictionaries.ipynb #468e34ac
 def as_array(value: Any) -> np.ndarray:
     "The array that a list (of numbers, or of rows of one length) or a note stands for; the list is emptied."
     if isinstance(value, ArrayNote):
@@ -155,7 +155,7 @@ def as_array(value: Any) -> np.ndarray:
     value.clear()
     return np.stack(parts) if any(rows) else np.concatenate(parts or [np.empty(0)])
 
-
+# %% ../../nbs/assets/dictionaries.ipynb #9ff2863d
 def fill(target: Any, items: list, lists: bool = False, arrays: bool = False) -> None:
     "Put `items` (key, value, key, value, ...) into a dictionary; Refused unless all is plain data."
     if type(target) is not dict or len(items) % 2:
@@ -230,7 +230,7 @@ class Stack(list):
         "Append to the list on top."
         (extend_array if self.arrays else extend)(self[-1], items)
 
-
+# %% ../../nbs/assets/dictionaries.ipynb #d6ca2629
 LITERALS = {
     "SHORT_BINUNICODE",
     "BINUNICODE",
@@ -297,7 +297,7 @@ def step(stack: Stack, name: str, argument: Any) -> None:
         case _:
             raise Refused(f"the instruction {name}")
 
-
+# %% ../../nbs/assets/dictionaries.ipynb #37112eaf
 def step_of_list(stack: Stack, name: str, argument: Any) -> None:
     "Do one of the instructions that are known only where lists or arrays are read; Refused for every other."
     match name:
@@ -340,7 +340,7 @@ def float_run(data: bytes, start: int) -> np.ndarray:
         if end < size or size == room:
             return window["value"][:end].astype(np.float64)
 
-
+# %% ../../nbs/assets/dictionaries.ipynb #7ac8c4d6
 def read_pickle(data: bytes, lists: bool = False, arrays: bool = False) -> dict:
     "The dictionary that a pickle describes, without executing it; Refused where it is more than data."
     stack, file = Stack(lists, arrays), io.BytesIO(data)
@@ -372,7 +372,7 @@ def read_dictionary(path: str | os.PathLike, *, lists: bool = False) -> dict:
         raise AssetError(f"{path} is JSON with a {type(found).__name__}, not a dictionary; is it the right file?")
     return found
 
-
+# %% ../../nbs/assets/dictionaries.ipynb #d7a875b6
 def parsed(path: Path, what: str, **allowed: bool) -> Any:
     "The content of a JSON file or a pickle; AssetError: missing, damaged, unsafe, not the published file of that name."
     kind = usable(path)
@@ -408,7 +408,7 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray] | np.ndarray:
         return {name: numbers(value, f"{path}: {name}") for name, value in found.items()}
     return numbers(found, str(path))
 
-
+# %% ../../nbs/assets/dictionaries.ipynb #7fee6fb4
 def numbers(value: Any, where: str) -> np.ndarray:
     "An array of numbers; AssetError for text, objects, or rows of different lengths."
     try:

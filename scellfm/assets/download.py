@@ -60,7 +60,7 @@ def part_files(path: Path) -> tuple[Path, Path]:
     "Where the arrived bytes and the server's mark of their content are kept."
     return path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.mark")
 
-
+# %% ../../nbs/assets/download.ipynb #d52c033b
 def attempt(url: str, path: Path, timeout: float) -> None:
     "Fetch all of a file, or what is missing of it, into its .part; raises where the answer breaks off."
     part, mark = part_files(path)
@@ -116,7 +116,7 @@ def download_file(url: str, path: str | os.PathLike, *, timeout: float = 60.0) -
         raise
     return path
 
-
+# %% ../../nbs/assets/download.ipynb #2f675d23
 def fetched(url: str, path: Path, timeout: float, last: bool) -> bool:
     "One attempt: did it succeed? Errors that do not pass by themselves, and the last one, are raised."
     try:
@@ -180,7 +180,7 @@ def checked_members(archive: zipfile.ZipFile, name: str) -> list[zipfile.ZipInfo
             members.append(member)
     return members
 
-
+# %% ../../nbs/assets/download.ipynb #349efd29
 def unpack_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> None:
     "Write one member below `folder`, whole or not at all, and never more than it claims."
     target, left = folder.joinpath(*PurePosixPath(member.filename).parts), member.file_size
@@ -191,7 +191,7 @@ def unpack_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Pat
                 raise AssetError(f"{member.filename!r} is larger than its archive says; it was not unpacked")
             file.write(piece)
 
-
+# %% ../../nbs/assets/download.ipynb #eee5266f
 def unpack_zip(path: str | os.PathLike, folder: str | os.PathLike, skip: Iterable[str] = ()) -> list[Path]:
     """
     Unpack a zip archive below `folder`, without the files whose names end with one of `skip`; the paths written.

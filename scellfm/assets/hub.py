@@ -54,7 +54,7 @@ def cache_folder() -> Path:
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scellfm"
     return Path(os.environ.get("SCELLFM_CACHE", default)).expanduser()
 
-
+# %% ../../nbs/assets/hub.ipynb #fdb61161
 def remember(source: str, digests: dict[str, str], fixed: bool) -> None:
     "Note the sha256 of files at their first use; warn when one has changed since, AssetError if it must not (`fixed`)."
     path = cache_folder() / "hub.json"
@@ -95,7 +95,7 @@ def chain(error: BaseException | None) -> list[BaseException]:
         error = error.__cause__ or error.__context__
     return found
 
-
+# %% ../../nbs/assets/hub.ipynb #0bb2b5bd
 def status(error: Exception) -> int | None:
     "The HTTP status behind an error, None when there was no answer at all."
     answers = [cause.response for cause in chain(error) if getattr(cause, "response", None) is not None]
@@ -111,7 +111,7 @@ def passes_by_itself(error: Exception) -> bool:
     "Is it worth trying again?"
     return not is_of_the_disk(error) and status(error) in (None, 408, 429, 500, 502, 503, 504)
 
-
+# %% ../../nbs/assets/hub.ipynb #ca21273a
 def why(error: Exception, hub_id: str, revision: str | None, offline: bool) -> str:
     "The cause and the fix, in one sentence."
     from huggingface_hub import constants, errors
@@ -143,7 +143,7 @@ def arrived(hub_id: str) -> int:
     place = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "blobs"
     return sum(path.stat().st_size for path in place.glob("*") if path.exists()) if place.is_dir() else 0
 
-
+# %% ../../nbs/assets/hub.ipynb #2732316d
 def answered(ask: Callable, hub_id: str) -> object:
     "What `ask()` returns or raises; TimeoutError where nothing arrives for a while."
     found: dict = {}
@@ -213,7 +213,7 @@ def fetch(hub_id: str, revision: str | None, local_files_only: bool, filters: di
             logger.warning("%s: attempt %d of %d failed: %s", hub_id, attempt + 1, ATTEMPTS, error)
             time.sleep(PAUSE * 2**attempt)
 
-
+# %% ../../nbs/assets/hub.ipynb #04e9592f
 def find_on_hub(
     hub_id: str, subfolder: str | None, revision: str | None, local_files_only: bool, patterns: tuple[str, ...] | None
 ) -> Path:

@@ -62,7 +62,7 @@ def read_safetensors(path: Path) -> dict:
     except Exception as error:  # whatever a damaged header makes of the library
         raise AssetError(f"{path} is damaged or cut ({size} bytes): {error}; fetch it again") from error
 
-
+# %% ../../nbs/assets/tensors.ipynb #032b5f35
 def save_tensors(path: str | os.PathLike, tensors: Mapping) -> None:
     "Write tensors as one safetensors file, atomically; tensors that share memory are copied. Same tensors, same bytes."
     from safetensors import SafetensorError
@@ -116,7 +116,7 @@ def unwrapped(found: object, path: Path) -> dict:
         raise AssetError(f"{path} is no state dict: {reason}; save model.state_dict() instead")
     return dict(found)
 
-
+# %% ../../nbs/assets/tensors.ipynb #0fe5672e
 def read_torch(path: Path) -> dict:
     "The tensors of a torch checkpoint, on the CPU; nothing in it is executed."
     import torch
@@ -172,7 +172,7 @@ class Tensors(dict):
         super().__init__(tensors)
         self.files = dict(files)
 
-
+# %% ../../nbs/assets/tensors.ipynb #6e056b09
 def read_sharded(index: Path) -> Tensors:
     "All tensors that an index of shards lists."
     listed = read_dictionary(index).get("weight_map")
@@ -189,7 +189,7 @@ def read_sharded(index: Path) -> Tensors:
         found.files.update(part.files)
     return found
 
-
+# %% ../../nbs/assets/tensors.ipynb #02f988ae
 def read_tensors(path: str | os.PathLike) -> Tensors:
     """
     The tensors of a checkpoint (folder or file; safetensors, sharded or not, or torch's format), by name, on the CPU.

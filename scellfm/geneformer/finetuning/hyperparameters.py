@@ -55,7 +55,7 @@ def default_space(n_layers: int, lora: object = None) -> dict:
     "Learning rate (as in the original), epochs and frozen layers; with adapters one layer at least is left to adapt."
     return {"learning_rate": (1e-6, 1e-3), "epochs": (1, 3), "freeze_layers": (0, n_layers - (lora is not None))}
 
-
+# %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #711bdd7c
 def check_space(space: Mapping) -> None:
     "OptionError for a name that `finetune` does not know, an empty list, or ends that make no range."
     known = (
@@ -80,7 +80,7 @@ def check_space(space: Mapping) -> None:
                 "or of numbers above 0"
             )
 
-
+# %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #e730750f
 def suggest(trial: "optuna.Trial", space: Mapping) -> dict:
     "The settings of an optuna trial; choices are proposed by their position, so that they may be of any kind."
     settings = {}
@@ -239,7 +239,7 @@ class Search:
     def _repr_html_(self) -> str:
         return pd.DataFrame(self.best).rename_axis("best of fold").to_html() + self.classifier._repr_html_()
 
-
+# %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #bc6f9509
 @plain_arguments
 def search(
     gf: GeneformerModel,
