@@ -1,8 +1,8 @@
-"""Every public door through which a file comes in, and what to do with a damaged one: `DOORS[reader](folder)` reads the
-files in `folder` (laid out as `seeds` below makes them) and uses what it read; `outcome` does so in a process of its own.
+"""Every public door through which a file comes in, and what to do with a damaged one.
 
-As a program: `python tests/fuzz_doors.py SEEDS CASES` reads each case (`reader__what__file`) in place of the file of that name
-in a copy of SEEDS, and prints what came of it.
+`DOORS[reader](folder)` reads the files in `folder` and uses what it read; `outcome` does so in a process of its own, with
+limits of time and memory. As a program: `python tests/fuzz_doors.py SEEDS CASES` reads each case
+(`reader__what__file`) in place of the file of that name in a copy of SEEDS, and prints what came of it.
 """
 
 import json
@@ -405,7 +405,9 @@ def main(seeds: str, cases: str) -> None:
                 kind = said.split(":")[0]
                 tally[kind] = tally.get(kind, 0) + 1
                 mark = "  " if is_fine(said) else "!!"
-                print(f"{mark} {time.monotonic() - start:5.1f} s {case.name} [{target}]\n      {said[:220]}", flush=True)
+                print(
+                    f"{mark} {time.monotonic() - start:5.1f} s {case.name} [{target}]\n      {said[:220]}", flush=True
+                )
         print(tally)
 
 

@@ -4,25 +4,38 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from fuzz_doors import json_mutated
 from scipy import sparse
 
 from scellfm import cli
-from scellfm.core import OptionError, ScellfmError, StoreError
+from scellfm.assets import hub, read_dictionary
+from scellfm.core import AssetError, OptionError, ScellfmError, StoreError
 from scellfm.data import hold_out
-from scellfm.geneformer import CellClassifier, Geneformer, RankTokenizer, Screen, TokenizedCells
+from scellfm.geneformer import (
+    CellClassifier,
+    GeneClassifier,
+    Geneformer,
+    RankTokenizer,
+    Screen,
+    TaskClassifier,
+    TokenizedCells,
+)
 from scellfm.geneformer.tokenizer.corpus import Corpus
 from scellfm.report import Report
-from scellfm.scgpt import ReferenceMap, ScGPT
+from scellfm.scgpt import CellAnnotator, ReferenceMap, ScGPT
 from scellfm.store import Store, atomic_write
 from scellfm.store.lock import Lock
 
@@ -630,3 +643,126 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes_and_leaves_nothing(tmp_p
 def test_thirty_kills_leave_the_same_bytes_and_nothing_else(tmp_path, run):
     after, whole, killed = killed_again_and_again(run, tmp_path, 30)
     assert after == whole and killed > 5
+
+
+# ---- E32, E33, E35: files that are believed too early
+
+
+def use(found):
+    "What a reader of a saved thing does first."
+    repr(found)
+    scores = getattr(found, "scores", None)
+    for table in scores.values() if isinstance(scores, dict) else [scores] if scores is not None else []:
+        repr(table), table._repr_html_()
+    if isinstance(found, Screen):
+        found.table(method="goal_state_shift")
+
+
+READERS = {
+    "tokenizer": RankTokenizer.from_pretrained,
+    "Geneformer": lambda path: Geneformer.from_pretrained(path, device="cpu"),
+    "cell classifier": lambda path: CellClassifier.from_pretrained(path, device="cpu"),
+    "gene classifier": lambda path: GeneClassifier.from_pretrained(path, device="cpu"),
+    "classifier of several labels": lambda path: TaskClassifier.from_pretrained(path, device="cpu"),
+    "scGPT classifier": lambda path: CellAnnotator.from_pretrained(path, device="cpu"),
+    "screen": Screen.load,
+    "scGPT": lambda path: ScGPT.from_pretrained(path, device="cpu"),
+    "reference map": ReferenceMap.load,
+}
+
+
+def mutate(made, folder, thing, rounds):
+    "Read a saved thing again and again, each time with one value of one of its JSON files replaced."
+    made[thing](folder)
+    use(READERS[thing](folder))
+    files, rng = sorted(folder.rglob("*.json")), np.random.default_rng(0)
+    for _ in range(rounds):
+        file = files[int(rng.integers(len(files)))]
+        whole = file.read_bytes()
+        file.write_bytes(json_mutated(whole, rng))
+        try:
+            use(READERS[thing](folder))
+        except ScellfmError:
+            pass
+        except BaseException as error:
+            raise AssertionError(f"{file.name} with {file.read_text()[:500]}") from error
+        finally:
+            file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("thing", READERS)
+def test_json_with_a_value_of_another_type_is_named_or_read(made, tmp_path, thing):
+    mutate(made, tmp_path / "out", thing, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("thing", READERS)
+def test_json_with_a_value_of_another_type_is_named_or_read_in_a_long_trial(made, tmp_path, thing):
+    mutate(made, tmp_path / "out", thing, 1500)
+
+
+@pytest.mark.parametrize(
+    "thing, file, change",
+    [
+        ("Geneformer", "config.json", {"num_hidden_layers": 999}),
+        ("Geneformer", "config.json", {"vocab_size": 2**24}),
+        ("Geneformer", "config.json", {"num_hidden_layers": 10**6}),
+        ("Geneformer", "config.json", {"max_position_embeddings": 2**20}),
+        ("Geneformer", "token_dictionary.json", {GENES[0]: 10**9}),
+        ("scGPT", "args.json", {"nlayers": 999}),
+        ("scGPT", "args.json", {"embsize": 2**16}),
+        ("scGPT", "args.json", {"d_hid": 2**18}),
+        ("cell classifier", "classifier.json", {"folds": 1000}),
+    ],
+)
+def test_sizes_are_those_of_the_tensors_before_anything_is_built(made, tmp_path, thing, file, change):
+    made[thing](tmp_path)
+    told = json.loads((tmp_path / file).read_text()) | change
+    (tmp_path / file).write_text(json.dumps(told))
+    tracemalloc.start()
+    try:
+        with pytest.raises(AssetError):
+            READERS[thing](tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2e8
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pickle_of_nested_pairs_that_share_their_parts_does_not_hang(tmp_path):
+    nested = (
+        b"\x80\x02}K\x01K\x01\x86q\x01" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(1, 60)) + b"Nsu."
+    )
+    start = time.monotonic()
+    for content in (nested, nested[:-3] + b"K\x01s."):
+        (tmp_path / "in_silico_delete_x_raw.pickle").write_bytes(content)
+        with pytest.raises(AssetError):
+            read_dictionary(tmp_path / "in_silico_delete_x_raw.pickle", lists=True)
+    assert time.monotonic() - start < 5
+
+
+def test_a_hub_that_accepts_and_never_answers_is_given_up(tmp_path, monkeypatch):
+    listener = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setattr(hub, "STALLED", 0.5)
+    monkeypatch.setattr(hub, "ATTEMPTS", 1)
+    for name, value in (
+        ("HF_ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}"),
+        ("ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}"),
+        ("HF_HUB_CACHE", str(tmp_path)),
+        ("HF_HUB_OFFLINE", False),
+    ):
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value, raising=False)
+    start = time.monotonic()
+    with pytest.raises(AssetError, match="could not be reached|no answer"):
+        hub.find("some/model", revision="0" * 40)
+    listener.close()
+    assert time.monotonic() - start < 60
+
+
+def test_a_mark_that_leaves_the_cache_is_refused(tmp_path, monkeypatch):
+    about = SimpleNamespace(siblings=[SimpleNamespace(rfilename="config.json")], sha="0" * 40)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *args, **options: about)
+    for mark in ("../../x", "a/b", "..\\x"):
+        found = SimpleNamespace(etag=mark)
+        monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *args, found=found, **options: found)
+        with pytest.raises(AssetError, match="no hash"):
+            hub.check_marks("some/model", None, {"allow_patterns": ["*"]})
