@@ -1,7 +1,7 @@
 """Every public door through which a file comes in, and what to do with a damaged one.
 
-`DOORS[reader](folder)` reads the files in `folder` and uses what it read; `outcome` does so in a process of its own, with
-limits of time and memory. As a program: `python tests/fuzz_doors.py SEEDS CASES` reads each case
+`DOORS[reader](folder)` reads the files in `folder` and uses what it read; `outcome` does so in a process of its own,
+with limits of time and memory. As a program: `python tests/fuzz_doors.py SEEDS CASES` reads each case
 (`reader__what__file`) in place of the file of that name in a copy of SEEDS, and prints what came of it.
 """
 
