@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+# %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #5d4834ec
 from scellfm.core import (
     DataError,
     DivergedError,
