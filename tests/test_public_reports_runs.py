@@ -35,7 +35,8 @@ from scellfm.geneformer import (
 )
 from scellfm.geneformer.tokenizer.corpus import Corpus
 from scellfm.report import Report
-from scellfm.scgpt import CellAnnotator, ReferenceMap, ScGPT
+from scellfm.scgpt import CellClassifier as ScGPTClassifier
+from scellfm.scgpt import ReferenceMap, ScGPT
 from scellfm.store import Store, atomic_write
 from scellfm.store.lock import Lock
 
@@ -664,7 +665,7 @@ READERS = {
     "cell classifier": lambda path: CellClassifier.from_pretrained(path, device="cpu"),
     "gene classifier": lambda path: GeneClassifier.from_pretrained(path, device="cpu"),
     "classifier of several labels": lambda path: TaskClassifier.from_pretrained(path, device="cpu"),
-    "scGPT classifier": lambda path: CellAnnotator.from_pretrained(path, device="cpu"),
+    "scGPT classifier": lambda path: ScGPTClassifier.from_pretrained(path, device="cpu"),
     "screen": Screen.load,
     "scGPT": lambda path: ScGPT.from_pretrained(path, device="cpu"),
     "reference map": ReferenceMap.load,
