@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import scellfm
 from .commands.options import Parser, call, command_parser, commands_in
-from .core import ScellfmError, ScellfmWarning, settings
+from .core import ScellfmError, ScellfmWarning, printable, settings
 
 # %% ../nbs/cli.ipynb #2542a44d
 MODULES = ("demonstration", "tokens", "vectors", "classifiers", "screens", "references")
@@ -58,7 +58,7 @@ def file_error(error: OSError) -> str:
 def execute(options: argparse.Namespace) -> int:
     "Run a command; its exit code."
     try:
-        print(call(options), flush=True)
+        print(printable(str(call(options))), flush=True)
         return 0
     except KeyboardInterrupt:
         print("scellfm: interrupted", file=sys.stderr)

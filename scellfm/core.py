@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['logger', 'UNPRINTABLE', 'listeners', 'settings', 'printable', 'ScellfmError', 'DataError', 'DivergedError',
            'AssetError', 'OptionError', 'StoreError', 'ExtraError', 'ScellfmWarning', 'warn', 'one_of', 'check_number',
-           'user_path', 'optional', 'Settings', 'progress', 'tell', 'keyed_seed', 'keyed_generator', 'threads_kept']
+           'plain', 'plain_arguments', 'user_path', 'optional', 'Settings', 'progress', 'tell', 'keyed_seed',
+           'keyed_generator', 'threads_kept']
 
 # %% ../nbs/core.ipynb #7fa33fd6
 import difflib
+import functools
 import hashlib
 import importlib
 import logging
@@ -16,10 +18,17 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy
+    import tqdm
 
 # %% ../nbs/core.ipynb #31597864
 logger = logging.getLogger("scellfm")
@@ -55,7 +64,7 @@ class AssetError(ScellfmError, ValueError):
 class OptionError(ScellfmError, ValueError):
     "An argument has a value that the function does not know."
 
-
+# %% ../nbs/core.ipynb #e4a1b0ca
 class StoreError(ScellfmError, OSError):
     "A result could not be written, is locked, or belongs to other inputs."
 
@@ -82,7 +91,7 @@ def warn(message: str) -> None:
     warnings.warn(message, ScellfmWarning, stacklevel=level)
 
 # %% ../nbs/core.ipynb #5259b53e
-def one_of(name: str, value, choices) -> None:
+def one_of(name: str, value: Any, choices: Collection) -> None:
     "Raise an OptionError unless `value` is one of `choices`; suggest the nearest."
     if value in choices:
         return
@@ -91,15 +100,41 @@ def one_of(name: str, value, choices) -> None:
     raise OptionError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, choices))}.{hint}")
 
 # %% ../nbs/core.ipynb #a27d5b90
-def check_number(name: str, value, least, most=None, whole: bool = True) -> None:
+def check_number(name: str, value: Any, least: float, most: float | None = None, whole: bool = True) -> None:
     "Raise an OptionError unless `value` is a finite number from `least` to `most`; a whole one, if not told otherwise."
     number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if not (number and least <= value < float("inf") and (most is None or value <= most)):
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise OptionError(f"{name}={value!r} must be a {'whole ' * whole}number {bounds}")
 
+# %% ../nbs/core.ipynb #0bffcfb1
+def plain(value: Any) -> Any:
+    "The value with numbers and booleans of numpy, pandas and torch as Python's own, in lists and dicts too."
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if isinstance(value, (str, bytes)):
+        return value if type(value) in (str, bytes) else value[:] if type(value[:]) in (str, bytes) else str(value)
+    kind = type(value)
+    if kind.__module__.startswith("pandas.") and kind.__name__ in ("NAType", "NaTType"):
+        return None
+    scalar = kind.__module__ in ("numpy", "torch") and getattr(value, "shape", None) == () and hasattr(value, "item")
+    return plain(value.item()) if scalar and type(value.item()) is not kind else value
+
+# %% ../nbs/core.ipynb #1c88be68
+def plain_arguments(function: Callable) -> Callable:
+    "The same function, with its options as plain Python."
+
+    @functools.wraps(function)
+    def with_plain(*given: Any, **options: Any) -> Any:
+        first = [value if isinstance(value, (list, tuple, dict)) else plain(value) for value in given]
+        return function(*first, **plain(options))
+
+    return with_plain
+
 # %% ../nbs/core.ipynb #315f27c3
-def user_path(value, name: str = "path") -> Path:
+def user_path(value: str | os.PathLike, name: str = "path") -> Path:
     "The path that a user means by a text or Path, `~` resolved; OptionError where it can be none."
     if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
         raise OptionError(f"{name}={value!r} must be a path (a text or a pathlib.Path), not a {type(value).__name__}")
@@ -116,7 +151,7 @@ def user_path(value, name: str = "path") -> Path:
         ) from error
 
 # %% ../nbs/core.ipynb #5529b52a
-def optional(module: str, extra: str):
+def optional(module: str, extra: str) -> ModuleType:
     "Import `module`, or say which extra of scellfm brings it."
     try:
         return importlib.import_module(module)
@@ -134,7 +169,7 @@ class Settings:
 settings = Settings(progress=os.environ.get("SCELLFM_PROGRESS", "1") != "0")
 
 
-def progress(iterable=None, *, desc: str, total: int | None = None, unit: str = "it"):
+def progress(iterable: Iterable | None = None, *, desc: str, total: int | None = None, unit: str = "it") -> "tqdm.tqdm":
     "A tqdm bar over `iterable` (or to be updated by hand, given `total`) that appears after two seconds."
     from tqdm.auto import tqdm
 
@@ -147,18 +182,19 @@ def tell(message: str) -> None:
     "Log `message`, and show it where the bars are."
     from tqdm.auto import tqdm
 
+    message = printable(message)
     logger.info(message)
     if settings.progress:
         tqdm.write(f"scellfm: {message}", file=sys.stderr)
 
 # %% ../nbs/core.ipynb #85875d74
-def keyed_seed(seed: int, *keys) -> int:
+def keyed_seed(seed: int, *keys: object) -> int:
     "A 64-bit number made of `seed` and `keys` alone: the same on every machine and in every order (SHA-256)."
     text = "\x1f".join(map(str, (seed, *keys)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+    return int.from_bytes(hashlib.sha256(text.encode("utf8", "surrogatepass")).digest()[:8], "little")
 
 
-def keyed_generator(seed: int, *keys):
+def keyed_generator(seed: int, *keys: object) -> "numpy.random.Generator":
     "A numpy Generator (Philox) seeded by `keyed_seed`."
     import numpy as np
 
@@ -166,7 +202,7 @@ def keyed_generator(seed: int, *keys):
 
 # %% ../nbs/core.ipynb #f3b8d6a5
 @contextmanager
-def threads_kept():
+def threads_kept() -> Iterator[None]:
     "Within the block, or the function that this decorates, torch's number of threads may change; it is restored."
     torch = sys.modules.get("torch")
     before = torch.get_num_threads() if torch else None

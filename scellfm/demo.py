@@ -110,11 +110,12 @@ def figures(model, classifier, screen, table: pd.DataFrame) -> dict[str, tuple]:
     return {
         "scores.png": (
             classifier.scores.plot(),
-            "Held-out scores of Geneformer beside simple methods on the same cells; lines are 95 % intervals.",
+            "Held-out scores of Geneformer beside simple methods on the same cells"
+            + ("; lines are 95 % intervals." if classifier.scores.low.notna().any(axis=None) else "."),
         ),
         "screen.png": (
             screen.plot(),
-            "The mean shift of each gene against its mean rank; the band is what genes of like rank and detection do.",
+            "The effect of each gene against its mean rank; the band is what genes of like rank and detection do.",
         ),
         "top_genes.png": (
             plotting.top_genes(table),
@@ -132,22 +133,25 @@ def write_report(folder: Path, adata: AnnData, model, classifier, screen, table:
     from matplotlib import pyplot
 
     from scellfm.plotting import png
+    from scellfm.scores.table import safe_table
     from scellfm.store import atomic_write
 
     report.add_input("cells", adata)
     report.add_settings({**classifier.settings, **screen.params})
     report.add_scores(classifier.scores, "Can the model tell the states apart?")
     report.add_text(EXPLANATION.replace("\n", " "), "Which gene's loss moves a monocyte towards a T cell?")
-    with atomic_write(folder / "table.csv") as path:
-        table.to_csv(path, index=False)
-    for name, (axes, caption) in figures(model, classifier, screen, table).items():
+    drawn = figures(model, classifier, screen, table)
+    for name, (axes, caption) in drawn.items():
         if name != "scores.png":  # the report draws the scores below their table
             report.add_figure(axes, caption)
+    report.add_table(table[list(COLUMNS)].head(50), "The first fifty genes", "All genes and columns are in table.csv.")
+    report.save(folder)
+    with atomic_write(folder / "table.csv") as path:
+        safe_table(table).to_csv(path, index=False)
+    for name, (axes, _) in drawn.items():
         with atomic_write(folder / name) as path:
             Path(path).write_bytes(png(axes.figure))
         pyplot.close(axes.figure)
-    report.add_table(table[list(COLUMNS)].head(50), "The first fifty genes", "All genes and columns are in table.csv.")
-    report.save(folder)
 
 # %% ../nbs/demo.ipynb #f618936b
 @contextmanager
@@ -176,8 +180,10 @@ def run_demo(
     The same numbers at every run on one machine. `max_cells` limits the monocytes that are screened."""
     from scellfm.data import demo
     from scellfm.report import Report
+    from scellfm.store.layouts import REPORT
+    from scellfm.store.outputs import result_folder
 
-    adata, folder = demo(), Path(out)
+    adata, folder = demo(), result_folder(out, REPORT._replace(others=FILES), name="out")
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(
         "Which gene's loss moves a monocyte towards a T cell?",

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .core import DataError, listeners
+from .core import DataError, listeners, user_path
 from .scores.table import Scores, plain, short
 
 if TYPE_CHECKING:
@@ -247,9 +247,9 @@ def scores_section(scores: Scores) -> str:
 
     figure = scores.plot().figure
     try:
-        picture = figure_html(
-            png(figure, dpi=110), "Scores with 95 % intervals" + (f": {scores.title}" if scores.title else "")
-        )
+        intervals = " with 95 % intervals" if scores.low.notna().any(axis=None) else ""
+        caption = f"Scores{intervals}" + (f": {scores.title}" if scores.title else "")
+        picture = figure_html(png(figure, dpi=110), caption)
     finally:
         plt.close(figure)
     origin = f"<p class='meta'>{shown(scores.origin)}</p>" if scores.origin else ""
@@ -340,8 +340,11 @@ class Report:
     def save(self, folder: str | os.PathLike) -> Path:
         "Write report.json and report.html into a folder, each whole or not at all; returns the page path. StoreError."
         from scellfm.store import atomic_write
+        from scellfm.store.layouts import REPORT
+        from scellfm.store.outputs import check_overwritten
 
-        folder, record = Path(folder), self.to_dict()
+        folder, record = user_path(folder, "folder"), self.to_dict()
+        check_overwritten(folder, REPORT)
         contents = {
             "report.json": json.dumps(record, indent=1, allow_nan=False),
             "report.html": report_page(self, record),

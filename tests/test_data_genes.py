@@ -127,7 +127,7 @@ def test_one_known_gene_in_two_is_warned_of_and_one_in_ten_refused():
     refused(
         [*HUMAN[:9], *[f"X{i}" for i in range(91)]],
         VOCABULARY,
-        words=["9 of 100", "'X0'", HUMAN[-1], "symbols=", "mapping="],
+        words=["9 of 100", "'X0'", HUMAN[-1], "match=", "'symbols'", "'mapping'"],
     )
 
 
@@ -150,7 +150,7 @@ def test_another_species_is_named_by_its_ids(prefix, species):
     refused(
         [f"{prefix}{i:011d}" for i in range(50)],
         VOCABULARY,
-        words=[species, f"{prefix}00000000000", "ortholog", "mapping="],
+        words=[species, f"{prefix}00000000000", "ortholog", "match="],
     )
 
 

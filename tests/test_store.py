@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from scellfm.core import OptionError, ScellfmWarning, StoreError
-from scellfm.store import Store, atomic_write, fingerprint, sha256
+from scellfm.store import FolderKind, Store, atomic_write, fingerprint, sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,18 +61,23 @@ def test_an_error_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, e
     assert contents(tmp_path) == {"genes.txt": b"JAK3"}
 
 
+MODEL = FolderKind("a model", {"config.json": dict}, ("inner", "weights"))
+
+
 def test_a_folder_replaces_a_folder(tmp_path):
     for round_ in ("one", "two"):
-        with atomic_write(tmp_path / "model") as path:
+        with atomic_write(tmp_path / "model", kind=MODEL) as path:
             (path / "inner").mkdir(parents=True)
+            (path / "config.json").write_text("{}")
             (path / "inner" / round_).write_text(round_)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert contents(tmp_path / "model" / "inner") == {"two": b"two"}
 
 
 def test_an_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
-    with atomic_write(tmp_path / "model") as path:
+    with atomic_write(tmp_path / "model", kind=MODEL) as path:
         path.mkdir()
+        (path / "config.json").write_text("{}")
         (path / "weights").write_text("old")
     rename, calls = os.replace, []
 
@@ -83,11 +88,11 @@ def test_an_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_pat
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", second_fails)
-    with pytest.raises(StoreError, match="No space left"), atomic_write(tmp_path / "model") as path:
+    with pytest.raises(StoreError, match="No space left"), atomic_write(tmp_path / "model", kind=MODEL) as path:
         path.mkdir()
         (path / "weights").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert contents(tmp_path / "model") == {"weights": b"old"}
+    assert contents(tmp_path / "model") == {"config.json": b"{}", "weights": b"old"}
 
 
 def test_the_suffix_survives_in_the_temporary_name(tmp_path):
@@ -597,7 +602,7 @@ def test_a_finished_store_is_read_by_many_and_written_by_none(tmp_path):
 
 def test_a_manifest_that_is_none_is_named(tmp_path):
     (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(StoreError, match="manifest.json is no manifest"):
+    with pytest.raises(StoreError, match="manifest.json holds .* which should be a dictionary"):
         Store(tmp_path, {})
 
 

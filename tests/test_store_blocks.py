@@ -285,9 +285,9 @@ def test_stores_of_before_the_records_open(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(format=2), "its format is 2, not 1"),
-        (dict(shards={"a": {"bytes": 3}}), "its entry 'a' is damaged"),
-        (dict(shards=[]), "is no manifest"),
+        (dict(format=2), "has 2 as format.*from 1 to 1"),
+        (dict(shards={"a": {"bytes": 3}}), "has 'missing' as shards.a.sha256"),
+        (dict(shards=[]), r"has \[\] as shards, which should be a dictionary.*delete it"),
     ],
 )
 def test_a_manifest_that_cannot_be_used_is_named(tmp_path, change, message):

@@ -14,6 +14,8 @@ from scellfm.commands.inputs import (
     load_classifier,
     load_model,
     out_format,
+    output_file,
+    output_folder,
     system_of,
     whole_cells,
     write_table,
@@ -107,7 +109,7 @@ def finetune(
     """
     function = finetuning_of(system_of(model, settings.get("subfolder")), label, classes)
     check_settings(settings, function)
-    groups = None if classes is None else gene_classes(classes)
+    groups, out = None if classes is None else gene_classes(classes), str(output_folder(out))
     asked = {**settings, "cells": cells, "model": model, "classes": classes, "label": label and ", ".join(label)}
     report = begin(f"A classifier of {asked['label'] or 'genes'}", with_defaults(asked, function))
     ask = settings_of(settings, function)
@@ -153,6 +155,7 @@ def predict(
     Example: scellfm predict demo --model runs/cell-types --out runs/predicted.csv
     """
     suffix = out_format(out, (".h5ad", ".csv", ".parquet"))
+    out = str(output_file(out, cells))
     classifier, data = load_classifier(model, device=device, dtype=dtype), whole_cells(cells)
     data, table = predictions(classifier, data, layer)
     if suffix != ".h5ad":

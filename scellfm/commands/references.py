@@ -8,11 +8,13 @@ __all__ = ['map', 'integrate']
 # %% ../../nbs/commands/references.ipynb #5963700f
 from pathlib import Path
 
-from .inputs import GENEFORMER, SCGPT, load_model, whole_cells, write_table
+from .inputs import GENEFORMER, SCGPT, load_model, output_folder, whole_cells, write_table
 from .options import refuse_others, settings_of, takes, with_defaults
-from .reports import add_map, begin
+from .reports import add_map, begin, beside
 from .vectors import EMBED, embed_into
 from ..core import OptionError, warn
+from ..store.layouts import REFERENCE_MAP
+from ..store.outputs import check_replaced, output_path
 
 # %% ../../nbs/commands/references.ipynb #49ac58da
 MAP = "scellfm.scgpt.mapping.ReferenceMap.__init__"
@@ -99,6 +101,9 @@ def map(
         refuse_others(settings, MAP, CALIBRATE, why="it belongs to --model, which is not given")
     settings |= {} if layer is None else {"layer": layer}
     asked = {**settings, "ref": ref, "query": query, "model": model, "truth": truth, "calibrate": calibrate}
+    folder = output_folder(out, "labels.csv", "scores.csv", "classes.csv")
+    if save is not None:
+        check_replaced(output_path(save, "--save"), REFERENCE_MAP, [ref] if Path(ref).expanduser().exists() else [])
     embedder = None if model is None else load_model(model, **settings_of(settings, GENEFORMER, SCGPT))
     report = begin("Cells named by a reference", with_defaults(asked, MAP))
     with report.recording():
@@ -114,13 +119,13 @@ def map(
         lines = [repr(scores), ""]
         per_class = scores.details[reference.use_rep]["per_class"]
         tables |= {"scores.csv": scores.table.rename_axis("method"), "classes.csv": per_class}
-    paths = write_tables(Path(out), tables)
+    add_map(report, reference, tables["labels.csv"], scores)
+    page, paths = report.save(folder), write_tables(folder, tables)
     if save is not None:
         reference.save(save)
-    add_map(report, reference, tables["labels.csv"], scores)
     unknown = (cells.obs[columns[0]].astype(str) == "unknown").sum()
     lines.append(f"{cells.n_obs:,} cells, {unknown:,} of them unknown: {reference!r}")
-    return "\n".join([*lines, *paths, str(report.save(out)), *([save] if save else [])])
+    return "\n".join([*lines, *paths, str(page), *([save] if save else [])])
 
 # %% ../../nbs/commands/references.ipynb #7dd4b51f
 INTEGRATION = "scellfm.scores.batches.integration"
@@ -150,6 +155,7 @@ def integrate(
     if model is None:
         refuse_others(settings, INTEGRATION, why="it belongs to --model, which is not given")
     asked = {**settings, "cells": cells, "model": model, "reps": reps and ", ".join(reps)}
+    folder = output_folder(out, "scores.csv", "umap.png")
     report = begin("How an embedding keeps types and mixes batches", with_defaults(asked, INTEGRATION))
     ask = settings_of(settings, INTEGRATION)
     with report.recording():
@@ -159,11 +165,14 @@ def integrate(
             reps = [embed_into(made, data, settings_of(settings, *EMBED.values()), of=model)[1]]
         scores = integration(data, reps, **ask)
         figure = umaps(data, reps, **settings_of(ask, "scellfm.scores.pictures.umaps"))
-    folder = Path(out)
+    columns = {"kept apart": ask.get("label"), "mixed": ask.get("batch")}
+    what = " and ".join(word for word, column in columns.items() if column)
+    report.add_scores(scores, f"How well groups are {what}{beside(scores)}")
+    colours = " and by ".join(column for column in (ask.get("batch"), ask.get("label")) if column)
+    report.add_figure(figure, f"The same cells by each embedding, coloured by {colours}.", "Pictures")
+    page = report.save(folder)
     write_tables(folder, {"scores.csv": scores.table.rename_axis("method")})
     with atomic_write(folder / "umap.png") as part:
         part.write_bytes(png(figure))
-    report.add_scores(scores, "Kept apart and mixed, beside simple methods")
-    report.add_figure(figure, "The same cells by each embedding, coloured by batch and by label.", "Pictures")
     plt.close(figure)
-    return f"{scores!r}\n\n{folder / 'scores.csv'}\n{folder / 'umap.png'}\n{report.save(folder)}"
+    return f"{scores!r}\n\n{folder / 'scores.csv'}\n{folder / 'umap.png'}\n{page}"

@@ -8,13 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..metrics import is_aside
+
 if TYPE_CHECKING:
     import pandas as pd
 
     from scellfm.report import Report
 
 # %% auto #0
-__all__ = ['INPUTS', 'begin', 'add_picture', 'add_confusion', 'judged_parts', 'add_classifier', 'add_screen', 'add_map']
+__all__ = ['INPUTS', 'begin', 'add_picture', 'add_confusion', 'beside', 'judged_parts', 'add_classifier', 'why_untested',
+           'add_screen', 'add_map']
 
 # %% ../../nbs/commands/reports.ipynb #7ec68ff4
 INPUTS = ("cells", "model", "tokenizer", "classes", "ref", "query")
@@ -48,6 +51,12 @@ def add_confusion(report: Report, confusion: pd.DataFrame, caption: str) -> None
     add_picture(report, plotting.confusion(confusion), caption, "Who is taken for whom")
 
 
+def beside(scores) -> str:
+    "What stands beside a model in its table of scores, to end a heading with; nothing where it stands alone."
+    others = [method for method in scores.table.index[1:] if not is_aside(method)]
+    return ", beside simple methods" if others else ""
+
+
 def judged_parts(classifier) -> dict:
     "The classifiers that have scores of their own: those of each label by its name, or the one under ''."
     return getattr(classifier, "tasks", None) or {"": classifier}
@@ -57,7 +66,7 @@ def add_classifier(report: Report, classifier) -> None:
     "Scores, overfitting check, confusion (of each label) and losses of any classifier."
     for label, part in judged_parts(classifier).items():
         name = f"{label}: " if label else ""
-        report.add_scores(part.scores, f"{name}{'held' if label else 'Held'} out, beside simple methods")
+        report.add_scores(part.scores, f"{name}{'held' if label else 'Held'} out{beside(part.scores)}")
         report.add_text(str(part.overfit_check))
         judged = part.scores.details.get(part.scores.table.index[0])  # the model's held-out row comes first
         if judged is not None:
@@ -65,41 +74,60 @@ def add_classifier(report: Report, classifier) -> None:
                 f"{name}{'held' if label else 'Held'} out: true classes in rows, what they were called in columns."
             )
             add_confusion(report, judged.confusion, caption)
+    several = len(classifier.histories) > 1
     for fold, history in enumerate(classifier.histories):
-        add_picture(
-            report, history.plot(), f"Losses while the model of fold {fold} was trained.", "" if fold else "Training"
-        )
+        which = f"the model of fold {fold}" if several else "the model"
+        add_picture(report, history.plot(), f"Losses while {which} was trained.", "" if fold else "Training")
 
 # %% ../../nbs/commands/reports.ipynb #e1f682b0
+def why_untested(table: pd.DataFrame) -> str:
+    "Why genes of a table have no p-value, as its status says: group by group where the groups differ."
+    if "status" not in table:
+        return ""
+    import pandas as pd
+
+    found = table[table["status"].str.startswith("exploratory: ")]
+    groups = found["group"] if "group" in found else pd.Series("", index=found.index)
+    why = dict.fromkeys(zip(groups, found["status"].str.removeprefix("exploratory: ")))
+    if (
+        len({reason for _, reason in why}) == 1
+        and len({group for group, _ in why}) == table.get("group", groups).nunique()
+    ):
+        why = [("", next(reason for _, reason in why))]
+    told = "; ".join(f"{group}: {reason}" if group else reason for group, reason in why)
+    return f"Exploratory, without p-values: {told}. " if told else ""
+
+
 def add_screen(report: Report, screen, table: pd.DataFrame, rows: int = 50) -> None:
-    "The pictures of a Screen and the first rows of its table."
+    "The pictures of a Screen and the first rows of its table, down to the genes that could not be perturbed."
+    import numpy as np
+
     for group in screen.groups:
         part = table[table["group"] == group] if "group" in table else table
         if table.attrs["method"] == "matched" and part["z"].notna().sum() >= 10:
             add_picture(
                 report,
                 screen.plot(group=group),
-                f"{group}: the mean shift of each gene against its mean rank; the band is "
-                "what genes of like rank and detection do.",
+                f"{group}: the effect of each gene, in standard deviations of the shifts, against its mean rank; the "
+                "band is what genes of like rank and detection do.",
                 "" if report.sections else "The screen",
             )
-    note = (
-        ""
-        if table.attrs["method"] != "matched" or not table.attrs.get("exploratory")
-        else ("Exploratory: these cells have too few donors for p-values. ")
-    )
-    report.add_table(table.dropna(axis=1, how="all"), "Genes", f"{note}All genes are in table.csv", rows=rows)
+    if screen.params.get("models"):
+        report.add_settings({"read by": list(dict.fromkeys(screen.params["models"]))})
+    absent = np.flatnonzero(table["n_cells"] == 0) if "n_cells" in table else []
+    rows = max(rows, *absent + 1) if len(absent) else rows
+    caption = f"{why_untested(table)}All {len(table):,} rows are in table.csv"
+    report.add_table(table.dropna(axis=1, how="all"), "Genes", caption, rows=rows)
 
 # %% ../../nbs/commands/reports.ipynb #a1f3b7d3
 def add_map(report: Report, reference, labels: pd.DataFrame, scores=None) -> None:
     "The scores of a ReferenceMap (if it has any), its confusion, and the number of cells of each label in `labels`."
     if scores is not None:
-        report.add_scores(scores, "Named by the reference, beside simple methods")
-        add_confusion(
-            report,
-            scores.details[reference.use_rep]["confusion"],
-            "The cells' own labels in rows, what the reference called them in columns.",
-        )
+        report.add_scores(scores, f"Named by the reference{beside(scores)}")
+        named = scores.details[reference.use_rep]["transferred"]
+        unknown, n = int(named.get("unknown", named.iloc[:, :0].sum(axis=1)).sum()), int(named.to_numpy().sum())
+        told = f"; {unknown:,} of {n:,} cells are unknown to it" if unknown else ""
+        add_confusion(report, named, f"The cells' own labels in rows, what the reference named them in columns{told}.")
     label, confidence = labels.columns
     counted = labels.groupby(label, observed=True)[confidence].agg(cells="size", mean_confidence="mean").reset_index()
     report.add_table(

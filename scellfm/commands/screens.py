@@ -6,9 +6,14 @@
 __all__ = ['perturb']
 
 # %% ../../nbs/commands/screens.ipynb #e834f30d
-from pathlib import Path
-
-from .inputs import cells_from, dictionaries_in, is_classifier, load_geneformer, write_table
+from scellfm.commands.inputs import (
+    cells_from,
+    dictionaries_in,
+    is_classifier,
+    load_geneformer,
+    output_folder,
+    write_table,
+)
 from .options import settings_of, takes, with_defaults
 from .reports import add_screen, begin
 from ..core import one_of
@@ -46,17 +51,20 @@ def perturb(
     --goal 'CD19+ B' --out runs/screen
     """
     from scellfm.geneformer.perturbation.screen import METHODS
+    from scellfm.store.layouts import SCREEN
 
     one_of("method", method, METHODS)
     kind = settings.get("kind", "delete")
     asked = {**settings, "cells": cells, "model": model, "genes": genes, "method": method}
-    report, folder = begin(f"In silico perturbation: {kind}", with_defaults(asked, PERTURB)), Path(out)
+    folder = output_folder(out, "table.csv", "combinations.csv", parts={"screen": SCREEN})
+    report = begin(f"In silico perturbation: {kind}", with_defaults(asked, PERTURB))
     with report.recording():
         screen = perturbed(model, cells_from(cells), {**settings, "genes": genes})
         table = screen.table(method=method)
     screen.save(folder / "screen")
+    add_screen(report, screen, table)
+    page = report.save(folder)
     write_table(table.set_index("gene"), folder / "table.csv")
     if settings.get("combine") == "pairs":
         write_table(screen.combinations().set_index("gene"), folder / "combinations.csv")
-    add_screen(report, screen, table)
-    return f"{folder / 'screen'}\n{folder / 'table.csv'}\n{report.save(folder)}"
+    return f"{folder / 'screen'}\n{folder / 'table.csv'}\n{page}"

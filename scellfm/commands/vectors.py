@@ -15,6 +15,7 @@ from scellfm.commands.inputs import (
     cells_from,
     load_model,
     out_format,
+    output_file,
     system_of,
     write_table,
 )
@@ -87,6 +88,7 @@ def embed(
     Example: scellfm embed demo --model runs/demo/classifier --out runs/embedded.h5ad
     """
     suffix = out_format(out, (".h5ad", ".csv", ".parquet"))
+    out = str(output_file(out, cells))
     embed_settings(settings, model, subfolder)
 
     def loaded():

@@ -8,6 +8,7 @@ __all__ = ['Evidence', 'evidence_of', 'write_record']
 # %% ../../nbs/crossfit/evidence.ipynb #d7de3a2f
 import json
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 
 from ..core import AssetError
@@ -31,7 +32,7 @@ class Evidence:
 
     def _repr_html_(self) -> str:
         table = "" if self.scores is None else self.scores._repr_html_()
-        return f"{table}<p>{self.overfit_check or ''}</p>"
+        return f"{table}<p>{escape(str(self.overfit_check or ''))}</p>"
 
     @property
     def verdict(self) -> OverfitCheck | None:

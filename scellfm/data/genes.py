@@ -10,34 +10,85 @@ import html
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import DataError, warn
+from ..core import DataError, OptionError, warn
+from .orthologs import Orthologs, ortholog_pairs, translate
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SPECIES', 'GENOME', 'STABLE_ID', 'RODENT_SYMBOL', 'VERSION', 'MONTH', 'EXCEL_DATE', 'ROUTES', 'gene_ids',
-           'species_of', 'plain_id', 'Lookup', 'find_genes', 'foreign_genes', 'refuse_other_species',
-           'describe_unknown', 'warn_of_names', 'match_report', 'GeneMatch', 'match_genes']
+__all__ = ['NUMBER', 'SPECIES', 'GENOME', 'STABLE_ID', 'RODENT_SYMBOL', 'VERSION', 'MONTH', 'EXCEL_DATE', 'ROUTES', 'plain_names',
+           'gene_ids', 'GeneTable', 'species_of', 'cased_id', 'plain_id', 'Lookup', 'GeneMatch', 'MatchOptions',
+           'match_options', 'match_genes']
 
-# %% ../../nbs/data/genes.ipynb #9e798010
-def gene_ids(adata: AnnData, column: str | None = None) -> np.ndarray:
-    "One id (str) per gene: var[column], else var['ensembl_id'] where present, else var_names; a missing id is ''."
+# %% ../../nbs/data/genes.ipynb #a6e95ec3
+NUMBER = re.compile(r"^\d+(\.0*)?$")
+
+
+def plain_names(values: Iterable) -> np.ndarray:
+    "Names as texts without spaces around them, '' where one is missing: object [n]."
     import pandas as pd
 
+    values = list(values)
+    texts = ["" if missing else str(value).strip() for value, missing in zip(values, pd.isna(values))]
+    return np.array(texts, dtype=object)
+
+
+def gene_ids(adata: AnnData | GeneTable, column: str | None = None) -> np.ndarray:
+    "One id (str) per gene: var[column], else var['ensembl_id'] where present, else var_names; '' where there is none."
     if column is not None and column not in adata.var:
         close = difflib.get_close_matches(str(column), list(map(str, adata.var.columns)), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise DataError(f"adata.var has no column {column!r}; it has {list(adata.var.columns)}.{hint}")
-    column = column or ("ensembl_id" if "ensembl_id" in adata.var else None)
-    values = adata.var_names if column is None else adata.var[column]
-    ids = ["" if missing else str(value).strip() for value, missing in zip(values, pd.isna(values))]
-    return np.array(ids, dtype=object)
+    if column is not None:
+        return plain_names(adata.var[column])
+    names = plain_names(adata.var["ensembl_id"] if "ensembl_id" in adata.var else adata.var_names)
+    return np.array(["" if NUMBER.match(name) else name for name in names], dtype=object)
+
+# %% ../../nbs/data/genes.ipynb #eb70a36d
+@dataclass
+class GeneTable:
+    "The genes of one matrix of counts, in the order of its columns; taken wherever an AnnData is asked for its genes."
+
+    var: pd.DataFrame  # one row per column of the matrix, under its name
+
+    @property
+    def var_names(self) -> pd.Index:
+        "The names of the columns."
+        return self.var.index
+
+    def __len__(self) -> int:
+        return len(self.var)
+
+# %% ../../nbs/data/genes.ipynb #c2e44c1f
+@dataclass
+class Names:
+    "What the genes of the data are called: for the search, for messages, and where a symbol stands in for an id."
+
+    ids: list[str]
+    shown: list[str]
+    stand_in: np.ndarray  # bool [n]: there is no id, and the name of the column of the matrix is used
+    columns: list[str]  # of var
+
+
+def data_names(ids_or_adata, column: str | None) -> Names:
+    "The names of the genes of an AnnData, a GeneTable or a list."
+    if not hasattr(ids_or_adata, "var_names"):
+        ids = list(plain_names(ids_or_adata))
+        return Names(ids, ids, np.zeros(len(ids), dtype=bool), [])
+    ids, names = gene_ids(ids_or_adata, column), plain_names(ids_or_adata.var_names)
+    usable = np.array([bool(name) and not NUMBER.match(name) for name in names], dtype=bool)
+    stand_in = (ids == "") & usable
+    ids = np.where(stand_in, names, ids)
+    lost = column is None and "ensembl_id" not in ids_or_adata.var
+    shown = np.where(ids == "", names, ids) if lost else ids
+    return Names(list(ids), list(shown), stand_in, list(map(str, ids_or_adata.var.columns)))
 
 # %% ../../nbs/data/genes.ipynb #3b3fc5f0
 SPECIES = {
@@ -84,14 +135,25 @@ MONTH = "(jan|feb|mar|apr|sept?|oct|nov|dec)"
 EXCEL_DATE = re.compile(rf"^(\d{{1,2}}-{MONTH}|{MONTH}-\d{{1,4}}|\d{{4}}-\d\d-\d\d)$", re.I)
 
 
-def plain_id(gene: str) -> str:
-    "An id in upper case, without genome prefix and without Ensembl version: ENSG00000198851.3 -> ENSG00000198851."
-    gene = GENOME.sub("", gene).upper() if "_" in gene else gene.upper()
+def cased_id(gene: str) -> str:
+    "An id without genome prefix and without Ensembl version, its capitals as they are."
+    gene = GENOME.sub("", gene) if "_" in gene else gene
     versioned = VERSION.match(gene) if "." in gene else None
     return versioned[1] if versioned else gene
 
+
+def plain_id(gene: str) -> str:
+    "The same in upper case: ENSG00000198851.3 -> ENSG00000198851."
+    return cased_id(gene.upper())
+
 # %% ../../nbs/data/genes.ipynb #4165a32d
-ROUTES = ("as written", "another version or case", "through the mapping", "through its symbol")
+ROUTES = (
+    "as written",
+    "another version or case",
+    "through the mapping",
+    "through its symbol",
+    "through an ortholog",
+)
 
 
 class Lookup(dict):
@@ -105,7 +167,7 @@ class Lookup(dict):
                 self.folded.setdefault(key.upper(), value)
         return self.folded.get(gene.upper())
 
-
+# %% ../../nbs/data/genes.ipynb #f97b7acf
 def find_genes(
     names: list[str], plain: list[str], position: Lookup, mapping: Lookup, symbols: Lookup
 ) -> tuple[list[int], list[int]]:
@@ -130,52 +192,81 @@ def find_genes(
     return index, routes
 
 # %% ../../nbs/data/genes.ipynb #71d6c405
-def foreign_genes(names: list[str], settled: np.ndarray, vocabulary: list[str]) -> tuple[Counter, np.ndarray]:
-    "Genes of another species than the vocabulary's, `settled` ones aside: their number by species, a flag per gene."
+def home_species(vocabulary: list[str]) -> tuple[str, ...]:
+    "What `species_of` may say of a gene that belongs to the vocabulary."
     sample = vocabulary[:: max(len(vocabulary) // 2000, 1)]
     home = Counter(species_of(gene) for gene in sample).most_common(1)[0][0]
-    home = {"": ("human",), "mouse": ("mouse", "mouse or rat symbol")}.get(home, (home,)) + ("",)
+    return {"": ("human",), "mouse": ("mouse", "mouse or rat symbol")}.get(home, (home,)) + ("",)
+
+
+def foreign_genes(names: list[str], settled: np.ndarray, vocabulary: list[str]) -> tuple[Counter, np.ndarray]:
+    "Genes of another species than the vocabulary's, `settled` ones aside: their number by species, a flag per gene."
+    home = home_species(vocabulary)
     species = ["" if done else species_of(name) for name, done in zip(names, settled)]
     foreign = np.array([told not in home for told in species], dtype=bool)
     return Counter(told for told, other in zip(species, foreign) if other), foreign
 
+# %% ../../nbs/data/genes.ipynb #7ddf9c33
+RODENT = {"mouse or rat symbol"}
 
-def refuse_other_species(names: list[str], settled: np.ndarray, vocabulary: list[str]) -> None:
-    "DataError where genes are of another species than the vocabulary, wholly or in part."
-    told, foreign = foreign_genes(names, settled, vocabulary)
-    share = foreign.mean()
-    if not told or share < (0.5 if set(told) == {"mouse or rat symbol"} else 0.05):
-        return
+
+def other_species(told: Counter, names: list[str], foreign: np.ndarray, vocabulary: list[str]) -> DataError:
+    "The error that names another species, or two in one file, and the way out."
     examples = [names[i] for i in np.flatnonzero(foreign)[:3]]
     kinds = " and ".join(f"{kind} ({n:,})" for kind, n in told.most_common(3))
-    if share >= 0.5:
-        raise DataError(
-            f"these genes are of another species: {kinds}, e.g. {examples}; the vocabulary has e.g. "
-            f"{vocabulary[-1]!r}. Pass a table of orthologs: mapping={{'ENSMUSG...': 'ENSG...'}}"
+    table = f"a table of orthologs: match={{'orthologs': {{{examples[0]!r}: {vocabulary[-1]!r}, ...}}}}, or its file"
+    if foreign.mean() < 0.5:
+        return DataError(
+            f"two species are mixed: {kinds} of {len(names):,} genes, e.g. {examples}. Keep one species' cells and "
+            f"genes, or pass {table}"
         )
-    raise DataError(
-        f"two species are mixed: {kinds} of {len(names):,} genes, e.g. {examples}. Keep one species' cells "
-        "and genes, or pass a table of orthologs with mapping="
+    cased = ". If they are human genes in another case: adata.var_names = adata.var_names.str.upper()"
+    return DataError(
+        f"these genes are of another species: {kinds}, e.g. {examples}; the vocabulary has e.g. {vocabulary[-1]!r}. "
+        f"Pass {table}{cased if set(told) == RODENT else ''}"
     )
+
+
+def refuse_other_species(
+    names: list[str], settled: np.ndarray, translated: np.ndarray, vocabulary: list[str]
+) -> np.ndarray:
+    "bool [n]: genes that a table of orthologs lacks, to be left out; DataError for another species without a table."
+    told, foreign = foreign_genes(names, settled, vocabulary)
+    share, nothing = foreign.mean(), np.zeros(len(names), dtype=bool)
+    if not told:
+        return nothing
+    home = home_species(vocabulary)
+    if any(species_of(names[i]) not in home for i in np.flatnonzero(translated)):
+        return foreign
+    if share >= (0.5 if set(told) == RODENT else 0.05):
+        raise other_species(told, names, foreign, vocabulary)
+    if foreign.sum() >= 20 and share >= 0.2:
+        warn(
+            f"{foreign.sum():,} of {len(names):,} genes are written like mouse or rat symbols, e.g. "
+            f"{[names[i] for i in np.flatnonzero(foreign)[:3]]}, and were taken for their human namesakes: if these "
+            "are mouse genes, pass match={'orthologs': table}"
+        )
+    return nothing
 
 # %% ../../nbs/data/genes.ipynb #1cbf33e5
 def describe_unknown(names: list[str], columns: Iterable[str]) -> str:
     "What kind of names these seem to be, and what to do."
-    if sum(name.isdigit() for name in names) > len(names) / 2:
+    if sum(bool(NUMBER.match(name)) for name in names) > len(names) / 2:
         return (
             "The names are integers (a lost index, or Entrez ids): put Ensembl ids into var['ensembl_id'], or name "
-            f"the column that holds gene names; var has {list(columns)}"
+            f"the column that holds gene names: match={{'column': name}}; var has {list(columns)}"
         )
     if sum(name.upper().startswith("ENST") for name in names) > len(names) / 2:
         return "These are transcripts (ENST): sum them to genes first"
     return (
-        "If these are symbols, pass symbols={symbol: Ensembl id}; if they are outdated ids, mapping={old: "
-        f"current}}; or name the column of var that holds ids (var has {list(columns)})"
+        "If these are symbols, pass match={'symbols': {symbol: Ensembl id}}; if they are outdated ids, "
+        "match={'mapping': {old: current}}; or name the column of var that holds ids: match={'column': name} "
+        f"(var has {list(columns)})"
     )
 
 # %% ../../nbs/data/genes.ipynb #981741ff
-def warn_of_names(names: list[str], report: dict, columns: list[str], vocabulary: list[str]) -> None:
-    "DataError under 10 % known genes; warnings under 50 %, for spreadsheet dates and for lower case."
+def refuse_unknown(names: list[str], report: dict, columns: list[str], vocabulary: list[str]) -> None:
+    "DataError under 10 % known genes, a warning under 50 %."
     n_known = sum(not gene.startswith("<") for gene in vocabulary)
     share = report["n_matched"] / min(report["n_genes"], n_known)  # a small vocabulary can know few genes of many
     of = "" if report["n_genes"] <= n_known else f" of the {n_known:,} that it has"
@@ -187,6 +278,10 @@ def warn_of_names(names: list[str], report: dict, columns: list[str], vocabulary
         )
     if share < 0.5:
         warn(f"only {found}; dropped are e.g. {report['dropped'][:5]}. {describe_unknown(names, columns)}")
+
+
+def warn_of_names(names: list[str]) -> None:
+    "Warn of spreadsheet dates and of names in lower case."
     dates = [name for name in names if EXCEL_DATE.match(name)]
     if dates:
         warn(
@@ -215,7 +310,7 @@ def match_report(names: list[str], index: np.ndarray, routes: np.ndarray, counts
     return {
         "n_genes": len(names),
         "n_matched": int(known.sum()),
-        "n_mapped": int(np.isin(routes, (2, 3)).sum()),
+        "n_mapped": int(np.isin(routes, (2, 3, 4)).sum()),
         "n_duplicated": int(known.sum() - len(np.unique(index[known]))),
         "share_of_counts": share,
         "n_dropped": len(dropped),
@@ -229,32 +324,79 @@ class GeneMatch:
     "Which entry of a vocabulary each gene is, and a report of how that went."
 
     index: np.ndarray  # int64 [n_genes]: position in the vocabulary, -1 where there is none
-    report: dict  # n_genes, n_matched, n_mapped, n_duplicated, share_of_counts, n_dropped, dropped, routes
+    report: dict  # n_genes, n_matched, n_mapped, n_duplicated, n_by_symbol, share_of_counts, n_dropped, dropped, routes
 
     def __repr__(self) -> str:
         return f"GeneMatch({self.report['n_matched']} of {self.report['n_genes']} genes known)"
 
     def _repr_html_(self) -> str:
         "The report as a small table."
-        report = self.report
-        share = "not asked" if report["share_of_counts"] is None else f"{report['share_of_counts']:.1%}"
-        examples = f", e.g. {html.escape(', '.join(report['dropped']))}" if report["n_dropped"] else ""
-        rows = {
-            "genes in the data": f"{report['n_genes']:,}",
-            "known to the vocabulary": f"{report['n_matched']:,} ({report['n_matched'] / report['n_genes']:.1%})",
-            **{f"&ensp;{route}": f"{n:,}" for route, n in report["routes"].items() if n},
-            "share of all counts kept": share,
-            "second names of a gene, to be summed": f"{report['n_duplicated']:,}",
-            "dropped": f"{report['n_dropped']:,}{examples}",
-        }
-        cells = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in rows.items())
+        cells = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>" for name, value in report_lines(self.report))
         return f"<table><caption>Gene match</caption>{cells}</table>"
+
+# %% ../../nbs/data/genes.ipynb #0e4dde19
+def report_lines(report: dict) -> list[tuple[str, str]]:
+    "What a reader wants to see of a match, as (what, HTML)."
+    share = "not asked" if report["share_of_counts"] is None else f"{report['share_of_counts']:.1%}"
+    examples = f", e.g. {html.escape(', '.join(report['dropped']))}" if report["n_dropped"] else ""
+    lines = [
+        ("genes in the data", f"{report['n_genes']:,}"),
+        ("known to the vocabulary", f"{report['n_matched']:,} ({report['n_matched'] / report['n_genes']:.1%})"),
+        *((f"&ensp;{route}", f"{n:,}") for route, n in report["routes"].items() if n),
+        ("share of all counts kept", share),
+        ("second names of a gene, to be summed", f"{report['n_duplicated']:,}"),
+        ("dropped", f"{report['n_dropped']:,}{examples}"),
+    ]
+    if report.get("n_by_symbol"):
+        lines.insert(-3, ("&ensp;without an id, by the name of the column", f"{report['n_by_symbol']:,}"))
+    if lost := report.get("orthologs"):
+        lines.append(("without an ortholog in the table", f"{lost['n_without']:,}"))
+        lines.append(("with several orthologs, left out", f"{lost['n_several']:,}"))
+    return lines
+
+# %% ../../nbs/data/genes.ipynb #d3c24c5f
+@dataclass(frozen=True)
+class MatchOptions:
+    "How the genes of the data are joined with those of a model; what a user says goes before what a model knows."
+
+    column: str | None = None  # of var, with the names
+    mapping: Mapping[str, str] | None = None  # {outdated id or alias: current id}
+    symbols: Mapping[str, str] | None = None  # {symbol: Ensembl id}
+    orthologs: Orthologs | None = None  # {gene of the data: gene of the model}, a table, or the path of one
+
+
+def match_options(match: MatchOptions | Mapping | Orthologs | None) -> MatchOptions:
+    "What a user passed as `match=`; OptionError for a key that there is not."
+    if match is None or isinstance(match, MatchOptions):
+        return match or MatchOptions()
+    if not isinstance(match, Mapping):
+        return MatchOptions(orthologs=match)
+    known = [field.name for field in fields(MatchOptions)]
+    if set(match) <= set(known):
+        return MatchOptions(**match)
+    if all(isinstance(value, str) for value in match.values()) and not set(match) & set(known):
+        return MatchOptions(mapping=match)
+    odd = next(key for key in match if key not in known)
+    close = difflib.get_close_matches(str(odd), known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise OptionError(f"match has the key {odd!r}; it may have {', '.join(map(repr, known))}.{hint}")
+
+# %% ../../nbs/data/genes.ipynb #d87721f2
+def joined(first: Mapping[str, str] | None, then: Mapping[str, str] | None) -> Lookup:
+    "Two tables as one; where both have a name, the first counts."
+    return Lookup({**(then or {}), **(first or {})} if first else then or {})
+
+
+def is_settled(name: str, route: int, mapping: Mapping) -> bool:
+    "Is a gene found under its name as it is written, so that its form says nothing about the species?"
+    return route in (0, 4) or (route == 2 and (name in mapping or cased_id(name) in mapping))
 
 # %% ../../nbs/data/genes.ipynb #12b98297
 def match_genes(
-    ids_or_adata: AnnData | Iterable[str],
+    ids_or_adata: AnnData | GeneTable | Iterable[str],
     vocabulary: Iterable[str],  # the genes that the model knows, in its order
     *,
+    match: MatchOptions | Mapping | Orthologs | None = None,  # column, mapping, symbols, orthologs: what the user says
     mapping: Mapping[str, str] | None = None,  # {outdated id, alias or other species' id: current id}
     symbols: Mapping[str, str] | None = None,  # {symbol: Ensembl id}
     column: str | None = None,  # the column of var that holds the ids
@@ -262,22 +404,42 @@ def match_genes(
 ) -> GeneMatch:
     """Find each gene of the data in `vocabulary`; see `GeneMatch` for what is returned.
 
-    DataError: fewer than 10 % of the genes are known, another species, two species, integers for names.
-    Warns: fewer than 50 % known, names that a spreadsheet made dates of, names in lower case.
-    Both shares are of the genes of the data, or of the vocabulary where that has fewer.
+    DataError: fewer than 10 % of the genes are known, another species without a table of orthologs, two species,
+    integers for names. Warns: fewer than 50 % known, genes without an ortholog, names that a spreadsheet made dates of,
+    names in lower case. Both shares are of the genes of the data, or of the vocabulary where that has fewer.
     """
-    is_adata = hasattr(ids_or_adata, "var_names")
-    ids = gene_ids(ids_or_adata, column) if is_adata else ids_or_adata
-    names = ["" if gene is None or gene != gene else str(gene).strip() for gene in ids]
-    columns = list(ids_or_adata.var.columns) if is_adata else []
+    options = match_options(match)
     vocabulary = [str(gene) for gene in vocabulary]
-    if not names or not vocabulary:
-        raise DataError(f"{len(names)} genes are to be found in a vocabulary of {len(vocabulary)}: both need one")
-    plain = [plain_id(name) for name in names]
+    names = data_names(ids_or_adata, options.column or column)
+    if not names.ids or not vocabulary:
+        raise DataError(f"{len(names.ids)} genes are to be found in a vocabulary of {len(vocabulary)}: both need one")
+    tables = joined(options.mapping, mapping), joined(options.symbols, symbols)
+    index, routes, lost = search(names, ids_or_adata, vocabulary, tables, options.orthologs)
+    report = match_report(names.shown, index, routes, counts)
+    report["n_by_symbol"] = int((names.stand_in & (index >= 0)).sum())
+    refuse_unknown(names.shown, report, names.columns, vocabulary)
+    warn_of_names(names.ids)
+    return GeneMatch(index, report | lost)
+
+# %% ../../nbs/data/genes.ipynb #33f9c333
+def search(
+    names: Names, source, vocabulary: list[str], tables: tuple[Lookup, Lookup], orthologs: Orthologs | None
+) -> tuple[np.ndarray, np.ndarray, dict]:
+    "(place of each gene, its route, {'orthologs': what was lost}) of all genes; DataError for another species."
     position = Lookup({gene: i for i, gene in enumerate(vocabulary) if not gene.startswith("<")})
-    found = find_genes(names, plain, position, Lookup(mapping or {}), Lookup(symbols or {}))
-    index, routes = np.array(found[0], dtype=np.int64), np.array(found[1])
-    refuse_other_species(names, (routes == 0) | (routes == 2), vocabulary)
-    report = match_report(names, index, routes, counts)
-    warn_of_names(names, report, columns, vocabulary)
-    return GeneMatch(index, report)
+    ids, lost, translated = names.ids, {}, np.zeros(len(names.ids), dtype=bool)
+    if orthologs is not None:
+        others = plain_names(source.var_names) if hasattr(source, "var_names") else ids
+        pairs, column = ortholog_pairs(orthologs, [ids, list(others)], {*position, *tables[0], *tables[1]}, cased_id)
+        home = home_species(vocabulary)
+        stay = [bool(name) and species_of(name) in home and species_of(name) != "" for name in ids]
+        ids, translated, lost = translate(ids, column, pairs, stay, cased_id)
+    found = find_genes(ids, [plain_id(name) for name in ids], position, *tables)
+    index, routes = np.array(found[0], dtype=np.int64), np.array(found[1], dtype=np.int64)
+    routes[translated & (index >= 0)] = 4
+    settled = np.array([is_settled(name, route, tables[0]) for name, route in zip(ids, routes)], dtype=bool)
+    foreign = refuse_other_species(
+        names.ids, settled | (translated & (index >= 0)), settled & (routes != 0), vocabulary
+    )
+    index[foreign], routes[foreign] = -1, -1
+    return index, routes, {"orthologs": lost} if lost else {}

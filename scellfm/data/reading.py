@@ -6,18 +6,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import sparse
 
 from ..core import DataError, OptionError, logger, optional, warn
-from .columns import n_rows
-from .loom import read_loom
+from .columns import n_rows, read_table
+from .genes import GeneTable
+from .loom import loom_tables, read_loom
 from .matrices import canonical_csr, check_sparse, slices
 from .paths import damage_named, existing, open_store
 from .tenx import hdf5_kind, read_folder, read_h5
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'counts_of', 'check_matrices', 'places', 'genes_of', 'expected_shape', 'matrix_key', 'open_counts',
-           'path_blocks', 'count_blocks', 'count_matrix', 'Fault', 'CountFaults', 'judge', 'remedy', 'warn_of_oddities',
-           'check_counts', 'file_kind', 'parse', 'check_options', 'read']
+__all__ = ['SUFFIXES', 'counts_of', 'check_matrices', 'places', 'is_raw', 'var_key', 'expected_shape', 'matrix_key',
+           'open_counts', 'file_kind', 'genes_of', 'path_blocks', 'count_blocks', 'count_matrix', 'Fault',
+           'CountFaults', 'judge', 'remedy', 'warn_of_oddities', 'check_counts', 'parse', 'check_options', 'read']
 
 # %% ../../nbs/data/reading.ipynb #ac72911d
-def counts_of(adata: AnnData, layer: str | None = None):
+def counts_of(adata: AnnData, layer: str | None = None) -> Any:
     "The matrix that `layer` names, as it is stored: None is X, 'raw' is adata.raw.X; DataError if there is none."
     if getattr(adata, "is_view", False):  # its matrix is cut out by a compiled loop
         check_matrices(adata._adata_ref)
@@ -47,7 +48,7 @@ def counts_of(adata: AnnData, layer: str | None = None):
     hint = f" Did you mean layer={close[0]!r}?" if close else ""
     raise DataError(f"layer={layer!r} is not in this AnnData; there is: {['X (layer=None)', *places(adata)]}.{hint}")
 
-
+# %% ../../nbs/data/reading.ipynb #60e28c76
 def check_matrices(adata: AnnData, where: str = "AnnData") -> None:
     "DataError unless the indices of X, of each layer and of raw lie inside the matrix."
     held = {"X": adata.X, **{f"layer {name!r}": adata.layers[name] for name in places(adata) if name in adata.layers}}
@@ -63,21 +64,28 @@ def places(adata: AnnData) -> list[str]:
     return [*layers, *(["raw"] if adata.raw is not None else [])]
 
 
-def genes_of(adata: AnnData, layer: str | None = None):
-    "The gene names of the columns of `counts_of(adata, layer)`: those of `raw` may be others than those of X."
-    return adata.raw.var_names if layer == "raw" and layer not in adata.layers else adata.var_names
+def is_raw(adata: AnnData, layer: str | None) -> bool:
+    "Does `layer` name adata.raw, and not a layer of that name?"
+    return layer == "raw" and layer not in adata.layers and adata.raw is not None
 
 # %% ../../nbs/data/reading.ipynb #85591893
-def expected_shape(file, key: str) -> tuple[int, int]:
+def var_key(file: Mapping, key: str) -> str:
+    "Where an h5ad file or zarr store keeps the table of the genes of the matrix `key`: raw has a table of its own."
+    if key == "raw.X":
+        return "raw.var"
+    return "raw/var" if key.startswith("raw/") and "raw/var" in file else "var"
+
+
+def expected_shape(file: Mapping, key: str) -> tuple[int, int]:
     "(cells, genes) that the tables of an h5ad file or zarr store give to the matrix `key`."
-    var = "raw/var" if key.startswith("raw/") and "raw/var" in file else "raw.var" if key == "raw.X" else "var"
+    var = var_key(file, key)
     missing = [name for name in ("obs", var) if name not in file]
     if missing:
         raise DataError(f"the file holds {sorted(file)} and no {' and '.join(missing)}; it was not written by AnnData")
     return n_rows(file["obs"]), n_rows(file[var])
 
 
-def matrix_key(file, layer: str | None) -> str | None:
+def matrix_key(file: Mapping, layer: str | None) -> str | None:
     "Where a file keeps the matrix that `layer` names; None where it has none. anndata before 0.7 wrote `raw.X`."
     if layer is None:
         keys = ["X"]
@@ -85,9 +93,9 @@ def matrix_key(file, layer: str | None) -> str | None:
         keys = [f"layers/{layer}", *(["raw/X", "raw.X"] if layer == "raw" else [])]
     return next((key for key in keys if key in file), None)
 
-
+# %% ../../nbs/data/reading.ipynb #94b0fa6b
 @contextmanager
-def open_counts(path: Path, layer: str | None, checked: bool = False):
+def open_counts(path: Path, layer: str | None, checked: bool = False) -> Iterator[tuple[Any, str, tuple[int, int]]]:
     "(matrix on disk, not read; its key; the shape it should have) of an h5ad or zarr file; closed when the block ends."
     with open_store(path, checked) as file:
         key = matrix_key(file, layer)
@@ -98,10 +106,52 @@ def open_counts(path: Path, layer: str | None, checked: bool = False):
                 *layers,
                 *(["raw"] if matrix_key(file, "raw") else []),
             ]
-            raise DataError(
-                f"{path} has no {'X' if layer is None else f'layers/{layer}'!r} (layer={layer!r}); there is: {there}"
-            )
+            sought = "X" if layer is None else f"layers/{layer}"
+            raise DataError(f"{path} has no {sought!r}: layer={layer!r} is not in this AnnData; there is: {there}")
         yield file[key], key, expected_shape(file, key)
+
+# %% ../../nbs/data/reading.ipynb #c8722904
+SUFFIXES = {".h5ad": "h5ad", ".h5": "10x_h5", ".hdf5": "10x_h5", ".loom": "loom"}
+
+
+def file_kind(path: Path) -> str:
+    "Which format a path holds: h5ad, 10x_h5, 10x_mtx, loom or zarr."
+    if path.is_dir():
+        if any(path.glob("*matrix.mtx*")):
+            return "10x_mtx"
+        if path.suffix == ".zarr" or (path / ".zgroup").exists() or (path / "zarr.json").exists():
+            return "zarr"
+        raise DataError(f"the folder {path} holds neither matrix.mtx[.gz] (10x) nor a zarr store; name the file itself")
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: {path.suffix or 'no'} suffix; known are .h5ad, .h5 (10x), .loom, .zarr, 10x folders")
+    if path.suffix not in (".h5", ".hdf5") or not path.exists():
+        return SUFFIXES[path.suffix]
+    kind = hdf5_kind(path)
+    if kind == "molecules":
+        raise DataError(
+            f"{path} lists the molecules of a Cell Ranger run and no cells: read filtered_feature_bc_matrix.h5, which "
+            "lies beside it"
+        )
+    return SUFFIXES[path.suffix] if kind == "unknown" else kind
+
+# %% ../../nbs/data/reading.ipynb #3e06eb4c
+def genes_of(adata_or_path: AnnData | str | Path, layer: str | None = None) -> GeneTable:
+    "The genes of the columns of the matrix that `layer` names (as in `count_blocks`); of a file, only they are read."
+    if not isinstance(adata_or_path, (str, Path)):
+        counts_of(adata_or_path, layer)  # a DataError that names the layers that there are
+        return GeneTable(adata_or_path.raw.var if is_raw(adata_or_path, layer) else adata_or_path.var)
+    path = existing(adata_or_path)
+    kind = file_kind(path)
+    if kind == "loom":
+        return GeneTable(loom_tables(path, layer)[2])
+    if kind not in ("h5ad", "zarr"):
+        return genes_of(read(path), layer)
+    with damage_named(path), open_store(path) as file:
+        key = matrix_key(file, layer)
+        if key is not None:
+            return GeneTable(read_table(file[var_key(file, key)]))
+    with open_counts(path, layer, checked=True):  # the DataError that names the layers that there are
+        raise DataError(f"{path} has no counts at layer={layer!r}")
 
 # %% ../../nbs/data/reading.ipynb #c3b1bc23
 def path_blocks(
@@ -243,7 +293,7 @@ def check_counts(adata: AnnData, layer: str | None = None) -> None:
     shape, where = counts_of(adata, layer).shape, "X" if layer is None else f"layer {layer!r}"
     if 0 in shape:
         raise DataError(f"{where} has {shape[0]} cells x {shape[1]} genes: nothing to read; check earlier filters")
-    genes, faults = genes_of(adata, layer), judge(adata, layer)
+    genes, faults = genes_of(adata, layer).var_names, judge(adata, layer)
 
     def place(fault: Fault) -> str:
         return f"cell {str(adata.obs_names[fault.cell])!r}, gene {str(genes[fault.gene])!r} holds {fault.value:.6g}"
@@ -258,30 +308,6 @@ def check_counts(adata: AnnData, layer: str | None = None) -> None:
     if not faults.total:
         raise DataError(f"{where} holds only zeros ({shape[0]} cells x {shape[1]} genes). {remedy(adata, layer)}")
     warn_of_oddities(adata, layer, faults, place(faults.inexact))
-
-# %% ../../nbs/data/reading.ipynb #c8722904
-SUFFIXES = {".h5ad": "h5ad", ".h5": "10x_h5", ".hdf5": "10x_h5", ".loom": "loom"}
-
-
-def file_kind(path: Path) -> str:
-    "Which format a path holds: h5ad, 10x_h5, 10x_mtx, loom or zarr."
-    if path.is_dir():
-        if any(path.glob("*matrix.mtx*")):
-            return "10x_mtx"
-        if path.suffix == ".zarr" or (path / ".zgroup").exists() or (path / "zarr.json").exists():
-            return "zarr"
-        raise DataError(f"the folder {path} holds neither matrix.mtx[.gz] (10x) nor a zarr store; name the file itself")
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: {path.suffix or 'no'} suffix; known are .h5ad, .h5 (10x), .loom, .zarr, 10x folders")
-    if path.suffix not in (".h5", ".hdf5") or not path.exists():
-        return SUFFIXES[path.suffix]
-    kind = hdf5_kind(path)
-    if kind == "molecules":
-        raise DataError(
-            f"{path} lists the molecules of a Cell Ranger run and no cells: read filtered_feature_bc_matrix.h5, which "
-            "lies beside it"
-        )
-    return SUFFIXES[path.suffix] if kind == "unknown" else kind
 
 # %% ../../nbs/data/reading.ipynb #284bda62
 def parse(path: Path, kind: str, backed: bool, prefix: str | None = None, genome: str | None = None) -> AnnData:

@@ -246,8 +246,9 @@ def save(vectors: GeneVectors, folder: str | os.PathLike) -> None:
 
     from scellfm.assets.tensors import save_tensors
     from scellfm.store import atomic_files, sha256
+    from scellfm.store.layouts import VECTORS
 
-    with atomic_files(folder) as part:
+    with atomic_files(folder, VECTORS) as part:
         save_tensors(part / "vectors.safetensors", {"values": torch.from_numpy(vectors.values)})
         record = FORMAT | {
             "genes": list(vectors.genes),

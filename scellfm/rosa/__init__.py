@@ -3,7 +3,11 @@ from scellfm import _lazy
 
 __getattr__, __dir__, __all__ = _lazy(__name__, {
     "Enformer": "enformer", "embed_genes": "embedding", "embed_bins": "embedding",
-    "KmerEncoder": "encoders", "BorzoiEncoder": "encoders",
+    "KmerEncoder": "encoders", "BorzoiEncoder": "encoders", "GCEncoder": "simple_vectors",
+    "kmer_vectors": "simple_vectors", "gc_vectors": "simple_vectors", "identity_vectors": "simple_vectors",
+    "promoter_windows": "simple_vectors",
+    "Proteins": "proteins", "read_proteins": "proteins", "one_protein_each": "proteins",
+    "ESM2": "protein_vectors", "embed_proteins": "protein_vectors",
     "variant_effect": "effects", "variant_vectors": "effects", "VariantEffects": "effects",
     "mutagenesis": "in_silico", "Mutagenesis": "in_silico",
     "encode": "sequence", "decode": "sequence", "reverse_complement": "sequence", "one_hot": "sequence",

@@ -21,6 +21,8 @@ from .positional import GAMMAS
 from .pretraining import fit_tracks
 from .tracks import PUBLISHED_TRACKS, find_tracks, read_tracks, track_names
 from ..store import atomic_write, fingerprint
+from ..store.layouts import ENFORMER_MODEL
+from ..store.outputs import result_folder
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'TINY', 'SHAPES', 'TINY_TRACKS', 'CONVERTED', 'STRANDS', 'build', 'choose_gammas', 'cropped', 'readings',
@@ -236,10 +238,10 @@ class Enformer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         "Write config.json and model.safetensors, which `from_pretrained` opens."
-        folder, state = Path(folder), self.module.state_dict()
-        save_tensors(folder / "model.safetensors", {k: v for k, v in state.items() if not k.startswith("_trunk.")})
+        folder, state = result_folder(folder, ENFORMER_MODEL), self.module.state_dict()
         with atomic_write(folder / "config.json") as part:
             part.write_text(json.dumps({"model_type": "enformer"} | self.config, indent=1) + "\n", encoding="utf-8")
+        save_tensors(folder / "model.safetensors", {k: v for k, v in state.items() if not k.startswith("_trunk.")})
 
     def __repr__(self) -> str:
         size = sum(parameter.numel() for parameter in self.module.parameters()) / 1e6

@@ -19,6 +19,9 @@ from ..scores.effects import CONTROL, Effects, measure_effects, names_of
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from scellfm.scgenept.perturbseq import PerturbationData
+    from scellfm.scgenept.splits import PerturbationSplit
+
 # %% auto #0
 __all__ = ['perturbation_baselines', 'training_of']
 
@@ -190,8 +193,8 @@ class PerturbationBaselines(dict):
 
 # %% ../../nbs/scgenept/baselines.ipynb #1a641d23
 def perturbation_baselines(
-    data: AnnData,
-    split: Mapping,
+    data: AnnData | PerturbationData,
+    split: PerturbationSplit | Mapping[str, Sequence[str]] | Sequence[PerturbationSplit],
     *,
     vectors: GeneVectors | Mapping[str, GeneVectors] | None = None,
     baselines: str | Sequence[str] = "default",
@@ -202,9 +205,10 @@ def perturbation_baselines(
     """
     Predict a split's test perturbations by simple methods that learn from its training perturbations.
 
-    data: PerturbationData, or AnnData of log-normalised cells with obs[condition]. split: a PerturbationSplit, or a
-    mapping with "train" and "test". vectors: gene vectors, or several by name ({"GO": ...} gives "ridge on GO").
-    baselines: "default", "all", or names. seed: for permuted and random vectors and the random perturbation.
+    data: PerturbationData, or AnnData of log-normalised cells with obs[condition]. split: a PerturbationSplit, a
+    mapping with "train" and "test", or a list of folds, each predicted by what was trained without it. vectors: gene
+    vectors, or several by name ({"GO": ...} gives "ridge on GO"). baselines: "default", "all", or names. seed: for
+    permuted and random vectors and the random perturbation.
 
     Returns {name: perturbations x genes}, ready for scellfm.scores.perturbation. DataError: a split of other data, a
     perturbation in both parts, vectors of other genes.
@@ -212,20 +216,26 @@ def perturbation_baselines(
     check_number("seed", seed, 0)
     adata = getattr(data, "adata", data)
     effects = measure_effects(adata, condition=condition, control=control)
-    training = training_of(effects, split, control, seed)
+    folds = list(split) if isinstance(split, (list, tuple)) else [split]
+    trainings = [training_of(effects, fold, control, seed) for fold in folds]
     named = dict(vectors) if isinstance(vectors, Mapping) else {} if vectors is None else {"vectors": vectors}
     wrong = [name for name, part in named.items() if not isinstance(part, GeneVectors)]
     if wrong:
         raise OptionError(f"vectors[{wrong[0]!r}] is a {type(named[wrong[0]]).__name__}; give GeneVectors")
-    makers = makers_of(training, named, seed)
+    versions = all_versions(trainings, named, seed)
     chosen = chosen_of(baselines, list(named))
-    for name in chosen:
-        one_of("baselines", name, list(makers))
-    tables = {name: pd.DataFrame(makers[name](), training.wanted, effects.genes) for name in chosen}
-    return PerturbationBaselines(tables)
+    parts: dict[str, list[pd.DataFrame]] = {name: [] for name in chosen}
+    for training in trainings:
+        makers = makers_of(training, versions)
+        for name in chosen:
+            one_of("baselines", name, list(makers))
+            parts[name].append(pd.DataFrame(makers[name](), training.wanted, effects.genes))
+    return PerturbationBaselines({name: pd.concat(tables) for name, tables in parts.items()})
 
 
-def training_of(effects: Effects, split, control: str, seed: int) -> Training:
+def training_of(
+    effects: Effects, split: PerturbationSplit | Mapping[str, Sequence[str]], control: str, seed: int
+) -> Training:
     "The training side of a split. DataError where it is of other data, or a perturbation is in both parts."
     train, test = ((split[part] if isinstance(split, Mapping) else getattr(split, part)) for part in ("train", "test"))
     train, test = ([n for n in dict.fromkeys(names_of(list(part), control)) if n != CONTROL] for part in (train, test))
@@ -247,14 +257,20 @@ def training_of(effects: Effects, split, control: str, seed: int) -> Training:
     )
 
 # %% ../../nbs/scgenept/baselines.ipynb #74c54798
-def makers_of(training: Training, named: Mapping[str, GeneVectors], seed: int) -> dict[str, Callable]:
+def all_versions(trainings: Sequence[Training], named: Mapping[str, GeneVectors], seed: int) -> dict[str, dict]:
+    "For each kind of vectors its own, permuted and random version, for the perturbed genes of all folds."
+    names = [name for training in trainings for name in [*training.names, *training.wanted]]
+    genes = sorted({gene for name in names for gene in name.split("+")})
+    return {label: versions_of(part, genes, seed) for label, part in named.items()}
+
+
+def makers_of(training: Training, versions: Mapping[str, Mapping[str, GeneVectors]]) -> dict[str, Callable]:
     "Every baseline by its name, as a function without arguments."
     makers = {name: (lambda make=make: make(training)) for name, make in PLAIN.items()}
-    genes = sorted({gene for name in [*training.names, *training.wanted] for gene in name.split("+")})
-    for label, part in named.items():
-        versions = versions_of(part, genes, seed)
+    makers["non-control mean"] = makers["cell-weighted mean"]  # another name of the same
+    for label, kinds in versions.items():
         for name, (fit, kind) in FITS.items():
-            makers[name.format(vectors=label)] = lambda fit=fit, v=versions[kind]: on_vectors(training, v, fit)
+            makers[name.format(vectors=label)] = lambda fit=fit, v=kinds[kind]: on_vectors(training, v, fit)
     return makers
 
 

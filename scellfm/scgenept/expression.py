@@ -53,7 +53,7 @@ def check_logs(matrix: sparse.csr_matrix, where: str) -> None:
 def log_expression(adata: AnnData, layer: str | None = None) -> tuple[sparse.csr_matrix, list[str]]:
     "Log-normalised values [cells, genes] as CSR, and the gene names; DataError for counts, NaN or repeated genes."
     where = "X" if layer is None else f"layer {layer!r}"
-    stored, genes = counts_of(adata, layer), genes_of(adata, layer)
+    stored, genes = counts_of(adata, layer), genes_of(adata, layer).var_names
     if 0 in stored.shape:
         raise DataError(
             f"{where} has {stored.shape[0]} cells x {stored.shape[1]} genes: nothing to read; check filters"
@@ -105,7 +105,7 @@ def normalized_expression(
     check_counts(adata, layer)
     if n_variable is not None:
         check_number("n_variable", n_variable, 1)
-    counts, genes = summed_genes(count_matrix(adata, layer), genes_of(adata, layer))
+    counts, genes = summed_genes(count_matrix(adata, layer), genes_of(adata, layer).var_names)
     totals = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
     target = np.median(totals[totals > 0]) if target_sum is None else target_sum
     scale = np.divide(target, totals, out=np.zeros_like(totals), where=totals > 0)

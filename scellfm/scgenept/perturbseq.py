@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, OptionError, one_of, warn
+from ..data.reading import genes_of
 from ..data.splits import column_of
 from .changes import N_TOP, GroupStatistics, group_statistics, index_sets, ranked, welch
 from scellfm.scgenept.conditions import (
@@ -28,6 +29,7 @@ from scellfm.scgenept.conditions import (
 )
 from .expression import log_expression, normalized_expression
 from .families import family_split, similarity_split
+from .folds import perturbation_folds
 from .gears_folder import agreement, find_processed, gears_table, stored_top, write_processed
 from .pairing import keyed_pairs, original_pairs
 from .splits import KINDS, PARTS, PerturbationSplit, custom_split, split_conditions
@@ -98,7 +100,7 @@ def _assembled(adata, matrix, ids: list[str], labels: np.ndarray, names: np.ndar
     "An AnnData of its own around the log values: obs with both names of each cell, var with the names of genes."
     import anndata
 
-    source = adata.raw.var if layer == "raw" and layer not in adata.layers else adata.var
+    source = genes_of(adata, layer).var
     var = source.loc[~source.index.duplicated()].loc[ids].copy()
     genes = gene_names(var, ids)
     var["gene_id"] = ids
@@ -293,6 +295,10 @@ class PerturbationData(CellStatistics):
         if needed not in options:
             raise OptionError(f"the split {kind!r} needs {needed}=; see {OWN_SPLITS[kind].__name__}")
         return OWN_SPLITS[kind](self.labels, options.pop(needed), **seeded, **options)
+
+    def folds(self, k: int = 5, *, by: str = "gene", seed: int = 0) -> list[PerturbationSplit]:
+        "k splits, each perturbation in one test set; by='gene' or 'perturbation', see `perturbation_folds`."
+        return perturbation_folds(self.labels, k, by=by, seed=seed)
 
     def check_split(self, split: PerturbationSplit) -> None:
         "DataError unless the split was made of exactly these labels."

@@ -20,12 +20,14 @@ from ..crossfit.evidence import Evidence, evidence_of, write_record
 from ..crossfit.labels import check_class_folds, classes_of, predicted_classes, write_predictions
 from ..crossfit.membership import TrainedOn, resolve_folds, warn_of_trained
 from ..crossfit.predictions import cross_fit, predict_held_out
-from ..data.reading import count_matrix, read
+from ..data.reading import count_matrix, genes_of, read
 from ..data.splits import Folds, Split, check_split, column_of
 from .checkpoint import ScGPTCheckpoint
 from .embedding import ScGPTReader
-from .training import HiddenGenes, binned_cells, class_probabilities, label_scores, learner
+from .training import HiddenGenes, annotation_scores, binned_cells, class_probabilities, learner
 from ..store import fingerprint
+from ..store.layouts import ANNOTATOR, SCGPT_MODEL
+from ..store.outputs import result_folder
 from ..training import fit
 
 # %% auto #0
@@ -74,7 +76,8 @@ class CellAnnotator(Evidence):
         """
         fold = self.trained_on.fold_of(adata.obs_names)
         warn_of_trained(fold)
-        index = self.models[0].match(adata, column=column, mapping=mapping, symbols=symbols).index
+        genes = genes_of(adata, layer)
+        index = self.models[0].match(genes, column=column, mapping=mapping, symbols=symbols).index
         how = dict(layer=layer, max_length=self.settings["max_length"], seed=self.settings["seed"])
 
         def predict(model, rows):
@@ -107,18 +110,13 @@ RECORD = "annotator.json"
 
 def save_annotator(annotator: CellAnnotator, folder: Path) -> None:
     "See `CellAnnotator.save_pretrained`."
-    for k, model in enumerate(annotator.models):
-        model.save_pretrained(folder / f"fold{k}")
+    folds = {f"fold{k}": model for k, model in enumerate(annotator.models)}
+    folder = result_folder(folder, ANNOTATOR, parts=dict.fromkeys(folds, SCGPT_MODEL))
+    record = {"label": annotator.label, "classes": list(map(str, annotator.classes)), "folds": len(folds)}
+    write_record(folder / RECORD, record | annotator.evidence_record())
+    for name, model in folds.items():
+        model.save_pretrained(folder / name)
     annotator.trained_on.save(folder)
-    write_record(
-        folder / RECORD,
-        {
-            "label": annotator.label,
-            "classes": list(map(str, annotator.classes)),
-            "folds": len(annotator.models),
-            **annotator.evidence_record(),
-        },
-    )
 
 
 def load_annotator(folder: Path, device, dtype) -> CellAnnotator:
@@ -192,7 +190,7 @@ def finetune(
         return values[part.test], values[part.train]
 
     models, own = cross_fit(parts, train, predict, n_rows=adata.n_obs)
-    scores = label_scores(own, parts, count_matrix(adata, layer), codes, classes, groups, n_boot, settings)
+    scores = annotation_scores(own, parts, count_matrix(adata, layer), codes, classes, groups, n_boot, settings)
     check = check_overfit(scores, advice_for(split.by, epochs, freeze_layers, gpt.model.config.n_layers))
     if check.overfitted:
         warn(str(check))

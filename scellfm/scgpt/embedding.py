@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from .. import inference
 from ..core import DataError, one_of, warn
-from ..data.reading import count_blocks, counts_of, read
+from ..data.reading import count_blocks, genes_of, read
 from .checkpoint import ScGPTCheckpoint
 from .model import POOLS, pool_cells
 from .tokenizer import BinnedCells, survey, tokenize
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['default_budget', 'planned', 'in_order', 'tell', 'opened', 'columns_of', 'make_batch', 'cell_vectors', 'over_cells',
-           'open_store', 'embed', 'gene_embeddings', 'AttentionMap', 'attention', 'ScGPTReader']
+__all__ = ['default_budget', 'planned', 'in_order', 'tell', 'opened', 'make_batch', 'cell_vectors', 'over_cells', 'open_store',
+           'embed', 'gene_embeddings', 'AttentionMap', 'attention', 'ScGPTReader']
 
 # %% ../../nbs/scgpt/embedding.ipynb #f6c69e58
 def default_budget(device: torch.device) -> int:
@@ -88,20 +88,6 @@ def opened(data: AnnData | str | Path) -> tuple[AnnData, AnnData | Path]:
     if is_h5ad:
         stored.file.close()
     return result, Path(data) if is_h5ad else stored
-
-# %% ../../nbs/scgpt/embedding.ipynb #3ec96ad1
-def columns_of(result: AnnData, source: AnnData | Path, layer: str | None) -> AnnData:
-    "An AnnData whose var describes the columns of the counts: those of raw may be others than those of X."
-    if layer != "raw" or "raw" in result.layers:
-        return result
-    import anndata
-
-    stored = read(source, backed=True) if isinstance(source, Path) else source
-    counts_of(stored, layer)  # a DataError that names the layers that there are, where there is no raw
-    found = anndata.AnnData(obs=result.obs[[]], var=stored.raw.var)
-    if stored is not source:
-        stored.file.close()
-    return found
 
 # %% ../../nbs/scgpt/embedding.ipynb #7a9b61d5
 def make_batch(gpt: ScGPTCheckpoint, cells: BinnedCells):
@@ -223,9 +209,10 @@ def embed(
     DataError: negative or missing values, no known gene."""
     how = dict(max_length=max_length, overlong=overlong, seed=seed, original=original)
     one_of("pool", pool, POOLS)
+    gpt.warn_if_untrained()
     result, source = opened(adata)
     result = result.to_memory(copy=True) if copy and result is adata else result
-    columns = columns_of(result, source, layer)
+    columns = genes_of(source, layer)
     totals, whole = survey(source, result.obs_names, columns.var_names, layer)
     match = gpt.match(columns, counts=totals, column=column, mapping=mapping, symbols=symbols)
 
@@ -287,7 +274,7 @@ def attention(
     seed=0,
 ) -> Iterator[AttentionMap]:
     "The attention of one layer (-1: the last) in each cell, one after the other; empty cells are left out."
-    columns = columns_of(adata, adata, layer)
+    columns = genes_of(adata, layer)
     totals, _ = survey(adata, adata.obs_names, columns.var_names, layer)
     index = gpt.match(columns, counts=totals, column=column, mapping=mapping, symbols=symbols).index
     for start, cells in tokenize(

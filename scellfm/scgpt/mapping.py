@@ -13,9 +13,11 @@ import numpy as np
 import pandas as pd
 
 from ..core import AssetError, DataError, OptionError, check_number, keyed_generator, one_of, warn
+from ..data.splits import column_of
 from .neighbours import SEARCHES, TIES, VOTES, Subset, nearest, nearest_faiss, vote_shares, winners
 from ..scores.table import Scores
 from ..store import atomic_write
+from ..store.layouts import REFERENCE_MAP
 
 # %% auto #0
 __all__ = ['Votes', 'ReferenceMap']
@@ -136,7 +138,7 @@ def save_map(path: str | Path, vectors: np.ndarray, codes: np.ndarray, record: d
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    with atomic_write(path) as folder:
+    with atomic_write(path, kind=REFERENCE_MAP) as folder:
         Path(folder).mkdir()
         try:
             save_file(
@@ -373,7 +375,7 @@ class ReferenceMap:
         kept = vectors_of(self.ref, self.use_rep, "reference")[1] & (
             label_codes(self.ref.obs, self.label, "reference")[0] >= 0
         )
-        return self.ref.obs[by].astype(str).to_numpy()[kept]
+        return column_of(self.ref.obs[kept], by, "by")
 
     def evaluate(
         self, query, label: str | None = None, *, layer: str | None = None, baselines: bool = True, seed: int = 0
@@ -398,7 +400,7 @@ class ReferenceMap:
         return found
 
 # %% ../../nbs/scgpt/mapping.ipynb #f1615719
-def label_scores(truth: np.ndarray, called: np.ndarray) -> tuple[dict, dict]:
+def naming_scores(truth: np.ndarray, called: np.ndarray) -> tuple[dict, dict]:
     "Accuracy and macro precision, recall, F1 (scikit-learn's, over all labels that occur), and the tables by label."
     from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 
@@ -419,19 +421,22 @@ def pca_pair(ref, query, layer: str | None, seed: int) -> tuple[np.ndarray, np.n
     """HVG + PCA learnt on the reference's counts, for both; genes that both have. DataError: no counts, no gene in
     common."""
     from scellfm.baselines import count_features
-    from scellfm.data.reading import check_counts, count_matrix
+    from scellfm.data.reading import count_matrix, genes_of
+    from scellfm.scores.batches import check_baseline_counts
 
-    genes = query.var_names.intersection(ref.var_names, sort=False)
-    if len(genes) < 2 or not (ref.var_names.is_unique and query.var_names.is_unique):
+    of_ref, of_query = (genes_of(cells, layer).var_names for cells in (ref, query))
+    genes = of_query.intersection(of_ref, sort=False)
+    if len(genes) < 2 or not (of_ref.is_unique and of_query.is_unique):
         raise DataError(
-            f"reference and query share {len(genes)} gene names (unique: {ref.var_names.is_unique}, "
-            f"{query.var_names.is_unique}); the HVG + PCA "
+            f"reference and query share {len(genes)} gene names (unique: {of_ref.is_unique}, "
+            f"{of_query.is_unique}); the HVG + PCA "
             "baseline needs common, unique ones: rename them, or set baselines=False"
         )
     for cells in (ref, query):
-        check_counts(cells, layer)
-    counts = [count_matrix(cells, layer)[:, cells.var_names.get_indexer(genes)] for cells in (ref, query)]
-    features = count_features(seed).fit(counts[0])
+        check_baseline_counts(cells, layer)
+    pairs = ((ref, of_ref), (query, of_query))
+    counts = [count_matrix(cells, layer)[:, names.get_indexer(genes)] for cells, names in pairs]
+    features = count_features(seed, logged=False).fit(counts[0])
     return features.transform(counts[0]), features.transform(counts[1])
 
 # %% ../../nbs/scgpt/mapping.ipynb #169f646b
@@ -453,7 +458,10 @@ def score_map(reference: ReferenceMap, query, truth: np.ndarray) -> tuple[dict, 
     "The scores of one map on the cells of the query, and its tables by label."
     votes, known = reference.votes(query), None
     called = np.where(votes.code < 0, "unknown", reference.classes[votes.code]).astype(str)
-    metrics, details = label_scores(truth, called)
+    metrics, details = naming_scores(truth, called)
+    named = np.where(reference.is_known(votes), called, "unknown").astype(str)
+    transferred = naming_scores(truth, named)[1]["confusion"]
+    details["transferred"] = transferred[transferred.sum(axis=1) > 0]
     if reference.min_confidence > 0 or np.isfinite(reference.max_distance):
         known = reference.is_known(votes)
         metrics.update(called=known.mean(), accuracy_called=(called == truth)[known].mean() if known.any() else np.nan)
@@ -485,7 +493,7 @@ def evaluate(reference: ReferenceMap, query, label: str, layer: str | None, base
     if baselines:
         results["HVG + PCA"] = score_map(*baseline_map(reference, query, layer, seed), truth)
         commonest = np.full(len(truth), reference.classes[reference.proportions.argmax()]).astype(str)
-        results["majority class"] = label_scores(truth, commonest)
+        results["majority class"] = naming_scores(truth, commonest)
     table = pd.DataFrame({method: metrics for method, (metrics, _) in results.items()}).T
     return Scores(
         table[list(results[reference.use_rep][0])],

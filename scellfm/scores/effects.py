@@ -147,6 +147,7 @@ class Effects:
     second: Moments  # half B
     control: Moments  # one row
     rest: tuple[Moments, Moments]  # all other perturbed cells, for the whole and for half A
+    control_halves: tuple[Moments, Moments]  # of control cells, one row each
 
     @property
     def n(self) -> np.ndarray:
@@ -176,12 +177,9 @@ class Effects:
     def ranked(self, half: bool = False) -> np.ndarray:
         "Positions of genes [conditions, genes], the largest |t| against control first (ties in gene order)."
         group = self.first if half else self.whole
-        t, _ = welch(group.mean, group.variance, group.n[:, None], *self.control_row())
+        control = self.control_halves[0] if half else self.control
+        t, _ = welch(group.mean, group.variance, group.n[:, None], control.mean[0], control.variance[0], control.n[0])
         return np.argsort(-np.where(np.isfinite(t), np.abs(t), 0.0), axis=1, kind="stable")
-
-    def control_row(self) -> tuple[np.ndarray, np.ndarray, float]:
-        "Mean, variance and number of the control cells."
-        return self.control.mean[0], self.control.variance[0], self.control.n[0]
 
     def detected(self) -> np.ndarray:
         "Genes that are no dropout, as GEARS defines it: not zero in the condition, or zero in control as well."
@@ -219,7 +217,8 @@ def measure_effects(
     both = tuple(a + b for a, b in zip(*parts))
     rest = [Moments.of(*(x[:-1].sum(0, keepdims=x.ndim > 1) - x[:-1] for x in part)) for part in (both, parts[0])]
     whole, first, second = (Moments.of(*(x[:-1] for x in part)) for part in (both, *parts))
-    return Effects(conditions, adata.var_names, whole, first, second, Moments.of(*(x[-1:] for x in both)), tuple(rest))
+    control, *halves = (Moments.of(*(x[-1:] for x in part)) for part in (both, *parts))
+    return Effects(conditions, adata.var_names, whole, first, second, control, tuple(rest), tuple(halves))
 
 
 def labels_of(adata: AnnData, condition: str) -> np.ndarray:

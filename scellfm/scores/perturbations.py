@@ -14,12 +14,13 @@ import pandas as pd
 from ..core import DataError, OptionError, check_number, keyed_generator, one_of, warn
 from ..metrics import smaller_is_better
 from . import profiles
-from .effects import CONTROL, Effects, check_scale, measure_effects, names_of
+from .effects import CONTROL, Effects, check_scale, measure_effects, names_of, perturbation_name
 from .prediction_metrics import METRICS, Target, energy_distance, metric_table, on_second_half, target_of
 from .table import Scores
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from matplotlib.axes import Axes
 
 # %% auto #0
 __all__ = ['PerturbationScores', 'perturbation', 'of_matrices']
@@ -37,6 +38,7 @@ def predicted_means(
         table = pd.DataFrame(means, index=kept, columns=prediction.var_names)
     elif isinstance(prediction, pd.DataFrame):
         table = prediction.set_axis(names_of(prediction.index.astype(str), control, published), axis=0)
+        table = under_labels(table, effects, control) if published else table
         table = merged(table[table.index != CONTROL], what)
         check_scale(table.to_numpy(float)[np.isfinite(table.to_numpy(float)).all(1)], what)
     else:
@@ -50,6 +52,18 @@ def predicted_means(
             f"{what} {told if len(lost) else 'has a gene twice'}; predict every gene of the truth once, by name"
         )
     return table[effects.genes].astype(float)
+
+
+def under_labels(table: pd.DataFrame, effects: Effects, control: str) -> pd.DataFrame:
+    "Predictions under published labels: a perturbation's row stands for each of its labels without a row of its own."
+    meant = {
+        label: label if label in table.index else perturbation_name(label, control) for label in effects.conditions
+    }
+    found = [label for label in effects.conditions if meant[label] in table.index]
+    rest = table[~table.index.isin([meant[label] for label in found])]
+    rows = [table.loc[[meant[label]]].iloc[:1].set_axis([label], axis=0) for label in found if label not in table.index]
+    kept = table[table.index.isin(found)]
+    return pd.concat([kept, *rows, rest])
 
 
 def merged(table: pd.DataFrame, what: str) -> pd.DataFrame:
@@ -83,8 +97,10 @@ def scored_names(tables: Mapping[str, pd.DataFrame], effects: Effects) -> list[s
 
 
 def training_mean(train, effects: Effects, scored: list[str], control: str, published: bool) -> tuple[np.ndarray, str]:
-    "u [genes], the mean of the training perturbations' means, and what it was taken over."
-    train = getattr(train, "train", train)
+    "u [genes], the mean of the training perturbations' means, and what it was taken over; [scored, genes] for folds."
+    if isinstance(train, (list, tuple)) and train and all(hasattr(fold, "test") for fold in train):
+        return means_of_folds(train, effects, scored, control, published)
+    train = train["train"] if isinstance(train, Mapping) else getattr(train, "train", train)
     if train is None:
         train = [name for name in effects.conditions if name not in set(scored)]
         if not train:
@@ -95,6 +111,18 @@ def training_mean(train, effects: Effects, scored: list[str], control: str, publ
     if not rows:
         raise DataError(f"none of the {len(names)} training perturbations was measured; the split is of other data")
     return effects.mean[rows].mean(0), f"{len(rows)} perturbations"
+
+# %% ../../nbs/scores/perturbations.ipynb #b2487876
+def means_of_folds(folds, effects: Effects, scored: list[str], control: str, published: bool) -> tuple[np.ndarray, str]:
+    "u of the fold that tests each scored perturbation [scored, genes]; DataError for one that no fold tests."
+    tested = {name: i for i, fold in enumerate(folds) for name in names_of(list(fold.test), control, published)}
+    lost = [name for name in scored if name not in tested]
+    if lost:
+        raise DataError(f"{len(lost)} scored perturbations are tested by no fold of train=, e.g. {lost[:3]}")
+    means = {}
+    for i in sorted({tested[name] for name in scored}):
+        means[i] = training_mean(folds[i], effects, scored, control, published)[0]
+    return np.array([means[tested[name]] for name in scored]), f"each of {len(means)} folds"
 
 # %% ../../nbs/scores/perturbations.ipynb #1c6794ea
 TRAINING_MEAN, NO_CHANGE = "training mean", "no change"
@@ -218,6 +246,15 @@ class PerturbationScores(Scores):
         metrics = [m for m in as_frame(self.details[DUPLICATE]["by_condition_half"])] if metrics is None else metrics
         return pd.DataFrame({metric: self._share(metric) for metric in metrics})
 
+    def plot(self, ax: Axes | None = None, *, kind: str = "shares", metrics: Sequence[str] | None = None) -> Axes:
+        "Draw kind 'shares' (each method from the training mean to the duplicate) or 'scores' (the table, with intervals)."
+        one_of("kind", kind, ("shares", "scores"))
+        if kind == "scores":
+            return super().plot(ax)
+        from scellfm.scores.shares import plot_shares
+
+        return plot_shares(self, metrics, ax)
+
     def _share(self, metric: str) -> pd.Series:
         table = self.values(metric, half=True)
         once = np.ones((1, len(table)))
@@ -251,12 +288,13 @@ class ScoreRun:
     def __init__(self, effects: Effects, names: list[str], average: np.ndarray, original: bool, ranking: dict | None):
         self.target = target_of(effects, names, average, ranking=ranking)
         self.half = on_second_half(self.target, effects)
+        self.duplicate = on_second_half(self.target, effects, duplicate=True)
         self.original = original
 
     def tables(self, x: np.ndarray, metrics: tuple[str, ...], ceiling: bool) -> dict[str, pd.DataFrame]:
         "by_condition and by_condition_half of a prediction; a ceiling is made of half A and judged on half B alone."
         names = self.target.names
-        half = pd.DataFrame(metric_table(self.half, x, metrics), index=names)
+        half = pd.DataFrame(metric_table(self.duplicate if ceiling else self.half, x, metrics), index=names)
         table = half.copy() if ceiling else pd.DataFrame(metric_table(self.target, x, metrics), index=names)
         for name, metric in AB.items():
             table[name] = half[metric]
@@ -345,16 +383,15 @@ def challenge_scores(adata: AnnData, predictions: Mapping, condition: str, contr
         if (values != np.round(values)).any() or (values < 0).any():
             raise DataError(f"{name} holds values that are no counts; metrics='vcc2026' needs integer counts per cell")
     settings = replace(library.EvalConfig.from_preset("vcc2026"), pert_col=condition, control=control)
-    rows = {}
+    means, details = {}, {}
     for name, part in predictions.items():
-        found = library.compute_metrics(part, adata, config=settings).to_dict(as_series=False)
-        table = pd.DataFrame(found).pivot(index="perturbation", columns="metric", values="value")
-        rows[name] = table
-    means = pd.DataFrame({name: table.mean() for name, table in rows.items()}).T
-    details = {name: {"by_condition": table} for name, table in rows.items()}
-    return Scores(
-        means, details=details, title=f"vcc2026, cell-eval2 {library.__version__}", origin={"metrics": "vcc2026"}
-    )
+        found = library.compute_metrics(part, adata, config=settings)
+        tidy = pd.DataFrame(found.to_dict(as_series=False))
+        details[name] = {"by_condition": tidy.pivot(index="perturbation", columns="metric", values="value")}
+        summed = library.aggregate_metrics(found).to_dict(as_series=False)  # some are ratios of sums, and no means
+        means[name] = dict(zip(summed["metric"], summed["mean"]))
+    title = f"vcc2026, cell-eval2 {library.__version__}"
+    return Scores(pd.DataFrame(means).T, details=details, title=title, origin={"metrics": "vcc2026"})
 
 # %% ../../nbs/scores/perturbations.ipynb #e01224d1
 def perturbation(
@@ -376,11 +413,11 @@ def perturbation(
 
     truth: AnnData of log-normalised cells with obs[condition], or PerturbationData. prediction: a DataFrame
     (perturbations x genes, log-normalised means), an AnnData of predicted cells, or a dictionary of these by method.
-    control: the label of unperturbed cells in the truth. train: the training perturbations (or a split); by default
-    those measured and not predicted. subgroups: {name: perturbations} (default: those of the split). metrics: "default"
-    (MSE, pearson_delta, WMSE, share), "all", "vcc2026" (counts; package cell-eval2), or names. de_genes:
-    {perturbation: genes, best first}; by default by t-test against control. original: labels as published, undefined
-    correlations count as 0.
+    control: the label of unperturbed cells in the truth. train: the training perturbations, a split, or a list of
+    folds; by default those measured and not predicted. subgroups: {name: perturbations} (default: those of the split).
+    metrics: "default" (MSE, pearson_delta, WMSE, share), "all", "vcc2026" (counts; package cell-eval2), or names.
+    de_genes: {perturbation: genes, best first}; by default by t-test against control. original: labels as published,
+    undefined correlations count as 0.
 
     Returns PerturbationScores. DataError: no controls, counts, genes or perturbations that do not fit. The call with
     matrices, perturbation(predicted, observed, control, conditions, genes, *, changed, n_top), gives the four
@@ -389,13 +426,14 @@ def perturbation(
     if older or arrays or not (hasattr(truth, "obs_names") or hasattr(truth, "adata")):
         return of_matrices(truth, prediction, control, *older, **arrays)
     adata = getattr(truth, "adata", truth)
+    labels = "label" if original and adata is not truth and "label" in adata.obs else condition
     predictions = dict(prediction) if isinstance(prediction, Mapping) else {"model": prediction}
     subgroups = subgroups if subgroups is not None else getattr(train, "subgroups", None)
     if metrics == "vcc2026":
         return challenge_scores(adata, predictions, condition, control)
     check_number("seed", seed, 0)
     columns = columns_of(metrics)
-    effects = measure_effects(adata, condition=condition, control=control, as_published=original, seed=seed)
+    effects = measure_effects(adata, condition=labels, control=control, as_published=original, seed=seed)
     tables = {
         name: predicted_means(part, name, effects, condition, control, original) for name, part in predictions.items()
     }
@@ -405,7 +443,8 @@ def perturbation(
     groups = canonical_groups(subgroups, names, control, original)
     details = all_details(run, effects, tables, average)
     if "e_distance" in columns:
-        add_distances(details, adata, predictions, names, condition, control, original, seed)
+        measured = names_of(adata.obs[labels].astype(str), control, original)
+        add_distances(details, adata, measured, predictions, names, condition, control, original, seed)
     return assembled(details, run, columns, groups, seed, over)
 
 
@@ -473,9 +512,8 @@ def all_details(run: ScoreRun, effects: Effects, tables: Mapping, average: np.nd
     return details
 
 
-def add_distances(details, adata, predictions, names, condition, control, published, seed) -> None:
+def add_distances(details, adata, measured, predictions, names, condition, control, published, seed) -> None:
     "Energy distances for methods that predicted cells; NaN for the others."
-    measured = names_of(adata.obs[condition].astype(str), control, published)
     for name, detail in details.items():
         part = predictions.get(name)
         found = np.full(len(names), np.nan)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .effects import Effects
+from .effects import Effects, Moments, specific_weights
 
 # %% auto #0
 __all__ = ['METRICS']
@@ -42,13 +42,20 @@ class Target:
     names: list[str]
     mean: np.ndarray  # y, [perturbations, genes]
     control: np.ndarray  # m, [genes]
-    average: np.ndarray  # u, [genes]
+    average: np.ndarray  # u, [genes], or [perturbations, genes] where each fold has its own
     weights: np.ndarray  # w, [perturbations, genes]
     top: np.ndarray  # positions of the top DE genes [perturbations, k]
     detected_top: np.ndarray  # the first k that are no dropouts; -1 where there are fewer
     singles: dict[str, tuple[np.ndarray, np.ndarray, float]]  # gene -> mean, variance, number of cells
     variance: np.ndarray  # [perturbations, genes]
     n: np.ndarray
+    guess_control: np.ndarray | None = None  # what is subtracted from a prediction, where these are other cells
+    guess_singles: dict | None = None
+
+    @property
+    def predicted_from(self) -> np.ndarray:
+        "The control mean that is subtracted from a prediction [genes]."
+        return self.control if self.guess_control is None else self.guess_control
 
 
 def first_detected(ranked: np.ndarray, detected: np.ndarray, k: int) -> np.ndarray:
@@ -70,45 +77,44 @@ def target_of(
         ranked[i] = ranked[i] if ranking is None or name not in ranking else ranking[name]
     t, _ = effects.specific()
     whole = effects.whole
-    singles = {
-        name: (whole.mean[i], whole.variance[i], whole.n[i])
-        for i, name in enumerate(effects.conditions)
-        if "+" not in name
-    }
     return Target(
         names,
         whole.mean[rows],
         effects.control_mean,
         average,
-        specific_rows(t, rows),
+        specific_weights(t[rows]),
         ranked[:, :k],
         first_detected(ranked, effects.detected()[rows], k),
-        singles,
+        singles_of(effects, whole),
         whole.variance[rows],
         whole.n[rows],
     )
 
 
-def specific_rows(t: np.ndarray, rows: list[int]) -> np.ndarray:
-    "The weights of some rows."
-    from scellfm.scores.effects import specific_weights
-
-    return specific_weights(t[rows])
+def singles_of(effects: Effects, part: Moments) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
+    "Mean, variance and number of cells of every perturbation of one gene."
+    genes = [[gene for gene in name.split("+") if gene not in ("ctrl", "control")] for name in effects.conditions]
+    return {g[0]: (part.mean[i], part.variance[i], part.n[i]) for i, g in enumerate(genes) if len(g) == 1}
 
 # %% ../../nbs/scores/prediction_metrics.ipynb #2c1ce705
-def on_second_half(target: Target, effects: Effects) -> Target:
-    "The target with the means of half B, and genes and weights of half A."
+def on_second_half(target: Target, effects: Effects, duplicate: bool = False) -> Target:
+    "The target with the means of half B, genes and weights of half A; `duplicate`: for a prediction made of half A."
     rows = [effects.conditions.index(name) for name in target.names]
     t, _ = effects.specific(half=True)
     ranked, k = effects.ranked(half=True)[rows], target.top.shape[1]
+    first, second = (half.mean[0] for half in effects.control_halves)
     return replace(
         target,
         mean=effects.second.mean[rows],
         variance=effects.second.variance[rows],
         n=effects.second.n[rows],
-        weights=specific_rows(t, rows),
+        weights=specific_weights(t[rows]),
         top=ranked[:, :k],
         detected_top=first_detected(ranked, effects.detected()[rows], k),
+        control=second,
+        singles=singles_of(effects, effects.second),
+        guess_control=first if duplicate else target.control,
+        guess_singles=singles_of(effects, effects.first) if duplicate else target.singles,
     )
 
 # %% ../../nbs/scores/prediction_metrics.ipynb #44def519
@@ -139,7 +145,7 @@ def nearest_rank(target: Target, x: np.ndarray) -> np.ndarray:
 
 def recalled(target: Target, x: np.ndarray) -> np.ndarray:
     "The share of the top DE genes that are among the largest predicted changes; NaN for no change at all."
-    change, k = np.abs(x - target.control), target.top.shape[1]
+    change, k = np.abs(x - target.predicted_from), target.top.shape[1]
     guess = np.argsort(-change, axis=1, kind="stable")[:, :k]
     hits = np.array([len(np.intersect1d(a, b)) / k for a, b in zip(guess, target.top)])
     return np.where((change > 0).any(1) & np.isfinite(change).all(1), hits, np.nan)
@@ -147,7 +153,8 @@ def recalled(target: Target, x: np.ndarray) -> np.ndarray:
 
 def right_direction(target: Target, x: np.ndarray) -> np.ndarray:
     "The share of the top DE genes whose predicted change has the sign of the measured one; no change is not right."
-    found = np.sign(at(x - target.control, target.top)) == np.sign(at(target.mean - target.control, target.top))
+    moved = at(x - target.predicted_from, target.top)
+    found = np.sign(moved) == np.sign(at(target.mean - target.control, target.top))
     return np.where(np.isfinite(x).all(1), found.mean(1), np.nan)
 
 # %% ../../nbs/scores/prediction_metrics.ipynb #6595dae6
@@ -161,8 +168,9 @@ def interactions(target: Target, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]
         if len(genes) != 2 or not all(gene in target.singles for gene in genes) or not np.isfinite(x[i]).all():
             continue
         (a, var_a, n_a), (b, var_b, n_b) = (target.singles[gene] for gene in genes)
-        expected = a + b - target.control
-        observed, predicted = target.mean[i] - expected, x[i] - expected
+        observed = target.mean[i] - (a + b - target.control)
+        guessed = target.singles if target.guess_singles is None else target.guess_singles
+        predicted = x[i] - (guessed[genes[0]][0] + guessed[genes[1]][0] - target.predicted_from)
         predicted = np.where(np.abs(predicted) < 1e-9, 0.0, predicted)
         out[0, i] = row_pearson(predicted[None], observed[None])[0]
         error = np.sqrt(target.variance[i] / target.n[i] + var_a / n_a + var_b / n_b)
@@ -193,7 +201,7 @@ METRICS = (
 # %% ../../nbs/scores/prediction_metrics.ipynb #99f43dbf
 def metric_table(target: Target, x: np.ndarray, metrics: tuple[str, ...] = METRICS) -> dict[str, np.ndarray]:
     "Each metric of a prediction [perturbations, genes] as values [perturbations]."
-    y, m, top = target.mean, target.control, target.top
+    y, m, top, origin = target.mean, target.control, target.top, target.predicted_from
     safe = np.where(target.detected_top < 0, 0, target.detected_top)
     full = (target.detected_top >= 0).all(1)
     pair = interactions(target, x) if any(name.startswith("interaction") for name in metrics) else (None, None)
@@ -204,10 +212,10 @@ def metric_table(target: Target, x: np.ndarray, metrics: tuple[str, ...] = METRI
             "mse_top20_de_non_dropout": lambda: np.where(full, (at(x - y, safe) ** 2).mean(1), np.nan),
             "pearson": lambda: row_pearson(x, y),
             "pearson_de": lambda: row_pearson(at(x, top), at(y, top)),
-            "pearson_delta": lambda: row_pearson(x - m, y - m),
-            "pearson_delta_de": lambda: row_pearson(at(x - m, top), at(y - m, top)),
+            "pearson_delta": lambda: row_pearson(x - origin, y - m),
+            "pearson_delta_de": lambda: row_pearson(at(x - origin, top), at(y - m, top)),
             "pearson_delta_top20_de_non_dropout": lambda: np.where(
-                full, row_pearson(at(x - m, safe), at(y - m, safe)), np.nan
+                full, row_pearson(at(x - origin, safe), at(y - m, safe)), np.nan
             ),
             "wmse": lambda: (target.weights * (x - y) ** 2).sum(1),
             "r2_w": lambda: weighted_r2(target, x),

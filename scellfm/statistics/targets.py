@@ -48,16 +48,19 @@ def has_value(obs: pd.DataFrame, columns: list[str], chosen: np.ndarray) -> np.n
 
 # %% ../../nbs/statistics/targets.ipynb #94ab551a
 def log2_fold_change(
-    adata, state: str, start, goal, *, donor: str | None = None, layer: str | None = None, mask=None
+    adata, state: str, start, goal, *, donor: str | None = None, layer: str | None = None, mask=None, genes=None
 ) -> pd.Series:
     """log2 fold change of each gene, `goal` over `start` (two values of obs[state]), of counts per 10,000 with a
     pseudo-count of 0.1.
 
     donor: obs column; each state is then the mean of its donors' means. mask: boolean, the cells to take (e.g. one
-    cell type). Returns a Series by gene identifier (`gene_ids`). DataError for missing columns or a state without
+    cell type). genes: the gene of each column of the counts, '' for none (default: their `gene_ids`); columns of one
+    gene are summed. Returns a Series by gene. DataError for missing columns or a state without
     cells."""
     from scellfm.data.genes import gene_ids
+    from scellfm.data.reading import genes_of
 
+    genes = gene_ids(genes_of(adata, layer)) if genes is None else np.asarray(genes, dtype=object)
     for column in filter(None, (state, donor)):
         if column not in adata.obs:
             raise DataError(f"obs has no column {column!r}; it has: {', '.join(map(str, adata.obs.columns))}")
@@ -74,8 +77,10 @@ def log2_fold_change(
         people = adata.obs[donor].where(cells) if donor else pd.Series(np.where(cells, 0, np.nan))
         codes, names = pd.factorize(people)
         means.append(_state_means(adata, codes, len(names), layer).mean(0))
-    fold = np.log2((means[1] + PSEUDO_COUNT) / (means[0] + PSEUDO_COUNT))
-    return pd.Series(fold, index=gene_ids(adata), name="log2fc")
+    places, names = pd.factorize(np.where(genes == "", None, genes))
+    start_level, goal_level = (np.bincount(places[places >= 0], mean[places >= 0], len(names)) for mean in means)
+    fold = np.log2((goal_level + PSEUDO_COUNT) / (start_level + PSEUDO_COUNT))
+    return pd.Series(fold, index=pd.Index(names, dtype=object), name="log2fc")
 
 # %% ../../nbs/statistics/targets.ipynb #1e5dfccb
 def ranking_scores(value: np.ndarray, known: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -112,6 +117,8 @@ def score_ranking(value: np.ndarray, known: np.ndarray, weights: np.ndarray) -> 
         return dict.fromkeys(SCORES, np.nan)
     drawn = np.array(ranking_scores(value, known, weights))
     low, high = np.quantile(drawn[:, 1:], [0.025, 0.975], axis=1)
+    inside = (low <= drawn[:, 0]) & (drawn[:, 0] <= high)  # else the resampling says nothing of this value
+    low, high = np.where(inside, low, np.nan), np.where(inside, high, np.nan)
     return dict(zip(SCORES, np.column_stack([drawn[:, 0], low, high]).ravel()))
 
 # %% ../../nbs/statistics/targets.ipynb #c50c8be4

@@ -8,12 +8,14 @@ __all__ = ['sha256', 'atomic_write', 'atomic_files']
 # %% ../../nbs/store/files.ipynb #04006d32
 import hashlib
 import os
-import secrets
-import shutil
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from ..core import StoreError
+from .lock import Lock
+from .outputs import FolderKind, check_overwritten, check_replaced, output_path
+from .writers import _cannot_write, _remove, sweep, temporary_for
 
 # %% ../../nbs/store/files.ipynb #59a504e9
 def sha256(path: str | os.PathLike) -> str:
@@ -22,13 +24,6 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../../nbs/store/files.ipynb #d0031d2b
-def _flush(path: Path) -> None:
-    "Ask the operating system to put a file, or a folder with all it holds, on the disk."
-    for child in path.iterdir() if path.is_dir() else ():
-        _flush(child)
-    _flush_one(path)
-
-
 def _flush_one(path: Path) -> None:
     "Flush a file's bytes or a folder's list of names (which Windows cannot)."
     if os.name == "nt" and path.is_dir():
@@ -40,57 +35,65 @@ def _flush_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
-    "Delete a file or a folder, if it is there."
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _flush(path: Path) -> None:
+    "Ask the operating system to put a file, or a folder with all it holds, on the disk."
+    for child in path.iterdir() if path.is_dir() else ():
+        _flush(child)
+    _flush_one(path)
 
-
+# %% ../../nbs/store/files.ipynb #ef1c00e4
 def _replace(new: Path, path: Path) -> None:
-    "Rename `new` to `path`, whatever `path` was; a folder that is not empty has to step aside first."
-    if path.is_dir():
-        old = path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
-        os.replace(path, old)
-        try:
-            os.replace(new, path)
-        except BaseException:
-            os.replace(old, path)
-            raise
-        _remove(old)
-    else:
+    "Rename `new` to `path`, which may be a file or a folder; where `new` cannot come, what was there stays."
+    if not path.is_dir():
         os.replace(new, path)
+        return
+    old = temporary_for(path, aside=True)
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    _remove(old)
 
 # %% ../../nbs/store/files.ipynb #25065c99
-def _cannot_write(path: Path, error: OSError) -> StoreError:
-    "The error that names the file and the room left beside it."
-    beside = next(parent for parent in path.absolute().parents if parent.is_dir())
-    room = shutil.disk_usage(beside).free / 2**20
-    return StoreError(
-        f"{path} could not be written: {error}. {room:,.0f} MiB are free in {beside}. Nothing was left"
-        " behind; make room, check the permissions or choose another folder, then run again: finished parts are kept."
-    )
-
-
 @contextmanager
-def atomic_write(path: str | os.PathLike):
+def _written(path: Path, temporary: Path, kind: FolderKind | None, inputs: Iterable, tidy: bool) -> Iterator[Path]:
+    "Give `temporary`, which becomes `path` when the block ends."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if tidy:
+        sweep(path.parent)
+    try:
+        yield temporary
+        check_replaced(path, kind, inputs)  # something may have come meanwhile
+        _flush(temporary)
+        _replace(temporary, path)
+        _flush_one(path.parent)
+    finally:
+        _remove(temporary)
+
+# %% ../../nbs/store/files.ipynb #25bd9a1f
+@contextmanager
+def atomic_write(
+    path: str | os.PathLike,  # of a file or a folder
+    *,
+    kind: FolderKind | None = None,  # of a folder: an earlier one of this kind is replaced, any other refused
+    inputs: Iterable[str | os.PathLike] = (),  # files that are read meanwhile
+    tidy: bool = True,  # first remove what killed writers left beside it
+) -> Iterator[Path]:
     """
     Give a temporary path to write a file or a folder to; it becomes `path` when the block ends, whole and on the disk.
 
-    On any error, Ctrl-C included, the temporary is removed and what was at `path` stays. StoreError: no room, no right.
+    On any error, Ctrl-C included, the temporary is removed and what was at `path` stays. StoreError: no room, no right,
+    something else than an earlier result is there, another process is writing. OptionError: the path can be no output.
     """
-    path = Path(path)
-    temporary = path.with_name(f".part-{secrets.token_hex(4)}-{path.name}")
+    path = output_path(path, "path")
+    check_replaced(path, kind, inputs)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            _flush(temporary)
-            _replace(temporary, path)
-            _flush_one(path.parent)
-        finally:
-            _remove(temporary)
+        with nullcontext() if kind is None else Lock(path.with_name(f".lock-{path.name}"), path):
+            with _written(path, temporary_for(path), kind, inputs, tidy) as temporary:
+                yield temporary
     except StoreError:
         raise
     except OSError as error:
@@ -98,20 +101,24 @@ def atomic_write(path: str | os.PathLike):
 
 # %% ../../nbs/store/files.ipynb #78c106c7
 @contextmanager
-def atomic_files(folder: str | os.PathLike):
+def atomic_files(folder: str | os.PathLike, kind: FolderKind) -> Iterator[Path]:
     """
     Give a temporary folder to write into; what is in it moves into `folder` when the block ends, whole and on the disk.
 
-    Other files in `folder` stay. On any error nothing in it has changed. StoreError: no room, no right.
+    Other files in `folder` stay. On any error nothing in it has changed. StoreError: no room, no right, or what would
+    be overwritten is no earlier result of this kind. OptionError: the path can be no output.
     """
-    folder = Path(folder)
-    temporary = folder / f".part-{secrets.token_hex(4)}"
+    folder = output_path(folder, "folder")
+    check_overwritten(folder, kind)
+    temporary = temporary_for(folder / "files")
     try:
+        sweep(folder)
         temporary.mkdir(parents=True)
         try:
             yield temporary
             _flush(temporary)
             for part in sorted(temporary.iterdir()):
+                check_replaced(folder / part.name, None)
                 _replace(part, folder / part.name)
             _flush_one(folder)
         finally:

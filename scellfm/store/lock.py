@@ -8,52 +8,33 @@ __all__ = ['Lock']
 # %% ../../nbs/store/lock.ipynb #151ce71a
 import json
 import os
-import secrets
 import socket
 import time
 import weakref
 from pathlib import Path
 
 from ..core import StoreError, logger
-from .files import _cannot_write
+from .records import Between, misfit
+from .writers import PART, _cannot_write, _me, _started
 
 # %% ../../nbs/store/lock.ipynb #49b9e5d9
-def _started(pid: int) -> str | None:
-    "When a process started, as its machine counts (Linux; elsewhere ''); None when it runs no more."
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        logger.debug("process %d belongs to another user", pid)
-    stat = Path(f"/proc/{pid}/stat")
-    if not stat.exists():
-        return ""
-    state, *fields = stat.read_text().rpartition(")")[2].split()
-    return None if state in "ZX" else fields[18]
-
-
-def _me() -> dict:
-    "Who is writing: machine, process, its start, and a token that no other writer has."
-    pid = os.getpid()
-    started = "" if os.name == "nt" else _started(pid)
-    return {"host": socket.gethostname(), "pid": pid, "started": started, "token": secrets.token_hex(8)}
+HOLDER = {"host": str, "pid": Between(1, 2**31 - 1), "started": str, "token": str}
 
 
 def _holder(text: str) -> dict | None:
     "Who wrote a lock file; None where it is not filled yet, or its writer died at that."
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and {"host", "pid", "started"} <= set(found) else None
+    return found if misfit(found, HOLDER) is None else None
 
 
 def _is_stale(text: str, age: float) -> bool:
     "Does a lock file with this content, this old (seconds), belong to a process that is gone?"
     holder = _holder(text)
     if holder is None:
-        return age > 10
+        return not -10 <= age <= 10  # a clock that is wrong must not keep us out for ever
     if holder["host"] != socket.gethostname() or os.name == "nt":
         return False
     return _started(holder["pid"]) != holder["started"]
@@ -61,25 +42,25 @@ def _is_stale(text: str, age: float) -> bool:
 # %% ../../nbs/store/lock.ipynb #c6c020d4
 def _unlink_once(path: Path, text: str) -> None:
     "Delete a stale lock with this content: one process at a time, and only if no other has put its lock there since."
-    claim = path.with_name(".part-clearing")
+    claim = path.with_name(f"{PART}clearing")
     try:
         os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
-        if time.time() - claim.stat().st_mtime > 10:  # its maker died at it
+        if not -10 <= time.time() - claim.stat().st_mtime <= 10:  # its maker died at it
             claim.unlink(missing_ok=True)
         time.sleep(0.1)
         return
     try:
-        if path.read_text() == text:
+        if path.read_text(errors="replace") == text:
             path.unlink()
     finally:
         claim.unlink(missing_ok=True)
 
-
-def _clear_stale(path: Path) -> None:
+# %% ../../nbs/store/lock.ipynb #a8692af7
+def _clear_stale(path: Path, what: Path | None = None) -> None:
     "Remove the lock of a process that is gone, wait for one that is just being made; StoreError when its holder lives."
     try:
-        text, age = path.read_text(), time.time() - path.stat().st_mtime
+        text, age = path.read_text(errors="replace"), time.time() - path.stat().st_mtime
         if _is_stale(text, age):
             logger.info("clearing the lock of a process that is gone: %s", text)
             _unlink_once(path, text)
@@ -87,8 +68,8 @@ def _clear_stale(path: Path) -> None:
             time.sleep(0.1)
         else:
             raise StoreError(
-                f"{path.parent} is being written by process {holder['pid']} on {holder['host']}; wait for it or choose"
-                f" another folder. If you know that it runs no more, delete {path}"
+                f"{what or path.parent} is being written by process {holder['pid']} on {holder['host']}; wait for it "
+                f"or choose another folder. If you know that it runs no more, delete {path}"
             )
     except FileNotFoundError:
         logger.debug("the lock %s went away by itself", path)
@@ -96,43 +77,55 @@ def _clear_stale(path: Path) -> None:
 
 def _unlock(path: Path, text: str) -> None:
     "Delete the lock if it is ours; a forked child leaves its parent's alone."
-    if json.loads(text)["pid"] == os.getpid() and path.exists() and path.read_text() == text:
+    if json.loads(text)["pid"] == os.getpid() and path.exists() and path.read_text(errors="replace") == text:
         path.unlink()
+
+# %% ../../nbs/store/lock.ipynb #ec230a15
+def _made(path: Path, text: str) -> bool:
+    "Make a lock file with this content; False where there is one already. StoreError: no room, no right."
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    try:
+        os.write(descriptor, text.encode())
+    except OSError as error:
+        path.unlink()
+        raise _cannot_write(path, error) from error
+    finally:
+        os.close(descriptor)
+    return True
 
 # %% ../../nbs/store/lock.ipynb #4227cd4a
 class Lock:
     "A file that says who writes in a folder; StoreError while another living process holds it."
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, what: Path | None = None):
+        "what: the file or folder that is locked, for the message; None: the folder of the lock."
         self.path, self.text = path, json.dumps(_me())
         for _ in range(150):
-            try:
-                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                _clear_stale(path)
-            except OSError as error:
-                raise _cannot_write(path, error) from error
-            else:
-                self._fill(descriptor)
+            if _made(path, self.text):
+                self._finalizer = weakref.finalize(self, _unlock, path, self.text)
                 return
+            try:
+                _clear_stale(path, what)
+            except OSError as error:
+                raise error if isinstance(error, StoreError) else _cannot_write(path, error) from error
         raise StoreError(f"{path} is taken and given back all the time; is another program using this folder?")
-
-    def _fill(self, descriptor: int) -> None:
-        "Write who we are into the new lock, and see to it that it goes when we go."
-        try:
-            os.write(descriptor, self.text.encode())
-        except OSError as error:
-            self.path.unlink()
-            raise _cannot_write(self.path, error) from error
-        finally:
-            os.close(descriptor)
-        self._finalizer = weakref.finalize(self, _unlock, self.path, self.text)
 
     def check(self) -> None:
         "StoreError unless the lock is still ours."
-        if not self.path.exists() or self.path.read_text() != self.text:
+        if not self.path.exists() or self.path.read_text(errors="replace") != self.text:
             raise StoreError(f"{self.path} was taken by another process or deleted; nothing more is written from here")
 
     def release(self) -> None:
         "Give the folder back."
         self._finalizer()
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()

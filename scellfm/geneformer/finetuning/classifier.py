@@ -33,6 +33,8 @@ from ..model import GeneformerModel, fitting_tokenizer, translate
 from ..perturbation.runner import perturb
 from ..pretraining import token_rows
 from ..reader import GeneformerReader
+from ...store.layouts import BERT_MODEL, CELL_CLASSIFIER, TOKENIZER
+from ...store.outputs import FolderKind, result_folder
 
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #ba4981f7
 def held_out_probabilities(
@@ -203,18 +205,20 @@ def class_names(folder: Path, config) -> np.ndarray:
 RECORD = "classifier.json"
 
 
-def save_models(folder: Path, models: list[GeneformerReader], trained_on: TrainedOn) -> None:
-    "One folder per fold, the dictionaries, and the record of the cells that each was trained on."
-    for k, model in enumerate(models):
-        save_model(model.model, folder / f"fold{k}")
+def save_models(folder: str | Path, models: list[GeneformerReader], kind: FolderKind, record: dict) -> Path:
+    "The record of a classifier of this kind, one folder per fold, and the dictionaries. StoreError."
+    folds = {f"fold{k}": model.model for k, model in enumerate(models)}
+    folder = result_folder(folder, kind, TOKENIZER, parts=dict.fromkeys(folds, BERT_MODEL))
+    write_record(folder / next(iter(kind.records)), record)
+    for name, model in folds.items():
+        save_model(model, folder / name)
     models[0].tokenizer.save_pretrained(folder)
-    trained_on.save(folder)
+    return folder
 
 
 def save_classifier(clf: CellClassifier, folder: Path) -> None:
     "See `CellClassifier.save_pretrained`."
-    save_models(folder, clf.models, clf.trained_on)
-    write_record(folder / RECORD, record_of(clf))
+    clf.trained_on.save(save_models(folder, clf.models, CELL_CLASSIFIER, record_of(clf)))
 
 
 def record_of(clf: CellClassifier) -> dict:

@@ -18,17 +18,17 @@ import pandas as pd
 import torch
 
 from ... import inference
-from ...assets import find, load_state, read_dictionary, read_tensors, save_model
+from ...assets import find, load_state, read_dictionary, read_tensors
 from ...core import AssetError, DataError, check_number, keyed_seed, warn
 from ...crossfit.check import check_overfit, fewer_epochs, freeze_more, untried
-from ...crossfit.evidence import Evidence, evidence_of, write_record
+from ...crossfit.evidence import Evidence, evidence_of
 from ...crossfit.membership import by_name
 from ...crossfit.predictions import cross_fit, predict_held_out
 from ...crossfit.tables import class_score_table, row_names
 from ...data.splits import Split
 from ...data.splits import folds as deal_folds
 from ..embedding import gene_means
-from .classifier import class_names, with_head
+from .classifier import class_names, save_models, with_head
 from .evaluation import MODEL
 from scellfm.geneformer.finetuning.genesets import (
     LEVELS,
@@ -40,11 +40,12 @@ from scellfm.geneformer.finetuning.genesets import (
 )
 from .heads import choose_learners, weights_of
 from .lora import merge_adapters
-from ..model import GeneformerModel, layer_index, translate
+from ..model import GeneformerModel, layer_index, mark_trained, translate
 from ..pretraining import IGNORED
 from ..quantize import refuse_quantized
 from ..reader import GeneformerReader
 from ...store import fingerprint
+from ...store.layouts import GENE_CLASSIFIER
 from ...training import Rows, fit
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #3e23290c
@@ -57,6 +58,7 @@ def new_gene_model(gf: GeneformerModel, classes: np.ndarray, seed: int):
 
     refuse_quantized(gf.model)
     config = copying.deepcopy(gf.model.config)
+    mark_trained(config)
     config.id2label = {i: str(name) for i, name in enumerate(classes)}
     config.label2id = {name: i for i, name in config.id2label.items()}
     with torch.random.fork_rng(devices=[]):
@@ -263,17 +265,13 @@ class GeneClassifier(Evidence):
 
     def save_pretrained(self, folder) -> None:
         "One folder per fold in the official layout, the dictionaries, and gene_classifier.json."
-        folder = Path(folder)
-        for k, model in enumerate(self.models):
-            save_model(model.model, folder / f"fold{k}")
-        self.models[0].tokenizer.save_pretrained(folder)
         record = {
             "classes": list(map(str, self.classes)),
             "folds": len(self.models),
             "genes": self.genes.to_dict("split"),
             **self.evidence_record(),
         }
-        write_record(folder / RECORD, record)
+        save_models(folder, self.models, GENE_CLASSIFIER, record)
 
     @classmethod
     def from_pretrained(

@@ -23,7 +23,6 @@ from ...baselines import count_classifiers
 from ...core import AssetError, DataError, OptionError, one_of, warn
 from ...crossfit.baselines import baseline_predictions
 from ...crossfit.check import check_overfit
-from ...crossfit.evidence import write_record
 from ...crossfit.labels import check_class_folds, classes_of, predicted_classes, write_predictions
 from ...crossfit.membership import TrainedOn, warn_of_trained
 from ...crossfit.predictions import FoldPredictions, cross_fit
@@ -47,6 +46,7 @@ from ..perturbation.runner import perturb
 from ..pretraining import IGNORED
 from ..reader import GeneformerReader
 from ...scores.table import Scores
+from ...store.layouts import TASK_CLASSIFIER
 from ...training import History
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #3c4f7910
@@ -224,14 +224,12 @@ class TaskClassifier:
 
     def save_pretrained(self, folder) -> None:
         "One folder per fold (all heads in one layer), the dictionaries, the cells trained on, and tasks.json."
-        folder = Path(folder)
-        save_models(folder, self.models, self.first.trained_on)
         record = {
             "folds": len(self.models),
             "histories": [history.to_dict() for history in self.histories],
             "tasks": [{**record_of(task), "histories": []} for task in self.tasks.values()],
         }
-        write_record(folder / RECORD, record)
+        self.first.trained_on.save(save_models(folder, self.models, TASK_CLASSIFIER, record))
 
     @classmethod
     def from_pretrained(

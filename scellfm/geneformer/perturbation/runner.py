@@ -310,21 +310,21 @@ def gene_facts(
 
 def fold_changes(gf: GeneformerModel, facts: pd.DataFrame, data, design: ScreenDesign, layer: str | None) -> pd.Series:
     "The log2 fold change, goal over start, of each row of `facts` (group, gene), among the cells of its group."
+    from scellfm.data.reading import genes_of
     from scellfm.statistics import log2_fold_change
 
     result = pd.Series(np.nan, index=facts.index)
-    tokens = gf.tokenizer.match(data).index
+    tokens = gf.tokenizer.match(genes_of(data, layer)).index
     genes = np.where(tokens >= 0, np.asarray(gf.tokenizer.genes, dtype=object)[tokens], "")
     for group in facts["group"].unique():
         mask = design.passes(data.obs)
         if design.groupby:
             mask &= (data.obs[design.groupby].astype(str) == group).to_numpy()
         fold = log2_fold_change(
-            data, design.state, design.start, design.goal, donor=design.donor, layer=layer, mask=mask
+            data, design.state, design.start, design.goal, donor=design.donor, layer=layer, mask=mask, genes=genes
         )
-        by_gene = pd.Series(fold.to_numpy(), index=genes).groupby(level=0).first()
         inside = facts["group"] == group
-        result[inside] = facts.loc[inside, "gene"].map(by_gene)
+        result[inside] = facts.loc[inside, "gene"].map(fold)
     return result
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #9333b1f3

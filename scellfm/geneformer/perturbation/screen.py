@@ -21,6 +21,7 @@ from .combinations import ROUNDING, combination_table, pair_rows
 from ...scores.table import plain
 from ...statistics.screen import COLUMNS, MIN_GENES
 from ...store import atomic_write
+from ...store.layouts import SCREEN
 
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #66c607d3
 def standardize(shifts: pd.DataFrame) -> pd.Series:
@@ -277,7 +278,7 @@ class Screen:
 
     def save(self, path) -> None:
         "Write the screen as a folder of shifts.parquet, genes.parquet and screen.json."
-        with atomic_write(path) as folder:
+        with atomic_write(path, kind=SCREEN) as folder:
             Path(folder).mkdir()
             self.shifts.to_parquet(Path(folder) / "shifts.parquet", index=False)
             self.genes.to_parquet(Path(folder) / "genes.parquet", index=False)

@@ -14,6 +14,7 @@ import pandas as pd
 
 from ...core import DataError
 from .tokenized import read_stream, read_table
+from ...store.writers import is_leftover
 
 if TYPE_CHECKING:
     import pyarrow
@@ -27,7 +28,8 @@ def dataset_folders(paths) -> list[Path]:
     found = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         path = Path(path)
-        inside = sorted(p for p in path.iterdir() if (p / "state.json").exists()) if path.is_dir() else []
+        children = path.iterdir() if path.is_dir() else []
+        inside = sorted(p for p in children if (p / "state.json").exists() and not is_leftover(p))
         if not inside and not (path / "state.json").exists():
             held = sorted(p.name for p in path.iterdir())[:5] if path.is_dir() else "nothing: there is no such folder"
             raise DataError(

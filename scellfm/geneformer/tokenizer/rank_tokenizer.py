@@ -8,13 +8,24 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from ...core import DataError, OptionError, check_number, progress
-from ...data.genes import gene_ids, match_genes, plain_id
+from scellfm.data.genes import (
+    NUMBER,
+    MatchOptions,
+    cased_id,
+    gene_ids,
+    match_genes,
+    match_options,
+    plain_id,
+    plain_names,
+    species_of,
+)
 from scellfm.geneformer.tokenizer.dictionaries import (
     FILES,
     Dictionaries,
@@ -37,20 +48,34 @@ from scellfm.geneformer.tokenizer.tokenizing import (
     warn_of_empty,
 )
 from ...store import atomic_write
+from ...store.layouts import DATASET, TOKENIZER
+from ...store.outputs import result_folder
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from scellfm.data.genes import GeneMatch
+    from scellfm.data.genes import GeneMatch, GeneTable
 
 # %% auto #0
-__all__ = ['PATTERNS', 'RankTokenizer']
+__all__ = ['LONGEST', 'PATTERNS', 'RankTokenizer']
 
 # %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #a826dae2
 def fitted_ids(source: CellSource, column: str | None, mapping: Mapping[str, str] | None) -> list[str]:
     "The identifier of each column of a source as it will stand in the vocabulary; '' = none."
-    ids = [plain_id(gene) for gene in gene_ids(source.genes, column)]
+    names = gene_ids(source.genes, column)
+    rodent = sum(species_of(name) == "mouse or rat symbol" for name in names) > len(names) / 2
+    ids = [cased_id(name) if rodent else plain_id(name) for name in names]  # Cd3e is no gene of man
     return [mapping.get(gene, gene) for gene in ids] if mapping else ids
+
+
+def fitted_symbols(source: CellSource) -> np.ndarray:
+    "What the genes of a source are called besides: the index of var, or the usual column where that is only numbers."
+    for column in (None, "feature_name", "gene_symbol", "gene_symbols", "gene_name", "symbol"):
+        if column is None or column in source.var:
+            names = plain_names(source.var.index if column is None else source.var[column])
+            if not any(NUMBER.match(name) for name in names):
+                return names
+    return np.full(len(source.var), "", dtype=object)
 
 
 def source_levels(source: CellSource, tokens: np.ndarray):
@@ -85,8 +110,8 @@ def fit_dictionaries(sources: list[CellSource], column: str | None, mapping, spe
     names = {
         str(symbol): gene
         for source, found in zip(sources, ids)
-        for symbol, gene in zip(source.var.index, found)
-        if gene in tokens and str(symbol) != gene
+        for symbol, gene in zip(fitted_symbols(source), found)
+        if gene in tokens and symbol and str(symbol) != gene
     }
     return Dictionaries(
         tokens,
@@ -96,6 +121,7 @@ def fit_dictionaries(sources: list[CellSource], column: str | None, mapping, spe
     )
 
 # %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #c77b3ae2
+LONGEST = 2**20  # tokens of a cell: more than any genome has genes
 PATTERNS = tuple(f"{start}{stem}*" for stem in (*FILES.values(), "rank_tokenizer") for start in ("", "*/", "*/*/"))
 
 
@@ -111,6 +137,7 @@ class RankTokenizer:
         max_length: int | None = None,  # longest sequence, special tokens included; None: 4096 with <cls>, else 2048
         special: bool | None = None,  # frame cells with <cls> and <eos>; None: if the dictionary has them
         version: str | None = None,  # "V1", "V2" or "fitted"; None: told from the dictionary
+        gene_column: str | None = None,  # column of var whose names the vocabulary holds, where there is one
     ):
         "AssetError where the dictionaries do not fit each other."
         self.dictionaries = check_dictionaries(Dictionaries(token_dictionary, medians, mapping, gene_names))
@@ -120,7 +147,8 @@ class RankTokenizer:
             raise OptionError("special=True: this dictionary has no <cls> and <eos> (it is V1, or was fitted without)")
         self.version = version or ("V2" if self.dictionaries.special else "V1")
         self.max_length = (4096 if self.dictionaries.special else 2048) if max_length is None else max_length
-        check_number("max_length", self.max_length, 3 if self.special else 1)
+        check_number("max_length", self.max_length, 3 if self.special else 1, LONGEST)
+        self.gene_column = gene_column
         self.pad, self.mask = words["<pad>"], words["<mask>"]
         self.cls, self.eos = (words["<cls>"], words["<eos>"]) if self.special else (None, None)
         self.genes = np.full(max(words.values()) + 1, "", dtype=object)  # token id -> gene or special token
@@ -129,10 +157,10 @@ class RankTokenizer:
         self._typical[[words[gene] for gene in self.medians]] = list(self.medians.values())
         self._symbols = {gene: name for name, gene in reversed((gene_names or {}).items())}
 
-    token_dictionary = property(lambda self: self.dictionaries.tokens, doc="gene or special token -> token id")
-    medians = property(lambda self: self.dictionaries.medians, doc="gene -> typical level")
-    mapping = property(lambda self: self.dictionaries.mapping, doc="outdated id -> current id, or None")
-    gene_names = property(lambda self: self.dictionaries.gene_names, doc="symbol -> id, or None")
+    token_dictionary = property(lambda self: self.dictionaries.tokens, doc="Gene or special token -> token id.")
+    medians = property(lambda self: self.dictionaries.medians, doc="Gene -> typical level.")
+    mapping = property(lambda self: self.dictionaries.mapping, doc="Outdated id -> current id, or None.")
+    gene_names = property(lambda self: self.dictionaries.gene_names, doc="Symbol -> id, or None.")
 
     @classmethod
     def from_pretrained(
@@ -182,18 +210,31 @@ class RankTokenizer:
         given = list(adata) if isinstance(adata, (list, tuple)) else [adata]
         inputs = [file for one in given for file in (cell_files(one) if isinstance(one, (str, Path)) else [one])]
         found = fit_dictionaries([open_source(one, layer) for one in inputs], gene_column, mapping, special)
-        return cls(found.tokens, found.medians, found.mapping, found.gene_names, max_length, special, "fitted")
+        return cls(
+            found.tokens, found.medians, found.mapping, found.gene_names, max_length, special, "fitted", gene_column
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        "Write the dictionaries and settings as JSON."
+        "Write the dictionaries and settings as JSON. StoreError where files of other kinds would be overwritten."
+        folder = result_folder(folder, TOKENIZER)
         write_dictionaries(self.dictionaries, folder)
         settings = {"max_length": self.max_length, "special": self.special, "version": self.version}
-        with atomic_write(Path(folder) / "rank_tokenizer.json") as path:
+        settings |= {"gene_column": self.gene_column} if self.gene_column else {}
+        with atomic_write(folder / "rank_tokenizer.json") as path:
             Path(path).write_text(json.dumps(settings), encoding="utf8")
 
-    def match(self, adata: AnnData, *, gene_column: str | None = None) -> GeneMatch:
+    def match(
+        self,
+        adata: AnnData | GeneTable,
+        *,
+        gene_column: str | None = None,  # column of var that holds gene ids; that of `fit` where there is one
+        match: MatchOptions | Mapping | None = None,  # column, mapping, symbols, orthologs: see data.genes
+    ) -> GeneMatch:
         "Which token each gene of the data is (`.index`, -1 = none), with a report; see `data.genes.match_genes`."
-        return match_genes(adata, self.genes, mapping=self.mapping, symbols=self.gene_names, column=gene_column)
+        options = match_options(match)
+        remembered = self.gene_column if self.gene_column in adata.var else None
+        options = replace(options, column=options.column or gene_column or remembered)
+        return match_genes(adata, self.genes, match=options, mapping=self.mapping, symbols=self.gene_names)
 
     def symbol(self, gene: str | int) -> str:
         "The name that biologists use for a gene id or token; the id itself where no name is known."
@@ -228,6 +269,7 @@ class RankTokenizer:
         keep_counts: bool = False,  # keep the normalised count of each token
         empty: Literal["drop", "keep", "error"] = "drop",  # cells without any known gene
         gene_column: str | None = None,  # column of var that holds gene ids
+        match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
         engine: Literal["auto", "numba", "numpy"] = "auto",  # the same tokens; numpy is slower
     ) -> TokenizedCells:
         """Tokenize an AnnData (any matrix, backed or not; never changed) or one file. Returns TokenizedCells in the
@@ -243,7 +285,7 @@ class RankTokenizer:
         """
         ask = self._request(columns, keep_counts, empty, engine)
         tally = Tally("AnnData" if not isinstance(adata, (str, Path)) else str(adata))
-        parts = list(self._blocks(open_source(adata, layer), ask, tally, gene_column))
+        parts = list(self._blocks(open_source(adata, layer), ask, tally, gene_column, match))
         report = merge_reports([tally.report()], self.max_length)
         warn_of_empty(report, empty)
         return join_cells(parts, report, self.special)
@@ -258,6 +300,7 @@ class RankTokenizer:
         keep_counts: bool = False,  # keep the normalised count of each token
         empty: Literal["drop", "keep", "error"] = "drop",  # cells without any known gene
         gene_column: str | None = None,  # column of var that holds gene ids
+        match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     ) -> dict:
         """Tokenize one file, or all h5ad, loom and zarr files of a folder in the order of their names, into the data
         set `out`.
@@ -270,10 +313,11 @@ class RankTokenizer:
         ask = self._request(columns, keep_counts, empty, "auto")
         sources = [open_source(path, layer) for path in cell_files(path_or_folder)]
         bar, reports = progress(desc="tokenizing", total=sum(source.n_cells for source in sources), unit="cell"), []
-        with bar, atomic_write(out) as folder, DatasetWriter(folder) as writer:
+        inputs = [path_or_folder, *(source.name for source in sources)]
+        with bar, atomic_write(out, kind=DATASET, inputs=inputs) as folder, DatasetWriter(folder) as writer:
             for source in sources:
                 tally = Tally(source.name)
-                for cells in self._blocks(source, ask, tally, gene_column):
+                for cells in self._blocks(source, ask, tally, gene_column, match):
                     writer.write(cells, Path(source.name).name)
                     bar.update(tally.n_cells - bar.n + sum(report["n_cells"] for report in reports))
                 reports.append(tally.report())
@@ -285,16 +329,17 @@ class RankTokenizer:
     def _request(self, columns, keep_counts: bool, empty: str, engine: str) -> Request:
         "The user's wishes, checked."
         special = (self.cls, self.eos) if self.special else None
-        return Request(self.max_length, special, column_names(columns), keep_counts, empty, engine)
+        vocabulary = len(self.genes)
+        return Request(self.max_length, special, column_names(columns), keep_counts, empty, engine, vocabulary)
 
-    def _blocks(self, source: CellSource, ask: Request, tally: Tally, gene_column: str | None):
+    def _blocks(self, source: CellSource, ask: Request, tally: Tally, gene_column: str | None, match):
         "The tokenized blocks of a source."
         if not source.n_cells:
             raise DataError(f"{source.name} has no cells; check the filters before")
-        match = self.match(source.genes, gene_column=gene_column)
-        tally.genes = match.report
-        medians = np.where(match.index >= 0, self._typical[match.index], 1.0)
-        yield from tokenize_blocks(source, medians, match.index, ask, tally)
+        found = self.match(source.genes, gene_column=gene_column, match=match)
+        tally.genes = found.report
+        medians = np.where(found.index >= 0, self._typical[found.index], 1.0)
+        yield from tokenize_blocks(source, medians, found.index, ask, tally)
 
     def __repr__(self) -> str:
         "Version, vocabulary and longest sequence."

@@ -132,6 +132,8 @@ def encode(
     special: tuple[int, int] | None = None,  # tokens of <cls> and <eos>
     keep_counts: bool = False,
     engine: str = "auto",  # "numba", "numpy", or numba where it is installed
+    vocabulary: int
+    | None = None,  # number of tokens that there are, which sets their width; None: as many as are named
 ) -> Ranked:
     """Rank value encoding of every row (value descending, token ascending), cut to `max_length` tokens, special ones
     included."""
@@ -150,7 +152,7 @@ def encode(
         flat, counts, lengths, detected, known = rank_numpy(csr, medians, tokens, limit)
     else:
         flat, counts, lengths, detected, known = rank_numba(csr, medians, tokens, limit, keep_counts)
-    vocabulary = 1 + max(int(tokens.max(initial=0)), *(special or (0,)))
+    vocabulary = max(vocabulary or 0, 1 + max(int(tokens.max(initial=0)), *(special or (0,))))
     flat = flat.astype(token_type(vocabulary), copy=False)
     if special:
         flat = frame(flat, lengths, *special)

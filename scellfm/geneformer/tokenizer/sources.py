@@ -9,7 +9,6 @@ import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,10 +17,21 @@ from scipy import sparse
 
 from ...core import DataError
 from ...data.columns import column_names, read_column, read_table, row_names
+from ...data.genes import GeneTable
 from ...data.loom import loom_blocks, loom_tables
 from ...data.matrices import row_sums, stored_form
 from ...data.paths import damage_named, existing, open_store
-from ...data.reading import count_blocks, counts_of, file_kind, open_counts, path_blocks, places, read
+from scellfm.data.reading import (
+    count_blocks,
+    counts_of,
+    file_kind,
+    genes_of,
+    open_counts,
+    path_blocks,
+    places,
+    read,
+    var_key,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -54,9 +64,9 @@ class CellSource:
         return self.column(column)
 
     @property
-    def genes(self) -> SimpleNamespace:
-        "The genes in the form that `data.genes` takes."
-        return SimpleNamespace(var=self.var, var_names=self.var.index)
+    def genes(self) -> GeneTable:
+        "The genes of the matrix, for `data.genes`."
+        return GeneTable(self.var)
 
 
 def block_rows(rows: int, n_genes: int, dense: bool) -> int:
@@ -67,12 +77,11 @@ def block_rows(rows: int, n_genes: int, dense: bool) -> int:
 def from_adata(adata: AnnData, layer: str | None = None) -> CellSource:
     "The cells of an AnnData (in memory, backed, or a view); nothing is copied or changed."
     counts = counts_of(adata, layer)
-    raw = layer == "raw" and layer not in adata.layers
     dense = not sparse.issparse(counts) and not hasattr(counts, "group")
     return CellSource(
         name="AnnData",
         n_cells=adata.n_obs,
-        var=adata.raw.var if raw else adata.var,
+        var=genes_of(adata, layer).var,
         columns=list(adata.obs.columns),
         column=lambda name: adata.obs[name],
         names=lambda start, stop: adata.obs_names[start:stop].to_numpy(),
@@ -86,8 +95,7 @@ def from_anndata_file(path: Path, layer: str | None) -> CellSource:
     with damage_named(path), open_counts(path, layer) as (stored, key, (n_cells, n_genes)):
         form, _ = stored_form(stored, f"{path}: {key}")
     with damage_named(path), open_store(path, checked=True) as file:
-        var = "raw/var" if key == "raw/X" and "raw/var" in file else "raw.var" if key == "raw.X" else "var"
-        var, columns = read_table(file[var]), column_names(file["obs"])
+        var, columns = read_table(file[var_key(file, key)]), column_names(file["obs"])
         layers = list(file["layers"]) if "layers" in file else []
 
     def column(name: str) -> pd.Series:

@@ -15,6 +15,8 @@ import pandas as pd
 
 from ...core import DataError, optional
 from ...store import atomic_write, fingerprint, sha256
+from ...store.layouts import DATASET
+from ...store.writers import is_leftover
 
 if TYPE_CHECKING:
     import datasets
@@ -92,7 +94,7 @@ class TokenizedCells:
 
     def save(self, path: str | Path) -> None:
         "Write a folder that `datasets.load_from_disk` (and so the original Geneformer) and `TokenizedCells.load` open."
-        with atomic_write(path) as folder, DatasetWriter(folder) as writer:
+        with atomic_write(path, kind=DATASET) as folder, DatasetWriter(folder) as writer:
             for start in range(0, max(len(self), 1), 1000):
                 writer.write(self[start : start + 1000])
             writer.finish(self.report, self.special)
@@ -282,6 +284,10 @@ def read_table(folder: Path) -> pyarrow.Table:
             f"{folder} is a file and no saved data set; read its cells first: "
             f"adata = scellfm.data.read({str(folder)!r})"
         )
+    if is_leftover(folder):
+        raise DataError(
+            f"{folder} is the temporary name of a data set that is being written, or was left; tokenize again"
+        )
     if not (folder / "state.json").exists():
         raise DataError(
             f"{folder} is not a saved data set (no state.json in it); name the folder that was written by "
@@ -310,7 +316,8 @@ def read_dataset(folder: Path) -> TokenizedCells:
     table = read_table(folder)
     tokens = flat_column(table["input_ids"])
     lengths = pa.compute.list_value_length(table["input_ids"]).to_numpy()
-    tokens = tokens.astype(np.uint16 if tokens.max(initial=0) < 2**16 else np.uint32, copy=False)
+    if tokens.dtype not in (np.uint16, np.uint32):  # as written by others
+        tokens = tokens.astype(np.uint16 if tokens.max(initial=0) < 2**16 else np.uint32)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     obs = table.drop_columns([c for c in ("input_ids", "length", "counts") if c in table.column_names]).to_pandas()
     counts = flat_column(table["counts"]).astype(np.float32) if "counts" in table.column_names else None

@@ -119,6 +119,7 @@ class Request:
     keep_counts: bool = False
     empty: str = "drop"  # cells without any known gene: "drop", "keep" or "error"
     engine: str = "auto"
+    vocabulary: int | None = None  # number of tokens, from which the width of their numbers follows
 
     def __post_init__(self):
         "Refuse what makes no sense."
@@ -175,9 +176,8 @@ def tokenize_blocks(
 
 def tokenize_block(source, block, totals, index, obs, medians, tokens, ask: Request, tally: Tally) -> TokenizedCells:
     "Encode one block, drop or keep its empty cells, count."
-    ranked = encode(
-        block, medians, tokens, ask.max_length, special=ask.special, keep_counts=ask.keep_counts, engine=ask.engine
-    )
+    how = dict(special=ask.special, keep_counts=ask.keep_counts, engine=ask.engine, vocabulary=ask.vocabulary)
+    ranked = encode(block, medians, tokens, ask.max_length, **how)
     lengths, counts = np.diff(ranked.offsets), None
     if ask.keep_counts:
         with np.errstate(divide="ignore", invalid="ignore"):
