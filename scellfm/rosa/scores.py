@@ -5,7 +5,7 @@
 # %% ../../nbs/rosa/scores.ipynb #47fb7970
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,13 +16,14 @@ from ..core import DataError, OptionError, check_number, keyed_seed, one_of, war
 from ..data.vectors import GeneVectors
 from .expression import Expression
 from .hold_outs import QUADRANTS, TRAIN, HoldOutGrid, keyed_share, positions_of
+from .simple_vectors import identity_vectors
 from .training import Fitted, Readable, Settings, Task, fit_kind, learnable, logs_of
 from ..scores.sequence import METRICS, GridScores, expression_scores
 
 # %% auto #0
 __all__ = ['DEFAULT_ROWS', 'MORE_ROWS', 'Rows', 'Quadrant', 'chosen_cells', 'readable_of', 'quadrant_of', 'predict_quadrant',
            'gene_mean', 'other_half', 'nearest_gene', 'direct', 'reference_rows', 'grid_of', 'score_grid',
-           'one_hot_vectors', 'compare_vectors', 'published_figures']
+           'compare_vectors', 'published_figures']
 
 # %% ../../nbs/rosa/scores.ipynb #cbf5ca78
 @dataclass
@@ -251,12 +252,6 @@ class Shared:
 
     genes: pd.Index
 
-# %% ../../nbs/rosa/scores.ipynb #b1904715
-def one_hot_vectors(genes: Iterable[str]) -> GeneVectors:
-    "The identity: each gene has a direction of its own."
-    names = list(genes)
-    return GeneVectors(names, np.eye(len(names), dtype=np.float32), None, {"source": "one-hot"})
-
 # %% ../../nbs/rosa/scores.ipynb #4458ece5
 def compare_vectors(
     found: Expression,
@@ -277,7 +272,7 @@ def compare_vectors(
         raise DataError(f"{len(genes)} genes have a vector of every kind: {list(vectors)}; are they named alike?")
     own = grid_of(grid, Shared(pd.Index(genes)))
     every = {name: v.take(genes) for name, v in vectors.items()}
-    every |= {"one-hot": one_hot_vectors(genes), "permuted": first.take(genes).permuted(settings.seed)}
+    every |= {"one-hot": identity_vectors(genes), "permuted": first.take(genes).permuted(settings.seed)}
     rows: Rows = {name: {} for name in QUADRANTS}
     for method, given in every.items():
         task = learnable(found, given, own, settings)
