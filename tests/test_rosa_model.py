@@ -110,13 +110,14 @@ def test_order_of_cells_and_genes_changes_no_prediction():
 @pytest.mark.parametrize("loss", ["cross_entropy", "poisson", "negative_binomial"])
 @pytest.mark.parametrize("kind", ["mlp", "encoder_decoder"])
 def test_other_losses_predict_expression(kind, loss):
-    rosa = fitted(kind, loss=loss, epochs=12, learning_rate=5e-3)
-    losses = rosa.history.epochs["stop_loss"]
-    assert losses.min() < losses.iloc[0]
-    predicted = rosa.predict(list(GRID.genes[GRID.gene_part == "test"]))
-    measured = np.log1p(1e4 * CELLS.X.toarray() / CELLS.X.toarray().sum(axis=1, keepdims=True))
-    measured = measured[np.ix_(GRID.cell_part == "train", GRID.gene_part == "test")]
-    assert predicted.to_numpy().min() >= 0 and abs(predicted.to_numpy().mean() - measured.mean()) < 2
+    rosa = fitted(kind, loss=loss, epochs=20, learning_rate=5e-3, stop=None)
+    genes = list(GRID.genes[(GRID.gene_part == "train") & ~GRID.context])
+    predicted = rosa.predict(genes).to_numpy()
+    rows, columns = np.flatnonzero(GRID.cell_part == "train"), GRID.genes.get_indexer(genes)
+    counts = CELLS.X.toarray()[rows]
+    measured = np.log1p(1e4 * counts[:, columns] / counts[:, GRID.gene_part == "train"].sum(axis=1, keepdims=True))
+    assert predicted.min() >= 0 and abs(predicted.mean() - measured.mean()) < 2
+    assert np.corrcoef(predicted.mean(axis=0), measured.mean(axis=0))[0, 1] > 0.3
 
 
 def test_ridge_finds_what_is_linear_and_permuted_vectors_do_not():

@@ -301,14 +301,16 @@ def save_pretrained(self: Rosa, folder: str | Path) -> None:
     import torch
 
     from scellfm.assets.tensors import save_tensors
-    from scellfm.store import atomic_files
+    from scellfm.store import FolderKind, atomic_files
 
     fitted, task = self._ready(), self.task
     record = {"format": "scellfm rosa", "version": 1, "settings": asdict(self.settings), "share": task.share}
     record |= {"genes": list(task.genes), "cells": list(task.cells), "left_out": task.left_out}
     record["obs"] = self.grid.obs.reindex(task.cells).astype(str).to_dict(orient="list")
     record["manifest"] = {} if self.vectors is None else self.vectors.manifest
-    with atomic_files(folder) as part:
+    records = {"config.json": {"format": str, "version": int, "genes": [str]}}
+    kind = FolderKind("a model of rosa", records, ("model.safetensors", "task.safetensors", "scores.json"))
+    with atomic_files(folder, kind) as part:
         save_tensors(part / "model.safetensors", {n: v.contiguous() for n, v in fitted.state().items()})
         arrays = {name: torch.from_numpy(np.ascontiguousarray(getattr(task, name))) for name in ARRAYS}
         save_tensors(part / "task.safetensors", arrays)
