@@ -43,12 +43,6 @@ def put(value):
     return change
 
 
-def renamed(names):
-    adata = cells()
-    adata.obs_names = names
-    return adata
-
-
 @pytest.fixture(scope="module")
 def gf():
     return Geneformer.from_config("tiny", RankTokenizer.fit(cells()), device="cpu")
@@ -235,10 +229,15 @@ ERRORS = {
         OptionError,
         ["max_length=2", "at least 3"],
     ),
-    "cells of one name learn": (
-        lambda g, c, s, d: tuned(g, renamed(["twin"] * 24)),
-        DataError,
-        ["'twin'", "obs_names_make_unique()"],
+    "nobody to hold out": (
+        lambda g, c, s, d: g.finetune(cells(), label="type"),
+        OptionError,
+        ["split is missing", "scellfm.data.folds(adata, by='donor')"],
+    ),
+    "cells in the place of a tokenizer": (
+        lambda g, c, s, d: Geneformer.from_config("tiny", cells()),
+        OptionError,
+        ["RankTokenizer.fit(adata)"],
     ),
     "no such state": (
         lambda g, c, s, d: c.perturb(cells(), **STATES | {"goal": "NK"}),

@@ -42,7 +42,8 @@ def weights_file(folder: Path) -> Path:
     kinds = ("*.safetensors", "*.pt", "*.pth", "*.bin", "*.ckpt")
     found = sorted(path for kind in kinds for path in folder.glob(kind) if not is_leftover(path))
     if len(found) > 1:
-        raise AssetError(f"{folder} holds several files of weights ({', '.join(p.name for p in found)}); name one")
+        names = ", ".join(path.name for path in found)
+        raise AssetError(f"{folder} holds several files of weights ({names}); name one, such as {found[0]}")
     if not found:
         raise AssetError(f"{folder} has no weights (such as {', '.join(WEIGHTS)}); {nearby(folder / 'weights')}")
     return found[0]

@@ -90,7 +90,7 @@ CLASSIFIERS = {
     "classifier.json": "scellfm.geneformer.CellClassifier",
     "tasks.json": "scellfm.geneformer.TaskClassifier",
     "gene_classifier.json": "scellfm.geneformer.GeneClassifier",
-    "annotator.json": "scellfm.scgpt.CellAnnotator",
+    "annotator.json": "scellfm.scgpt.CellClassifier",
 }
 
 

@@ -90,7 +90,8 @@ def check_split(split, one: bool = False) -> None:
             if one
             else "Folds or a Split: scellfm.data.folds(adata, by='donor')"
         )
-        raise OptionError(f"split is of the type {type(split).__name__}; give {wanted}")
+        what = "split is missing" if split is None else f"split is of the type {type(split).__name__}"
+        raise OptionError(f"{what}, and it says which cells are held out; give {wanted}")
 
 # %% ../../nbs/data/splits.ipynb #5526fcc2
 LOOKS_MISSING = ("nan", "NaN", "<NA>", "NaT", "")  # texts that a missing value becomes when a column is made text

@@ -322,6 +322,17 @@ def open_cells(data: AnnData | TokenizedCells | str | Path) -> AnnData | Tokeniz
     return TokenizedCells.load(path) if is_dataset(path) else read(path)
 
 # %% ../../nbs/geneformer/model.ipynb #59763050
+def tokenized(gf: GeneformerModel, data: AnnData | Path, layer: str | None, columns: Sequence[str]) -> TokenizedCells:
+    "The data, tokenized by the model's tokenizer; where genes are not found, the DataError names the way that is open."
+    try:
+        return gf.tokenizer(data, layer=layer, columns=tuple(columns))
+    except DataError as error:
+        if "match={" not in str(error):
+            raise
+        how = "cells = gf.tokenizer(adata, match={...})"
+        raise DataError(f"{error}. A model takes cells that were tokenized so: {how}, gf.embed(cells)") from error
+
+# %% ../../nbs/geneformer/model.ipynb #e456d085
 def cells_of(
     gf: GeneformerModel,
     data: AnnData | TokenizedCells | str | Path,
@@ -332,9 +343,9 @@ def cells_of(
     "Tokenized cells: of an AnnData or a file of cells with the obs `columns`, of a saved data set, or as they are."
     if isinstance(data, (str, Path)):
         path = user_path(data, "data")
-        return TokenizedCells.load(path) if is_dataset(path) else gf.tokenizer(path, layer=layer, columns=columns)
+        return TokenizedCells.load(path) if is_dataset(path) else tokenized(gf, path, layer, columns)
     if hasattr(data, "obs_names") and hasattr(data, "var_names"):
-        return gf.tokenizer(data, layer=layer, columns=tuple(columns))
+        return tokenized(gf, data, layer, columns)
     if not hasattr(data, "lengths") and (columns or not isinstance(data, list)):  # plain lists of ids have no obs
         raise DataError(
             f"a {type(data).__name__} holds no cells; give an AnnData, the path of a file of cells or of a saved "

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+# %% ../../../nbs/geneformer/finetuning/genes.ipynb #cc9e2b6c
 from ... import inference
 from ...assets import find, load_state, read_dictionary, read_tensors
 from ...core import AssetError, DataError, check_number, keyed_seed, warn

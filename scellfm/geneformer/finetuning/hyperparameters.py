@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+# %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #5d4834ec
 from ...assets import read_dictionary
 from scellfm.core import (
     DataError,
