@@ -358,7 +358,7 @@ def test_shares_are_drawn_for_the_metrics_that_can_judge(world):
     shown = {label.get_text() for label in ax.get_yticklabels()}
     assert shown == set(found.table.index)
     order = [label.get_text() for label in ax.get_yticklabels()]
-    assert order.index("half") < order.index("most") < order.index("technical duplicate (ceiling)")
+    assert order.index("training mean") < order.index("half") < order.index("most")
     assert found.plot(kind="scores") is not ax
     with pytest.raises(OptionError, match="kind='roc'"):
         found.plot(kind="roc")

@@ -247,7 +247,7 @@ class PerturbationScores(Scores):
         return pd.DataFrame({metric: self._share(metric) for metric in metrics})
 
     def plot(self, ax: Axes | None = None, *, kind: str = "shares", metrics: Sequence[str] | None = None) -> Axes:
-        "Draw kind 'shares' (each method from the training mean to the duplicate) or 'scores' (the table, with intervals)."
+        "Draw kind 'shares' (from the training mean to the duplicate) or 'scores' (the table, with intervals)."
         one_of("kind", kind, ("shares", "scores"))
         if kind == "scores":
             return super().plot(ax)
