@@ -21,7 +21,7 @@ from ..core import check_number, keyed_seed, warn
 from ..crossfit.check import check_overfit, fewer_epochs, freeze_more, hold_out_donors, untried
 from ..crossfit.evidence import Evidence, evidence_of, write_record
 from ..crossfit.labels import check_class_folds, classes_of, predicted_classes, write_predictions
-from ..crossfit.membership import TrainedOn, resolve_folds, warn_of_trained
+from ..crossfit.membership import TrainedOn, cell_contents, resolve_folds, warn_of_trained
 from ..crossfit.predictions import cross_fit, predict_held_out
 from ..data.reading import count_matrix, genes_of, read
 from ..data.results import result_for
@@ -71,7 +71,7 @@ def cell_probabilities(
     """Class probabilities [cells, classes] from the fold that has not seen a cell, else the mean of all folds.
 
     NaN for a cell without a known gene."""
-    fold = clf.trained_on.fold_of(adata.obs_names)
+    fold = clf.trained_on.fold_of(adata.obs_names, cell_contents(adata, layer=layer))
     warn_of_trained(fold)
     genes = genes_of(adata, layer)
     index = clf.models[0].match(genes, gene_column=gene_column, match=match).index
@@ -240,7 +240,7 @@ def finetune(
     if check.overfitted:
         warn(str(check))
     evidence = dict(scores=scores, histories=[model.history for model in models], overfit_check=check)
-    trained_on = TrainedOn.of(adata.obs_names, parts)
+    trained_on = TrainedOn.of(adata.obs_names, parts, contents=cell_contents(adata, layer=layer))
     return CellClassifier(models, label, classes, trained_on, **evidence, settings=settings)
 
 # %% ../../nbs/scgpt/annotation.ipynb #37578f91

@@ -79,7 +79,7 @@ def neighbour_graph(values: np.ndarray, n_neighbors: int = 15) -> sparse.csr_mat
     sc.pp.neighbors(cells, min(n_neighbors, len(values) - 1), use_rep="X", transformer="sklearn", random_state=0)
     return sparse.csr_matrix(cells.obsp["connectivities"])
 
-
+# %% ../../nbs/scores/batches.ipynb #802ecce2
 def best_clustering(graph: sparse.csr_matrix, labels: np.ndarray) -> tuple[np.ndarray, pd.DataFrame]:
     "The Leiden clusters [cells] with the best NMI over `RESOLUTIONS` (the first of equals), and the scores of each."
     import anndata
@@ -308,7 +308,7 @@ def integration(
     }
     return table_of(results, adata, reps, {"batch": batch, "label": label, "layer": layer, "seed": seed})
 
-
+# %% ../../nbs/scores/batches.ipynb #d60c7ad1
 def table_of(results: dict, adata: AnnData, reps: list[str], settings: dict) -> Scores:
     "The Scores of (scores, details) by method."
     table = pd.DataFrame({name: scores for name, (scores, _) in results.items()}).T[list(METRICS)]

@@ -26,7 +26,7 @@ from ...crossfit.baselines import baseline_predictions
 from ...crossfit.check import check_overfit
 from ...crossfit.evidence import Evidence, evidence_of, write_record
 from ...crossfit.labels import check_class_folds, classes_of, predicted_classes, write_predictions
-from ...crossfit.membership import TrainedOn, resolve_folds, warn_of_trained
+from ...crossfit.membership import TrainedOn, cell_contents, resolve_folds, warn_of_trained
 from ...crossfit.predictions import cross_fit, predict_held_out
 from ...crossfit.tables import class_score_table
 from ...data.splits import Folds, Split, check_split, column_of
@@ -70,7 +70,14 @@ def cell_probabilities(
 ) -> pd.DataFrame:
     "Class probabilities [cells with a known gene, classes]: from the fold that has not seen a cell, else the mean."
     cells = clf.models[0].cells(data, layer=layer)
-    fold = clf.trained_on.fold_of(cells.obs.index)
+    return table_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
+
+
+def table_of_probabilities(
+    clf: CellClassifier, cells: TokenizedCells, contents: dict[str, np.ndarray], token_budget: int
+) -> pd.DataFrame:
+    "`cell_probabilities` of cells that are tokenized; `contents` tells which of them the models were trained on."
+    fold = clf.trained_on.fold_of(cells.obs.index, contents)
     warn_of_trained(fold)
     values = held_out_probabilities(clf.models, cells, fold, (len(clf.classes),), token_budget)
     return pd.DataFrame(values, index=cells.obs.index, columns=clf.classes)
@@ -95,7 +102,8 @@ def predict_cells(
     tokenized cells the two columns."""
     result = result_of(data, copy)
     cells = clf.models[0].cells(data, layer=layer)
-    table = predicted_classes(clf.probabilities(cells, token_budget=token_budget), clf.label)
+    found = table_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
+    table = predicted_classes(found, clf.label)
     if result is None:
         return table
     parameters = {"model": repr(clf), "counts": "X" if layer is None else layer}
@@ -159,19 +167,19 @@ class CellClassifier(Evidence):
             f"CellClassifier({self.label!r}: {classes}; {len(self.models)} model(s), {self.models[0]!r}{self.learned})"
         )
 
-    def model_of(self, data: AnnData | TokenizedCells | str | Path) -> np.ndarray:
+    def model_of(self, data: AnnData | TokenizedCells | str | Path, layer: str | None = None) -> np.ndarray:
         "For each cell the fold whose model has not seen it (0 if new to all); warns of cells that all have seen."
         known = hasattr(data, "obs")
         cells = data if known else self.models[0].cells(data, columns=(self.label,))  # refuses what has no obs
-        fold = self.trained_on.fold_of(cells.obs.index)
+        fold = self.trained_on.fold_of(cells.obs.index, cell_contents(cells, layer=layer))
         warn_of_trained(fold)
         return np.maximum(fold, 0)
 
     def readers(
-        self, data: AnnData | TokenizedCells | str | Path
+        self, data: AnnData | TokenizedCells | str | Path, layer: str | None = None
     ) -> tuple[list[GeneformerReader], np.ndarray, str | None]:
         "The models, for each cell the one that has not seen it, and the obs column by which cells were held out."
-        return self.models, self.model_of(data), self.settings.get("held_out_by")
+        return self.models, self.model_of(data, layer), self.settings.get("held_out_by")
 
     def save_pretrained(self, folder: str | Path) -> None:
         "One folder per fold in the official layout, the dictionaries, and classifier.json."
@@ -414,7 +422,7 @@ def train_and_judge(
         models,
         settings["label"],
         classes,
-        TrainedOn.of(cells.obs.index, parts),
+        TrainedOn.of(cells.obs.index, parts, contents=cell_contents(data, cells, layer)),
         scores=scores,
         histories=histories,
         overfit_check=overfit_check,

@@ -28,7 +28,7 @@ from ...core import DataError, OptionError, one_of, warn
 from ...crossfit.baselines import baseline_predictions
 from ...crossfit.check import check_overfit
 from ...crossfit.labels import check_class_folds, classes_of, predicted_classes, write_predictions
-from ...crossfit.membership import TrainedOn, warn_of_trained
+from ...crossfit.membership import TrainedOn, cell_contents, warn_of_trained
 from ...crossfit.predictions import FoldPredictions, cross_fit
 from ...crossfit.tables import class_score_table
 from ...data.splits import Folds, Split, check_split, column_of
@@ -173,7 +173,14 @@ def task_probabilities(
 ) -> dict[str, pd.DataFrame]:
     "For each label, class probabilities as in `CellClassifier.probabilities`; the cells are read once for all."
     cells = clf.models[0].cells(data, layer=layer)
-    fold = clf.first.trained_on.fold_of(cells.obs.index)
+    return tables_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
+
+
+def tables_of_probabilities(
+    clf: TaskClassifier, cells: TokenizedCells, contents: dict[str, np.ndarray], token_budget: int
+) -> dict[str, pd.DataFrame]:
+    "`task_probabilities` of cells that are tokenized; `contents` tells which of them the models were trained on."
+    fold = clf.first.trained_on.fold_of(cells.obs.index, contents)
     warn_of_trained(fold)
     sizes = [len(task.classes) for task in clf.tasks.values()]
     values = held_out_probabilities(clf.models, cells, fold, sizes, token_budget)
@@ -197,7 +204,7 @@ def predict_tasks(
     - obs["<label>_predicted"], obs["<label>_confidence"] and uns["<label>_predicted"] of every label"""
     result = result_of(data, copy)
     cells = clf.models[0].cells(data, layer=layer)
-    found = clf.probabilities(cells, token_budget=token_budget)
+    found = tables_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
     tables = [predicted_classes(table, label) for label, table in found.items()]
     if result is None:
         return pd.concat(tables, axis=1)
@@ -293,10 +300,10 @@ class TaskClassifier:
         return next(iter(self.tasks.values()))
 
     def readers(
-        self, data: AnnData | TokenizedCells | str | Path
+        self, data: AnnData | TokenizedCells | str | Path, layer: str | None = None
     ) -> tuple[list[GeneformerReader], np.ndarray, str | None]:
         "The models, for each cell the one that has not seen it, and the obs column by which cells were held out."
-        return self.first.readers(data)
+        return self.first.readers(data, layer)
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #748f9bb8
 def assemble(
@@ -365,7 +372,7 @@ def finetune_tasks(
         **options,
     }
     counts, advice = counts_for(data, cells, gf, layer), advice_for(split.by, epochs, freeze_layers, gf.n_layers)
-    trained_on = TrainedOn.of(cells.obs.index, parts)
+    trained_on = TrainedOn.of(cells.obs.index, parts, contents=cell_contents(data, cells, layer))
     judged = [judge_task(task, own, trained_on, counts, parts, groups, advice, n_boot, settings) for task in tasks]
     return assemble(models, judged, histories)
 

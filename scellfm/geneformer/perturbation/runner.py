@@ -141,7 +141,7 @@ def has_genes(cells: Sequences, sets: list[np.ndarray]) -> np.ndarray:
     present[np.repeat(np.arange(len(cells)), cells.lengths)[mine], place[mine]] = True
     return np.array([present[:, np.searchsorted(wanted, one)].all(1).sum() for one in sets], dtype=np.int64)
 
-
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #62f5f273
 def absent_genes(runner: ScreenRunner, tasks: list[ScreenTask], jobs: list[Job], change: GeneChange) -> dict:
     "For each group the sets of genes that were asked for and not perturbed, and why: {group: {name: why}}."
     gf, found = runner.models[0], {}
@@ -316,7 +316,7 @@ def gene_facts(
         return facts
     return facts.assign(log2fc=fold_changes(gf, facts, data, design, layer))
 
-
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #c06631b6
 def fold_changes(gf: GeneformerModel, facts: pd.DataFrame, data, design: ScreenDesign, layer: str | None) -> pd.Series:
     "The log2 fold change, goal over start, of each row of `facts` (group, gene), among the cells of its group."
     from scellfm.data.reading import genes_of
@@ -337,10 +337,10 @@ def fold_changes(gf: GeneformerModel, facts: pd.DataFrame, data, design: ScreenD
     return result
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #9333b1f3
-def reading_models(model, data, model_of) -> tuple[list, np.ndarray | None, str | None]:
+def reading_models(model, data, model_of, layer: str | None = None) -> tuple[list, np.ndarray | None, str | None]:
     "The models of a Geneformer, a classifier or a list; which of them reads each row of `data`; the donor column."
     if hasattr(model, "readers"):
-        return model.readers(data)
+        return model.readers(data, layer)
     return [model] if isinstance(model, GeneformerModel) else list(model), model_of, None
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #bf13db14
@@ -418,7 +418,7 @@ def perturb(
     up by `quartiles`. gradient={'top': 100, 'check_cells': 20}: estimates all deletions, then computes the `top` genes
     of each group and all genes of some cells, by which the estimate is judged. A classifier reads each cell by the
     model that has not seen it. OptionError, DataError, StoreError."""
-    models, model_of, held_out_by = reading_models(model, data, model_of)
+    models, model_of, held_out_by = reading_models(model, data, model_of, layer)
     gf, alt = models[0], (alt,) if isinstance(alt, str) else tuple(alt or ())
     if max_cells is not None:
         check_number("max_cells", max_cells, 1)
