@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import DataError, OptionError, check_number, keyed_generator, keyed_seed, warn
+from ..core import DataError, OptionError, check_number, keyed_generator, keyed_seed, plain_arguments, warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -266,6 +266,7 @@ def deal(adata, by: str | None, fractions: np.ndarray, stratify: str | None, see
     return part, pd.DataFrame(counts)
 
 # %% ../../nbs/data/splits.ipynb #aeeb0940
+@plain_arguments
 def hold_out(
     adata,  # AnnData, tokenized cells, or a table of obs
     by: str | None = None,  # the column whose groups stay whole; None: each cell for itself
@@ -290,6 +291,7 @@ def hold_out(
     return Split(*(np.flatnonzero(part == i) for i in range(3)), by, len(part), table)
 
 # %% ../../nbs/data/splits.ipynb #ae156ff9
+@plain_arguments
 def folds(
     adata,  # AnnData, tokenized cells, or a table of obs
     by: str | None = None,  # column of obs whose groups (donors) are never cut
