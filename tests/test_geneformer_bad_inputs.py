@@ -43,12 +43,6 @@ def put(value):
     return change
 
 
-def renamed(names):
-    adata = cells()
-    adata.obs_names = names
-    return adata
-
-
 @pytest.fixture(scope="module")
 def gf():
     return Geneformer.from_config("tiny", RankTokenizer.fit(cells()), device="cpu")
@@ -159,12 +153,12 @@ ERRORS = {
     "symbols": (
         lambda g, c, s, d: g.embed(cells(genes=[f"SYM{i}" for i in range(40)])),
         DataError,
-        ["0 of 40", "'SYM0'", "symbols="],
+        ["0 of 40", "'SYM0'", "match={'symbols':"],
     ),
     "mouse": (
         lambda g, c, s, d: g.pretrain(cells(genes=[f"ENSMUSG{i:011d}" for i in range(40)])),
         DataError,
-        ["mouse (40)", "mapping="],
+        ["mouse (40)", "match={'orthologs':"],
     ),
     "two species": (
         lambda g, c, s, d: c.predict(cells(genes=[*GENES[:30], *[f"ENSMUSG{i:011d}" for i in range(10)]])),
@@ -228,17 +222,22 @@ ERRORS = {
     "no length": (
         lambda g, c, s, d: RankTokenizer.fit(cells(), max_length=0),
         OptionError,
-        ["max_length=0", "at least 1"],
+        ["max_length=0", "from 1 to"],
     ),
     "no room for a gene": (
         lambda g, c, s, d: RankTokenizer.fit(cells(), special=True, max_length=2),
         OptionError,
-        ["max_length=2", "at least 3"],
+        ["max_length=2", "from 3 to"],
     ),
-    "cells of one name learn": (
-        lambda g, c, s, d: tuned(g, renamed(["twin"] * 24)),
-        DataError,
-        ["'twin'", "obs_names_make_unique()"],
+    "nobody to hold out": (
+        lambda g, c, s, d: g.finetune(cells(), label="type"),
+        OptionError,
+        ["split is missing", "scellfm.data.folds(adata, by='donor')"],
+    ),
+    "cells in the place of a tokenizer": (
+        lambda g, c, s, d: Geneformer.from_config("tiny", cells()),
+        OptionError,
+        ["RankTokenizer.fit(adata)"],
     ),
     "no such state": (
         lambda g, c, s, d: c.perturb(cells(), **STATES | {"goal": "NK"}),

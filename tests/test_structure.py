@@ -301,8 +301,8 @@ def gaps(tree: ast.Module) -> list[str]:
 
 
 TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
-UNTYPED = 424  # public functions that lack a type or a docstring: this number only falls, to 0
-SHORT_CELLS = 0.69  # share of exported cells with at most 25 lines: this number only rises, to 0.9
+UNTYPED = 165  # public functions that lack a type or a docstring: this number only falls, to 0
+SHORT_CELLS = 0.79  # share of exported cells with at most 25 lines: this number only rises, to 0.9
 
 
 def test_functions_are_short():
@@ -336,8 +336,6 @@ TRAINING = "a training is described by its numbers, and users type them by name:
 SCREEN = "one screen is one question: which genes, in which cells, from where to where; each answer has a name"
 MANY = {  # public functions with more parameters than that, and why
     "geneformer.perturbation.runner.perturb": SCREEN,
-    "geneformer.finetuning.classifier.finetune_cells": TRAINING,
-    "geneformer.finetuning.multitask.finetune_tasks": TRAINING,
     "geneformer.finetuning.multitask.finetune": TRAINING,
     "geneformer.finetuning.genes.finetune_genes": TRAINING,
     "scgpt.annotation.finetune": TRAINING,
