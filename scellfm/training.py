@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from html import escape
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -154,7 +155,7 @@ class History:
         return training_curves(self, ax=ax)
 
     def _repr_html_(self) -> str:
-        simple = "; ".join(f"{name} {loss:.4f}" for name, loss in self.baselines.items())
+        simple = "; ".join(f"{escape(str(name))} {loss:.4f}" for name, loss in self.baselines.items())
         table = self.epochs.to_html(index=False, float_format="{:.4f}".format)
         table += f"<p>{self.learned:,} parameters learned</p>" if self.learned else ""
         return table + (f"<p>Held-out loss of simple methods: {simple}</p>" if simple else "")
