@@ -22,6 +22,7 @@ from scellfm.data.shifts import simulate_shifts
 from scellfm.data.splits import check_leakage, folds, hold_out
 from scellfm.geneformer import CellClassifier, Geneformer, RankTokenizer, Screen
 from scellfm.geneformer.perturbation.combinations import ROUNDING
+from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
 from scellfm.report import Report, scores_section
 from scellfm.scgpt import ReferenceMap, ScGPT
 from scellfm.scores.batches import integration
@@ -29,6 +30,7 @@ from scellfm.scores.labels import classification
 from scellfm.scores.table import Scores
 from scellfm.statistics import log2_fold_change, recovery, screen_test
 from scellfm.statistics.screen import MIN_GENES
+from scellfm.training import History
 
 START, GOAL = "CD14+ Monocyte", "CD8+ Cytotoxic T"
 QUESTION = dict(state="cell_type", start=START, goal=GOAL, donor="donor")
@@ -581,3 +583,13 @@ def test_other_cells_of_the_same_names_are_never_called_held_out(pbmc, tmp_path)
     again = CellClassifier.from_pretrained(tmp_path / "classifier", device="cpu")
     fold, said = warned(lambda: again.model_of(own))
     assert (fold == trained.model_of(own)).all() and any("by their names alone" in text for text in said)
+
+
+def test_html_of_cells_and_curves_is_escaped():
+    cells = TokenizedCells(
+        np.arange(3, dtype=np.uint16), np.arange(4), pd.DataFrame({HOSTILE: list("abc")}), np.arange(3)
+    )
+    history = History.from_dict(json.loads(json.dumps(History().to_dict())))
+    history.baselines = {HOSTILE: 1.0}
+    for page in (cells._repr_html_(), history._repr_html_()):
+        assert "<img src=x" not in page and "&lt;img" in page

@@ -1,13 +1,17 @@
 """Simple gene vectors and protein vectors beside those of Enformer."""
 
 import gzip
+import warnings
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
-from scellfm.core import AssetError, DataError, OptionError, ScellfmWarning, StoreError
+from scellfm.core import AssetError, DataError, OptionError, ScellfmError, ScellfmWarning, StoreError
 from scellfm.data import simulate_genome
 from scellfm.rosa import (
     ESM2,
@@ -25,6 +29,7 @@ from scellfm.rosa import (
 )
 from scellfm.rosa.chunks import reverse_complement
 from scellfm.rosa.protein_vectors import TOKENS
+from scellfm.rosa.proteins import RESIDUES
 
 SEQUENCES = {"P1": "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ", "P2": "MSUXKVLLAZB", "P3": "ACDEFGHIKLMNPQRSTVWY" * 3}
 
@@ -196,3 +201,20 @@ def test_other_checkpoints_are_refused(published, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(sorted(TOKENS)))
     with pytest.raises(AssetError, match="another order"):
         ESM2.from_pretrained(tmp_path, device="cpu")
+
+
+@hypothesis_settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(0, 10_000), junk=st.binary(min_size=1, max_size=8), zipped=st.booleans())
+def test_a_protein_file_with_any_damage_is_read_or_refused_in_words(tmp_path, at, junk, zipped):
+    text = "".join(f">{name} gene:ENSG0{name[1]}.4\n{sequence}*\n" for name, sequence in SEQUENCES.items()).encode()
+    whole = gzip.compress(text) if zipped else text
+    at = at % len(whole)
+    path = tmp_path / "fuzz.fa"
+    path.write_bytes(whole[:at] + junk + whole[at + len(junk) :])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            read = read_proteins(path)
+        except ScellfmError:
+            return
+    assert set("".join(read.table["sequence"])) <= set(RESIDUES) and (read.table["gene"] != "").all()

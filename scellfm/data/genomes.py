@@ -104,22 +104,24 @@ class GenomeDesign:
     noise: float  # sd of a gene's log rate that the sequence does not tell
     seed: int
 
-    def check(self) -> GenomeDesign:
-        "OptionError where the numbers make no genome."
-        least = {"n_genes": 4, "n_chromosomes": 1, "n_donors": 1, "n_cells": 1, "spacing": 300, "seed": 0}
-        for name, low in least.items():
-            check_number(name, getattr(self, name), low)
-        check_number("n_types", self.n_types, 1, len(MOTIFS) - 2)
-        for name, low in {"n_sites": 0, "decay": 1, "noise": 0}.items():
-            check_number(name, getattr(self, name), low, whole=False)
-        if self.n_genes < self.n_chromosomes:
-            raise OptionError(f"n_genes={self.n_genes} is less than n_chromosomes={self.n_chromosomes}")
-        return self
-
     @property
     def reach(self) -> int:
         "Bases from a start to the farthest site that counts."
         return self.spacing // 2 - 2 * SPACE
+
+# %% ../../nbs/data/genomes.ipynb #6b80c1f6
+@patch
+def check(self: GenomeDesign) -> GenomeDesign:
+    "OptionError where the numbers make no genome."
+    least = {"n_genes": 4, "n_chromosomes": 1, "n_donors": 1, "n_cells": 1, "spacing": 300, "seed": 0}
+    for name, low in least.items():
+        check_number(name, getattr(self, name), low)
+    check_number("n_types", self.n_types, 1, len(MOTIFS) - 2)
+    for name, low in {"n_sites": 0, "decay": 1, "noise": 0}.items():
+        check_number(name, getattr(self, name), low, whole=False)
+    if self.n_genes < self.n_chromosomes:
+        raise OptionError(f"n_genes={self.n_genes} is less than n_chromosomes={self.n_chromosomes}")
+    return self
 
 # %% ../../nbs/data/genomes.ipynb #3b90264c
 def gene_table(design: GenomeDesign) -> pd.DataFrame:
@@ -138,7 +140,7 @@ def gene_table(design: GenomeDesign) -> pd.DataFrame:
     table["start"], table["end"] = np.where(minus, tss + 1 - size, tss), np.where(minus, tss + 1, tss + size)
     return table.assign(tss=tss, biotype="protein_coding")
 
-
+# %% ../../nbs/data/genomes.ipynb #a597b417
 def planted(design: GenomeDesign, gene: str) -> list[tuple[int, str]]:
     "Places (from the start, on the gene's strand) and letters of the core promoter and of the sites of one gene."
     draw = keyed_generator(design.seed, "sites", gene)
@@ -165,7 +167,7 @@ def drawn_chromosomes(design: GenomeDesign, genes: pd.DataFrame) -> dict[str, st
         chromosomes[chrom] = letters.tobytes().decode()
     return chromosomes
 
-
+# %% ../../nbs/data/genomes.ipynb #1d1d8c92
 def around(chromosome: str, start: int, end: int, strand: str) -> str:
     "The letters [start, end) on a strand, N beyond the ends."
     inside = chromosome[max(start, 0) : max(end, 0)]
@@ -223,11 +225,13 @@ class GenomeSimulation:
             f" {len(self.sites):,} sites, {self.adata.n_obs:,} cells of {self.log_rates.shape[1]} types)"
         )
 
-    def letters(self, chrom: str, start: int, end: int, strand: str = "+") -> str:
-        "The letters [start, end), from 0, on a strand; N beyond the ends. OptionError: no such chromosome."
-        if chrom not in self.chromosomes:
-            raise OptionError(f"chrom={chrom!r}: the chromosomes are {', '.join(self.chromosomes)}")
-        return around(self.chromosomes[chrom], int(start), int(end), strand)
+# %% ../../nbs/data/genomes.ipynb #54a38b37
+@patch
+def letters(self: GenomeSimulation, chrom: str, start: int, end: int, strand: str = "+") -> str:
+    "The letters [start, end), from 0, on a strand; N beyond the ends. OptionError: no such chromosome."
+    if chrom not in self.chromosomes:
+        raise OptionError(f"chrom={chrom!r}: the chromosomes are {', '.join(self.chromosomes)}")
+    return around(self.chromosomes[chrom], int(start), int(end), strand)
 
 # %% ../../nbs/data/genomes.ipynb #fb04bf93
 @patch
@@ -251,14 +255,14 @@ def gtf_lines(annotation: pd.DataFrame) -> list[str]:
 @patch
 def write(self: GenomeSimulation, folder: str | os.PathLike) -> dict[str, Path]:
     "Write genome.fa and genes.gtf; returns their paths by name: fasta, annotation."
-    from scellfm.store import atomic_files
+    from scellfm.store import atomic_write
 
     fasta = []
     for name, letters in self.chromosomes.items():
         fasta += [f">{name}", *(letters[at : at + 60] for at in range(0, len(letters), 60))]
-    with atomic_files(folder) as part:
-        (part / "genome.fa").write_text("\n".join(fasta) + "\n", encoding="ascii")
-        (part / "genes.gtf").write_text("\n".join(gtf_lines(self.annotation)) + "\n", encoding="ascii")
+    for file, lines in (("genome.fa", fasta), ("genes.gtf", gtf_lines(self.annotation))):
+        with atomic_write(Path(folder) / file) as part:
+            part.write_text("\n".join(lines) + "\n", encoding="ascii")
     return {"fasta": Path(folder) / "genome.fa", "annotation": Path(folder) / "genes.gtf"}
 
 # %% ../../nbs/data/genomes.ipynb #f0c872ef

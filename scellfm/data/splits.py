@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import DataError, OptionError, check_number, keyed_generator, keyed_seed, warn
+from ..core import DataError, OptionError, check_number, keyed_generator, keyed_seed, plain_arguments, warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,6 +125,15 @@ def column_of(obs: pd.DataFrame, name: str, use: str) -> np.ndarray:
             f"leave them out: adata[adata.obs[{name!r}].notna()]"
         )
     return values
+
+# %% ../../nbs/data/splits.ipynb #55e0f449
+def by_occurrence(names: Sequence[str] | pd.Index | np.ndarray) -> np.ndarray:
+    "The names as text, the second and later rows of one name with their number behind it: no two are the same."
+    import pandas as pd
+
+    names = pd.Series(np.asarray(names, dtype=object)).astype(str)
+    number = names.groupby(names, sort=False).cumcount()
+    return np.where(number > 0, names + "\x1f" + number.astype(str), names).astype(object)
 
 # %% ../../nbs/data/splits.ipynb #b0ed4b80
 def labels_of(obs: pd.DataFrame, stratify: str | None) -> np.ndarray:
@@ -252,20 +261,15 @@ def deal(adata, by: str | None, fractions: np.ndarray, stratify: str | None, see
     counts = {"cells": 0}
     if by is not None:
         part, counts[by] = deal_by(obs, by, codes, fractions, seed)
-    elif obs.index.is_unique:
-        part = deal_cells(obs.index.astype(str), labels, codes, fractions, seed)
     else:
-        name = str(obs.index[obs.index.duplicated()][0])
-        raise DataError(
-            f"cell names repeat (e.g. {name!r}), and a split by cells is keyed by them; call "
-            "adata.obs_names_make_unique() first"
-        )
+        part = deal_cells(by_occurrence(obs.index), labels, codes, fractions, seed)
     counts["cells"] = np.bincount(part, minlength=len(fractions))
     for i, label in enumerate(labels if stratify is not None else ()):
         counts[str(label)] = np.bincount(part[codes == i], minlength=len(fractions))
     return part, pd.DataFrame(counts)
 
 # %% ../../nbs/data/splits.ipynb #aeeb0940
+@plain_arguments
 def hold_out(
     adata,  # AnnData, tokenized cells, or a table of obs
     by: str | None = None,  # the column whose groups stay whole; None: each cell for itself
@@ -290,6 +294,7 @@ def hold_out(
     return Split(*(np.flatnonzero(part == i) for i in range(3)), by, len(part), table)
 
 # %% ../../nbs/data/splits.ipynb #ae156ff9
+@plain_arguments
 def folds(
     adata,  # AnnData, tokenized cells, or a table of obs
     by: str | None = None,  # column of obs whose groups (donors) are never cut

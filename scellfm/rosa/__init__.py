@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = _lazy(__name__, {
     "Proteins": "proteins", "read_proteins": "proteins", "one_protein_each": "proteins",
     "ESM2": "protein_vectors", "embed_proteins": "protein_vectors",
     "variant_effect": "effects", "variant_vectors": "effects", "VariantEffects": "effects",
+    "score_variants": "labelled", "matched_by_distance": "labelled",
     "mutagenesis": "in_silico", "Mutagenesis": "in_silico",
     "encode": "sequence", "decode": "sequence", "reverse_complement": "sequence", "one_hot": "sequence",
     "Genome": "genome", "Interval": "intervals",
@@ -18,5 +19,6 @@ __getattr__, __dir__, __all__ = _lazy(__name__, {
     "log_normalize": "expression", "quantile_bins": "expression", "rank_order": "expression",
     "pseudobulk": "expression", "read_expression": "expression", "fetch_census": "expression",
     "hold_out_grid": "hold_outs", "HoldOutGrid": "hold_outs", "region_sets": "hold_outs", "families_of": "hold_outs",
+    "Rosa": "rosa", "compare_vectors": "scores", "published_figures": "scores",
     "Windows": "windows", "tss_windows": "windows", "start_table": "windows",
 })

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,7 +81,7 @@ class Annotation:
             )
         return self._replaced((biotype == "protein_coding").to_numpy())
 
-    def select(self, genes) -> Annotation:
+    def select(self, genes: Iterable[str]) -> Annotation:
         """
         Only these genes, given by id (with or without version) or by symbol, in the order of the annotation.
 
@@ -117,7 +119,7 @@ class Annotation:
 MARKS = ("Ensembl_canonical", "MANE_Select")
 
 
-def mark_canonical(table: pd.DataFrame, tags=None) -> np.ndarray:
+def mark_canonical(table: pd.DataFrame, tags: list[str] | None = None) -> np.ndarray:
     "True for one transcript of each gene: marked by the annotation, else protein coding, longest, first by name."
     ranks = {"gene": table["gene"].to_numpy(), "order": np.arange(len(table))}
     for mark in MARKS:
@@ -135,7 +137,9 @@ def mark_canonical(table: pd.DataFrame, tags=None) -> np.ndarray:
     return chosen
 
 # %% ../../nbs/rosa/annotation.ipynb #6cf3de7c
-def annotation_of(table: pd.DataFrame, source: str, counts: dict | None = None, tags=None) -> Annotation:
+def annotation_of(
+    table: pd.DataFrame, source: str, counts: dict | None = None, tags: list[str] | None = None
+) -> Annotation:
     """
     An Annotation of rows with gene, chrom, strand, start, end (from 0), and perhaps symbol, transcript, biotype, tss.
 
@@ -176,7 +180,7 @@ def _completed(table: pd.DataFrame) -> pd.DataFrame:
     return table.astype(dict.fromkeys(whole, "int64") | dict.fromkeys(("chrom", "strand", "symbol"), str))
 
 # %% ../../nbs/rosa/annotation.ipynb #b9449750
-def good_lines(path: Path, check, kind: str, counts: Counter):
+def good_lines(path: Path, check: Callable, kind: str, counts: Counter) -> Iterator[list[bytes]]:
     """
     Yield the fields (bytes, split at tabs) of each line for which `check(fields)` returns no complaint.
 
@@ -388,7 +392,11 @@ def annotation_table(table: pd.DataFrame, source: str = "the table", one_based: 
 
 # %% ../../nbs/rosa/annotation.ipynb #cf899a59
 def read_annotation(
-    source, *, protein_coding: bool = False, exons: bool = False, one_based: bool = False
+    source: str | os.PathLike | pd.DataFrame | Annotation,
+    *,
+    protein_coding: bool = False,
+    exons: bool = False,
+    one_based: bool = False,
 ) -> Annotation:
     """
     The transcripts of an annotation, with the 5' end of each on its own strand.

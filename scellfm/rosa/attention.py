@@ -50,7 +50,9 @@ def weigh(attention: nn.Module, logits: torch.Tensor, values: torch.Tensor) -> t
     return (shares @ values).transpose(1, 2).flatten(2)
 
 
-def attend(attention: nn.Module, x: torch.Tensor, rows: torch.Tensor | None = None, gammas: str = "port"):
+def attend(
+    attention: nn.Module, x: torch.Tensor, rows: torch.Tensor | None = None, gammas: str = "port"
+) -> torch.Tensor:
     "enformer-pytorch's attention layer over x [b, n, d]: output [b, n, d], or [b, k, d] for rows [b, k]."
     n, heads = x.shape[1], attention.heads
     features = positional_features(n, attention.num_rel_pos_features, gammas).to(x)
@@ -76,7 +78,9 @@ def take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
 
 # %% ../../nbs/rosa/attention.ipynb #382f5a55
-def transform(module: nn.Module, x: torch.Tensor, rows: torch.Tensor | None = None, gammas: str = "port"):
+def transform(
+    module: nn.Module, x: torch.Tensor, rows: torch.Tensor | None = None, gammas: str = "port"
+) -> torch.Tensor:
     "All attention layers of an enformer-pytorch model over x [b, n, d]; [b, k, d] where rows [b, k] are given."
     for number, (attending, feeding) in enumerate(module.transformer):
         chosen = rows if number == len(module.transformer) - 1 else None
@@ -91,7 +95,9 @@ def pointwise(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return module.final_pointwise(x)
 
 
-def head_output(module: nn.Module, embeddings: torch.Tensor, head: str, tracks: torch.Tensor | None = None):
+def head_output(
+    module: nn.Module, embeddings: torch.Tensor, head: str, tracks: torch.Tensor | None = None
+) -> torch.Tensor:
     "Predicted coverage [b, k, tracks] of one head, of all its tracks or of those numbered."
     linear = module._heads[head][0]
     if tracks is None:

@@ -11,6 +11,7 @@ import struct
 import zlib
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -111,7 +112,7 @@ def is_zipped(path: str | Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
-def open_text(path: str | Path):
+def open_text(path: str | Path) -> BinaryIO:
     "A file opened for reading bytes, unpacked where it is gzip; AssetError for a bgzip file that was cut."
     if not is_zipped(path):
         return open(path, "rb")

@@ -23,7 +23,7 @@ ROWS = torch.cat([torch.eye(4), torch.zeros(1, 4), torch.full((1, 4), 0.25)])
 COMPLEMENT = torch.tensor([3, 2, 1, 0, 4, 5], dtype=torch.uint8)
 
 
-def one_hot(bases: torch.Tensor, dtype=torch.float32) -> torch.Tensor:
+def one_hot(bases: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     "Codes uint8 [b, L], or probabilities [b, L, 4], as [b, 4, L]."
     rows = bases if bases.ndim == 3 else ROWS.to(bases.device)[bases.long()]
     return rows.to(dtype).transpose(1, 2)
@@ -46,7 +46,7 @@ def letters_to_codes(sequences: list[str]) -> np.ndarray:
     return np.stack([table[np.frombuffer(text.encode("latin-1", "replace"), np.uint8)] for text in sequences])
 
 
-def as_bases(sequences) -> torch.Tensor:
+def as_bases(sequences: object) -> torch.Tensor:
     """
     Codes uint8 [n, L] or probabilities float32 [n, L, 4] of Windows (anything with `.codes()`), arrays, tensors, texts.
 
@@ -136,7 +136,9 @@ def halo_bins(module: nn.Module) -> int:
 CHUNK = 64  # bins of a piece
 
 
-def conv_bins(module, bases: torch.Tensor, first: int = 0, last: int | None = None, *, chunk: int = CHUNK):
+def conv_bins(
+    module: nn.Module, bases: torch.Tensor, first: int = 0, last: int | None = None, *, chunk: int = CHUNK
+) -> torch.Tensor:
     "Convolution output [b, last - first, d] of the bins [first, last) of windows, in pieces of `chunk` bins."
     size, halo, length = bin_size(module), halo_bins(module), bases.shape[1]
     total = -(-length // size)
@@ -152,7 +154,7 @@ def conv_bins(module, bases: torch.Tensor, first: int = 0, last: int | None = No
     return torch.cat(pieces, dim=1)
 
 # %% ../../nbs/rosa/chunks.ipynb #d699b109
-def changed_bins(module: nn.Module, positions, length: int) -> tuple[int, int]:
+def changed_bins(module: nn.Module, positions: int | np.ndarray, length: int) -> tuple[int, int]:
     "The bins [first, last) whose convolutions depend on any of the bases at `positions` (0-based) of a window."
     positions, size, wide = np.atleast_1d(positions), bin_size(module), reach(module)
     first = max(int(positions.min()) - wide, 0) // size

@@ -5,8 +5,10 @@
 # %% ../../nbs/rosa/effects.ipynb #0c4b4104
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,6 +28,8 @@ from ..store.blocks import each_block
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from scellfm.rosa.genome import Genome
+
 # %% auto #0
 __all__ = ['SCORES', 'AROUND', 'SILENT', 'ln_ratio', 'ratio_of', 'direction_of', 'bins_around', 'exon_bins', 'read_window',
            'VariantEffects', 'wanted_bins', 'without_bins', 'variant_effect', 'in_windows', 'effect_table',
@@ -36,7 +40,7 @@ SCORES, AROUND = ("log2_sum", "ln_mean_exons"), ("start", "variant")
 SILENT = 1e-6  # an effect below this has no direction
 
 
-def ln_ratio(after, before, pseudocount: float = 1e-3) -> np.ndarray:
+def ln_ratio(after: np.ndarray, before: np.ndarray, pseudocount: float = 1e-3) -> np.ndarray:
     "ln(after + pseudocount) - ln(before + pseudocount), in double precision."
     after, before = (np.asarray(values, dtype=np.float64) + pseudocount for values in (after, before))
     return np.log(after) - np.log(before)
@@ -49,7 +53,7 @@ def ratio_of(score: str, after: np.ndarray, before: np.ndarray) -> np.ndarray:
     return ln_ratio(after.mean(axis=-2), before.mean(axis=-2))
 
 
-def direction_of(effect) -> np.ndarray:
+def direction_of(effect: np.ndarray) -> np.ndarray:
     "'up', 'down', or 'none' below 1e-6."
     effect = np.asarray(effect)
     return np.where(np.abs(effect) < SILENT, "none", np.where(effect > 0, "up", "down"))
@@ -77,7 +81,9 @@ def exon_bins(windows: Windows, row: int, size: int, first: int, count: int) -> 
     return np.array(sorted(bin for bin in found if 0 <= bin < count), dtype=np.int64)
 
 # %% ../../nbs/rosa/effects.ipynb #174bc675
-def read_window(model, windows: Windows, variants: Variants, pairs: pd.DataFrame, bins: list, score: str, how: dict):
+def read_window(
+    model: Enformer, windows: Windows, variants: Variants, pairs: pd.DataFrame, bins: list, score: str, how: dict
+) -> np.ndarray:
     "Effects float32 [pairs, tracks] of the pairs (variant, window) of one window, each with its bins."
     row = int(pairs["window"].iloc[0])
     reader = WindowReader(model, windows.codes([row])[0], **how)
@@ -137,7 +143,9 @@ class VariantEffects:
         return ax
 
 # %% ../../nbs/rosa/effects.ipynb #d668f19c
-def wanted_bins(model, windows: Windows, pairs: pd.DataFrame, score: str, around: str, width: int) -> list[np.ndarray]:
+def wanted_bins(
+    model: Enformer, windows: Windows, pairs: pd.DataFrame, score: str, around: str, width: int
+) -> list[np.ndarray]:
     "The bins of each pair."
     size = model.bin_size
     first, count = model.bins(windows.length)
@@ -161,19 +169,19 @@ def without_bins(pairs: pd.DataFrame, bins: list[np.ndarray], score: str) -> tup
 
 
 def variant_effect(
-    variants,
-    fasta=None,
+    variants: str | os.PathLike | pd.DataFrame | Variants,
+    fasta: str | os.PathLike | Genome | None = None,
     *,
     model: Enformer,
     windows: Windows,
-    tracks="CAGE",
-    score: str = "log2_sum",
-    around: str = "start",
-    width: int = 501,
-    max_distance: int | None = None,
-    strands: str = "both",
-    shifts=(0,),
-    folder=None,
+    tracks: str | int | list = "CAGE",  # whose coverage is read
+    score: Literal["log2_sum", "ln_mean_exons"] = "log2_sum",  # how a change of coverage is measured
+    around: Literal["start", "variant"] = "start",  # where coverage is summed
+    width: int = 501,  # bases over which it is summed
+    max_distance: int | None = None,  # of a variant from the start
+    strands: Literal["forward", "reverse", "both"] = "both",  # readings that are averaged
+    shifts: tuple[int, ...] = (0,),  # bases by which readings are shifted before they are averaged
+    folder: str | os.PathLike | None = None,  # where finished windows are kept, to go on after a stop
 ) -> VariantEffects:
     """
     Effects of variants on the predicted coverage of the genes in whose windows they lie.
@@ -208,7 +216,15 @@ def variant_effect(
     return VariantEffects(table, model.track_names(tracks), by_track, settings)
 
 
-def in_windows(folder, pairs: pd.DataFrame, compute, model, windows: Windows, variants: Variants, settings: dict):
+def in_windows(
+    folder: str | os.PathLike | None,
+    pairs: pd.DataFrame,
+    compute: Callable,
+    model: Enformer,
+    windows: Windows,
+    variants: Variants,
+    settings: dict,
+) -> np.ndarray:
     "The effects of all pairs, one window after another, kept in `folder` if there is one."
     blocks = [np.asarray(rows) for rows in pairs.groupby("window", sort=False).indices.values()]
     store = None
@@ -230,7 +246,9 @@ def in_windows(folder, pairs: pd.DataFrame, compute, model, windows: Windows, va
     return effects
 
 
-def effect_table(variants: Variants, pairs: pd.DataFrame, by_track: np.ndarray, model, tracks) -> pd.DataFrame:
+def effect_table(
+    variants: Variants, pairs: pd.DataFrame, by_track: np.ndarray, model: Enformer, tracks: str | list
+) -> pd.DataFrame:
     "One row per pair, as `VariantEffects` describes it."
     of_variant = variants.table.iloc[pairs["variant"]].reset_index(drop=True)
     table = of_variant[["id", "chrom", "pos", "ref", "alt"]].copy()
@@ -244,7 +262,14 @@ def effect_table(variants: Variants, pairs: pd.DataFrame, by_track: np.ndarray, 
 
 # %% ../../nbs/rosa/effects.ipynb #a7a26a0d
 def variant_vectors(
-    variants, fasta=None, *, model: Enformer, windows: Windows, bins=None, strands: str = "forward", shifts=(0,)
+    variants: str | os.PathLike | pd.DataFrame | Variants,
+    fasta: str | os.PathLike | Genome | None = None,
+    *,
+    model: Enformer,
+    windows: Windows,
+    bins: Mapping[str, int] | None = None,
+    strands: Literal["forward", "reverse", "both"] = "forward",
+    shifts: tuple[int, ...] = (0,),
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """
     (pairs, before, after): the vectors float32 [pairs, width] of each gene at its bin, without and with each variant.

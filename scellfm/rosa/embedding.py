@@ -5,15 +5,18 @@
 # %% ../../nbs/rosa/embedding.ipynb #bfbb8cc2
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from ..core import DataError, OptionError, check_number, one_of, tell, warn
 from ..data.vectors import GeneVectors
+from .annotation import Annotation
 from .extraction import RULES, original_smoothing, original_vectors, strongest_start
 from .genome import Genome
 from .windows import Windows, original_start_vectors, place_on, start_table
@@ -26,7 +29,7 @@ __all__ = ['with_genome', 'one_window_each', 'encoder_bins', 'encoder_name', 'st
            'embed_bins']
 
 # %% ../../nbs/rosa/embedding.ipynb #0db52155
-def with_genome(windows: Windows, fasta) -> Windows:
+def with_genome(windows: Windows, fasta: str | os.PathLike | Genome | None) -> Windows:
     "The windows with the genome `fasta` (a path or a Genome) behind them; its own where None is given."
     if fasta is None:
         if getattr(windows, "genome", True) is None:
@@ -48,7 +51,7 @@ def one_window_each(windows: Windows) -> Windows:
     return windows[first]
 
 # %% ../../nbs/rosa/embedding.ipynb #5360dbd4
-def encoder_bins(model, length: int, given: int | None = None) -> tuple[int, int, int]:
+def encoder_bins(model: object, length: int, given: int | None = None) -> tuple[int, int, int]:
     "(bin size, bins before the first that is given, bins given) of an encoder for windows of `length` bases."
     if hasattr(model, "bins"):
         first, count = model.bins(length)
@@ -58,7 +61,7 @@ def encoder_bins(model, length: int, given: int | None = None) -> tuple[int, int
     return size, (length // size - count) // 2, count
 
 
-def encoder_name(model) -> str:
+def encoder_name(model: object) -> str:
     "A hash of an encoder: its own, or of its weights or fields. OptionError: it has none of these."
     if hasattr(model, "fingerprint"):
         return str(model.fingerprint())
@@ -102,7 +105,7 @@ def as_rectangle(starts: pd.DataFrame, rows: np.ndarray) -> np.ndarray:
     return np.array([lists[row] + lists[row][:1] * (most - len(lists[row])) for row in rows], dtype=np.int64)
 
 # %% ../../nbs/rosa/embedding.ipynb #cc77846a
-def read_starts(model, windows: Windows, bins: np.ndarray, rule: str, tracks, how: Mapping) -> dict:
+def read_starts(model: object, windows: Windows, bins: np.ndarray, rule: str, tracks: str | list, how: Mapping) -> dict:
     "Vectors [n, width], bin and CAGE of the start that `rule` chooses among bins [n, k], for a model with CAGE."
     if rule in ("mean", "mean_tss"):
         values = model.embed(windows, bins=None if rule == "mean" else bins, **how)
@@ -124,7 +127,7 @@ def distinct(bins: np.ndarray) -> np.ndarray:
     return np.array([[float(b not in row[:i]) for i, b in enumerate(row.tolist())] for row in bins])
 
 # %% ../../nbs/rosa/embedding.ipynb #f8746636
-def read_encoder(model, windows: Windows, rule: str) -> dict:
+def read_encoder(model: object, windows: Windows, rule: str) -> dict:
     "The same for any encoder, in which the start is the window's own."
     values = np.asarray(model.embed(windows), dtype=np.float32)
     if values.ndim not in (2, 3) or len(values) != len(windows):
@@ -147,7 +150,7 @@ def read_encoder(model, windows: Windows, rule: str) -> dict:
     return {"vectors": vectors.astype(np.float32), "bin": bins[:, 0], "cage": empty}
 
 # %% ../../nbs/rosa/embedding.ipynb #19dca24c
-def read_original(model, windows: Windows, variant: str, tracks, how: Mapping) -> dict:
+def read_original(model: object, windows: Windows, variant: str, tracks: str | list, how: Mapping) -> dict:
     "Vectors of one of rosa's variants."
     values, cage = model.embed_with_coverage(windows, bins=None, tracks=tracks, **how)
     size, first, count = encoder_bins(model, windows.length)
@@ -165,7 +168,7 @@ def read_original(model, windows: Windows, variant: str, tracks, how: Mapping) -
     return {"vectors": joined.astype(np.float32), "bin": place, "cage": np.full(len(windows), np.nan)}
 
 # %% ../../nbs/rosa/embedding.ipynb #9e45789e
-def possible_rule(model, rule: str, tracks, original: str | None) -> str:
+def possible_rule(model: object, rule: str, tracks: str | list, original: str | None) -> str:
     "The rule, or 'tss' where it needs CAGE that the model does not have."
     one_of("rule", rule, RULES)
     if original is not None:
@@ -181,7 +184,7 @@ def possible_rule(model, rule: str, tracks, original: str | None) -> str:
     return "tss"
 
 # %% ../../nbs/rosa/embedding.ipynb #9dd7123d
-def manifest_of(windows: Windows, model, rule: str, settings: dict, name: str) -> dict:
+def manifest_of(windows: Windows, model: object, rule: str, settings: dict, name: str) -> dict:
     "Where the vectors come from: model, genome, annotation, window, rule."
     genome, annotation = getattr(windows, "genome", None), getattr(windows, "annotation", None)
     source = f"{type(model).__name__}, {'original ' + settings['original'] if settings['original'] else rule}"
@@ -198,7 +201,7 @@ def manifest_of(windows: Windows, model, rule: str, settings: dict, name: str) -
     }
 
 
-def annotation_of(annotation) -> dict | None:
+def annotation_of(annotation: Annotation | None) -> dict | None:
     "What is known of an annotation: its hash, and its release where it has one."
     if annotation is None:
         return None
@@ -207,16 +210,16 @@ def annotation_of(annotation) -> dict | None:
 
 def embed_genes(
     windows: Windows,
-    fasta=None,
+    fasta: str | os.PathLike | Genome | None = None,
     *,
-    model,
-    rule: str = "strongest_cage",
-    tracks="CAGE",
-    strands: str = "forward",
-    shifts=(0,),
-    original: str | None = None,
-    folder=None,
-    block: int = 8,
+    model: object,
+    rule: Literal["strongest_cage", "tss", "mean_tss", "mean"] = "strongest_cage",  # which start speaks for a gene
+    tracks: str | int | list = "CAGE",  # by whose coverage the strongest start is found
+    strands: Literal["forward", "reverse", "both"] = "forward",  # readings that are averaged
+    shifts: tuple[int, ...] = (0,),  # bases by which readings are shifted before they are averaged
+    original: str | None = None,  # one of rosa's own ways to choose bins
+    folder: str | os.PathLike | None = None,  # where finished blocks are kept, to go on after a stop
+    block: int = 8,  # windows of a block
 ) -> GeneVectors:
     """
     One vector per gene from the DNA around its start: float32 [genes, width], with a manifest.
@@ -263,7 +266,15 @@ def embed_genes(
     return GeneVectors(genes, rows["vectors"], None, manifest | {"read": dict(zip(genes, read))})
 
 # %% ../../nbs/rosa/embedding.ipynb #bf876606
-def embed_bins(windows: Windows, fasta=None, *, model, folder, strands: str = "forward", shifts=(0,)) -> Path:
+def embed_bins(
+    windows: Windows,
+    fasta: str | os.PathLike | Genome | None = None,
+    *,
+    model: object,
+    folder: str | os.PathLike,
+    strands: Literal["forward", "reverse", "both"] = "forward",
+    shifts: tuple[int, ...] = (0,),
+) -> Path:
     """
     Write the vectors of all bins of each window to `folder`/bins.zarr, float32 [windows, bins, width].
 

@@ -44,7 +44,7 @@ class KmerEncoder:
         stands = np.minimum(codes, turned) if self.both_strands else codes
         return np.unique(stands, return_inverse=True)[1], stands
 
-    def embed(self, windows) -> np.ndarray:
+    def embed(self, windows: object) -> np.ndarray:
         "Shares float32 [windows, bins, words], or [windows, words]; DataError: no whole number of bins."
         bases = as_bases(windows)
         if bases.ndim != 2:
@@ -72,7 +72,7 @@ class BorzoiEncoder:
 
     bin_size = 32
 
-    def __init__(self, model=None, *, pretrained: str | None = None, device="auto"):
+    def __init__(self, model: object = None, *, pretrained: str | None = None, device: str = "auto"):
         from scellfm.inference import pick_device
 
         if (model is None) == (pretrained is None):
@@ -88,7 +88,7 @@ class BorzoiEncoder:
 
         return fingerprint("Borzoi", dict(self.model.state_dict()))
 
-    def embed(self, windows) -> np.ndarray:
+    def embed(self, windows: object) -> np.ndarray:
         "Vectors float32 [windows, bins, width] of the bins that the model keeps."
         import torch
 

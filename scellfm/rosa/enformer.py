@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ SHAPES = {"published": {"use_tf_gamma": True}, "tiny": TINY}
 TINY_TRACKS = ["DNASE:tiny", "CHIP:H3K27ac:tiny", "CAGE:tiny", "CAGE:tiny, other strand"]
 
 
-def build(config: Mapping):
+def build(config: Mapping) -> torch.nn.Module:
     "The enformer-pytorch module of a configuration; OptionError where its numbers do not fit each other."
     published = optional("enformer_pytorch", "sequence")
     values = PUBLISHED | {key: config[key] for key in PUBLISHED if key in config}
@@ -106,7 +107,9 @@ def reading(bases: torch.Tensor, size: int, shift: int, reverse: bool, fill: boo
     return reverse_complement(bases) if reverse else bases
 
 # %% ../../nbs/rosa/enformer.ipynb #b2d9a910
-def wanted_rows(bins, windows: int, total: int, target: int, original: bool = False) -> np.ndarray:
+def wanted_rows(
+    bins: np.ndarray | list | None, windows: int, total: int, target: int, original: bool = False
+) -> np.ndarray:
     "Bins among all bins of a window, int64 [windows, k]; OptionError for a bin that the model does not give."
     first, count = cropped(total, target, original)
     if bins is None:
@@ -120,7 +123,7 @@ def wanted_rows(bins, windows: int, total: int, target: int, original: bool = Fa
     return chosen.astype(np.int64) + first
 
 # %% ../../nbs/rosa/enformer.ipynb #7c7172be
-def batched(windows, size: int) -> Iterator[tuple[slice, torch.Tensor]]:
+def batched(windows: object, size: int) -> Iterator[tuple[slice, torch.Tensor]]:
     "(rows, bases) of `size` windows at a time."
     if hasattr(windows, "codes"):
         for start in range(0, len(windows), size):
@@ -132,7 +135,7 @@ def batched(windows, size: int) -> Iterator[tuple[slice, torch.Tensor]]:
         yield slice(start, min(start + size, len(bases))), bases[start : start + size]
 
 
-def count_windows(windows) -> int:
+def count_windows(windows: object) -> int:
     "How many windows there are."
     return len(windows) if hasattr(windows, "codes") else len(as_bases(windows))
 
@@ -143,7 +146,15 @@ class Enformer:
     Make one with `from_pretrained` (a checkpoint) or `from_config` (random weights, to be trained). `tracks`: the table
     of the human head, or a list of descriptions."""
 
-    def __init__(self, module, *, gammas: str = "port", tracks=None, device="auto", dtype="float32"):
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        gammas: str = "port",
+        tracks: str | Path | list | None = None,
+        device: str | torch.device = "auto",
+        dtype: str = "float32",
+    ):
         one_of("gammas", gammas, GAMMAS)
         self.device, self.dtype = inference.pick_device(device), inference.pick_dtype(dtype)
         self.module, self.gammas = module.to(device=self.device, dtype=self.dtype).eval(), gammas
@@ -157,13 +168,13 @@ class Enformer:
         cls,
         path_or_hub_id: str | Path,
         *,
-        subfolder=None,
-        revision=None,
-        local_files_only=False,
-        gammas: str = "auto",
-        tracks=None,
-        device="auto",
-        dtype="float32",
+        subfolder: str | None = None,  # the model's folder inside the repository
+        revision: str | None = None,  # commit of the hub repository
+        local_files_only: bool = False,  # never ask the hub
+        gammas: Literal["auto", "published", "port"] = "auto",  # formula of the positional features
+        tracks: str | Path | list | None = None,  # the table that names the human tracks (targets_human.txt)
+        device: str = "auto",  # auto, cpu, cuda or mps
+        dtype: str = "float32",  # float32 or bfloat16
     ) -> Enformer:
         """Open a checkpoint of enformer-pytorch: config.json and weights; `load_report` accounts for each tensor.
 
@@ -182,7 +193,15 @@ class Enformer:
 
     @classmethod
     def from_config(
-        cls, config="tiny", *, seed: int = 0, gammas="auto", tracks=None, device="auto", dtype="float32", **changes
+        cls,
+        config: str | Mapping = "tiny",
+        *,
+        seed: int = 0,
+        gammas: Literal["auto", "published", "port"] = "auto",
+        tracks: str | Path | list | None = None,
+        device: str | torch.device = "auto",
+        dtype: str = "float32",
+        **changes,
     ) -> Enformer:
         "A new model of the shape 'published' or 'tiny', or of a dict like config.json; `changes` to single values."
         if not isinstance(config, Mapping):
@@ -223,12 +242,12 @@ class Enformer:
         "(bins before the first that is given, number of bins given) for windows of `length` bases."
         return cropped(-(-length // self.bin_size), self.module.config.target_length, original)
 
-    def track_numbers(self, tracks=None, head: str = "human") -> np.ndarray:
+    def track_numbers(self, tracks: str | int | list | slice | None = None, head: str = "human") -> np.ndarray:
         "Numbers of the tracks asked for by number or name; OptionError: no such head or track."
         one_of("head", head, tuple(self.heads))
         return find_tracks(tracks, self.heads[head], self.tracks if head == "human" else None)
 
-    def track_names(self, tracks=None, head: str = "human") -> list[str]:
+    def track_names(self, tracks: str | int | list | slice | None = None, head: str = "human") -> list[str]:
         "Their names."
         return track_names(self.track_numbers(tracks, head), self.tracks if head == "human" else None)
 
@@ -261,7 +280,7 @@ class Enformer:
         return pointwise(self.module, x if few or rows is None else take(x, rows))
 
     @torch.inference_mode()
-    def read(self, bases: torch.Tensor, rows: np.ndarray, plan: list, output) -> torch.Tensor:
+    def read(self, bases: torch.Tensor, rows: np.ndarray, plan: list, output: Callable) -> torch.Tensor:
         "Mean of output(embeddings) over the readings of `plan`, for the bins rows [b, k]; float32 on the CPU."
         total = -(-bases.shape[1] // self.bin_size)
         fill, mean = any(reverse for _, reverse in plan), 0
@@ -271,7 +290,16 @@ class Enformer:
             mean = mean + output(self.forward(seen, places)).float().cpu() / len(plan)
         return mean
 
-    def over_windows(self, windows, output, bins, strands, shifts, batch_size, original) -> np.ndarray:
+    def over_windows(
+        self,
+        windows: object,
+        output: Callable,
+        bins: np.ndarray | list | None,
+        strands: str,
+        shifts: tuple[int, ...],
+        batch_size: int | None,
+        original: bool,
+    ) -> np.ndarray:
         "`read` over all windows, in batches."
         plan, results = readings(strands, shifts), []
         size = (1 if self.device.type == "cpu" else 4) if batch_size is None else batch_size
@@ -287,7 +315,14 @@ class Enformer:
         return torch.cat(results).numpy()
 
     def embed(
-        self, windows, *, bins=None, strands="forward", shifts=(0,), batch_size: int | None = None, original=False
+        self,
+        windows: object,
+        *,
+        bins: np.ndarray | list | None = None,
+        strands: Literal["forward", "reverse", "both"] = "forward",
+        shifts: tuple[int, ...] = (0,),
+        batch_size: int | None = None,
+        original: bool = False,
     ) -> np.ndarray:
         """
         Embeddings float32 [windows, bins, width] of windows (see as_bases).
@@ -300,15 +335,15 @@ class Enformer:
 
     def predict(
         self,
-        windows,
+        windows: object,
         *,
-        tracks=None,
+        tracks: str | int | list | slice | None = None,
         head: str = "human",
-        bins=None,
-        strands="forward",
-        shifts=(0,),
+        bins: np.ndarray | list | None = None,
+        strands: Literal["forward", "reverse", "both"] = "forward",
+        shifts: tuple[int, ...] = (0,),
         batch_size: int | None = None,
-        original=False,
+        original: bool = False,
     ) -> np.ndarray:
         "Predicted coverage float32 [windows, bins, tracks]; tracks by number or name, the rest as in `embed`."
         numbers = self.track_numbers(tracks, head)
@@ -327,7 +362,15 @@ class Enformer:
         return name.upper().rstrip(":") == "CAGE" and self.heads.get(head) == PUBLISHED_TRACKS
 
     def embed_with_coverage(
-        self, windows, *, bins=None, tracks="CAGE", head: str = "human", strands="forward", shifts=(0,), batch_size=None
+        self,
+        windows: object,
+        *,
+        bins: np.ndarray | list | None = None,
+        tracks: str | int | list = "CAGE",
+        head: str = "human",
+        strands: Literal["forward", "reverse", "both"] = "forward",
+        shifts: tuple[int, ...] = (0,),
+        batch_size: int | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         "`embed` and the mean coverage float32 [windows, bins] of `tracks`, in one pass."
         wanted = torch.from_numpy(self.track_numbers(tracks, head)).to(self.device)
@@ -339,7 +382,15 @@ class Enformer:
         both = self.over_windows(windows, output, bins, strands, shifts, batch_size, False)
         return both[:, :, :-1], both[:, :, -1]
 
-    def gradient(self, windows, *, track, bins, head: str = "human", original=False) -> np.ndarray:
+    def gradient(
+        self,
+        windows: object,
+        *,
+        track: str | int | list,
+        bins: np.ndarray | list,
+        head: str = "human",
+        original: bool = False,
+    ) -> np.ndarray:
         """
         Derivative float32 [windows, bases, 4], by each base, of the coverage of tracks summed over them and `bins`.
 

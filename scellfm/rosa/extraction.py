@@ -17,7 +17,7 @@ __all__ = ['RULES', 'ORIGINAL', 'strongest_start', 'original_kernel', 'original_
 RULES = ("strongest_cage", "tss", "mean_tss", "mean")
 
 
-def strongest_start(cage, starts) -> np.ndarray:
+def strongest_start(cage: np.ndarray, starts: list) -> np.ndarray:
     "Bin (int64 [n]) with the highest CAGE [n, bins] among the starts (bins) of each window; DataError: no start."
     chosen = []
     for row, bins in zip(np.asarray(cage), starts):
@@ -71,7 +71,9 @@ def original_smoothing(variant: str) -> tuple[str, int | None]:
     return variant, None
 
 
-def original_vectors(embeddings, cage, starts, centre: int, variant: str, size: int | None = None) -> np.ndarray:
+def original_vectors(
+    embeddings: np.ndarray, cage: np.ndarray, starts: np.ndarray, centre: int, variant: str, size: int | None = None
+) -> np.ndarray:
     """
     rosa's vectors of one kind: [n, width], for 'trio' [6, n, width], for 'top10' [50, n, width].
 

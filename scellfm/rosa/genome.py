@@ -130,7 +130,7 @@ def other_name(chrom: str) -> str:
     return "chrM" if chrom in ("M", "MT") else f"chr{chrom}"
 
 
-def same_contig(chrom: str, names) -> str | None:
+def same_contig(chrom: str, names: Iterable[str]) -> str | None:
     "The name among `names` that stands for `chrom`: itself, or its other spelling; None where neither is there."
     return next((name for name in (chrom, other_name(chrom)) if name in names), None)
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from .substitution import WindowReader
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+    from scellfm.rosa.enformer import Enformer
 
 # %% auto #0
 __all__ = ['Mutagenesis', 'log2_ratio', 'mutagenesis']
@@ -67,22 +69,22 @@ class Mutagenesis:
         return f"Mutagenesis({len(self):,} bases from {self.start}; most important: {letter})"
 
 # %% ../../nbs/rosa/in_silico.ipynb #d2d01194
-def log2_ratio(after, before, pseudocount: float = 1.0) -> np.ndarray:
+def log2_ratio(after: np.ndarray, before: np.ndarray, pseudocount: float = 1.0) -> np.ndarray:
     "log2((after + pseudocount) / (before + pseudocount)), in double precision."
     after, before = (np.asarray(values, dtype=np.float64) + pseudocount for values in (after, before))
     return np.log2(after) - np.log2(before)
 
 
 def mutagenesis(
-    model,
-    window,
+    model: Enformer,
+    window: object,
     *,
     region: tuple[int, int],
-    bins,
-    tracks="CAGE",
+    bins: np.ndarray | list,
+    tracks: str | int | list = "CAGE",
     head: str = "human",
-    strands: str = "both",
-    shifts=(0,),
+    strands: Literal["forward", "reverse", "both"] = "both",
+    shifts: tuple[int, ...] = (0,),
     pseudocount: float = 1.0,
 ) -> Mutagenesis:
     """

@@ -23,7 +23,7 @@ COLOURS = {"A": "#2ca02c", "C": "#1f77b4", "G": "#ff9d00", "T": "#d62728", "N": 
 MOST_LETTERS = 400
 
 
-def axes_or_new(ax, width: float = 7, height: float = 2):
+def axes_or_new(ax: Axes | None, width: float = 7, height: float = 2) -> Axes:
     "The axes given, or those of a new figure."
     if ax is not None:
         return ax
@@ -32,7 +32,7 @@ def axes_or_new(ax, width: float = 7, height: float = 2):
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
-def draw_letter(ax, letter: str, left: float, height: float) -> None:
+def draw_letter(ax: Axes, letter: str, left: float, height: float) -> None:
     "One letter from 0 to `height`, one base wide."
     from matplotlib.font_manager import FontProperties
     from matplotlib.patches import PathPatch
@@ -45,7 +45,7 @@ def draw_letter(ax, letter: str, left: float, height: float) -> None:
     ax.add_patch(PathPatch(fit.transform_path(path), color=COLOURS[letter], linewidth=0))
 
 
-def logo(letters: str, heights, *, start: int = 0, ax: Axes | None = None) -> Axes:
+def logo(letters: str, heights: np.ndarray, *, start: int = 0, ax: Axes | None = None) -> Axes:
     "Draw the letters of a sequence as tall as `heights` [L]; `start`: the number of the first base. Returns the axes."
     heights = np.asarray(heights, dtype=float)
     if heights.shape != (len(letters),) or not len(letters):

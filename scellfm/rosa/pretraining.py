@@ -5,6 +5,9 @@
 # %% ../../nbs/rosa/pretraining.ipynb #345580d2
 from __future__ import annotations
 
+import os
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,9 @@ from .attention import head_output
 from .chunks import as_bases, filled, reverse_complement
 from ..store import fingerprint
 from ..training import History, Rows, fit
+
+if TYPE_CHECKING:
+    from scellfm.rosa.enformer import Enformer
 
 # %% auto #0
 __all__ = ['MOST_SHIFT', 'poisson_loss', 'bin_correlation', 'checked_targets', 'augmented', 'track_rows', 'fit_tracks']
@@ -30,7 +36,7 @@ def bin_correlation(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tens
     return F.cosine_similarity(*centred, dim=1).mean(dim=-1)
 
 # %% ../../nbs/rosa/pretraining.ipynb #b1a57b74
-def checked_targets(targets, windows: int, bins: int, tracks: int) -> torch.Tensor:
+def checked_targets(targets: np.ndarray, windows: int, bins: int, tracks: int) -> torch.Tensor:
     "Targets as float32 [windows, bins, tracks]; DataError for another shape, negative or missing numbers."
     values = torch.as_tensor(np.asarray(targets, dtype=np.float32))
     if values.shape != (windows, bins, tracks):
@@ -46,7 +52,9 @@ def checked_targets(targets, windows: int, bins: int, tracks: int) -> torch.Tens
 MOST_SHIFT = 3
 
 
-def augmented(bases: torch.Tensor, target: torch.Tensor, row: int, epoch: int, seed: int):
+def augmented(
+    bases: torch.Tensor, target: torch.Tensor, row: int, epoch: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     "One window [L] and its target, shifted and perhaps from the other strand."
     draw = keyed_generator(seed, "strand and shift", epoch, row)
     shift, reverse = int(draw.integers(-MOST_SHIFT, MOST_SHIFT + 1)), bool(draw.integers(2))
@@ -54,7 +62,7 @@ def augmented(bases: torch.Tensor, target: torch.Tensor, row: int, epoch: int, s
     return (reverse_complement(moved)[0], target.flip(0)) if reverse else (moved[0], target)
 
 # %% ../../nbs/rosa/pretraining.ipynb #0085ecc4
-def track_rows(enformer, windows, targets, head: str, augment: bool, seed: int) -> Rows:
+def track_rows(enformer: Enformer, windows: object, targets: np.ndarray, head: str, augment: bool, seed: int) -> Rows:
     "Windows and their targets as rows of the training loop."
     bases = as_bases(windows)
     if bases.ndim != 2:
@@ -71,14 +79,14 @@ def track_rows(enformer, windows, targets, head: str, augment: bool, seed: int) 
 
 
 def fit_tracks(
-    enformer,
-    windows,
-    targets,
+    enformer: Enformer,
+    windows: object,
+    targets: np.ndarray,
     *,
-    valid=None,
+    valid: tuple | None = None,
     head: str = "human",
     augment: bool = True,
-    folder=None,
+    folder: str | os.PathLike | None = None,
     **recipe,
 ) -> History:
     """

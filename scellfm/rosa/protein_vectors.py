@@ -62,7 +62,7 @@ def build_esm(config: Mapping) -> EsmModel:
     except (TypeError, ValueError, KeyError) as error:
         raise AssetError(f"the configuration describes no ESM-2: {error}") from error
 
-
+# %% ../../nbs/rosa/protein_vectors.ipynb #14b6e161
 def load_esm(folder: Path) -> tuple[EsmModel, object]:
     "The model in a folder and the account of its tensors."
     model = build_esm(read_dictionary(folder / "config.json"))

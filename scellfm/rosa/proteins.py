@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from scellfm.rosa.annotation import Annotation
 
 # %% auto #0
-__all__ = ['Proteins', 'read_proteins', 'checked_proteins', 'one_protein_each']
+__all__ = ['Proteins', 'read_proteins', 'one_protein_each']
 
 # %% ../../nbs/rosa/proteins.ipynb #4fb5c9ea
 @dataclass(repr=False)
@@ -90,7 +90,7 @@ def cleaned(sequence: str, name: str, source: str, counts: Counter) -> str:
         )
     return letters
 
-
+# %% ../../nbs/rosa/proteins.ipynb #47a25cee
 def refuse_dna(sequences: list[str], source: str) -> None:
     "DataError where nearly all sequences hold the letters of DNA alone."
     long = [sequence for sequence in sequences if len(sequence) >= 20]
@@ -144,7 +144,7 @@ def read_proteins(fasta: str | os.PathLike | Proteins) -> Proteins:
         raise DataError(f"{path} holds no protein; check the file and its format")
     return checked_proteins(pd.DataFrame(rows), path, counts)
 
-
+# %% ../../nbs/rosa/proteins.ipynb #676dddf4
 def checked_proteins(table: pd.DataFrame, path: Path, counts: Counter) -> Proteins:
     "The proteins of a table; DataError where it is DNA or has a protein twice, a warning where some were left out."
     twice = table["protein"].duplicated()
@@ -178,7 +178,7 @@ def one_protein_each(
     best = order.sort_values(["other", "length", "protein"], kind="stable").drop_duplicates("gene").index
     return Proteins(table.loc[np.sort(best)].reset_index(drop=True), proteins.source, dict(proteins.counts))
 
-
+# %% ../../nbs/rosa/proteins.ipynb #600a92b3
 def _wanted(proteins: Proteins, genes: Iterable[str]) -> np.ndarray:
     "Which proteins are of the wanted genes; see `one_protein_each`."
     wanted = {without_version(gene) for gene in genes}

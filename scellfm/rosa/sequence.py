@@ -97,7 +97,9 @@ def reverse_complement_letters(letters: np.ndarray) -> np.ndarray:
     return LETTER_COMPLEMENTS[letters[::-1]]
 
 # %% ../../nbs/rosa/sequence.ipynb #1d7eb8fa
-def one_hot(codes, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+def one_hot(
+    codes: np.ndarray | torch.Tensor, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """
     The channels [..., L, 4] (A, C, G, T) of codes [..., L], made on `device` (default: where the codes are).
 

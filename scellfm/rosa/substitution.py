@@ -28,12 +28,12 @@ class WindowReader:
     def __init__(
         self,
         model: Enformer,
-        codes,
+        codes: object,
         *,
-        tracks=None,
+        tracks: str | int | list | slice | None = None,
         head: str = "human",
         strands: str = "both",
-        shifts=(0,),
+        shifts: tuple[int, ...] = (0,),
         batch_size: int | None = None,
     ):
         self.model, self.plan = model, readings(strands, shifts)
@@ -50,7 +50,7 @@ class WindowReader:
         with torch.inference_mode():
             self.convolved = [conv_bins(model.module, seen) for seen in self.bases]
 
-    def rows(self, bins) -> list[torch.Tensor]:
+    def rows(self, bins: np.ndarray | list | None) -> list[torch.Tensor]:
         "The wanted bins [1, k] in each reading."
         total = -(-self.length // self.model.bin_size)
         rows = wanted_rows(bins, 1, total, self.model.module.config.target_length)
@@ -65,7 +65,7 @@ class WindowReader:
         return head_output(self.model.module, embeddings, self.head, self.numbers).float().cpu()
 
     @torch.inference_mode()
-    def reference(self, bins=None) -> np.ndarray:
+    def reference(self, bins: np.ndarray | list | None = None) -> np.ndarray:
         "Coverage (or embeddings) float32 [bins, tracks] of the window as it is; bins=None: all that the model gives."
         parts = [self.output(seen, rows) for seen, rows in zip(self.convolved, self.rows(bins))]
         return (sum(parts) / len(parts))[0].numpy()
@@ -91,7 +91,7 @@ class WindowReader:
         return convolved
 
     @torch.inference_mode()
-    def substituted(self, changes: Sequence[tuple[int, int]], bins=None) -> np.ndarray:
+    def substituted(self, changes: Sequence[tuple[int, int]], bins: np.ndarray | list | None = None) -> np.ndarray:
         """
         Coverage (or embeddings) float32 [changes, bins, tracks] with one base changed at a time.
 

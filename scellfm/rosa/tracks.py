@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ['PUBLISHED_TRACKS', 'FIRST_CAGE', 'read_tracks', 'find_tracks', 'track_names']
 
 # %% ../../nbs/rosa/tracks.ipynb #3ee265fb
-def read_tracks(source) -> pd.DataFrame:
+def read_tracks(source: str | os.PathLike | pd.DataFrame | list[str]) -> pd.DataFrame:
     """
     Tracks as a table with a text column `description`, in the order of the outputs.
 
@@ -72,7 +72,7 @@ def _by_name(name: str, tracks: pd.DataFrame | None, total: int) -> np.ndarray:
     return found
 
 
-def find_tracks(which, total: int, tracks: pd.DataFrame | None = None) -> np.ndarray:
+def find_tracks(which: str | int | list | slice | None, total: int, tracks: pd.DataFrame | None = None) -> np.ndarray:
     """
     Numbers (int64) of the tracks `which` among `total`: None (all), numbers, names, or a list of either.
 

@@ -186,7 +186,9 @@ def edits_within(edits: list[Edit], start: int, end: int) -> list[Edit]:
     return edits[low:high]
 
 # %% ../../nbs/rosa/variants.ipynb #27116009
-def personal_codes(variants: Variants, windows: Windows, sample: str, rows=slice(None)) -> np.ndarray:
+def personal_codes(
+    variants: Variants, windows: Windows, sample: str, rows: slice | np.ndarray = slice(None)
+) -> np.ndarray:
     """
     Both copies of windows in a person: uint8 [n, 2, L].
 

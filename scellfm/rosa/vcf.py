@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -93,7 +95,7 @@ def allele_numbers(call: str, counts: Counter) -> tuple[int, int]:
     return first, second
 
 # %% ../../nbs/rosa/vcf.ipynb #60787827
-def vcf_lines(path: Path):
+def vcf_lines(path: Path) -> Iterator:
     "Yield (line number, fields) of a VCF file, the line that names the columns included; DataError for a damaged file."
     try:
         with open_text(path) as lines:
@@ -107,7 +109,7 @@ def vcf_lines(path: Path):
         raise DataError(f"{path} is no VCF file: line {number} is not text") from error
 
 
-def sample_columns(fields: list[str], samples, path: Path) -> list[int]:
+def sample_columns(fields: list[str], samples: Iterable[str], path: Path) -> list[int]:
     "The columns of the samples in the line that names the columns; DataError for a sample that is not there."
     missing = [sample for sample in samples if sample not in fields[9:]]
     if missing:
@@ -146,7 +148,7 @@ def _frequencies(info: str, n: int) -> list[float]:
         return [np.nan] * n
 
 # %% ../../nbs/rosa/vcf.ipynb #fc5ca2ae
-def read_vcf(path: Path, samples=()) -> Variants:
+def read_vcf(path: Path, samples: Iterable[str] = ()) -> Variants:
     "The alleles of a VCF file, without a look at the genome; see `read_variants`."
     import pandas as pd
 
@@ -258,7 +260,13 @@ def variants_of_table(table: pd.DataFrame, source: str = "the table") -> Variant
     return Variants(table[good].reset_index(drop=True), source, {"records": len(table), **counts})
 
 # %% ../../nbs/rosa/vcf.ipynb #a00a84a4
-def read_variants(source, fasta=None, *, samples=(), mismatch: str = "error") -> Variants:
+def read_variants(
+    source: str | os.PathLike | pd.DataFrame | Variants,
+    fasta: str | os.PathLike | Genome | None = None,
+    *,
+    samples: str | Iterable[str] = (),
+    mismatch: Literal["error", "leave_out"] = "error",
+) -> Variants:
     """
     Variants from a VCF file (.vcf, .vcf.gz), a table with a header (.tsv, .csv), a DataFrame or Variants.
 
@@ -276,7 +284,7 @@ def read_variants(source, fasta=None, *, samples=(), mismatch: str = "error") ->
     return check_reference(variants, fasta if isinstance(fasta, Genome) else Genome(fasta), mismatch)
 
 
-def _variants_from(source, samples) -> Variants:
+def _variants_from(source, samples: Iterable[str]) -> Variants:
     "Variants from whatever they are given as."
     if isinstance(source, Variants):
         return source

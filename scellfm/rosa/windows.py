@@ -5,10 +5,11 @@
 # %% ../../nbs/rosa/windows.ipynb #a21f65a7
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -29,7 +30,9 @@ __all__ = ['BIN', 'window_bounds', 'original_bounds', 'read_sizes', 'place_on', 
 BIN = 128  # bases in a bin of Enformer
 
 
-def window_bounds(tss, strand, length: int, align: str = "base") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def window_bounds(
+    tss: np.ndarray, strand: np.ndarray, length: int, align: str = "base"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     Start, end (int64, genomic, end not included) and the index of the start in reading direction, for each start.
 
@@ -45,7 +48,9 @@ def window_bounds(tss, strand, length: int, align: str = "base") -> tuple[np.nda
     return start, start + length, index.astype(np.int64)
 
 
-def original_bounds(gene_start, strand, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def original_bounds(
+    gene_start: np.ndarray, strand: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "As `window_bounds`, around the smaller end of each gene (from 0), as the original does on both strands."
     middle = np.asarray(gene_start, dtype=np.int64) + 1  # the original's number, which counts from 1
     odd = length % 2
@@ -53,7 +58,7 @@ def original_bounds(gene_start, strand, length: int) -> tuple[np.ndarray, np.nda
     return start, start + length, np.full(len(start), length // 2, dtype=np.int64)
 
 # %% ../../nbs/rosa/windows.ipynb #ad751a5b
-def read_sizes(sizes) -> dict[str, int]:
+def read_sizes(sizes: str | os.PathLike | Mapping[str, int]) -> dict[str, int]:
     "Lengths of chromosomes from a mapping, or from a file with names and lengths in its first two columns."
     if isinstance(sizes, Mapping):
         for name, length in sizes.items():
@@ -130,7 +135,7 @@ class Windows:
         rows = np.atleast_1d(np.arange(len(self))[rows])
         return replace(self, table=self.table.iloc[rows].reset_index(drop=True))
 
-    def select(self, genes) -> Windows:
+    def select(self, genes: Iterable[str]) -> Windows:
         "The windows of these genes, by id or symbol; see `Annotation.select`."
         if self.annotation is None:
             raise OptionError("these windows have no annotation; choose them by position")
@@ -159,7 +164,7 @@ class Windows:
         "The letters of one window in upper case, 5' to 3' on the gene's own strand, N beyond the chromosome."
         return self.ascii(row).tobytes().decode()
 
-    def codes(self, rows=slice(None)) -> np.ndarray:
+    def codes(self, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
         "The codes of windows, uint8 [n, L] (A 0, C 1, G 2, T 3, other letters 4, '.' 5), on the gene's own strand."
         rows = np.atleast_1d(np.arange(len(self))[rows])
         codes = np.empty((len(rows), self.length), dtype=np.uint8)
@@ -167,7 +172,12 @@ class Windows:
             codes[at] = encode(self.ascii(row))
         return codes
 
-    def one_hot(self, rows=slice(None), device=None, dtype=None) -> torch.Tensor:
+    def one_hot(
+        self,
+        rows: slice | np.ndarray = slice(None),
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
         "The channels of windows, [n, L, 4], made on `device` from the codes."
         return one_hot(self.codes(rows), device, dtype)
 
@@ -184,15 +194,18 @@ class Windows:
 
 # %% ../../nbs/rosa/windows.ipynb #ed83d35f
 def tss_windows(
-    annotation,
-    fasta=None,
+    annotation: str | os.PathLike | pd.DataFrame | Annotation,  # GTF, BED or table
+    fasta: str | os.PathLike | Genome | None = None,  # the genome, plain or bgzip
     *,
-    chrom_sizes=None,
-    length: int = 196_608,
-    tss: str = "canonical",
-    align: str = "base",
-    original: bool = False,
-    pad: str = "N",
+    chrom_sizes: str
+    | os.PathLike
+    | Mapping[str, int]
+    | None = None,  # lengths of chromosomes, where there is no FASTA file
+    length: int = 196_608,  # bases of a window
+    tss: Literal["canonical", "all", "gene"] = "canonical",  # which starts
+    align: Literal["base", "bin"] = "base",  # bin: the start lies at the same index on both strands
+    original: bool = False,  # the original's windows, around the smaller end of each gene
+    pad: Literal["N", "."] = "N",  # beyond the ends of a chromosome
 ) -> Windows:
     """
     Windows of `length` bases around transcription starts: [t - L//2, t - L//2 + L), on the strand of the gene.
@@ -246,7 +259,9 @@ def start_table(windows: Windows, n_bins: int | None = None, bin_size: int = BIN
     return pd.DataFrame(table[["row", "gene", "transcript", "tss", "index", "bin", "biotype"]]).reset_index(drop=True)
 
 # %% ../../nbs/rosa/windows.ipynb #d3b9109d
-def original_start_vectors(annotation: Annotation, n_bins: int, centre: int | None = None, bin_size: int = BIN):
+def original_start_vectors(
+    annotation: Annotation, n_bins: int, centre: int | None = None, bin_size: int = BIN
+) -> np.ndarray:
     "The original's vectors of starts, float64 [genes, n_bins], genes in the order of the annotation."
     check_number("n_bins", n_bins, 1)
     table = annotation.table

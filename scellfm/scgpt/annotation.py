@@ -15,9 +15,9 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..assets import find, read_dictionary
+from ..assets import find
 from ..assets.contents import wrong_folder
-from ..core import check_number, keyed_seed, warn
+from ..core import check_number, keyed_seed, plain_arguments, warn
 from ..crossfit.check import check_overfit, fewer_epochs, freeze_more, hold_out_donors, untried
 from ..crossfit.evidence import Evidence, evidence_of, write_record
 from ..crossfit.labels import check_class_folds, classes_of, predicted_classes, write_predictions
@@ -29,9 +29,9 @@ from ..data.splits import Folds, Split, check_split, column_of
 from .checkpoint import ScGPTCheckpoint
 from .embedding import ScGPTReader
 from .training import MaskedGenes, annotation_scores, binned_cells, class_probabilities, learner
-from ..store import fingerprint
-from ..store.layouts import ANNOTATOR, SCGPT_MODEL
+from ..store.layouts import ANNOTATOR, OF_CELLS, SCGPT_MODEL
 from ..store.outputs import result_folder
+from ..store.records import read_record
 from ..training import fit
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def save_annotator(annotator: CellClassifier, folder: Path) -> None:
 # %% ../../nbs/scgpt/annotation.ipynb #5a50ed7a
 def load_annotator(folder: Path, device: str, dtype: str) -> CellClassifier:
     "An annotator that `save_annotator` wrote."
-    record = read_dictionary(folder / RECORD)
+    record = read_record(folder / RECORD, OF_CELLS)
     models = [
         ScGPTReader.from_pretrained(folder / f"fold{k}", device=device, dtype=dtype) for k in range(record["folds"])
     ]
@@ -193,6 +193,7 @@ def advice_for(by: str | None, epochs: int, freeze_layers: int, n_layers: int) -
     return untried([hold_out_donors(by), fewer_epochs(epochs, fewest), freeze_more(freeze_layers, n_layers)])
 
 # %% ../../nbs/scgpt/annotation.ipynb #7034e8fb
+@plain_arguments
 def finetune(
     gpt: ScGPTCheckpoint,  # stays as it is
     adata: AnnData | str | Path,  # AnnData or the path of a file, raw or log-normalised counts
@@ -262,13 +263,9 @@ def train_fold(
         folder=folder,
         desc=f"fine-tuning, fold {k}",
         dtype=str(gpt.dtype).removeprefix("torch."),
-        inputs={
-            "cells": fingerprint(
-                hiding.cells.genes, hiding.cells.values, hiding.codes[part.train], part.train, part.valid
-            ),
-            "frozen": freeze_layers,
-            "max_length": hiding.max_length,
-        },
+        inputs={}
+        if folder is None
+        else hiding.identity(part, labels=hiding.codes, classes=classes, frozen=freeze_layers),
         **options,
     )
     model.model.requires_grad_(True)

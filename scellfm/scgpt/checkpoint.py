@@ -22,8 +22,9 @@ from ..data.genes import GeneMatch, MatchOptions
 from .model import ScGPTConfig, ScGPTModel, load_model, published_name
 from .vocabulary import Vocabulary
 from ..store import atomic_write
-from ..store.layouts import SCGPT_MODEL
+from ..store.layouts import SCGPT_ARGS, SCGPT_MODEL
 from ..store.outputs import result_folder
+from ..store.records import check_record
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -67,7 +68,8 @@ def from_pretrained(
     folder, weights = folder_and_weights(path)
     if not all((folder / name).exists() for name in ("args.json", "vocab.json")):
         raise wrong_folder(folder, "a scGPT model", ("args.json", "vocab.json"))
-    args, vocabulary = read_dictionary(folder / "args.json"), Vocabulary.from_file(folder / "vocab.json")
+    args = check_record(read_dictionary(folder / "args.json"), SCGPT_ARGS, folder / "args.json")
+    vocabulary = Vocabulary.from_file(folder / "vocab.json")
     model, report = load_model(read_tensors(weights), args, len(vocabulary), vocabulary.pad)
     made = cls(model, vocabulary, args=args, device=device, dtype=dtype)
     made.load_report = report

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from .. import inference
-from ..core import DataError, one_of, warn
+from ..core import DataError, one_of, plain_arguments, warn
 from ..data.reading import count_blocks, genes_of, read
 from .checkpoint import ScGPTCheckpoint
 from .model import POOLS, pool_cells
 from .tokenizer import BinnedCells, survey, tokenize
 from ..store import Store, each_block, fingerprint
+from ..store.identity import run_inputs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,14 +175,17 @@ def open_store(
     if folder is None:
         return nullcontext()
     counts = [fingerprint(block) for _, block in count_blocks(source, layer)]
-    inputs = {
-        "weights": fingerprint(dict(gpt.model.state_dict())),
-        "cells": fingerprint(np.asarray(obs_names).astype(str), counts),
-        "genes": fingerprint(np.asarray(index)),
-    }
+    inputs = run_inputs(
+        weights=gpt.model.state_dict(),
+        config=gpt.model.config,
+        tokenizer=gpt.vocabulary.tokens,
+        cells=[np.asarray(obs_names).astype(str), counts],
+        genes=np.asarray(index),
+    )
     return Store(folder, inputs, {"pool": pool, "n_bins": gpt.n_bins, "token_budget": token_budget} | how)
 
 # %% ../../nbs/scgpt/embedding.ipynb #0ab85957
+@plain_arguments
 def embed(
     gpt: ScGPTCheckpoint,
     adata: AnnData | str | Path,

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import AssetError, DataError, OptionError, check_number, keyed_generator, one_of, warn
+from ..core import AssetError, DataError, OptionError, check_number, keyed_generator, one_of, plain, warn
 from ..data.splits import column_of
 from .neighbours import SEARCHES, TIES, VOTES, Subset, nearest, nearest_faiss, vote_shares, winners
 from ..scores.table import Scores
 from ..store import atomic_write
 from ..store.layouts import REFERENCE_MAP
+from ..store.records import read_record
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -150,7 +151,7 @@ def save_map(path: str | Path, vectors: np.ndarray, codes: np.ndarray, record: d
             )
         except SafetensorError as error:  # its way to say that the disk is full
             raise OSError(str(error)) from error
-        (Path(folder) / "index.json").write_text(json.dumps(record, indent=1), encoding="utf8")
+        (Path(folder) / "index.json").write_text(json.dumps(plain(record), indent=1), encoding="utf8")
 
 # %% ../../nbs/scgpt/mapping.ipynb #553956d3
 def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
@@ -163,7 +164,7 @@ def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
                 "as ReferenceMap.save writes it"
             )
     try:
-        record = json.loads(described.read_text(encoding="utf8"))
+        record = read_record(described, REFERENCE_MAP.records["index.json"])
         vectors, codes = mapped(file, "embedding", np.float32), np.array(mapped(file, "codes", np.int64))
         fits = (
             vectors.ndim == 2
@@ -171,6 +172,7 @@ def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
             and set(SAVED) <= record.keys()
             and codes.min() >= 0
             and codes.max() < len(record["classes"])
+            and record["k"] <= len(vectors)
         )
     except Exception as error:  # whatever damaged bytes make of the libraries
         raise AssetError(f"{path} is damaged or no reference map: {error}; save it again") from error

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..assets import LoadReport, load_state
+from ..assets import LoadReport, check_layers, check_sizes, load_state
 from ..core import AssetError, OptionError, one_of
 from .attention import lean_attention
 
@@ -443,6 +443,24 @@ def heads_of(tensors: Mapping[str, torch.Tensor]) -> dict:
         "batch_norm": has("bn."),
     }
 
+# %% ../../nbs/scgpt/model.ipynb #4a02b79a
+def check_scgpt_sizes(config: ScGPTConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    "AssetError unless the sizes are those of the tensors (under our names)."
+    layers, d = "transformer_encoder.layers.", config.d_model
+    wanted = {
+        "encoder.embedding.weight": (config.n_tokens, d),
+        f"{layers}0.self_attn.in_proj_weight": (3 * d, d),
+        f"{layers}0.linear1.weight": (config.d_hid, d),
+    }
+    check_sizes(wanted, tensors, "args.json")
+    check_layers(config.n_layers, tensors, layers, "args.json")
+    if config.n_cls:
+        inner = {name.split(".")[2] for name in tensors if name.startswith("cls_decoder._decoder.")}
+        if config.n_layers_cls > 2 * len(inner) + 2:
+            raise AssetError(
+                f"args.json speaks of n_layers_cls {config.n_layers_cls:,}, and the weights have fewer; fetch both"
+            )
+
 # %% ../../nbs/scgpt/model.ipynb #e8b27052
 def load_model(
     tensors: Mapping[str, torch.Tensor], args: Mapping, n_tokens: int, pad_id: int
@@ -460,6 +478,8 @@ def load_model(
             f"embedding {table.shape[0]:,} rows: they do not belong together; use the vocab.json that "
             "came with the checkpoint"
         )
-    model = ScGPTModel(ScGPTConfig.from_args(args, n_tokens, pad_id, **heads_of(tensors)))
+    config = ScGPTConfig.from_args(args, n_tokens, pad_id, **heads_of(tensors))
+    check_scgpt_sizes(config, {our_name(name): tensor for name, tensor in tensors.items()})
+    model = ScGPTModel(config)
     report = load_state(model, tensors, rename=our_name, ignore=UNUSED)
     return model.eval(), report

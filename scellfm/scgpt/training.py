@@ -21,7 +21,7 @@ __all__ = ['continue_pretraining']
 # %% ../../nbs/scgpt/training.ipynb #c1ea7501
 from ..assets import load_state
 from ..baselines import count_classifiers, is_logged
-from ..core import DataError, OptionError, keyed_generator, keyed_seed, warn
+from ..core import DataError, OptionError, keyed_generator, keyed_seed, plain_arguments, warn
 from ..crossfit.baselines import baseline_predictions
 from ..crossfit.labels import check_class_folds, classes_of
 from ..crossfit.membership import by_name, by_occurrence
@@ -34,7 +34,7 @@ from .embedding import over_cells
 from .model import ScGPTModel
 from .tokenizer import BinnedCells, survey, tokenize
 from ..scores.table import Scores
-from ..store import fingerprint
+from ..store.identity import run_inputs
 from ..training import History, Rows, fit
 
 if TYPE_CHECKING:
@@ -120,6 +120,7 @@ class MaskedGenes:
     ):
         self.cells, self.names, self.codes = cells, by_occurrence(names), codes
         self.pad_id, self.pad_value = gpt.vocabulary.pad, gpt.model.config.pad_value
+        self.tokens = gpt.vocabulary.tokens
         self.mask_value = float(gpt.args.get("mask_value", -1))
         self.shares, self.max_length, self.seed = shares, max_length, seed
 
@@ -134,6 +135,21 @@ class MaskedGenes:
         hidden = generator.random(len(genes)) < share
         hidden[0] = False
         return genes, values, hidden
+
+    def identity(self, part: Split, **more) -> dict:
+        "What a training on a part of these cells is made from, by fingerprint."
+        hiding = dict(shares=list(self.shares), max_length=self.max_length, mask_value=self.mask_value)
+        tokens = [(self.cells.genes, self.cells.values, self.cells.offsets)]
+        return run_inputs(
+            tokenizer=self.tokens,
+            cells=tokens,
+            names=self.names,
+            train=part.train,
+            valid=part.valid,
+            test=part.test,
+            **hiding,
+            **more,
+        )
 
     def rows(self, which: np.ndarray) -> Rows:
         "The cells at these positions, as the training loop takes them."
@@ -312,7 +328,6 @@ def report_losses(model: ScGPTCheckpoint, hiding: MaskedGenes, part: Split, batc
 # %% ../../nbs/scgpt/training.ipynb #0f8f0383
 def learn(model: ScGPTCheckpoint, hiding: MaskedGenes, part: Split, labels, *, folder, **recipe) -> History:
     "Train the model on the hidden values of the training cells; its history."
-    cells = hiding.cells
     rows, judged = hiding.rows(part.train), hiding.rows(part.test)
     return fit(
         model.model,
@@ -324,10 +339,7 @@ def learn(model: ScGPTCheckpoint, hiding: MaskedGenes, part: Split, labels, *, f
         folder=folder,
         valid={"valid": judged} if judged.n else None,
         desc="continual pretraining",
-        inputs={
-            "cells": fingerprint(cells.genes, cells.values, part.train, part.test, labels),
-            "hiding": str((hiding.shares, hiding.max_length)),
-        },
+        inputs={} if folder is None else hiding.identity(part, labels=labels),
         **recipe,
     )
 
@@ -340,6 +352,7 @@ def predictions_of(part: Split, values: np.ndarray) -> FoldPredictions:
     return own
 
 # %% ../../nbs/scgpt/training.ipynb #e01d1a6e
+@plain_arguments
 def continue_pretraining(
     gpt: ScGPTCheckpoint,  # stays as it is
     adata: AnnData | str | Path,  # raw or log-normalised counts

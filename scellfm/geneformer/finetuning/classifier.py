@@ -21,7 +21,7 @@ __all__ = ['CellClassifier']
 from ...assets import find, load_state, read_dictionary, read_tensors, save_model
 from ...assets.contents import wrong_folder
 from ...baselines import count_classifiers
-from ...core import AssetError, OptionError, warn
+from ...core import AssetError, OptionError, plain_arguments, warn
 from ...crossfit.baselines import baseline_predictions
 from ...crossfit.check import check_overfit
 from ...crossfit.evidence import Evidence, evidence_of, write_record
@@ -33,12 +33,20 @@ from ...data.splits import Folds, Split, check_split, column_of
 from ..embedding import embed, result_of
 from .evaluation import MODEL, advice_for, counts_of_tokens
 from .heads import probabilities, train_fold
-from ..model import GeneformerModel, as_tokenizer, fitting_tokenizer, open_cells, translate
+from scellfm.geneformer.model import (
+    GeneformerModel,
+    as_tokenizer,
+    checked_sizes,
+    fitting_tokenizer,
+    open_cells,
+    translate,
+)
 from ..perturbation.runner import perturb
 from ..pretraining import token_rows
 from ..reader import GeneformerReader
-from ...store.layouts import BERT_MODEL, CELL_CLASSIFIER, TOKENIZER
+from ...store.layouts import BERT_MODEL, CELL_CLASSIFIER, OF_CELLS, TOKENIZER
 from ...store.outputs import FolderKind, result_folder
+from ...store.records import parts_fit, read_record
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -192,7 +200,7 @@ def load_fold(folder: Path, tokenizer: RankTokenizer | None, device: str, dtype:
 
     if not (folder / "config.json").exists():
         raise wrong_folder(folder, "a Geneformer classifier of cells", (RECORD,))
-    config, tensors = read_dictionary(folder / "config.json"), translate(read_tensors(folder))
+    config, tensors = read_record(folder / "config.json"), translate(read_tensors(folder))
     if "classifier.weight" not in tensors or tensors["classifier.weight"].ndim != 2:
         raise AssetError(
             f"{folder} holds no cell classifier: no classifier.weight is among its {len(tensors)} "
@@ -215,6 +223,7 @@ def with_head(
     "A Geneformer around a classifier of transformers (`kind`: its Auto class); classes without names are numbered."
     from transformers import BertConfig
 
+    checked_sizes(config, tensors, folder / "config.json")
     n_classes = len(tensors["classifier.weight"])
     if len(config.get("id2label") or {}) != n_classes:
         names = {i: f"LABEL_{i}" for i in range(n_classes)}
@@ -233,7 +242,8 @@ def with_head(
 def class_dictionary(folder: Path) -> Path | None:
     """The *id_class_dict.* in the model's folder, or nearest above it; None where there is none.
 
-    Of several in one place that whose prefix ends the name of the model's folder or of its parent, else AssetError."""
+    Of several in one place that whose prefix ends the name of the model's folder or of its parent, else AssetError; two
+    folders up, where other projects lie, a file without that prefix is none of the model's."""
     places = [folder.absolute(), *folder.absolute().parents[:2]]
     for place in places:
         files = sorted(place.glob("*id_class_dict.*"), reverse=True)  # of one name .json comes last, and is taken
@@ -241,9 +251,11 @@ def class_dictionary(folder: Path) -> Path | None:
         own = [
             prefix
             for prefix in found
-            if len(found) == 1 or prefix and any(one.name.endswith(f"_{prefix}") for one in places[:2])
+            if (len(found) == 1 and place != places[2])
+            or prefix
+            and any(p.name.endswith(f"_{prefix}") for p in places[:2])
         ]
-        if found and not own:
+        if found and not own and place != places[2]:
             raise AssetError(
                 f"{place} has class names of several models ({', '.join(path.name for path in files[::-1])}), and "
                 f"none has the prefix of {folder}; copy the model's own beside its config.json"
@@ -256,7 +268,8 @@ def class_dictionary(folder: Path) -> Path | None:
 def class_names(folder: Path, config: PretrainedConfig) -> np.ndarray:
     "The names of the classes by number: from class_dictionary, else from the config."
     path = class_dictionary(folder)
-    names = {int(k): str(v) for k, v in (read_dictionary(path) if path else config.id2label).items()}
+    with parts_fit(path or folder / "config.json"):
+        names = {int(k): str(v) for k, v in (read_dictionary(path) if path else config.id2label).items()}
     if sorted(names) != list(range(config.num_labels)):
         raise AssetError(
             f"{path or folder / 'config.json'} names the classes {sorted(names)} and the "
@@ -296,14 +309,35 @@ def record_of(clf: CellClassifier) -> dict:
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #6c9096ba
 def load_classifier(folder: Path, tokenizer: RankTokenizer | None, device: str, dtype: str) -> CellClassifier:
     "A classifier that `save_classifier` wrote."
-    record = read_dictionary(folder / RECORD)
+    record = read_record(folder / RECORD, OF_CELLS)
     models = [load_fold(folder / f"fold{k}", tokenizer, device, dtype) for k in range(record["folds"])]
-    return classifier_from(record, models, TrainedOn.load(folder))
+    return classifier_from(record, models, membership(folder, record["folds"]), folder / RECORD)
 
 
-def classifier_from(record: dict, models: list[GeneformerReader], trained_on: TrainedOn) -> CellClassifier:
-    "The classifier that `record_of` described."
+def membership(folder: Path, folds: int) -> TrainedOn:
+    "The record of the cells that each of so many models was trained on. AssetError."
+    found = TrainedOn.load(folder)
+    if len(found.fold) and found.fold.max() >= folds:
+        raise AssetError(
+            f"{folder} has {folds} models, and cells that model {found.fold.max() + 1} judges; its files belong to two "
+            "classifiers: save it again"
+        )
+    return found
+
+
+def classifier_from(record: dict, models: list[GeneformerReader], trained_on: TrainedOn, where: Path) -> CellClassifier:
+    "The classifier that `record_of` described in the file `where`. AssetError."
+    check_outputs(models, len(record["classes"]), where)
     return CellClassifier(models, record["label"], np.array(record["classes"]), trained_on, **evidence_of(record))
+
+
+def check_outputs(models: list[GeneformerReader], n: int, where: Path) -> None:
+    "AssetError unless each model gives `n` classes."
+    odd = [model.model.config.num_labels for model in models if model.model.config.num_labels != n]
+    if odd or not n:
+        raise AssetError(
+            f"{where} names {n} classes and a model beside it gives {odd[0] if odd else 'some'}; save it again"
+        )
 
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #b3e9b5c6
 def prepare(
@@ -346,6 +380,7 @@ def counts_for(
     return counts_of_tokens(cells, gf.model.config.vocab_size)
 
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #97d2c74e
+@plain_arguments
 def finetune_cells(
     gf: GeneformerModel,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either

@@ -21,10 +21,10 @@ from fastcore.meta import delegates
 __all__ = ['TaskClassifier', 'finetune']
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #22d41bfa
-from ...assets import find, read_dictionary
+from ...assets import find
 from ...assets.contents import wrong_folder
 from ...baselines import count_classifiers
-from ...core import DataError, OptionError, one_of, warn
+from ...core import DataError, OptionError, one_of, plain_arguments, warn
 from ...crossfit.baselines import baseline_predictions
 from ...crossfit.check import check_overfit
 from ...crossfit.labels import check_class_folds, classes_of, predicted_classes, write_predictions
@@ -35,12 +35,14 @@ from ...data.splits import Folds, Split, check_split, column_of
 from ..embedding import result_of
 from scellfm.geneformer.finetuning.classifier import (
     CellClassifier,
+    check_outputs,
     classifier_from,
     counts_for,
     embed_by_fold,
     finetune_cells,
     held_out_probabilities,
     load_fold,
+    membership,
     prepare_cells,
     record_of,
     save_models,
@@ -52,7 +54,8 @@ from ..perturbation.runner import perturb
 from ..pretraining import IGNORED
 from ..reader import GeneformerReader
 from ...scores.table import Scores
-from ...store.layouts import TASK_CLASSIFIER
+from ...store.layouts import OF_TASKS, TASK_CLASSIFIER
+from ...store.records import parts_fit, read_record
 from ...training import History
 
 if TYPE_CHECKING:
@@ -239,10 +242,14 @@ def tasks_from_pretrained(
     folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
     if not (folder / RECORD).exists():
         raise wrong_folder(folder, "a classifier of several labels", (RECORD,))
-    record, tokenizer = read_dictionary(folder / RECORD), None if tokenizer is None else as_tokenizer(tokenizer)
+    record = read_record(folder / RECORD, OF_TASKS)
+    tokenizer = None if tokenizer is None else as_tokenizer(tokenizer)
     models = [load_fold(folder / f"fold{k}", tokenizer, device, dtype) for k in range(record["folds"])]
-    tasks = [classifier_from(task, [], TrainedOn.load(folder)) for task in record["tasks"]]
-    return assemble(models, tasks, [History.from_dict(history) for history in record["histories"]])
+    check_outputs(models, sum(len(task["classes"]) for task in record["tasks"]), folder / RECORD)
+    trained_on = membership(folder, record["folds"])
+    with parts_fit(folder / RECORD):
+        tasks = [classifier_from(task, [], trained_on, folder / RECORD) for task in record["tasks"]]
+        return assemble(models, tasks, [History.from_dict(history) for history in record["histories"]])
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #2b82d71e
 def save_tasks(clf: TaskClassifier, folder: str | Path) -> None:
@@ -318,6 +325,7 @@ def assemble(
     return TaskClassifier(models, {task.label: task for task in tasks}, histories)
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #c554e3c2
+@plain_arguments
 def finetune_tasks(
     gf: GeneformerModel,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
@@ -450,6 +458,7 @@ def judge_task(
     return CellClassifier([], task.label, task.classes, trained_on, **evidence)
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #9fa7101a
+@plain_arguments
 def finetune(
     gf: GeneformerModel,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either

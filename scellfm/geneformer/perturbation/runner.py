@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ...core import DataError, check_number, progress, tell, warn
+from ...core import DataError, check_number, plain_arguments, progress, tell, warn
 from ..embedding import embed_cells, summarize
 from ..model import GeneformerModel, layer_index, pooling
 from .controls import matched_controls
@@ -38,7 +38,8 @@ from scellfm.geneformer.perturbation.gradient import (
 )
 from .screen import ROUNDING, Screen
 from ...inference import Sequences
-from ...store import Store, fingerprint
+from ...store import Store, block_rows
+from ...store.identity import run_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -261,11 +262,13 @@ def open_store(folder, models: list, cells, tasks: list[ScreenTask], settings: d
     folder."""
     if folder is None:
         return None
-    inputs = {
-        "weights": [fingerprint({name: value for name, value in gf.model.state_dict().items()}) for gf in models],
-        "cells": fingerprint(np.asarray(cells.lengths), *(np.asarray(cells[i]) for i in range(len(cells)))),
-        "tasks": fingerprint([[task.group, task.model, task.rows, task.states] for task in tasks]),
-    }
+    inputs = run_inputs(
+        weights=[gf.model.state_dict() for gf in models],
+        config=[gf.model.config for gf in models],
+        tokenizer=models[0].tokenizer.identity,
+        cells=(cells.flat(rows) for rows in block_rows(len(cells), 2**16)),
+        tasks=[[task.group, task.model, task.rows, task.states] for task in tasks],
+    )
     return Store(folder, inputs, settings)
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #a55859f1
@@ -383,6 +386,7 @@ def warn_of_rounding(shifts: pd.DataFrame, params: dict) -> None:
             )
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #7b30c006
+@plain_arguments
 def perturb(
     model: GeneformerModel | list[GeneformerModel],  # a Geneformer, a classifier (each cell by its fold), or a list
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of a saved dataset
@@ -437,7 +441,7 @@ def perturb(
     warn_of_absent(absent, gf.tokenizer)
     if dry_run:
         return cost(jobs)
-    store = open_store(folder, models, runner.cells, tasks, params)
+    store = open_store(folder, models, runner.cells, tasks, params | {"token_budget": token_budget})
     rows, more = compute(runner, jobs, gradient, names, seed, store)
     shifts = finish_rows(rows, obs, names, design, len(models))
     warn_of_rounding(shifts, params)

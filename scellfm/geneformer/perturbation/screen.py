@@ -16,7 +16,6 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ... import statistics
-from ...assets import read_dictionary
 from ...core import AssetError, OptionError, one_of
 from . import original_modes
 from .combinations import ROUNDING, combination_table, pair_rows
@@ -24,6 +23,7 @@ from ...scores.table import plain
 from ...statistics.screen import COLUMNS, MIN_GENES
 from ...store import atomic_write
 from ...store.layouts import SCREEN
+from ...store.records import read_record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -211,7 +211,7 @@ class Screen:
 @patch
 def __repr__(self: Screen) -> str:
     n_cells, n_donors = self.shifts["cell"].nunique(), self.shifts["donor"].nunique()
-    towards = f" from {self.params['start']!r} towards {self.params['goal']!r}" if self.params.get("goal") else ""
+    towards = f" from {self.params.get('start')!r} towards {self.params['goal']!r}" if self.params.get("goal") else ""
     exact = f" ({int(self.shifts['exact'].sum()):,} exact, the others estimated)" if self.estimated else ""
     return (
         f"Screen({self.params.get('kind', 'perturb')} of {self.shifts['gene'].nunique():,} genes in "
@@ -315,7 +315,7 @@ def load(cls: Screen, path: str | Path) -> Screen:
     if not (path / "screen.json").exists():
         raise AssetError(f"{path} is no saved screen (it has no screen.json); give the folder that Screen.save wrote")
     tables = (saved_table(path / f"{name}.parquet") for name in ("shifts", "genes"))
-    return cls(*tables, read_dictionary(path / "screen.json"))
+    return cls(*tables, read_record(path / "screen.json", SCREEN.records["screen.json"]))
 
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #82bc87c9
 @patch(cls_method=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -118,9 +119,7 @@ class TokenizedCells:
     def _repr_html_(self) -> str:
         "The report as a small table."
         rows = "".join(f"<tr><td>{what}</td><td>{n}</td></tr>" for what, n in report_rows(self.report))
-        return f"<table><caption>{self!r}</caption>{rows}</table>".replace("<cls>", "&lt;cls&gt;").replace(
-            "<eos>", "&lt;eos&gt;"
-        )
+        return f"<table><caption>{escape(repr(self))}</caption>{rows}</table>"
 
 # %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #ea239b34
 def arrow_column(values: pd.Series) -> pyarrow.Array:
