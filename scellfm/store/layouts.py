@@ -43,6 +43,7 @@ TOKENIZER_SETTINGS = {
     "max_length": Absent(Between(1, 2**24)),
     "special": Absent(bool),
     "version": Absent(str),
+    "gene_column": Maybe(str),
 }
 TOKENIZER = FolderKind(
     "a tokenizer",

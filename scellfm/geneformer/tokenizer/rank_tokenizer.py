@@ -48,8 +48,9 @@ from scellfm.geneformer.tokenizer.tokenizing import (
     warn_of_empty,
 )
 from ...store import atomic_write
-from ...store.layouts import DATASET, TOKENIZER
+from ...store.layouts import DATASET, TOKENIZER, TOKENIZER_SETTINGS
 from ...store.outputs import result_folder
+from ...store.records import read_record
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -179,12 +180,13 @@ class RankTokenizer:
         `version` ("V1", "V2") chooses where a folder holds both. AssetError: missing, unsafe, or not fitting each
         other.
         """
-        from scellfm.assets import find, read_dictionary
+        from scellfm.assets import find
 
         folder = find(path_or_hub_id, subfolder, revision, local_files_only, PATTERNS)
         found, settings = read_dictionaries(folder, version), {}
         if (Path(folder) / "rank_tokenizer.json").exists():
-            settings = read_dictionary(Path(folder) / "rank_tokenizer.json")
+            settings = read_record(Path(folder) / "rank_tokenizer.json", TOKENIZER_SETTINGS)
+            settings = {key: value for key, value in settings.items() if key in TOKENIZER_SETTINGS}
         settings |= {
             key: value for key, value in (("max_length", max_length), ("special", special)) if value is not None
         }
