@@ -7,10 +7,10 @@ READY := $(VENV)/.ready
 # would only clutter a log
 QUIET := SCELLFM_PROGRESS=0 OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 MPLBACKEND=agg
 
-.PHONY: help demo test export clean notebooks tutorials docs benchmarks
+.PHONY: help demo test export clean notebooks tutorials docs site-check benchmarks
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "scellfm needs Python 3.11 to 3.13; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.11 ...")'
@@ -45,6 +45,9 @@ tutorials: $(READY)  ## run the tutorials alone, at full size, and keep what the
 docs: $(READY)  ## render the site into _docs/, and README.md
 	$(QUIET) $(BIN)/python tools/build_site.py
 	if command -v quarto >/dev/null; then $(BIN)/nbdev_docs; fi
+
+site-check: docs  ## open every page of the site in headless Chromium, wide and narrow
+	$(BIN)/python tools/check_site_in_browser.py
 
 benchmarks: $(READY)  ## measure every promise of speed and memory
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

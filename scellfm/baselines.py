@@ -16,17 +16,19 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 
-from .core import DataError
+from .core import DataError, warn
 
 # %% auto #0
-__all__ = ['SIZE', 'counts_csr', 'LogNormalize', 'normalized_dispersion', 'standardize_in_bins', 'VariableGenes', 'SparsePCA',
-           'count_features', 'Neighbours', 'count_classifiers', 'steps', 'ridge', 'GroupMeans']
+__all__ = ['SIZE', 'Matrix', 'LARGEST_LOG', 'counts_csr', 'holds_logs', 'is_logged', 'LogNormalize', 'normalized_dispersion',
+           'standardize_in_bins', 'VariableGenes', 'SparsePCA', 'count_features', 'Neighbours', 'count_classifiers',
+           'steps', 'ridge', 'group_names', 'GroupMeans']
 
 # %% ../nbs/baselines.ipynb #a04d862e
 SIZE = 1e4  # counts per cell after normalisation
+Matrix = np.ndarray | sparse.spmatrix | sparse.sparray  # [rows, columns]
 
 
-def counts_csr(counts) -> sparse.csr_matrix:
+def counts_csr(counts: Matrix) -> sparse.csr_matrix:
     "Counts [cells, genes] as csr float64 (a copy); DataError for negative or missing values."
     csr = sparse.csr_matrix(counts, dtype=np.float64, copy=True)
     wrong = ~(csr.data >= 0) | np.isinf(csr.data)
@@ -39,18 +41,46 @@ def counts_csr(counts) -> sparse.csr_matrix:
         )
     return csr
 
+# %% ../nbs/baselines.ipynb #5286ce51
+LARGEST_LOG = 30.0  # no logarithm of a count is larger
 
+
+def holds_logs(values: Matrix) -> bool:
+    "Whether a matrix [cells, genes] holds log-normalised values: none negative, not all whole, none large."
+    data = np.asarray(values.data if sparse.issparse(values) else values).ravel()
+    if not len(data) or not (data.min() >= 0 and data.max() <= LARGEST_LOG):
+        return False
+    return any((part != np.rint(part)).any() for part in np.array_split(data, len(data) // 2**20 + 1))
+
+
+def is_logged(values: Matrix) -> bool:
+    "`holds_logs`, said aloud: for whoever hands one matrix to several baselines."
+    logged = holds_logs(values)
+    if logged:
+        warn(
+            "the matrix of the simple methods holds log-normalised values and no counts: they are used as they are, "
+            "without another logarithm"
+        )
+    return logged
+
+# %% ../nbs/baselines.ipynb #c18f4b9e
 class LogNormalize(TransformerMixin, BaseEstimator):
-    "Counts per 10,000, then log(1 + x). Stateless."
+    "Counts per 10,000, then log(1 + x); logarithms stay as they are (`logged`; None: told from the fitted matrix)."
 
-    def fit(self, X, y=None) -> LogNormalize:
-        "Nothing is learnt."
+    def __init__(self, logged: bool | None = None):
+        self.logged = logged
+
+    def fit(self, X: Matrix, y: object = None) -> LogNormalize:
+        "See whether the matrix holds logarithms; nothing else is learnt."
         self.n_features_in_ = X.shape[1]
+        self.logged_ = holds_logs(X) if self.logged is None else self.logged
         return self
 
-    def transform(self, X) -> sparse.csr_matrix:
+    def transform(self, X: Matrix) -> sparse.csr_matrix:
         "csr [cells, genes], a copy."
         csr = counts_csr(X)
+        if getattr(self, "logged_", self.logged):
+            return csr
         totals = np.asarray(csr.sum(1)).ravel()
         factor = np.divide(SIZE, totals, out=np.zeros_like(totals), where=totals > 0)
         csr.data = np.log1p(csr.data * np.repeat(factor, np.diff(csr.indptr)))
@@ -71,7 +101,7 @@ def normalized_dispersion(logged: sparse.csr_matrix, n_bins: int = 20) -> np.nda
     bins = np.clip(np.searchsorted(edges, mean, side="left") - 1, 0, n_bins - 1)
     return standardize_in_bins(spread, bins, n_bins)
 
-
+# %% ../nbs/baselines.ipynb #6cb4c9c5
 def standardize_in_bins(spread: np.ndarray, bins: np.ndarray, n_bins: int) -> np.ndarray:
     "(spread - mean) / sd within each bin; a gene alone in its bin gets 1, as in scanpy."
     result = np.full(len(spread), np.nan)
@@ -84,14 +114,14 @@ def standardize_in_bins(spread: np.ndarray, bins: np.ndarray, n_bins: int) -> np
             result[here] = (spread[here] - spread[here].mean()) / sd if sd > 0 else 0.0
     return result
 
-
+# %% ../nbs/baselines.ipynb #90572c49
 class VariableGenes(TransformerMixin, BaseEstimator):
     "Keep the `n_genes` genes whose dispersion is largest among genes of similar mean (log-normalised csr in, csr out)."
 
     def __init__(self, n_genes: int = 2000):
         self.n_genes = n_genes
 
-    def fit(self, X, y=None) -> VariableGenes:
+    def fit(self, X: Matrix, y: object = None) -> VariableGenes:
         "Choose the genes on these cells. DataError where no gene varies."
         dispersion = normalized_dispersion(X)
         if not np.isfinite(dispersion).any():
@@ -103,7 +133,7 @@ class VariableGenes(TransformerMixin, BaseEstimator):
         self.genes_ = np.sort(order[:kept])
         return self
 
-    def transform(self, X) -> sparse.csr_matrix:
+    def transform(self, X: Matrix) -> sparse.csr_matrix:
         "The chosen genes of each cell."
         check_is_fitted(self, "genes_")
         return X[:, self.genes_]
@@ -115,7 +145,7 @@ class SparsePCA(TransformerMixin, BaseEstimator):
     def __init__(self, n_components: int = 50, seed: int = 0):
         self.n_components, self.seed = n_components, seed
 
-    def fit(self, X, y=None) -> SparsePCA:
+    def fit(self, X: Matrix, y: object = None) -> SparsePCA:
         "Find the components. DataError for fewer than two cells or genes."
         room = min(X.shape) - 1
         if room < 1:
@@ -126,15 +156,17 @@ class SparsePCA(TransformerMixin, BaseEstimator):
         self.pca_ = PCA(min(self.n_components, room), svd_solver="arpack", random_state=self.seed).fit(X)
         return self
 
-    def transform(self, X) -> np.ndarray:
+    def transform(self, X: Matrix) -> np.ndarray:
         "float64 [cells, components]."
         check_is_fitted(self, "pca_")
         return self.pca_.transform(X)
 
+# %% ../nbs/baselines.ipynb #277f124e
+def count_features(seed: int = 0, n_genes: int = 2000, n_components: int = 50, logged: bool | None = None) -> Pipeline:
+    """Raw counts to principal components: normalise, log, variable genes, PCA; each step fitted on the same cells.
 
-def count_features(seed: int = 0, n_genes: int = 2000, n_components: int = 50) -> Pipeline:
-    "Raw counts to principal components: normalise, log, variable genes, PCA; each step fitted on the same cells."
-    return make_pipeline(LogNormalize(), VariableGenes(n_genes), SparsePCA(n_components, seed))
+    logged: the matrix holds logarithms already (None: told from the fitted matrix)."""
+    return make_pipeline(LogNormalize(logged), VariableGenes(n_genes), SparsePCA(n_components, seed))
 
 # %% ../nbs/baselines.ipynb #c1b0b8e9
 class Neighbours(ClassifierMixin, BaseEstimator):
@@ -143,29 +175,30 @@ class Neighbours(ClassifierMixin, BaseEstimator):
     def __init__(self, k: int = 15):
         self.k = k
 
-    def fit(self, X, y) -> Neighbours:
+    def fit(self, X: Matrix, y: np.ndarray) -> Neighbours:
         "Remember the cells."
         self.neighbours_ = KNeighborsClassifier(min(self.k, len(y))).fit(X, y)
         self.classes_ = self.neighbours_.classes_
         return self
 
-    def predict_proba(self, X) -> np.ndarray:
+    def predict_proba(self, X: Matrix) -> np.ndarray:
         "The share of each class among the neighbours [cells, classes]."
         check_is_fitted(self, "neighbours_")
         return self.neighbours_.predict_proba(X)
 
-    def predict(self, X) -> np.ndarray:
+    def predict(self, X: Matrix) -> np.ndarray:
         "The most frequent class among the neighbours; a tie goes to the first in order."
         return self.classes_[self.predict_proba(X).argmax(1)]
 
 # %% ../nbs/baselines.ipynb #80e2d2e6
-def count_classifiers(seed: int = 0) -> dict[str, BaseEstimator]:
-    "The baselines of a cell classifier by name: unfitted scikit-learn estimators on raw counts [cells, genes], sparse."
+def count_classifiers(seed: int = 0, logged: bool | None = None) -> dict[str, BaseEstimator]:
+    """The baselines of a cell classifier by name: unfitted scikit-learn estimators on raw counts [cells, genes], sparse.
+
+    logged: the matrix holds logarithms already (`is_logged`; None: each tells it from the matrix it is fitted on)."""
+    features = [steps(count_features(seed, logged=logged)) for _ in range(2)]
     return {
-        "PCA + logistic regression": make_pipeline(
-            *steps(count_features(seed)), StandardScaler(), LogisticRegression(max_iter=2000)
-        ),
-        "PCA + kNN": make_pipeline(*steps(count_features(seed)), Neighbours()),
+        "PCA + logistic regression": make_pipeline(*features[0], StandardScaler(), LogisticRegression(max_iter=2000)),
+        "PCA + kNN": make_pipeline(*features[1], Neighbours()),
         "majority class": DummyClassifier(strategy="prior"),
     }
 
@@ -180,23 +213,34 @@ def ridge() -> Pipeline:
     return make_pipeline(StandardScaler(), RidgeCV(alphas=np.logspace(-3, 5, 17)))
 
 
-class GroupMeans(RegressorMixin, BaseEstimator):
-    "Predict the mean of a row's group; the mean over all fitted rows for a group that was not there."
+def group_names(X: Matrix) -> tuple[np.ndarray, np.ndarray]:
+    "The group of each row as text, and which rows have one: a missing group is none."
+    import pandas as pd
 
-    def fit(self, X, y) -> GroupMeans:
+    values = np.asarray(X, dtype=object).reshape(len(X))
+    return values.astype(str), ~pd.isna(values)
+
+
+class GroupMeans(RegressorMixin, BaseEstimator):
+    "Predict the mean of a row's group; the mean over all fitted rows for a group that was not there, or is missing."
+
+    def fit(self, X: Matrix, y: np.ndarray) -> GroupMeans:
         "X: the group of each row [rows] or [rows, 1]. y: numbers [rows] or [rows, targets]."
-        groups, y = np.asarray(X).astype(str).reshape(len(y)), np.asarray(y, dtype=np.float64)
-        self.groups_, codes, n = np.unique(groups, return_inverse=True, return_counts=True)
+        groups, known = group_names(X)
+        y = np.asarray(y, dtype=np.float64)
+        self.groups_, codes, n = np.unique(groups[known], return_inverse=True, return_counts=True)
         sums = np.zeros((len(n), *y.shape[1:]))
-        np.add.at(sums, codes, y)
+        np.add.at(sums, codes, y[known])
         self.means_ = sums / n.reshape(-1, *[1] * (y.ndim - 1))
         self.mean_ = y.mean(0)
         return self
 
-    def predict(self, X) -> np.ndarray:
+    def predict(self, X: Matrix) -> np.ndarray:
         "float64 [rows] or [rows, targets]."
         check_is_fitted(self, "means_")
-        groups = np.asarray(X).astype(str).reshape(len(X))
+        groups, known = group_names(X)
+        if not len(self.groups_):
+            return np.broadcast_to(self.mean_, (len(groups), *self.mean_.shape)).copy()
         at = np.clip(np.searchsorted(self.groups_, groups), 0, len(self.groups_) - 1)
-        known = (self.groups_[at] == groups).reshape(-1, *[1] * (self.means_.ndim - 1))
+        known = (known & (self.groups_[at] == groups)).reshape(-1, *[1] * (self.means_.ndim - 1))
         return np.where(known, self.means_[at], self.mean_)

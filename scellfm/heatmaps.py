@@ -5,14 +5,20 @@
 # %% ../nbs/heatmaps.ipynb #7f10c003
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 
-from .core import DataError, check_number, keyed_seed
+from .core import DataError, check_number, keyed_seed, warn
 from .plotting import look, styled
 
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.axes import Axes
+
 # %% auto #0
-__all__ = ['leaves', 'drawn_cells', 'ordered', 'heatmap']
+__all__ = ['leaves', 'drawn_cells', 'ordered', 'with_label', 'heatmap']
 
 # %% ../nbs/heatmaps.ipynb #7f10c004
 def leaves(values: np.ndarray, metric: str) -> np.ndarray:
@@ -22,7 +28,7 @@ def leaves(values: np.ndarray, metric: str) -> np.ndarray:
     return leaves_list(linkage(values, "average", metric=metric)) if len(values) > 2 else np.arange(len(values))
 
 # %% ../nbs/heatmaps.ipynb #a787f019
-def drawn_cells(adata, basis: str, max_cells: int, seed: int) -> np.ndarray:
+def drawn_cells(adata: AnnData, basis: str, max_cells: int, seed: int) -> np.ndarray:
     "The positions of at most `max_cells` cells that have an embedding, by lots keyed by name; DataError if none has."
     check_number("max_cells", max_cells, 1)
     if basis not in adata.obsm:
@@ -52,17 +58,32 @@ def ordered(values: np.ndarray, labels: pd.Series) -> tuple[np.ndarray, np.ndarr
     return cells, np.r_[varied[leaves(values.T[varied], "correlation")], rest]
 
 # %% ../nbs/heatmaps.ipynb #7f10c006
+def with_label(adata: AnnData, label: str | None) -> AnnData:
+    "The cells that have a value of obs[label]; a warning counts the others, DataError if there are none."
+    known = np.ones(adata.n_obs, bool) if label is None else adata.obs[label].notna().to_numpy()
+    if not known.any():
+        raise DataError(f"obs[{label!r}] is missing for all {adata.n_obs:,} cells; name another column")
+    if not known.all():
+        warn(f"{(~known).sum():,} of {len(known):,} cells have no value of {label!r} and are not drawn")
+    return adata if known.all() else adata[known]
+
+
 @styled(7, 5)
 def heatmap(
-    adata, basis: str = "X_geneformer", label: str | None = None, *, max_cells: int = 1000, seed: int = 0, ax=None
-):
+    adata: AnnData,
+    basis: str = "X_geneformer",  # embedding in obsm
+    label: str | None = None,  # column of obs that sorts the cells
+    *,
+    max_cells: int = 1000,  # at most so many cells, drawn by name
+    seed: int = 0,  # seed of the draw
+    ax: Axes | None = None,
+) -> Axes:
     "Cells (rows, sorted by obs[label]) by dimensions of obsm[basis] (columns), in standard deviations; gives the axes."
-    rows = drawn_cells(adata, basis, max_cells, seed)
     if label is not None and label not in adata.obs:
         raise DataError(f"obs has no column {label!r}; it has {', '.join(map(repr, adata.obs.columns)) or 'none'}")
-    labels = (
-        adata.obs[label].iloc[rows].astype(str) if label is not None else pd.Series("cells", index=range(len(rows)))
-    )
+    adata = with_label(adata, label)
+    rows = drawn_cells(adata, basis, max_cells, seed)
+    labels = pd.Series("cells", range(len(rows))) if label is None else adata.obs[label].iloc[rows].astype(str)
     labels = labels.reset_index(drop=True).astype("category")
     values = np.asarray(adata.obsm[basis], dtype=np.float64)[rows]
     spread = values.std(0)

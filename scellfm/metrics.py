@@ -26,6 +26,7 @@ TERMS: dict[str, tuple[str, Direction]] = {  # column, or a word of it -> (how i
     "distance": ("distance", "smaller"),
     "mse": ("MSE", "smaller"),
     "mae": ("MAE", "smaller"),
+    "nmae": ("NMAE", "smaller"),
     "rmse": ("RMSE", "smaller"),
     # perturbations
     "wmse": ("weighted MSE", "smaller"),
@@ -35,6 +36,7 @@ TERMS: dict[str, tuple[str, Direction]] = {  # column, or a word of it -> (how i
     "e_distance": ("E-distance", "smaller"),
     "drf": ("dynamic range", "larger"),
     "variance_ratio": ("variance ratio", "neither"),
+    "expr_real_mass_ratio": ("ratio of real mass", "neither"),
     # sequence models
     "r2": ("R²", "larger"),
     "ks": ("KS", "smaller"),

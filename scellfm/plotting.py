@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,21 @@ from .core import DataError, keyed_generator
 from .metrics import is_aside, metric_name, smaller_is_better
 
 if TYPE_CHECKING:
+    from anndata import AnnData
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from scellfm.scores.labels import ClassificationResult
+    from scellfm.scores.table import Scores
+    from scellfm.training import History
+
+    Results = Scores | ClassificationResult | dict[str, ClassificationResult]
 
 # %% auto #0
 __all__ = ['COLORS', 'MARKERS', 'GREY', 'STYLE', 'AROUND', 'styled', 'look', 'need_columns', 'png', 'label_points', 'gene_names',
-           'spread_of', 'standouts', 'matched_band', 'screen', 'table_columns', 'top_genes', 'confusion', 'results_of',
-           'roc_points', 'roc', 'calibration', 'metric_label', 'scores', 'history_rows', 'training_curves', 'plane',
-           'embedding', 'draw_classes']
+           'spread_of', 'standouts', 'matched_band', 'mean_shifts', 'screen', 'table_columns', 'top_genes', 'confusion',
+           'results_of', 'roc_points', 'roc', 'calibration', 'metric_label', 'scores', 'history_rows',
+           'training_curves', 'plane', 'embedding', 'draw_classes']
 
 # %% ../nbs/plotting.ipynb #5d9a65af
 COLORS = (
@@ -60,7 +69,7 @@ STYLE = {
 }
 
 
-def styled(width: float, height: float):
+def styled(width: float, height: float) -> Callable[[Callable], Callable]:
     "Decorate a drawing function: the house style while it draws, and new axes of this size (inches) where ax is None."
 
     def decorate(draw):
@@ -94,7 +103,7 @@ def look(i: int) -> dict:
     return {"color": to_hex(color), "marker": MARKERS[turn]}
 
 
-def need_columns(table: pd.DataFrame, columns, what: str) -> None:
+def need_columns(table: pd.DataFrame, columns: Sequence[str], what: str) -> None:
     "Raise a DataError that names the columns which `what` needs and the table lacks."
     missing = [column for column in columns if column not in table]
     if missing:
@@ -103,7 +112,7 @@ def need_columns(table: pd.DataFrame, columns, what: str) -> None:
         )
 
 # %% ../nbs/plotting.ipynb #281d150e
-def png(figure, dpi: int = 80, colors: int = 64) -> bytes:
+def png(figure: Figure, dpi: int = 80, colors: int = 64) -> bytes:
     "A figure as PNG with a palette of `colors`, cropped to what is drawn."
     import io
 
@@ -121,7 +130,7 @@ def png(figure, dpi: int = 80, colors: int = 64) -> bytes:
 AROUND = [(1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 2), (0, -2), (1, 2), (-1, 2), (1, -2), (-1, -2)]
 
 
-def label_points(ax: Axes, x, y, texts, *, size: float = 9) -> None:
+def label_points(ax: Axes, x: Sequence[float], y: Sequence[float], texts: Sequence[str], *, size: float = 9) -> None:
     "Write texts beside points, in order of importance, without overlap; what fits nowhere stays out."
     pixel = ax.figure.dpi / 72
     ax.figure.draw_without_rendering()
@@ -192,15 +201,28 @@ def matched_band(ax: Axes, table: pd.DataFrame) -> None:
     ax.plot(known["rank"], middle, color=GREY, lw=1)
 
 
+def mean_shifts(table: pd.DataFrame, ax: Axes) -> None:
+    "The plain mean shifts of genes that have no others to be compared with."
+    shown = table[table["mean_shift"].notna()]
+    if not len(shown):
+        raise DataError("no gene of this screen has a mean shift in enough cells: there is nothing to draw")
+    ax.axhline(0, color=GREY, lw=1)
+    ax.scatter(shown["rank"], shown["mean_shift"], s=24, color=COLORS[0], lw=0)
+    ax.set(xlabel="mean rank in the cell (0 = most remarkable gene)", ylabel="mean shift")
+    ax.margins(x=0.1, y=0.15)
+    ax.set_title(f"{len(shown):,} genes, too few to compare: mean shifts")
+    label_points(ax, shown["rank"].to_numpy(float), shown["mean_shift"].to_numpy(float), gene_names(shown))
+
+
 @styled(6.4, 4.2)
 def screen(table: pd.DataFrame, *, fdr: float = 0.05, n_labels: int = 15, ax: Axes | None = None) -> Axes:
     "Effect against mean rank with the matched band; `table`: of `screen_test` or `Screen.table()`. DataError."
-    need_columns(
-        table,
-        ["gene", "effect", "expected", "tau", "se", "z", "fdr", "rank"],
-        "the picture of a screen (method='matched')",
-    )
+    columns = ["gene", "effect", "expected", "tau", "se", "z", "fdr", "rank"]
+    need_columns(table, columns, "the picture of a screen (method='matched')")
     table = table[table["status"] != "too few cells"] if "status" in table else table
+    if table["effect"].isna().all() and "mean_shift" in table:
+        return mean_shifts(table, ax)
+    table = table[table["effect"].notna()]
     found, exploratory = standouts(table, fdr, n_labels)
     others = table.drop(found.index)
     matched_band(ax, table)
@@ -254,7 +276,10 @@ def top_genes(table: pd.DataFrame, n: int = 15, *, ax: Axes | None = None) -> Ax
     need_columns(
         table, ["gene", "effect", "expected", "tau", "se", "z", "fdr"], "the picture of top genes (method='matched')"
     )
-    exploratory = standouts(table, 0.05, n)[1]
+    table = table[table["status"] != "too few cells"] if "status" in table else table
+    exploratory, table = standouts(table, 0.05, n)[1], table[table["z"].notna()]
+    if not len(table):
+        raise DataError("no gene of this table has been compared with others (z is empty): there is nothing to draw")
     top = table.loc[table["z"].abs().sort_values(ascending=False, kind="stable").index].head(n)
     y, spread = np.arange(len(top)), 1.96 * spread_of(top)
     hit = (top["fdr"] < 0.05).to_numpy()
@@ -320,7 +345,7 @@ def confusion(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="called", ylabel="true")
 
 # %% ../nbs/plotting.ipynb #9e280e8c
-def results_of(source) -> dict:
+def results_of(source: Results) -> dict[str, ClassificationResult]:
     "Name -> ClassificationResult with its cells, from a Scores, a dictionary of results or one result."
     results = source.details if hasattr(source, "details") else source if isinstance(source, dict) else {"": source}
     results = {name: result for name, result in results.items() if getattr(result, "probabilities", None) is not None}
@@ -333,7 +358,7 @@ def results_of(source) -> dict:
     return results
 
 
-def roc_points(result, column: int) -> tuple[np.ndarray, np.ndarray]:
+def roc_points(result: ClassificationResult, column: int) -> tuple[np.ndarray, np.ndarray]:
     "False and true positive rates of one class against the rest, one point per threshold, from (0, 0) to (1, 1)."
     score, positive = result.probabilities[:, column], result.truth == column
     order = np.argsort(-score, kind="stable")
@@ -343,7 +368,7 @@ def roc_points(result, column: int) -> tuple[np.ndarray, np.ndarray]:
 
 # %% ../nbs/plotting.ipynb #7154e1d0
 @styled(4.4, 5.0)
-def roc(source, *, ax: Axes | None = None) -> Axes:
+def roc(source: Results, *, ax: Axes | None = None) -> Axes:
     "ROC curves of each method (of two classes: the second; of more: their mean), or of each class of a single result."
     results = results_of(source)
     single = next(iter(results.values())) if len(results) == 1 else None
@@ -386,7 +411,7 @@ def roc(source, *, ax: Axes | None = None) -> Axes:
 
 # %% ../nbs/plotting.ipynb #00c06bda
 @styled(4.4, 5.0)
-def calibration(source, *, ax: Axes | None = None) -> Axes:
+def calibration(source: Results, *, ax: Axes | None = None) -> Axes:
     "Accuracy against stated confidence in 15 bins, a line for each method; the area of a dot is its share of cells."
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
     for i, (name, result) in enumerate(results_of(source).items()):
@@ -422,7 +447,7 @@ def metric_label(metric: str, scale: float) -> str:
 
 
 @styled(6.0, 4.4)
-def scores(scores, *, ax: Axes | None = None) -> Axes:
+def scores(scores: Scores, *, ax: Axes | None = None) -> Axes:
     "Dots with 95 % intervals of a `Scores` table: a row for each metric, a colour for each method."
     values = scores.table.astype(float)
     bounds = pd.concat([values, scores.low, scores.high]).abs().max()
@@ -453,7 +478,7 @@ def scores(scores, *, ax: Axes | None = None) -> Axes:
     ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=1 + (n > 3))
 
 # %% ../nbs/plotting.ipynb #d2f0ba62
-def history_rows(history) -> tuple[pd.DataFrame, pd.DataFrame]:
+def history_rows(history: History | pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     "(losses by step: step, loss; losses by epoch: step, epoch, split, loss) of a History or of a tidy table."
     if isinstance(history, pd.DataFrame):
         need_columns(history, ["split", "loss"], "the picture of a training run")
@@ -474,7 +499,7 @@ def history_rows(history) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 @styled(6.0, 3.6)
-def training_curves(history, *, ax: Axes | None = None) -> Axes:
+def training_curves(history: History | pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     "Losses by step and by epoch of a `training.History`, or of a table with the columns step (or epoch), split, loss."
     steps, rows = history_rows(history)
     if len(steps):
@@ -496,7 +521,7 @@ def training_curves(history, *, ax: Axes | None = None) -> Axes:
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 # %% ../nbs/plotting.ipynb #3baec1af
-def plane(adata, basis: str) -> tuple[np.ndarray, list[str]]:
+def plane(adata: AnnData, basis: str) -> tuple[np.ndarray, list[str]]:
     "Two coordinates of each cell and the names of the axes. DataError where there is no such embedding."
     key = next((name for name in (basis, f"X_{basis}") if name in adata.obsm), None)
     if key is None:
@@ -521,7 +546,7 @@ def plane(adata, basis: str) -> tuple[np.ndarray, list[str]]:
 
 
 @styled(6.4, 4.2)
-def embedding(adata, basis: str = "X_umap", color: str | None = None, *, ax: Axes | None = None) -> Axes:
+def embedding(adata: AnnData, basis: str = "X_umap", color: str | None = None, *, ax: Axes | None = None) -> Axes:
     "Cells in the plane of obsm[basis] (or of its first two principal components), coloured by a column of obs."
     places, names = plane(adata, basis)
     if color is not None and color not in adata.obs:

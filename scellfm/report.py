@@ -13,11 +13,12 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -87,7 +88,7 @@ def hardware() -> dict[str, str]:
     return found
 
 # %% ../nbs/report.ipynb #f5e2fbd3
-def describe_input(value) -> dict:
+def describe_input(value: Any) -> dict:
     "Kind, size and fingerprint of an input: a file (SHA-256), a folder, an AnnData, or what `store.fingerprint` takes."
     from scellfm.store import fingerprint, sha256
 
@@ -119,7 +120,7 @@ def describe_input(value) -> dict:
     return {"kind": type(value).__name__, "name": "", "size": size, "sha256": fingerprint(value)}
 
 # %% ../nbs/report.ipynb #858b3e5f
-def shown(value) -> str:
+def shown(value: Any) -> str:
     "A value as escaped text: numbers as in a table of scores, thousands apart, a dash for nothing."
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
@@ -293,7 +294,7 @@ class Report:
             sha256=hashlib.sha256(picture).hexdigest(),
         )
 
-    def add_warnings(self, messages) -> None:
+    def add_warnings(self, messages: str | Iterable[str]) -> None:
         "Things that a careful reader should know; the same message is counted."
         for message in [messages] if isinstance(messages, str) else messages:
             self.warnings[str(message)] = self.warnings.get(str(message), 0) + 1
@@ -302,12 +303,12 @@ class Report:
         "What was chosen: names and values; a later value of the same name replaces the earlier one."
         self.settings.update(settings, **more)
 
-    def add_input(self, name: str, value) -> None:
+    def add_input(self, name: str, value: Any) -> None:
         "An input by name, with its fingerprint: a path, an AnnData, an array, a table."
         self.inputs[name] = describe_input(value)
 
     @contextmanager
-    def recording(self):
+    def recording(self) -> Iterator[Report]:
         "Within this block every warning of scellfm is written into the report, also one that a filter hides."
         listeners.append(self.add_warnings)
         try:

@@ -93,7 +93,14 @@ def leaky():
 
 STATES = dict(state="type", start="B", goal="T", donor="donor")
 
+
 # what is wrong: (what is done with (model, classifier, saved things, an empty folder), the type, words of the message)
+def touch(folder):
+    "The files that tell a dictionary of data sets."
+    (folder / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (folder / "train" / "state.json").write_text("{}")
+
+
 ERRORS = {
     "logarithms are tokenized": (
         lambda g, c, s, d: g.tokenizer(cells(np.log1p)),
@@ -132,10 +139,10 @@ ERRORS = {
         DataError,
         ["a NoneType holds no cells", "give an AnnData"],
     ),
-    "a file for a data set": (
-        lambda g, c, s, d: (cells().write_h5ad(d / "c.h5ad"), g.embed(d / "c.h5ad")),
+    "several data sets for one": (
+        lambda g, c, s, d: ((d / "dict" / "train").mkdir(parents=True), touch(d / "dict"), g.embed(d / "dict")),
         DataError,
-        ["c.h5ad", "scellfm.data.read("],
+        ["several data sets (train)", "dict/train"],
     ),
     "no cells to train on": (lambda g, c, s, d: g.pretrain(cells()[:0]), DataError, ["no cells", "filters"]),
     "no genes": (lambda g, c, s, d: g.tokenizer(cells()[:, :0]), DataError, ["0 genes"]),

@@ -9,18 +9,22 @@ import pytest
 from anndata import AnnData
 from scipy.sparse import csr_matrix
 
+from scellfm.baselines import GroupMeans, LogNormalize, count_classifiers, holds_logs, is_logged
 from scellfm.commands.inputs import write_table
 from scellfm.commands.reports import add_map, add_screen, beside
 from scellfm.core import DataError, ScellfmWarning, keyed_seed, tell
+from scellfm.crossfit.baselines import baseline_predictions
 from scellfm.crossfit.check import OverfitCheck
 from scellfm.crossfit.evidence import Evidence
+from scellfm.crossfit.membership import NEW, TrainedOn, count_contents
 from scellfm.data.demonstration import demo
 from scellfm.data.shifts import simulate_shifts
 from scellfm.data.splits import check_leakage, folds, hold_out
 from scellfm.geneformer import Geneformer, RankTokenizer, Screen
 from scellfm.geneformer.perturbation.combinations import ROUNDING
 from scellfm.report import Report, scores_section
-from scellfm.scgpt import ReferenceMap
+from scellfm.scgpt import ReferenceMap, ScGPT
+from scellfm.scores.batches import integration
 from scellfm.scores.labels import classification
 from scellfm.scores.table import Scores
 from scellfm.statistics import log2_fold_change, recovery, screen_test
@@ -427,3 +431,125 @@ def test_messages_and_keys_take_any_text(capsys):
     tell("\x1b[31mred\ud800")
     assert "\x1b" not in capsys.readouterr().err
     assert keyed_seed(0, "cell \ud800") != keyed_seed(0, "cell \ud801") and keyed_seed(0, "é") == keyed_seed(0, "é")
+
+
+# a model that was never trained
+def test_an_untrained_geneformer_says_so_until_it_is_trained(pbmc, tmp_path):
+    adata, _ = pbmc
+    gf = Geneformer.from_config("tiny", RankTokenizer.fit(adata, max_length=24), device="cpu")
+    gf.save_pretrained(tmp_path / "random")
+    again = Geneformer.from_pretrained(tmp_path / "random", device="cpu")
+    for one in (gf, again):
+        assert one.untrained and "never trained" in repr(one)
+        screen, said = warned(lambda one=one: one.perturb(adata[:4].copy()))
+        assert sum("never trained" in text for text in said) == 1
+        assert "never trained" in page_of(screen)
+        assert not any("never trained" in text for text in warned(lambda one=one: one.embed(adata[:4].copy()))[1])
+    classifier = again.finetune(adata, "cell_type", split=hold_out(adata, stratify="cell_type"), n_boot=0)
+    assert not classifier.models[0].untrained and again.untrained
+    again.pretrain(adata, epochs=1)
+    again.save_pretrained(tmp_path / "trained")
+    trained = Geneformer.from_pretrained(tmp_path / "trained", device="cpu")
+    assert not again.untrained and not trained.untrained and "never trained" not in repr(trained)
+    assert not any("never trained" in text for text in warned(lambda: trained.embed(adata[:4].copy()))[1])
+
+
+def test_an_untrained_scgpt_says_so_until_it_is_trained(pbmc, tmp_path):
+    adata, _ = pbmc
+    gpt = ScGPT.from_config("tiny", adata, device="cpu")
+    gpt.save_pretrained(tmp_path / "random")
+    again = ScGPT.from_pretrained(tmp_path / "random", device="cpu")
+    for one in (gpt, again):
+        assert "never trained" in repr(one)
+        assert sum("never trained" in text for text in warned(lambda one=one: one.embed(adata[:4].copy()))[1]) == 1
+        assert not any("never trained" in text for text in warned(lambda one=one: one.embed(adata[:4].copy()))[1])
+    trained = again.continue_pretraining(adata, epochs=1, max_length=64)
+    assert not trained.untrained and "never trained" not in repr(trained) and again.untrained
+
+
+# one logarithm
+def test_baselines_take_one_logarithm_and_say_so_once():
+    adata = demo()
+    counts = csr_matrix(adata.X)
+    logs = LogNormalize().fit_transform(counts)
+    codes = np.unique(adata.obs["cell_type"], return_inverse=True)[1]
+    parts = folds(adata, k=3).folds()
+
+    def run(matrix):
+        estimators = count_classifiers(0, logged=is_logged(matrix))
+        return baseline_predictions(estimators, matrix, codes, parts, n_classes=codes.max() + 1)
+
+    by_counts, said = warned(lambda: run(counts))
+    assert not said
+    by_logs, said = warned(lambda: run(logs))
+    assert len(said) == 1 and "used as they are" in said[0]
+    for name, expected in by_counts.items():
+        np.testing.assert_allclose(by_logs[name].held_out()[1], expected.held_out()[1], atol=1e-5)
+    alone = baseline_predictions(count_classifiers(0), logs, codes, parts, n_classes=codes.max() + 1)
+    for name, expected in by_logs.items():
+        np.testing.assert_array_equal(alone[name].held_out()[1], expected.held_out()[1])
+
+
+def test_what_is_scaled_and_not_logged_is_logged_once():
+    counts = csr_matrix(np.random.default_rng(0).poisson(3, (30, 40)).astype(float))
+    scaled = csr_matrix(1e6 * counts.toarray() / counts.toarray().sum(1, keepdims=True))
+    assert not holds_logs(scaled) and not holds_logs(counts) and holds_logs(np.log1p(scaled))
+    a, b = (LogNormalize().fit_transform(matrix).toarray() for matrix in (counts, scaled))
+    np.testing.assert_allclose(a, b)
+
+
+def test_a_missing_group_has_no_mean_of_its_own():
+    groups = np.array(["a", None, "a", None, "b"], dtype=object)
+    means = GroupMeans().fit(groups, np.array([1.0, 50.0, 3.0, 70.0, 9.0]))
+    assert means.predict(np.array(["a", "b", None, "c"], dtype=object)).tolist() == [2.0, 9.0, 26.6, 26.6]
+
+
+def test_what_integration_cannot_do_without_counts_names_the_way_out(pbmc):
+    adata = pbmc[0].copy()
+    adata.X = csr_matrix(np.log1p(adata.X.toarray()))
+    adata.obsm["X"] = np.random.default_rng(0).normal(size=(90, 4))
+    with pytest.raises(DataError, match="baselines=False"):
+        integration(adata, "X", label="cell_type")
+
+
+# the same name is not the same cell
+def test_the_content_of_a_cell_is_its_counts_by_gene_name():
+    counts = np.random.default_rng(0).poisson(0.7, (12, 9))
+    names = [f"ENSG{i:011d}" for i in range(9)]
+    one = AnnData(csr_matrix(counts.astype(np.float32)), var=pd.DataFrame(index=names))
+    order = np.random.default_rng(1).permutation(9)
+    others = [
+        AnnData(counts[:, order].astype(np.int64), var=pd.DataFrame(index=[f"{names[i]}.3" for i in order])),
+        AnnData(np.c_[counts, np.zeros(12)], var=pd.DataFrame(index=[*names, "ENSG00000099999"])),
+        AnnData(counts.astype(float), var=pd.DataFrame({"ensembl_id": names}, index=[f"g{i}" for i in range(9)])),
+    ]
+    split = counts.copy()
+    split[:, 0] //= 2
+    halves = AnnData(np.c_[split, counts[:, 0] - split[:, 0]].astype(float), var=pd.DataFrame(index=[*names, names[0]]))
+    content = count_contents(one)
+    for other in (*others, halves):
+        np.testing.assert_array_equal(count_contents(other), content)
+    full = counts.sum(1) > 0
+    assert (count_contents(AnnData(2.0 * counts, var=one.var)) != content)[full].all()
+    assert len(set(content[full])) == len(np.unique(counts[full], axis=0))
+
+
+def test_a_known_name_with_another_content_is_new_and_counted():
+    names, content = [str(i) for i in range(6)], np.arange(10, 16, dtype=np.uint64)
+    parts = folds(pd.DataFrame(index=names), k=2).folds()
+    record = TrainedOn.of(names, parts, contents={"counts": content})
+    changed = content.copy()
+    changed[:4] += np.uint64(100)
+    fold, said = warned(lambda: record.fold_of(names, {"counts": changed}))
+    assert (fold[:4] == NEW).all() and (fold[4:] >= 0).all()
+    assert len(said) == 1 and "4 of 6 cells have the name" in said[0]
+    fold, said = warned(lambda: record.fold_of(names, {"counts": content}))
+    assert (fold >= 0).all() and not said
+
+
+def test_a_record_without_contents_matches_by_name_and_says_so(tmp_path):
+    names = [str(i) for i in range(6)]
+    parts = folds(pd.DataFrame(index=names), k=2).folds()
+    TrainedOn.of(names, parts).save(tmp_path)
+    fold, said = warned(lambda: TrainedOn.load(tmp_path).fold_of(names, {"counts": np.zeros(6, np.uint64)}))
+    assert (fold >= 0).all() and "by their names alone" in said[0]

@@ -348,3 +348,48 @@ def test_the_challenge_needs_its_library_and_counts(world, monkeypatch):
     with pytest.raises(DataError, match="needs predicted cells as AnnData"):
         counts = AnnData(sparse.csr_matrix(np.ones((2, 2))), pd.DataFrame({"condition": ["ctrl", "A"]}, ["a", "b"]))
         perturbation(counts, partly_right(), metrics="vcc2026")
+
+
+def test_shares_are_drawn_for_the_metrics_that_can_judge(world):
+    from matplotlib import pyplot as plt
+
+    found = score(world, {"half": partly_right(0.5), "most": partly_right(0.9)})
+    ax = found.plot()
+    shown = {label.get_text() for label in ax.get_yticklabels()}
+    assert shown == set(found.table.index)
+    order = [label.get_text() for label in ax.get_yticklabels()]
+    assert order.index("training mean") < order.index("half") < order.index("most")
+    assert found.plot(kind="scores") is not ax
+    with pytest.raises(OptionError, match="kind='roc'"):
+        found.plot(kind="roc")
+    found.origin["dynamic_range"]["mse"] = -0.1
+    assert "cannot judge here: MSE" in found.plot().get_title(loc="left")
+    with pytest.raises(DataError, match="none of the metrics"):
+        found.plot(metrics=["mse"])
+    plt.close("all")
+
+
+def counts_of(effect, seed):
+    draw, names = np.random.default_rng(seed), [f"G{i}" for i in range(5)]
+    labels = np.repeat([*names, "ctrl"], [30] * 5 + [60])
+    base = np.random.default_rng(0).lognormal(0.5, 0.7, 80)
+    changed = [np.random.default_rng(7 + i).choice(80, 12, replace=False) for i in range(5)]
+    rates = {n: base * np.where(np.isin(np.arange(80), g), np.exp(effect), 1) for n, g in zip(names, changed)}
+    counts = draw.poisson([(rates | {"ctrl": base})[label] for label in labels]).astype(np.float32)
+    obs = pd.DataFrame({"condition": pd.Categorical(labels)}, index=[f"c{i}" for i in range(len(labels))])
+    return AnnData(sparse.csr_matrix(counts), obs=obs, var=pd.DataFrame(index=[f"G{i}" for i in range(80)]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_challenge_is_scored_by_its_own_library():
+    library = pytest.importorskip("cell_eval2")
+    truth, good, none = counts_of(1.0, 1), counts_of(1.0, 2), counts_of(0.0, 3)
+    found = perturbation(truth, {"good": good, "none": none}, metrics="vcc2026")
+    table = found.table
+    assert table.loc["good", "pds_cosine"] > table.loc["none", "pds_cosine"]
+    assert found.best("de_wilcoxon_lfc_nmae") == found.best("expr_mse_unbiased_capped_norm") == ["good"]
+    from dataclasses import replace
+
+    settings = replace(library.EvalConfig.from_preset("vcc2026"), pert_col="condition", control="ctrl")
+    theirs = library.aggregate_metrics(library.compute_metrics(good, truth, config=settings)).to_dict(as_series=False)
+    assert table.loc["good"].to_dict() == pytest.approx(dict(zip(theirs["metric"], theirs["mean"])), nan_ok=True)

@@ -259,6 +259,17 @@ def public_names(tree: ast.Module) -> set[str]:
     return set()
 
 
+def bound_functions(owner: ast.ClassDef, tree: ast.Module):
+    "(method, function) of the functions of a module that a class binds as methods: `embed = embed`, `classmethod(f)`."
+    own = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for node in owner.body:
+        if isinstance(node, ast.Assign):
+            call = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) in ("classmethod", "staticmethod")
+            name = ast.unparse(node.value.args[0] if call else node.value)
+            if name in own:
+                yield node.targets[0].id, own[name]
+
+
 def public_functions(tree: ast.Module):
     "(name, function, its parameters without self) of public functions, and of the public methods of public classes."
     public = public_names(tree)
@@ -266,9 +277,11 @@ def public_functions(tree: ast.Module):
         if isinstance(node, ast.FunctionDef) and node.name in public:
             yield node.name, node, parameters(node)
         if isinstance(node, ast.ClassDef) and node.name in public:
-            for method in node.body:
-                if isinstance(method, ast.FunctionDef) and (method.name[0] != "_" or method.name == "__init__"):
-                    yield f"{node.name}.{method.name}", method, parameters(method)[1:]
+            methods = [(method.name, method) for method in node.body if isinstance(method, ast.FunctionDef)]
+            bound = [(name, method) for name, method in bound_functions(node, tree) if method.name not in public]
+            for name, method in [*methods, *bound]:
+                if name[0] != "_" or name == "__init__":
+                    yield f"{node.name}.{name}", method, parameters(method)[1:]
 
 
 def parameters(node: ast.FunctionDef) -> list[ast.arg]:
@@ -288,8 +301,8 @@ def gaps(tree: ast.Module) -> list[str]:
 
 
 TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
-UNTYPED = 468  # public functions that lack a type or a docstring: this number only falls, to 0
-SHORT_CELLS = 0.63  # share of exported cells with at most 25 lines: this number only rises, to 0.9
+UNTYPED = 424  # public functions that lack a type or a docstring: this number only falls, to 0
+SHORT_CELLS = 0.69  # share of exported cells with at most 25 lines: this number only rises, to 0.9
 
 
 def test_functions_are_short():

@@ -6,11 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .predictions import FoldPredictions
 from ..data.splits import Split
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from scipy import sparse
 
 # %% auto #0
 __all__ = ['baseline_predictions']
@@ -18,7 +23,7 @@ __all__ = ['baseline_predictions']
 # %% ../../nbs/crossfit/baselines.ipynb #47bcc6fb
 def baseline_predictions(
     estimators: Mapping[str, object],  # name -> an unfitted scikit-learn estimator
-    features,  # [rows, ...]: array, sparse matrix or DataFrame
+    features: np.ndarray | sparse.csr_matrix | pd.DataFrame,  # [rows, ...]
     targets: np.ndarray,  # [rows] class numbers, or [rows] or [rows, outputs] real numbers
     parts: Sequence[Split],
     *,

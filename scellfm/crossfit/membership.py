@@ -5,9 +5,10 @@
 # %% ../../nbs/crossfit/membership.ipynb #871aabd4
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,9 +16,14 @@ import pandas as pd
 from ..core import AssetError, DataError, keyed_seed, warn
 from ..data.splits import Folds, Split, check_leakage, column_of
 
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from scipy.sparse import csr_matrix
+
 # %% auto #0
-__all__ = ['NEW', 'TRAINED', 'TrainedOn', 'keys_of', 'record_file', 'save_membership', 'load_membership', 'warn_of_trained',
-           'check_cells', 'resolve_folds', 'by_name']
+__all__ = ['NEW', 'TRAINED', 'TrainedOn', 'keys_of', 'scrambled', 'row_sums', 'gene_columns', 'matrix_contents', 'count_contents',
+           'token_contents', 'record_file', 'save_membership', 'load_membership', 'warn_of_trained', 'check_cells',
+           'resolve_folds', 'by_name']
 
 # %% ../../nbs/crossfit/membership.ipynb #5e4d9396
 NEW, TRAINED = -1, -2  # no model was trained on the row; all models were
@@ -30,10 +36,19 @@ class TrainedOn:
     keys: np.ndarray  # uint64, ascending
     fold: np.ndarray  # int64
     kind: str = "cell"  # what a row is: "cell", "gene", "perturbation"
+    contents: dict[str, np.ndarray] = field(default_factory=dict)  # "counts", "tokens": uint64 of each row
 
     @classmethod
-    def of(cls, names, parts: list[Split], kind: str = "cell") -> TrainedOn:
-        "From the names of all rows and the parts of each fold; a row in no part of any fold stays NEW."
+    def of(
+        cls,
+        names: Sequence[str] | pd.Index | np.ndarray,
+        parts: list[Split],
+        kind: str = "cell",
+        contents: Mapping[str, np.ndarray] | None = None,
+    ) -> TrainedOn:
+        """From the names of all rows and the parts of each fold; a row in no part of any fold stays NEW.
+
+        contents: hashes of what the rows contain (`count_contents`, `token_contents`)."""
         fold = np.full(len(names), NEW, dtype=np.int64)
         for part in parts:
             fold[part.train] = fold[part.valid] = TRAINED
@@ -42,20 +57,27 @@ class TrainedOn:
         keys = keys_of(names, kind)
         order = np.argsort(keys, kind="stable")
         order = order[fold[order] != NEW]
-        return cls(keys[order], fold[order], kind)
+        return cls(keys[order], fold[order], kind, {name: values[order] for name, values in (contents or {}).items()})
 
     @classmethod
     def nothing(cls, kind: str = "cell") -> TrainedOn:
         "The record of a model whose training data are not known: every row is NEW."
         return cls(np.empty(0, np.uint64), np.empty(0, np.int64), kind)
 
-    def fold_of(self, names) -> np.ndarray:
-        "The fold for each name: k, NEW or TRAINED."
+    def fold_of(
+        self, names: Sequence[str] | pd.Index | np.ndarray, contents: Mapping[str, np.ndarray] | None = None
+    ) -> np.ndarray:
+        """The fold for each name: k, NEW or TRAINED.
+
+        contents: of these rows; a known name with another content is NEW, and a warning counts such rows."""
         if not len(self.keys):
             return np.full(len(names), NEW)
         keys = keys_of(names, self.kind)
         at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        return np.where(self.keys[at] == keys, self.fold[at], NEW)
+        known = self.keys[at] == keys
+        if contents is not None:
+            known &= same_contents(self, at, known, contents)
+        return np.where(known, self.fold[at], NEW)
 
     def save(self, folder: str | Path) -> None:
         "Write the record into the models' folder."
@@ -67,9 +89,83 @@ class TrainedOn:
         return load_membership(Path(folder), kind)
 
 
-def keys_of(names, kind: str = "cell") -> np.ndarray:
+def keys_of(names: Sequence[str] | pd.Index | np.ndarray, kind: str = "cell") -> np.ndarray:
     "64-bit keys of the names of rows."
     return np.array([keyed_seed(0, kind, str(name)) for name in names], dtype=np.uint64)
+
+# %% ../../nbs/crossfit/membership.ipynb #65d38f1d
+def scrambled(values: np.ndarray) -> np.ndarray:
+    "64-bit numbers mixed so that near ones are far apart (splitmix64; Steele et al. 2014)."
+    values = (values + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def row_sums(values: np.ndarray, indptr: np.ndarray) -> np.ndarray:
+    "Sums of 64-bit numbers by row, scrambled again: the content of each row."
+    running = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)])
+    return scrambled(running[indptr[1:]] - running[indptr[:-1]])
+
+
+def gene_columns(genes: Sequence[str] | np.ndarray) -> tuple[csr_matrix, np.ndarray]:
+    "What sums the columns of one gene [columns, genes], and a key for each gene (0 for '', which is none)."
+    from scipy.sparse import csr_matrix
+
+    names, place = np.unique(np.asarray(genes, dtype=object).astype(str), return_inverse=True)
+    sums = csr_matrix((np.ones(len(place)), (np.arange(len(place)), place)), (len(place), len(names)))
+    return sums, keys_of(names, "gene") * (names != "").astype(np.uint64)
+
+
+def matrix_contents(matrix: csr_matrix, columns: tuple[csr_matrix, np.ndarray]) -> np.ndarray:
+    "The content of each row of counts [cells, columns] as uint64; `columns` from `gene_columns`."
+    by_gene, gene = matrix @ columns[0], columns[1]
+    by_gene.eliminate_zeros()
+    counts = by_gene.data.astype(np.float32).view(np.uint32).astype(np.uint64)
+    values = scrambled(gene[by_gene.indices] ^ scrambled(counts))
+    return row_sums(np.where(gene[by_gene.indices] == 0, np.uint64(0), values), by_gene.indptr)
+
+
+def count_contents(adata: AnnData, layer: str | None = None) -> np.ndarray:
+    "The content of each cell by the counts that `layer` names, read in row blocks: uint64 [cells]."
+    from scellfm.data.genes import gene_ids, plain_id
+    from scellfm.data.reading import count_blocks, genes_of
+
+    columns = gene_columns([plain_id(gene) for gene in gene_ids(genes_of(adata, layer))])
+    parts = [matrix_contents(block, columns) for _, block in count_blocks(adata, layer)]
+    return np.concatenate([np.empty(0, np.uint64), *parts])
+
+
+def token_contents(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    "The content of each cell by its tokens in their order: uint64 [cells]."
+    offsets = np.asarray(offsets, dtype=np.int64)
+    place = np.arange(len(tokens)) - np.repeat(offsets[:-1], np.diff(offsets))
+    return row_sums(
+        scrambled(np.asarray(tokens).astype(np.uint64) ^ (place.astype(np.uint64) << np.uint64(32))), offsets
+    )
+
+# %% ../../nbs/crossfit/membership.ipynb #db41dc7a
+def same_contents(
+    trained_on: TrainedOn, at: np.ndarray, known: np.ndarray, contents: Mapping[str, np.ndarray]
+) -> np.ndarray:
+    "Whether rows with a `known` name have the content of the rows `at` of the record (bool); warns where not."
+    common = next((name for name in contents if name in trained_on.contents), None)
+    if common is None:
+        if known.any():
+            warn(
+                f"{known.sum():,} of {len(known):,} {trained_on.kind}s are known to the model by their names alone: "
+                "its record holds no contents of the same kind. Are they the same? Other cells may have the same names"
+            )
+        return known
+    same = trained_on.contents[common][at] == contents[common]
+    others = known & ~same
+    if others.any():
+        warn(
+            f"{others.sum():,} of {len(known):,} {trained_on.kind}s have the name of one that the model was trained on "
+            "and another content: they are taken for new ones. If they are the same (other genes, another layer), what "
+            "is said of them is not held out"
+        )
+    return same
 
 # %% ../../nbs/crossfit/membership.ipynb #aa6b9381
 def record_file(folder: Path, kind: str) -> Path:
@@ -83,7 +179,9 @@ def save_membership(trained_on: TrainedOn, folder: Path) -> None:
 
     from scellfm.assets import save_tensors
 
-    tensors = {"keys": torch.as_tensor(trained_on.keys), "fold": torch.as_tensor(trained_on.fold)}
+    arrays = {"keys": trained_on.keys, "fold": trained_on.fold}
+    arrays |= {f"content_{name}": values for name, values in trained_on.contents.items()}
+    tensors = {name: torch.as_tensor(values) for name, values in arrays.items()}
     save_tensors(record_file(folder, trained_on.kind), tensors)
 
 
@@ -97,14 +195,16 @@ def load_membership(folder: Path, kind: str = "cell") -> TrainedOn:
     if missing:
         raise AssetError(f"{path} lacks {', '.join(sorted(missing))}; it is not the record of a classifier's cells")
     keys, fold = found["keys"], found["fold"]
+    contents = {name.removeprefix("content_"): v for name, v in found.items() if name.startswith("content_")}
     whole = fold.ndim == 1 and fold.dtype.kind == "i" and (fold >= TRAINED).all()
+    whole &= all(values.shape == keys.shape and values.dtype == np.uint64 for values in contents.values())
     ordered = keys.ndim == 1 and keys.dtype == np.uint64 and (keys[1:] >= keys[:-1]).all()
     if not whole or not ordered or len(keys) != len(fold):
         raise AssetError(
             f"{path} is damaged: keys has the shape {keys.shape} ({keys.dtype}), fold {fold.shape} ({fold.dtype}); "
             "both are one column, keys ascending. Save the classifier again"
         )
-    return TrainedOn(keys, fold, kind)
+    return TrainedOn(keys, fold, kind, contents)
 
 # %% ../../nbs/crossfit/membership.ipynb #5cafc7e4
 def warn_of_trained(fold: np.ndarray) -> None:
@@ -152,6 +252,6 @@ def resolve_folds(
     return parts, groups
 
 
-def by_name(rows: np.ndarray, names) -> np.ndarray:
+def by_name(rows: np.ndarray, names: Sequence[str] | pd.Index | np.ndarray) -> np.ndarray:
     "Row positions in the order of the rows' names."
     return rows[np.argsort(np.asarray(names)[rows].astype(str), kind="stable")]

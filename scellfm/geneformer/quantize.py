@@ -26,7 +26,7 @@ def quantization_settings(quantize: str) -> dict:
         "bnb_4bit_compute_dtype": torch.bfloat16,
     }
 
-
+# %% ../../nbs/geneformer/quantize.ipynb #a5b546c1
 def check_quantize(quantize: str, device: torch.device) -> dict:
     "The settings, if this machine can use them; ExtraError or OptionError naming everything that is missing."
     settings = quantization_settings(quantize)
@@ -42,8 +42,7 @@ def check_quantize(quantize: str, device: torch.device) -> dict:
     if lacking:
         raise (OptionError if package else ExtraError)(
             f"quantize={quantize!r} needs {' and '.join(lacking)}; without, leave quantize out: "
-            "dtype='bfloat16' halves the "
-            "memory on every device"
+            "dtype='bfloat16' halves the memory on every device"
         )
     return settings
 

@@ -54,6 +54,7 @@ class LanguageEncoder(nn.Module):
         self.register_buffer("frozen", torch.zeros(n_genes, dtype=torch.bool), persistent=False)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        "Rows of the table [b, L] -> vectors [b, L, d]."
         vectors = self.embedding(rows)
         if self.training and bool(self.frozen.any()):
             vectors = torch.where(self.frozen[rows].unsqueeze(-1), vectors.detach(), vectors)
@@ -91,6 +92,7 @@ class ScGenePTModel(nn.Module):
         return self.ln(x)
 
     def forward(self, tokens, values, flags, rows=None, mask=None) -> torch.Tensor:
+        "Tokens, values and flags [b, L], rows of the language tables -> predicted values [b, L]."
         states = self.transformer_encoder(self.inputs(tokens, values, flags, rows), mask)
         return self.decoder(states)[0]
 

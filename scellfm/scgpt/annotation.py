@@ -24,7 +24,7 @@ from ..data.reading import count_matrix, genes_of, read
 from ..data.splits import Folds, Split, check_split, column_of
 from .checkpoint import ScGPTCheckpoint
 from .embedding import ScGPTReader
-from .training import HiddenGenes, binned_cells, class_probabilities, label_scores, learner
+from .training import HiddenGenes, annotation_scores, binned_cells, class_probabilities, learner
 from ..store import fingerprint
 from ..store.layouts import ANNOTATOR, SCGPT_MODEL
 from ..store.outputs import result_folder
@@ -190,7 +190,7 @@ def finetune(
         return values[part.test], values[part.train]
 
     models, own = cross_fit(parts, train, predict, n_rows=adata.n_obs)
-    scores = label_scores(own, parts, count_matrix(adata, layer), codes, classes, groups, n_boot, settings)
+    scores = annotation_scores(own, parts, count_matrix(adata, layer), codes, classes, groups, n_boot, settings)
     check = check_overfit(scores, advice_for(split.by, epochs, freeze_layers, gpt.model.config.n_layers))
     if check.overfitted:
         warn(str(check))

@@ -15,7 +15,7 @@ import torch
 
 from .. import inference
 from ..assets import find, read_dictionary, read_tensors, save_tensors, save_torch
-from ..core import OptionError, one_of, plain
+from ..core import OptionError, one_of, plain, warn
 from ..data.genes import GeneMatch
 from .model import ScGPTConfig, ScGPTModel, load_model, published_name
 from .vocabulary import Vocabulary
@@ -60,6 +60,7 @@ class ScGPTCheckpoint:
         self.model = model.to(device=self.device, dtype=self.dtype).eval()
         self.vocabulary, self.args, self.load_report = vocabulary, dict(args or {}), None
         self.history = self.losses = self.scores = None  # of training, where there was any
+        self._warned = False  # that it was never trained
 
     @classmethod
     def from_pretrained(
@@ -92,7 +93,7 @@ class ScGPTCheckpoint:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = ScGPTModel(ScGPTConfig(len(vocabulary), vocabulary.pad, **(SHAPES[name] | changes)))
-        return cls(model, vocabulary, device=device, dtype=dtype)
+        return cls(model, vocabulary, args={"untrained": True}, device=device, dtype=dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         "Write args.json, vocab.json, model.safetensors and best_model.pt, which the original opens."
@@ -109,8 +110,22 @@ class ScGPTCheckpoint:
         c = self.model.config
         return (
             f"ScGPT({c.n_layers} layers, {c.d_model} dimensions, {c.n_tokens:,} tokens, {self.device}, "
-            f"{str(self.dtype).removeprefix('torch.')})"
+            f"{str(self.dtype).removeprefix('torch.')}{', never trained' * self.untrained})"
         )
+
+    @property
+    def untrained(self) -> bool:
+        "Whether the weights are the random ones of `from_config`, also after saving and loading."
+        return bool(self.args.get("untrained", False))
+
+    def warn_if_untrained(self) -> None:
+        "Warn once where the weights are random."
+        if self.untrained and not self._warned:
+            self._warned = True
+            warn(
+                "this model was made by from_config and never trained: its weights are random, and what is read of it "
+                "says nothing of biology. Train it (finetune, continue_pretraining) or load a checkpoint"
+            )
 
     @property
     def cell_types(self) -> list[str]:

@@ -209,6 +209,7 @@ def embed(
     DataError: negative or missing values, no known gene."""
     how = dict(max_length=max_length, overlong=overlong, seed=seed, original=original)
     one_of("pool", pool, POOLS)
+    gpt.warn_if_untrained()
     result, source = opened(adata)
     result = result.to_memory(copy=True) if copy and result is adata else result
     columns = genes_of(source, layer)

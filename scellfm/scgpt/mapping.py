@@ -421,7 +421,8 @@ def pca_pair(ref, query, layer: str | None, seed: int) -> tuple[np.ndarray, np.n
     """HVG + PCA learnt on the reference's counts, for both; genes that both have. DataError: no counts, no gene in
     common."""
     from scellfm.baselines import count_features
-    from scellfm.data.reading import check_counts, count_matrix, genes_of
+    from scellfm.data.reading import count_matrix, genes_of
+    from scellfm.scores.batches import check_baseline_counts
 
     of_ref, of_query = (genes_of(cells, layer).var_names for cells in (ref, query))
     genes = of_query.intersection(of_ref, sort=False)
@@ -432,10 +433,10 @@ def pca_pair(ref, query, layer: str | None, seed: int) -> tuple[np.ndarray, np.n
             "baseline needs common, unique ones: rename them, or set baselines=False"
         )
     for cells in (ref, query):
-        check_counts(cells, layer)
+        check_baseline_counts(cells, layer)
     pairs = ((ref, of_ref), (query, of_query))
     counts = [count_matrix(cells, layer)[:, names.get_indexer(genes)] for cells, names in pairs]
-    features = count_features(seed).fit(counts[0])
+    features = count_features(seed, logged=False).fit(counts[0])
     return features.transform(counts[0]), features.transform(counts[1])
 
 # %% ../../nbs/scgpt/mapping.ipynb #169f646b

@@ -84,6 +84,7 @@ class LabelEncoder(nn.Module):
         self.enc_norm = nn.LayerNorm(d_model)
 
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        "Labels [b, ...] -> vectors [b, ..., d]."
         return self.enc_norm(self.embedding(labels))
 
 # %% ../../nbs/scgpt/model.ipynb #628faefb
@@ -96,6 +97,7 @@ class ValueEncoder(nn.Module):
         self.norm, self.dropout, self.largest = nn.LayerNorm(d_model), nn.Dropout(dropout), largest
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
+        "Values [b, L] -> vectors [b, L, d]."
         inner = F.relu(self.linear1(values.unsqueeze(-1).clamp(max=self.largest)))
         return self.dropout(self.norm(self.linear2(inner)))
 
@@ -127,6 +129,7 @@ class Attention(nn.Module):
         return *self.heads(x[:, :queries], slice(0, d)), *self.heads(x, slice(d, None))
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, queries: int | None = None) -> torch.Tensor:
+        "x [b, L, d] -> [b, L, d], or the first `queries` positions; `mask` [b, L] is True at real tokens."
         q, k, v = self.split(x, queries)
         dropout = self.dropout if self.training else 0.0
         if self.lean and dropout and x.device.type != "cuda":  # torch keeps all weights here, and none on CUDA
@@ -159,6 +162,7 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, queries: int | None = None) -> torch.Tensor:
+        "x [b, L, d] -> [b, L, d], or the first `queries` positions; `mask` [b, L] is True at real tokens."
         x = self.norm1(x[:, :queries] + self.dropout(self.self_attn(x, mask, queries)))
         inner = self.dropout(F.relu(self.linear1(x)))
         return self.norm2(x + self.dropout(self.linear2(inner)))
@@ -174,6 +178,7 @@ class Encoder(nn.Module):
         self.checkpointing = False
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, queries: int | None = None) -> torch.Tensor:
+        "x [b, L, d] -> [b, L, d], or the first `queries` positions; `mask` [b, L] is True at real tokens."
         mask = None if mask is None or bool(mask.all()) else mask
         for layer in self.layers[:-1]:
             x = self.through(layer, x, mask)
@@ -218,6 +223,7 @@ class ExpressionDecoder(nn.Module):
         self.zero_logit = mlp(d_in, d_model) if explicit_zero else None
 
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        "States [b, L, d_in] -> values and probabilities [b, L]."
         seen = None if self.zero_logit is None else torch.sigmoid(self.zero_logit(states).squeeze(-1))
         return self.fc(states).squeeze(-1), seen
 
@@ -233,6 +239,7 @@ class FromCellDecoder(nn.Module):
         self.W_zero_logit = nn.Linear(d_model, d_in) if explicit_zero else None
 
     def forward(self, cells: torch.Tensor, genes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        "Cells [b, d_in] and gene vectors [b, L, d] -> values and probabilities [b, L]."
         queries, cells = torch.sigmoid(self.gene2query(genes)), cells.unsqueeze(-1)
         seen = None if self.W_zero_logit is None else torch.sigmoid((self.W_zero_logit(queries) @ cells).squeeze(-1))
         return (self.W(queries) @ cells).squeeze(-1), seen
@@ -249,6 +256,7 @@ class Classifier(nn.Module):
         self.out_layer = nn.Linear(d_model, n)
 
     def forward(self, cells: torch.Tensor) -> torch.Tensor:
+        "Cells [b, d] -> logits [b, n]."
         for step in self._decoder:
             cells = step(cells)
         return self.out_layer(cells)

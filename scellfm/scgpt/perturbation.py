@@ -50,6 +50,7 @@ class AffineDecoder(nn.Module):
         self.adaptive_bias = adaptive_bias
 
     def forward(self, states: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        "States [b, L, d] and values [b, L] -> predicted values [b, L]."
         coefficient, bias = (self.activation(decoder(states)[0]) for decoder in (self.coeff_decoder, self.bias_decoder))
         if self.adaptive_bias:
             bias = bias * values.sum(1, keepdim=True) / values.ne(0).sum(1, keepdim=True)
@@ -106,7 +107,7 @@ def predict(
     if genes == "seen":
         kept = values.ne(0).any(0)
         if not original:
-            kept |= flags.ne(model.config.flag_pad_id).any(0)
+            kept |= flags.eq(1).any(0)
     tokens = gene_ids[kept].expand(len(values), -1)
     model.eval()
     predicted = torch.zeros_like(values)

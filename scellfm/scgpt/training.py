@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..assets import load_state
-from ..baselines import count_classifiers
+from ..baselines import count_classifiers, is_logged
 from ..core import DataError, OptionError, keyed_generator, keyed_seed, warn
 from ..crossfit.baselines import baseline_predictions
 from ..crossfit.labels import check_class_folds, classes_of
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PARTS', 'MODEL', 'learner', 'with_head', 'start_at_mean', 'binned_cells', 'HiddenGenes', 'check_shares',
-           'pretraining_loss', 'mean_parts', 'known_values', 'guessers', 'class_probabilities', 'label_scores',
+           'pretraining_loss', 'mean_parts', 'known_values', 'guessers', 'class_probabilities', 'annotation_scores',
            'learning_cells', 'report_losses', 'continue_pretraining']
 
 # %% ../../nbs/scgpt/training.ipynb #8812c123
@@ -68,7 +68,7 @@ def with_head(gpt: ScGPTCheckpoint, config, classes: list[str], seed: int) -> Sc
         model = ScGPTModel(config)
     kept = {name: value for name, value in gpt.model.state_dict().items() if not name.startswith(fresh)}
     report = load_state(model, kept, fresh=fresh)
-    args = {name: value for name, value in gpt.args.items() if name != "cell_types"}
+    args = {name: value for name, value in gpt.args.items() if name not in ("cell_types", "untrained")}
     made = type(gpt)(model, gpt.vocabulary, args=args | ({"cell_types": classes} if classes else {}), device=gpt.device)
     made.load_report = report
     return made
@@ -251,12 +251,14 @@ def class_probabilities(
 MODEL = "scGPT"
 
 
-def label_scores(
+def annotation_scores(
     own: FoldPredictions, parts: list[Split], counts, codes, classes, groups, n_boot: int, settings: dict
 ) -> Scores:
     "The table of held-out classes: probabilities [cells, classes] of the folds' models, beside simple methods."
     seed = settings["seed"]
-    simple = baseline_predictions(count_classifiers(seed), counts, codes, parts, n_classes=len(classes))
+    simple = baseline_predictions(
+        count_classifiers(seed, logged=is_logged(counts)), counts, codes, parts, n_classes=len(classes)
+    )
     return class_score_table(
         own, simple, codes, classes, groups, model=MODEL, n_boot=n_boot, seed=seed, origin=settings
     )
@@ -394,7 +396,7 @@ def continue_pretraining(
         values = class_probabilities(model, adata, index, layer=layer, max_length=max_length, seed=seed)
         settings = {"label": label, "held_out_by": part.by, "epochs": epochs, "seed": seed}
         own, counts = predictions_of(part, values), count_matrix(adata, layer)
-        model.scores = label_scores(own, [part], counts, codes, classes, groups, n_boot, settings)
+        model.scores = annotation_scores(own, [part], counts, codes, classes, groups, n_boot, settings)
     model.dtype = gpt.dtype
     model.model.to(gpt.dtype)
     return model

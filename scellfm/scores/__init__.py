@@ -3,6 +3,6 @@ from scellfm import _lazy
 
 __getattr__, __dir__, __all__ = _lazy(__name__, {
     "Scores": "table", "classification": "labels", "ClassificationResult": "labels", "integration": "batches", "umaps": "pictures",
-    "perturbation": "perturbations", "PerturbationScores": "perturbations",
+    "perturbation": "perturbations", "PerturbationScores": "perturbations", "plot_shares": "shares",
     "gears_scores": "gears", "gears_summary": "gears",
 })

@@ -9,6 +9,7 @@ import importlib.util
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -17,13 +18,16 @@ from scipy import sparse
 from ..core import DataError, OptionError, optional, progress, threads_kept, warn
 from .table import Scores
 
+if TYPE_CHECKING:
+    from anndata import AnnData
+
 # %% auto #0
 __all__ = ['RESOLUTIONS', 'METRICS', 'embedding_of', 'groups_of', 'neighbour_graph', 'best_clustering', 'asw_label', 'asw_batch',
            'graph_connectivity', 'explained_by', 'pcr', 'knn_accuracy', 'one_embedding', 'baseline_embeddings',
-           'tell_if_one', 'matrix_before', 'integration', 'table_of']
+           'warn_if_one', 'matrix_before', 'integration', 'table_of']
 
 # %% ../../nbs/scores/batches.ipynb #5dafd3e2
-def embedding_of(adata, key: str) -> np.ndarray:
+def embedding_of(adata: AnnData, key: str) -> np.ndarray:
     "obsm[key] as floats [cells, d]. DataError: not there, no matrix, or with missing values."
     if key not in adata.obsm:
         raise DataError(
@@ -47,7 +51,7 @@ def embedding_of(adata, key: str) -> np.ndarray:
     return values if np.issubdtype(values.dtype, np.floating) else values.astype(np.float64)
 
 # %% ../../nbs/scores/batches.ipynb #a7307dde
-def groups_of(adata, column: str, role: str) -> np.ndarray:
+def groups_of(adata: AnnData, column: str, role: str) -> np.ndarray:
     "obs[column] as text [cells]. DataError: not there, or missing for some cells."
     if column not in adata.obs:
         raise DataError(
@@ -142,7 +146,7 @@ def graph_connectivity(graph: sparse.csr_matrix, labels: np.ndarray) -> float:
     return float(np.mean(shares))
 
 # %% ../../nbs/scores/batches.ipynb #ebc9b524
-def explained_by(matrix, batches: np.ndarray, n_components: int = 50) -> float:
+def explained_by(matrix: np.ndarray | sparse.csr_matrix, batches: np.ndarray, n_components: int = 50) -> float:
     "The share of the variance in the first principal components of `matrix` [cells, features] that batches explain."
     from sklearn.decomposition import PCA
 
@@ -159,7 +163,7 @@ def explained_by(matrix, batches: np.ndarray, n_components: int = 50) -> float:
     return float((means**2 * n).sum() / total) if total > 0 else np.nan
 
 
-def pcr(before, after: np.ndarray, batches: np.ndarray) -> float:
+def pcr(before: np.ndarray | sparse.csr_matrix, after: np.ndarray, batches: np.ndarray) -> float:
     "The share of the batches' hold on the variance that is gone, cut at 0; NaN where there was none before."
     first = explained_by(before, batches)
     return max(0.0, (first - explained_by(after, batches)) / first) if first > 0 else np.nan
@@ -178,7 +182,9 @@ def knn_accuracy(values: np.ndarray, labels: np.ndarray, k: int = 15) -> float:
 METRICS = ("avg_bio", "avg_batch", "nmi", "ari", "asw_label", "graph_connectivity", "asw_batch", "pcr", "knn_accuracy")
 
 
-def one_embedding(values: np.ndarray, labels, batches, before) -> tuple[dict, dict]:
+def one_embedding(
+    values: np.ndarray, labels: np.ndarray | None, batches: np.ndarray | None, before: sparse.csr_matrix | None
+) -> tuple[dict, dict]:
     "The scores of one embedding [cells, d], and how they came about; labels or batches: None where there are none."
     scores, details = dict.fromkeys(METRICS, np.nan), {}
     graph = None if labels is None else neighbour_graph(values)
@@ -203,8 +209,18 @@ def one_embedding(values: np.ndarray, labels, batches, before) -> tuple[dict, di
     return {name: float(value) for name, value in scores.items()}, details
 
 # %% ../../nbs/scores/batches.ipynb #9651d523
+def check_baseline_counts(adata: AnnData, layer: str | None) -> None:
+    "DataError where the simple methods have no counts to begin with; it names the argument that leaves them out."
+    from scellfm.data.reading import check_counts
+
+    try:
+        check_counts(adata, layer)
+    except DataError as error:
+        raise DataError(f"{error} Without counts the simple methods can be left out: baselines=False") from error
+
+# %% ../../nbs/scores/batches.ipynb #083b5782
 def baseline_embeddings(
-    adata, batches: np.ndarray | None, layer: str | None = None, seed: int = 0
+    adata: AnnData, batches: np.ndarray | None, layer: str | None = None, seed: int = 0
 ) -> dict[str, np.ndarray]:
     """
     'HVG + PCA': log-normalised counts, 2,000 variable genes, 50 components; 'HVG + PCA + Harmony' with harmonypy.
@@ -212,10 +228,10 @@ def baseline_embeddings(
     DataError: the matrix holds no counts.
     """
     from scellfm.baselines import count_features
-    from scellfm.data.reading import check_counts, count_matrix
+    from scellfm.data.reading import count_matrix
 
-    check_counts(adata, layer)
-    parts = count_features(seed).fit_transform(count_matrix(adata, layer))
+    check_baseline_counts(adata, layer)
+    parts = count_features(seed, logged=False).fit_transform(count_matrix(adata, layer))
     found = {"HVG + PCA": parts}
     if batches is not None and importlib.util.find_spec("harmonypy"):
         harmony = optional("harmonypy", "integration").run_harmony(
@@ -226,13 +242,13 @@ def baseline_embeddings(
     return found
 
 # %% ../../nbs/scores/batches.ipynb #7afbf865
-def tell_if_one(groups: np.ndarray | None, column: str | None, lost: str) -> None:
+def warn_if_one(groups: np.ndarray | None, column: str | None, lost: str) -> None:
     "Warn where all cells are of one group."
     if groups is not None and len(set(groups)) == 1:
         warn(f"all cells have obs[{column!r}] {groups[0]!r}: {lost} cannot be told, its scores are NaN")
 
 
-def matrix_before(adata, layer: str | None):
+def matrix_before(adata: AnnData, layer: str | None) -> sparse.csr_matrix:
     "The matrix as it is stored (csr), from which PCR starts. DataError: NaN or infinity."
     from scellfm.data.reading import count_matrix
 
@@ -246,7 +262,7 @@ def matrix_before(adata, layer: str | None):
 
 # %% ../../nbs/scores/batches.ipynb #2806e961
 def integration(
-    adata,  # cells with the embeddings in obsm
+    adata: AnnData,  # cells with the embeddings in obsm
     reps: str | Sequence[str],  # names of embeddings in obsm
     batch: str | None = None,  # column of obs whose groups should mix
     label: str | None = None,  # column of obs whose groups should stay apart
@@ -275,8 +291,8 @@ def integration(
             f"batch={batch!r} and label={label!r}: what should mix and what should stay apart are two columns"
         )
     batches = None if batch is None else groups_of(adata, batch, "batches")
-    tell_if_one(labels, label, "how well types are kept")
-    tell_if_one(batches, batch, "how well batches mix")
+    warn_if_one(labels, label, "how well types are kept")
+    warn_if_one(batches, batch, "how well batches mix")
     batches = None if batches is None or len(set(batches)) == 1 else batches
     if baselines:
         found.update(baseline_embeddings(adata, batches, layer, seed))
@@ -288,7 +304,7 @@ def integration(
     return table_of(results, adata, reps, {"batch": batch, "label": label, "layer": layer, "seed": seed})
 
 
-def table_of(results: dict, adata, reps: list[str], settings: dict) -> Scores:
+def table_of(results: dict, adata: AnnData, reps: list[str], settings: dict) -> Scores:
     "The Scores of (scores, details) by method."
     table = pd.DataFrame({name: scores for name, (scores, _) in results.items()}).T[list(METRICS)]
     sizes = [

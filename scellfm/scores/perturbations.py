@@ -20,6 +20,7 @@ from .table import Scores
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from matplotlib.axes import Axes
 
 # %% auto #0
 __all__ = ['PerturbationScores', 'perturbation', 'of_matrices']
@@ -245,6 +246,15 @@ class PerturbationScores(Scores):
         metrics = [m for m in as_frame(self.details[DUPLICATE]["by_condition_half"])] if metrics is None else metrics
         return pd.DataFrame({metric: self._share(metric) for metric in metrics})
 
+    def plot(self, ax: Axes | None = None, *, kind: str = "shares", metrics: Sequence[str] | None = None) -> Axes:
+        "Draw kind 'shares' (from the training mean to the duplicate) or 'scores' (the table, with intervals)."
+        one_of("kind", kind, ("shares", "scores"))
+        if kind == "scores":
+            return super().plot(ax)
+        from scellfm.scores.shares import plot_shares
+
+        return plot_shares(self, metrics, ax)
+
     def _share(self, metric: str) -> pd.Series:
         table = self.values(metric, half=True)
         once = np.ones((1, len(table)))
@@ -373,16 +383,15 @@ def challenge_scores(adata: AnnData, predictions: Mapping, condition: str, contr
         if (values != np.round(values)).any() or (values < 0).any():
             raise DataError(f"{name} holds values that are no counts; metrics='vcc2026' needs integer counts per cell")
     settings = replace(library.EvalConfig.from_preset("vcc2026"), pert_col=condition, control=control)
-    rows = {}
+    means, details = {}, {}
     for name, part in predictions.items():
-        found = library.compute_metrics(part, adata, config=settings).to_dict(as_series=False)
-        table = pd.DataFrame(found).pivot(index="perturbation", columns="metric", values="value")
-        rows[name] = table
-    means = pd.DataFrame({name: table.mean() for name, table in rows.items()}).T
-    details = {name: {"by_condition": table} for name, table in rows.items()}
-    return Scores(
-        means, details=details, title=f"vcc2026, cell-eval2 {library.__version__}", origin={"metrics": "vcc2026"}
-    )
+        found = library.compute_metrics(part, adata, config=settings)
+        tidy = pd.DataFrame(found.to_dict(as_series=False))
+        details[name] = {"by_condition": tidy.pivot(index="perturbation", columns="metric", values="value")}
+        summed = library.aggregate_metrics(found).to_dict(as_series=False)  # some are ratios of sums, and no means
+        means[name] = dict(zip(summed["metric"], summed["mean"]))
+    title = f"vcc2026, cell-eval2 {library.__version__}"
+    return Scores(pd.DataFrame(means).T, details=details, title=title, origin={"metrics": "vcc2026"})
 
 # %% ../../nbs/scores/perturbations.ipynb #e01224d1
 def perturbation(

@@ -6,11 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..core import OptionError, progress, threads_kept
 from .batches import baseline_embeddings, embedding_of, groups_of
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['umap', 'umaps']
@@ -34,7 +39,7 @@ def umap(values: np.ndarray, *, n_neighbors: int = 15, seed: int = 0) -> np.ndar
 
 # %% ../../nbs/scores/pictures.ipynb #0acb9858
 def umaps(
-    adata,  # cells with the embeddings in obsm
+    adata: AnnData,  # cells with the embeddings in obsm
     reps: str | Sequence[str],  # names of embeddings in obsm
     batch: str | None = None,  # column of obs whose groups should mix
     label: str | None = None,  # column of obs whose groups should stay apart
@@ -42,7 +47,7 @@ def umaps(
     layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
     baselines: bool = True,  # simple embeddings beside them
     seed: int = 0,  # seed of every random draw
-):
+) -> Figure:
     """
     A figure of UMAPs: a row for each of obsm[reps] and each baseline of `integration`, columns by batch and label.
 

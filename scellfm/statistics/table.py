@@ -6,6 +6,7 @@
 __all__ = ['exact_sums', 'finite_numbers', 'Shifts', 'check_shifts', 'bh']
 
 # %% ../../nbs/statistics/table.ipynb #dd69b271
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,7 +114,7 @@ def check_shifts(shifts: pd.DataFrame) -> Shifts:
     )
 
 # %% ../../nbs/statistics/table.ipynb #5b296f54
-def bh(p) -> np.ndarray:
+def bh(p: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
     """Benjamini-Hochberg adjusted p-values (Benjamini & Hochberg 1995, J R Stat Soc B); NaN stays NaN and does not
     count as a test."""
     p = np.asarray(p, dtype=float)

@@ -40,7 +40,7 @@ from scellfm.geneformer.finetuning.genesets import (
 )
 from .heads import choose_learners, weights_of
 from .lora import merge_adapters
-from ..model import GeneformerModel, layer_index, translate
+from ..model import GeneformerModel, layer_index, mark_trained, translate
 from ..pretraining import IGNORED
 from ..quantize import refuse_quantized
 from ..reader import GeneformerReader
@@ -58,6 +58,7 @@ def new_gene_model(gf: GeneformerModel, classes: np.ndarray, seed: int):
 
     refuse_quantized(gf.model)
     config = copying.deepcopy(gf.model.config)
+    mark_trained(config)
     config.id2label = {i: str(name) for i, name in enumerate(classes)}
     config.label2id = {name: i for i, name in config.id2label.items()}
     with torch.random.fork_rng(devices=[]):

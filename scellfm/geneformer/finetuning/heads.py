@@ -18,7 +18,7 @@ from ...assets import load_state
 from ...core import OptionError, check_number, keyed_seed, one_of
 from ...data.splits import Split
 from .lora import add_adapters, config_text, lora_config, merge_adapters
-from ..model import GeneformerModel
+from ..model import GeneformerModel, mark_trained
 from ..quantize import refuse_quantized
 from ..reader import GeneformerReader
 from ...store import fingerprint
@@ -34,6 +34,7 @@ def new_classifier(gf: GeneformerModel, classes: np.ndarray, seed: int):
 
     refuse_quantized(gf.model)
     config = copying.deepcopy(gf.model.config)
+    mark_trained(config)
     config.id2label = {i: str(name) for i, name in enumerate(classes)}
     config.label2id = {name: i for i, name in config.id2label.items()}
     config.problem_type = "single_label_classification"

@@ -158,10 +158,10 @@ class RankTokenizer:
         self._typical[[words[gene] for gene in self.medians]] = list(self.medians.values())
         self._symbols = {gene: name for name, gene in reversed((gene_names or {}).items())}
 
-    token_dictionary = property(lambda self: self.dictionaries.tokens, doc="gene or special token -> token id")
-    medians = property(lambda self: self.dictionaries.medians, doc="gene -> typical level")
-    mapping = property(lambda self: self.dictionaries.mapping, doc="outdated id -> current id, or None")
-    gene_names = property(lambda self: self.dictionaries.gene_names, doc="symbol -> id, or None")
+    token_dictionary = property(lambda self: self.dictionaries.tokens, doc="Gene or special token -> token id.")
+    medians = property(lambda self: self.dictionaries.medians, doc="Gene -> typical level.")
+    mapping = property(lambda self: self.dictionaries.mapping, doc="Outdated id -> current id, or None.")
+    gene_names = property(lambda self: self.dictionaries.gene_names, doc="Symbol -> id, or None.")
 
     @classmethod
     def from_pretrained(

@@ -1,0 +1,102 @@
+"""GEARS in a process of its own: what it is given, what it cannot answer, and what is said where it is not at hand."""
+
+import json
+import os
+import stat
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from scellfm import DataError, ExtraError, ScellfmWarning
+from scellfm.data import simulate_perturbations
+from scellfm.scgenept import PerturbationData, gears_baseline
+from scellfm.scores import perturbation
+
+PROCESS = """
+import json, sys
+import numpy as np, anndata
+from pathlib import Path
+folder = Path(sys.argv[2])
+job = json.loads((folder / "job.json").read_text())
+cells = anndata.read_h5ad(folder / "data" / "perturb_processed.h5ad")
+genes = np.array(cells.var["gene_name"], dtype=str)[::-1]
+assert set(cells.obs["condition"].astype(str)) == {*job["train"], *job["valid"]}
+rows = np.array([[len(wanted) + i for i in range(len(genes))] for wanted in job["wanted"]], dtype=np.float32)
+np.savez(folder / "predictions.npz", genes=genes, rows=rows)
+"""
+
+
+@pytest.fixture(scope="module")
+def data():
+    simulation = simulate_perturbations(n_targets=8, n_pairs=3, n_genes=50, n_cells=12, n_controls=40, seed=0)
+    cells = simulation.adata.copy()
+    cells.obs["condition"] = cells.obs["condition"].astype(str).replace("G07", "AWAY")
+    with pytest.warns(ScellfmWarning, match="1 of 9 perturbed genes are not measured"):
+        return PerturbationData(cells)
+
+
+@pytest.fixture
+def split(data):
+    names = [name for name in data.conditions if "+" not in name]
+    return {
+        "train": [n for n in names if n not in ("G01", "AWAY")],
+        "test": ["G01", "AWAY", *[n for n in data.conditions if "+" in n]],
+    }
+
+
+@pytest.fixture
+def annotations(data):
+    return {gene: [f"a{i % 4}", f"b{i % 6}"] for i, gene in enumerate(data.genes)}
+
+
+def stand_in(folder, program):
+    "An interpreter that runs `program` in place of the script that it is given."
+    (folder / "program.py").write_text(program)
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{folder / "program.py"}" "$@"\n')
+    path.chmod(path.stat().st_mode | stat.S_IEXEC)
+    return path
+
+
+def test_predictions_come_back_by_name_and_a_gene_that_is_not_measured_is_a_dash(data, split, annotations, tmp_path):
+    with pytest.warns(ScellfmWarning, match="GEARS answers 4 of 5"):
+        table = gears_baseline(data, split, annotations, python=stand_in(tmp_path, PROCESS))
+    assert list(table.index) == split["test"] and list(table.columns) == list(data.genes)
+    assert table.loc["AWAY"].isna().all() and table.loc["G01"].iloc[-1] == 1 and table.loc["G01"].iloc[0] == 50
+    scores = perturbation(data, {"GEARS": table.clip(upper=5) / 7}, train=split["train"])
+    assert "GEARS (4 of 5)" in scores.title
+
+
+def test_the_interpreter_is_named_by_the_environment_too(data, split, annotations, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCELLFM_GEARS_PYTHON", str(stand_in(tmp_path, PROCESS)))
+    with pytest.warns(ScellfmWarning):
+        assert gears_baseline(data, split, annotations).notna().any().all()
+
+
+def test_what_is_missing_or_fails_is_said(data, split, annotations, tmp_path, monkeypatch):
+    monkeypatch.delenv("SCELLFM_GEARS_PYTHON", raising=False)
+    with pytest.raises(ExtraError, match="SCELLFM_GEARS_PYTHON"):
+        gears_baseline(data, split, annotations)
+    with pytest.raises(ExtraError, match="no interpreter"):
+        gears_baseline(data, split, annotations, python=tmp_path / "nowhere")
+    failing = stand_in(tmp_path, "raise SystemExit('No module named gears')")
+    with pytest.warns(ScellfmWarning), pytest.raises(ExtraError, match="code 1: No module named gears"):
+        gears_baseline(data, split, annotations, python=failing)
+    with pytest.warns(ScellfmWarning), pytest.raises(DataError, match="no two of 50 genes share terms"):
+        gears_baseline(data, split, {"x": ["t"]}, python=failing)
+    with pytest.raises(DataError, match="with measured genes"):
+        gears_baseline(data, {"train": split["train"], "test": ["AWAY"]}, annotations, python=failing)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_original_answers(data, split, annotations):
+    if "SCELLFM_GEARS_PYTHON" not in os.environ:
+        pytest.skip("SCELLFM_GEARS_PYTHON names no environment with cell-gears")
+    found, again = (gears_baseline(data, split, annotations, epochs=2, seed=1) for _ in range(2))
+    pd.testing.assert_frame_equal(found, again, atol=1e-5)
+    control = data.means().loc["ctrl"]
+    assert found.loc["AWAY"].isna().all() and np.corrcoef(found.loc["G01"], control)[0, 1] > 0.5
+    json.dumps(found.dropna().round(3).to_dict())

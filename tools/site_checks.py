@@ -1,0 +1,69 @@
+"""What can be checked on the finished site without a browser."""
+
+import html
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import site_reference as reference
+
+PLAIN = re.compile(r"<(script|style|pre|code|math)\b.*?</\1>|<[^>]+>", re.S)
+
+
+def broken_links(site: Path) -> list[str]:
+    "Links and images of the site that lead nowhere."
+    pages = {path: path.read_text(encoding="utf8") for path in site.rglob("*.html")}
+    anchors = {path: set(re.findall(r'\b(?:id|name)="([^"]+)"', text)) for path, text in pages.items()}
+    broken = []
+    for path, text in pages.items():
+        for link in re.findall(r'<(?:a|img|link|script)\b[^>]*?\b(?:href|src)="([^"]*)"', text):
+            url = urlparse(html.unescape(link))
+            if url.scheme or url.netloc or path.name == "404.html":
+                continue
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            target = target / "index.html" if target.is_dir() else target
+            anchor = unquote(url.fragment)
+            if not target.exists() or (anchor and target in anchors and anchor not in anchors[target]):
+                broken.append(f"broken link: {path.relative_to(site)} -> {link}")
+    return sorted(set(broken))
+
+
+def raw_text(site: Path) -> list[str]:
+    "Pages with formulas or marks that were left as they were written, or with prompts of a notebook."
+    found = []
+    for path in sorted(site.rglob("*.html")):
+        text = PLAIN.sub(" ", path.read_text(encoding="utf8"))
+        found += [f"{path.relative_to(site)} shows {mark!r}" for mark in ("$$", "In [", "xKEPTx") if mark in text]
+    return found
+
+
+def summaries(pages: list) -> list[str]:
+    "Documented objects and pages whose first paragraph does not end a sentence."
+    found = []
+    for page in pages:
+        opening = next((cell.source for cell in page.notebook.cells if cell.cell_type == "markdown"), "")
+        quoted = re.search(r"^> (.+?)(?=\n\n|\Z)", opening, flags=re.M | re.S)
+        if quoted and not quoted[1].strip().endswith((".", "?", "!")):
+            found.append(f"{page.path}: the summary ends in the middle: {quoted[1]!r}")
+        for shown in [each for entry in page.entries for each in (entry, *entry.methods)]:
+            first = reference.words_of(shown).split("\n\n")[0]
+            if not first:
+                found.append(f"{page.path}: `{shown.name}` has no docstring")
+            elif not first.endswith((".", "?", "!", ":", "::", ")")):
+                found.append(f"{page.path}: the summary of `{shown.name}` ends without a full stop")
+    return found
+
+
+def missing_methods(site: Path, pages: list) -> list[str]:
+    "Public methods of documented classes that the class's page does not show with all their parameters."
+    found = []
+    for page in pages:
+        text = (site / page.html).read_text(encoding="utf8")
+        for method in (method for entry in page.entries for method in entry.methods):
+            start = text.find(f'id="{method.anchor}"')
+            part = html.unescape(re.sub(r"<[^>]+>", "", text[start : text.find("<h", start + 1)])) if start >= 0 else ""
+            sign = reference.signature(method)
+            lacking = [name for name in (sign.parameters if sign else ()) if name not in part]
+            if start < 0 or lacking:
+                found.append(f"{page.html} lacks `{method.name}` {', '.join(lacking)}".rstrip())
+    return found
