@@ -1,8 +1,8 @@
 """Every public door through which a file comes in, and what to do with a damaged one: `DOORS[reader](folder)` reads the
-files in `folder` (laid out as `seeds` below makes them) and uses what it read; `outcome` does so in a process of its own.
+files in `folder` (laid out as the seeds are) and uses what it read; `outcome` does so in a process of its own.
 
-As a program: `python tests/fuzz_doors.py SEEDS CASES` reads each case (`reader__what__file`) in place of the file of that name
-in a copy of SEEDS, and prints what came of it.
+As a program: `python tests/fuzz_readers.py SEEDS CASES` reads each case (`reader__what__file`) in place of the file of
+that name in a copy of SEEDS, and prints what came of it.
 """
 
 import json
@@ -387,25 +387,39 @@ def writable(source: Path, target: Path) -> Path:
     return target
 
 
+def targets_of(case: Path, folder: Path) -> list[Path]:
+    "The files, relative to the seeds, whose place a case takes: every one of its name that the case's reader reads."
+    reader, name = case.name.split("__")[0], case.name.rsplit("__", 1)[1].lstrip("_")
+    place = folder / PLACES[reader]
+    found = [path for path in (place.rglob(name) if place.is_dir() else [place]) if path.is_file()]
+    return sorted(path.relative_to(folder) for path in found)
+
+
+def read_case(case: Path, target: Path, folder: Path) -> str:
+    "What comes of reading the seeds in `folder` with one case in the place of one file, which is put back."
+    whole = (folder / target).read_bytes()
+    (folder / target).write_bytes(case.read_bytes())
+    try:
+        return outcome(case.name.split("__")[0], folder)
+    finally:
+        (folder / target).write_bytes(whole)
+
+
 def main(seeds: str, cases: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = writable(Path(seeds), Path(place) / "seeds")
         warm_up(folder)
         tally = {}
         for case in sorted(Path(cases).iterdir()):
-            reader, name = case.name.split("__")[0], case.name.rsplit("__", 1)[1].lstrip("_")
-            place = folder / PLACES[reader]
-            targets = [path for path in (place.rglob(name) if place.is_dir() else [place]) if path.is_file()]
-            for target in sorted(path.relative_to(folder) for path in targets):
-                whole = (folder / target).read_bytes()
-                (folder / target).write_bytes(case.read_bytes())
+            for target in targets_of(case, folder):
                 start = time.monotonic()
-                said = outcome(reader, folder)
-                (folder / target).write_bytes(whole)
+                said = read_case(case, target, folder)
                 kind = said.split(":")[0]
                 tally[kind] = tally.get(kind, 0) + 1
                 mark = "  " if is_fine(said) else "!!"
-                print(f"{mark} {time.monotonic() - start:5.1f} s {case.name} [{target}]\n      {said[:220]}", flush=True)
+                print(
+                    f"{mark} {time.monotonic() - start:5.1f} s {case.name} [{target}]\n      {said[:220]}", flush=True
+                )
         print(tally)
 
 

@@ -270,8 +270,7 @@ def test_data_that_cannot_be_learned_from(gpt, adata, split):
     with pytest.raises(DataError, match="single class"):
         gpt.continue_pretraining(one, label="cell_type", **FAST)
     twice.obs_names = ["a"] * 60
-    with pytest.raises(DataError, match="obs_names repeat"):
-        gpt.continue_pretraining(twice, **FAST)
+    gpt.continue_pretraining(twice, **FAST)
     with pytest.raises(DataError, match="both train and test"):
         gpt.continue_pretraining(adata, split=leaky, **FAST)
     with pytest.raises(OptionError, match="one Split"):

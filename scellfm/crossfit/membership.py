@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import AssetError, DataError, keyed_seed, warn
-from ..data.splits import Folds, Split, check_leakage, column_of
+from ..data.splits import Folds, Split, cell_keys, check_leakage, column_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -90,8 +90,8 @@ class TrainedOn:
 
 
 def keys_of(names: Sequence[str] | pd.Index | np.ndarray, kind: str = "cell") -> np.ndarray:
-    "64-bit keys of the names of rows."
-    return np.array([keyed_seed(0, kind, str(name)) for name in names], dtype=np.uint64)
+    "64-bit keys of the names of rows, of which each occurrence has its own."
+    return np.array([keyed_seed(0, kind, name) for name in cell_keys(names)], dtype=np.uint64)
 
 # %% ../../nbs/crossfit/membership.ipynb #65d38f1d
 def scrambled(values: np.ndarray) -> np.ndarray:
@@ -216,13 +216,8 @@ def warn_of_trained(fold: np.ndarray) -> None:
         )
 
 # %% ../../nbs/crossfit/membership.ipynb #fa7f57f4
-def check_cells(names: pd.Index, split: Split | Folds, n: int) -> None:
-    "DataError where the names of the cells repeat, or where the split is not of the `n` cells of the data."
-    if not names.is_unique:
-        raise DataError(
-            f"obs_names repeat (e.g. {names[names.duplicated()][0]!r}), and a cell's name tells "
-            "which models have seen it; call adata.obs_names_make_unique()"
-        )
+def check_cells(split: Split | Folds, n: int) -> None:
+    "DataError where the split is not of the `n` cells of the data."
     of = split.folds()[0].n
     if of != n:
         raise DataError(f"the split is of {of:,} cells and the data have {n:,}; make the split from these cells")
@@ -241,7 +236,7 @@ def resolve_folds(
     rows_of: rows of the model's data for positions in the data, without those that it cannot read; None: the same.
     Raises DataError.
     """
-    check_cells(obs.index, split, len(obs) if n is None else n)
+    check_cells(split, len(obs) if n is None else n)
     groups = column_of(obs, split.by, "split.by") if split.by else None
     names, parts = obs.index.to_numpy(), []
     for one in split.folds():

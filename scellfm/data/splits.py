@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PARTS', 'LOOKS_MISSING', 'Split', 'Folds', 'check_split', 'known_labels', 'column_of', 'labels_of', 'check_fractions',
-           'whole_numbers', 'deal_cells', 'all_deals', 'greedy_deals', 'deal_groups', 'deal_by', 'deal', 'hold_out',
-           'folds', 'check_leakage']
+           'whole_numbers', 'cell_keys', 'deal_cells', 'all_deals', 'greedy_deals', 'deal_groups', 'deal_by', 'deal',
+           'hold_out', 'folds', 'check_leakage']
 
 # %% ../../nbs/data/splits.ipynb #8cd931d0
 PARTS = ("train", "valid", "test")
@@ -37,6 +37,17 @@ class Split:
     by: str | None  # the column whose groups stay whole; None: each cell for itself
     n: int
     table: pd.DataFrame | None = field(default=None, compare=False)  # cells, groups, labels in each part
+
+    def __post_init__(self):
+        "Positions are whole numbers of cells that there are: DataError."
+        for part in PARTS:
+            rows = np.asarray(getattr(self, part))
+            if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
+                raise DataError(f"{part} holds {rows.dtype} of shape {rows.shape}; a split holds positions of cells")
+            odd = rows[(rows < 0) | (rows >= self.n)]
+            if len(odd):
+                raise DataError(f"{part} names the cell {odd[0]} of {self.n:,} cells (0 to {self.n - 1:,})")
+            setattr(self, part, rows.astype(np.int64))
 
     def folds(self) -> list[Split]:
         "This split alone, as a list: what takes Folds takes a Split."
@@ -157,6 +168,15 @@ def whole_numbers(wanted: np.ndarray, total: int) -> np.ndarray:
     sizes[np.argsort(sizes - wanted, kind="stable")[: total - sizes.sum()]] += 1
     return sizes
 
+# %% ../../nbs/data/splits.ipynb #86e3f172
+def cell_keys(names: Iterable[str]) -> np.ndarray:
+    "One text for each cell, no two the same: its name, and behind it how many cells of this name came before (if any)."
+    import pandas as pd
+
+    names = pd.Series([str(name) for name in names], dtype=object)
+    before = names.groupby(names, sort=False).cumcount().to_numpy()
+    return np.array([f"{name}\x1f{n}" if n else name for name, n in zip(names, before)], dtype=object)
+
 # %% ../../nbs/data/splits.ipynb #2bb36e0c
 def deal_cells(names, labels: np.ndarray, codes: np.ndarray, fractions: np.ndarray, seed: int) -> np.ndarray:
     "The part (0, 1, ...) of each cell, cells being the unit: by label, in the order of keyed draws."
@@ -251,14 +271,8 @@ def deal(adata, by: str | None, fractions: np.ndarray, stratify: str | None, see
     counts = {"cells": 0}
     if by is not None:
         part, counts[by] = deal_by(obs, by, codes, fractions, seed)
-    elif obs.index.is_unique:
-        part = deal_cells(obs.index.astype(str), labels, codes, fractions, seed)
     else:
-        name = str(obs.index[obs.index.duplicated()][0])
-        raise DataError(
-            f"cell names repeat (e.g. {name!r}), and a split by cells is keyed by them; call "
-            "adata.obs_names_make_unique() first"
-        )
+        part = deal_cells(cell_keys(obs.index), labels, codes, fractions, seed)
     counts["cells"] = np.bincount(part, minlength=len(fractions))
     for i, label in enumerate(labels if stratify is not None else ()):
         counts[str(label)] = np.bincount(part[codes == i], minlength=len(fractions))
@@ -274,7 +288,7 @@ def hold_out(
 ) -> Split:
     """Deal cells into train, valid and test; the result depends on the seed and the names of cells or groups alone.
 
-    DataError: missing column or value, single class, fewer groups or cells of a label than parts, repeated names.
+    DataError: missing column or value, single class, fewer groups or cells of a label than parts.
     OptionError: fractions that do not sum to 1.
     """
     part, table = deal(adata, by, check_fractions(fractions), stratify, seed)

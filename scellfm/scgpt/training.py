@@ -23,7 +23,7 @@ from ..crossfit.membership import by_name
 from ..crossfit.predictions import FoldPredictions
 from ..crossfit.tables import class_score_table, row_names
 from ..data.reading import count_matrix, genes_of, read
-from ..data.splits import Split, check_leakage, check_split, column_of, hold_out
+from ..data.splits import Split, cell_keys, check_leakage, check_split, column_of, hold_out
 from .checkpoint import ScGPTCheckpoint
 from .embedding import over_cells
 from .model import ScGPTModel
@@ -116,7 +116,7 @@ class HiddenGenes:
     def __init__(
         self, gpt: ScGPTCheckpoint, cells: BinnedCells, names, *, shares: tuple, max_length: int, seed: int, codes=None
     ):
-        self.cells, self.names, self.codes = cells, np.asarray(names).astype(str), codes
+        self.cells, self.names, self.codes = cells, cell_keys(names), codes
         self.pad_id, self.pad_value = gpt.vocabulary.pad, gpt.model.config.pad_value
         self.mask_value = float(gpt.args.get("mask_value", -1))
         self.shares, self.max_length, self.seed = shares, max_length, seed
@@ -266,11 +266,6 @@ def annotation_scores(
 # %% ../../nbs/scgpt/training.ipynb #69dfed02
 def learning_cells(adata, cells: BinnedCells, split: Split | None, held_out: float, seed: int) -> Split:
     "The cells to train on and (as test) to judge by, without those that have no known gene. DataError, OptionError."
-    if not adata.obs_names.is_unique:
-        raise DataError(
-            f"obs_names repeat (e.g. {adata.obs_names[adata.obs_names.duplicated()][0]!r}), and what is hidden "
-            "in a cell is drawn by its name; call adata.obs_names_make_unique()"
-        )
     nobody = np.empty(0, np.int64)
     if split is None and held_out == 0:
         split = Split(np.arange(adata.n_obs), nobody, nobody, None, adata.n_obs)

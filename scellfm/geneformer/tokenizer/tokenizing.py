@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import sparse
 
 from ...core import DataError, one_of, warn
-from ...data.reading import CountFaults
+from ...data.reading import CountFaults, Depth
 from .ranking import encode
 from .sources import CellSource, cell_totals, stored_totals
 from .tokenized import TokenizedCells
@@ -158,12 +158,14 @@ def tokenize_blocks(
         },
         index=range(source.n_cells),
     )
-    fractions = False
+    fractions, largest, depth = False, 0.0, Depth()
     for start, block in source.blocks(rows):
         if vet_counts(source, start, block, stored) and not fractions:
             fractions = True
             warn(f"{source.name}: the counts are not whole numbers; they are ranked as linear values")
         totals = cell_totals(source, start, block, stored)
+        largest = max(largest, float(block.data.max(initial=0)))
+        depth.add(block, totals)
         index = np.arange(start, start + block.shape[0])
         tally.n_cells += len(index)
         if chosen is not None and not chosen[index].all():
@@ -172,6 +174,9 @@ def tokenize_blocks(
             block, totals, index = block[inside], totals[inside], index[inside]
         tally.total += float(block.data.sum(dtype=np.float64))
         yield tokenize_block(source, block, totals, index, obs, medians, tokens, ask, tally)
+    if not fractions:
+        source.warn_of_scale(largest)
+        depth.warn()
 
 
 def tokenize_block(source, block, totals, index, obs, medians, tokens, ask: Request, tally: Tally) -> TokenizedCells:
