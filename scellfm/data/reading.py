@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'counts_of', 'check_matrices', 'places', 'is_raw', 'var_key', 'expected_shape', 'matrix_key',
-           'open_counts', 'file_kind', 'genes_of', 'path_blocks', 'count_blocks', 'count_matrix', 'Fault', 'Depth',
-           'CountFaults', 'judge', 'remedy', 'check_counts', 'parse', 'check_options', 'read']
+__all__ = ['genes_of', 'path_blocks', 'count_blocks', 'count_matrix', 'Fault', 'CountFaults', 'check_counts', 'check_options',
+           'read']
 
 # %% ../../nbs/data/reading.ipynb #ac72911d
 def counts_of(adata: AnnData, layer: str | None = None) -> Any:
@@ -162,7 +161,7 @@ def path_blocks(
         for start, block in slices(stored, rows, f"{path}: {key}", expected):
             yield start, canonical_csr(block, copy=False)
 
-
+# %% ../../nbs/data/reading.ipynb #f43b2397
 def count_blocks(
     adata_or_path: AnnData | str | Path,
     layer: str | None = None,  # None: X, "raw": adata.raw.X, else a layer
@@ -366,7 +365,7 @@ def parse(path: Path, kind: str, backed: bool, prefix: str | None = None, genome
     return anndata.io.read_zarr(path)
 
 # %% ../../nbs/data/reading.ipynb #031dbb4b
-def check_options(path: Path, kind: str, backed: bool, prefix, genome) -> None:
+def check_options(path: Path, kind: str, backed: bool, prefix: str | None, genome: str | None) -> None:
     "OptionError or DataError where an argument of `read` does not go with the kind of file."
     if backed and kind != "h5ad":
         raise DataError(f"backed=True needs an h5ad file and {path} is {kind}; read it and write it as h5ad first")
@@ -374,7 +373,7 @@ def check_options(path: Path, kind: str, backed: bool, prefix, genome) -> None:
         if value is not None and kind != wanted:
             raise OptionError(f"{name}={value!r} is for files of the kind {wanted}, and {path} is {kind}; leave it out")
 
-
+# %% ../../nbs/data/reading.ipynb #337df2b3
 def read(path: str | Path, *, backed: bool = False, prefix: str | None = None, genome: str | None = None) -> AnnData:
     """Read cells from h5ad, 10x h5, a 10x mtx folder, loom or zarr; `backed=True` leaves the X of an h5ad on disk.
 

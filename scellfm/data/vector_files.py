@@ -83,7 +83,7 @@ def split_line(line: str) -> list[str]:
     "The fields of a line, separated by tabs and spaces or, where there is one, by commas."
     return line.strip("\r\n").split(",") if "," in line else line.split() or [""]
 
-
+# %% ../../nbs/data/vector_files.ipynb #b3e5c7f6
 def is_header(name: str, fields: list[str]) -> bool:
     "Whether a first line holds column names (none of a gene's numbers), or word2vec's two sizes."
     sizes = name.isdigit() and len(fields) == 1
@@ -177,7 +177,7 @@ def read_vectors(
         found.save(folder)
     return found
 
-
+# %% ../../nbs/data/vector_files.ipynb #418da90e
 def converted_before(folder: Path, path: Path, digest: str) -> GeneVectors:
     "The table in `folder`; OptionError when it was made from another file."
     found = GeneVectors.load(folder)

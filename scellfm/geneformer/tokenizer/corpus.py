@@ -99,7 +99,7 @@ class CellNames:
         "The positions `rows` in the order of their names."
         return rows[np.argsort(self.place[rows], kind="stable")]
 
-
+# %% ../../../nbs/geneformer/tokenizer/corpus.ipynb #099f6419
 def runs(same: np.ndarray) -> np.ndarray:
     "For each place how many `True` end there in a row: [F T T F T] gives [0 1 2 0 1]."
     at = np.arange(len(same))
@@ -154,7 +154,7 @@ class Corpus:
             f"{', '.join(folder.name for folder in self.folders[:3])}{', ...' * (len(self.folders) > 3)})"
         )
 
-
+# %% ../../../nbs/geneformer/tokenizer/corpus.ipynb #e823e060
 def stretch(chunk: pyarrow.ListArray) -> tuple[np.ndarray, np.ndarray]:
     "(tokens, offsets of the cells in them) of one batch of a list column, as views of the mapped file."
     if chunk.null_count or chunk.values.null_count:

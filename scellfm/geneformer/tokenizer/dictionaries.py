@@ -16,7 +16,7 @@ from ...core import AssetError, one_of, user_path
 from ...store import atomic_write
 
 # %% auto #0
-__all__ = ['FILES', 'WRITTEN', 'Dictionaries', 'write_dictionaries', 'read_dictionaries']
+__all__ = ['FILES', 'WRITTEN', 'Dictionaries']
 
 # %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #fbd2b942
 FILES = {
@@ -59,7 +59,7 @@ def check_kinds(content: Mapping | None, kind: type, what: str) -> None:
             words = {Integral: "a whole number", Real: "a number", str: "a text"}[kind]
             raise AssetError(f"the {what} give {gene!r} the value {value!r:.50} and not {words}; the file is damaged")
 
-
+# %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #5ec893ce
 def check_dictionaries(found: Dictionaries) -> Dictionaries:
     "Return `found` with plain int and float values, or raise an AssetError that names what does not fit."
     check_kinds(found.tokens, Integral, "tokens")
@@ -124,7 +124,7 @@ def dictionary_files(folder: Path, kind: str) -> dict[str, Path]:
             found[tail] = path
     return found
 
-
+# %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #294c3e1d
 def companion(folder: Path, kind: str, tail: str) -> Path | None:
     """The file of another kind that goes with the token dictionary that ends in `tail`: the same ending, else the
     only one."""

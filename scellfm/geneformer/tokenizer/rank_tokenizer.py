@@ -78,7 +78,7 @@ def fitted_symbols(source: CellSource) -> np.ndarray:
                 return names
     return np.full(len(source.var), "", dtype=object)
 
-
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #545562bf
 def source_levels(source: CellSource, tokens: np.ndarray):
     "All (genes, values) of a source, block by block, for the medians."
     stored, chosen = stored_totals(source), chosen_cells(source)

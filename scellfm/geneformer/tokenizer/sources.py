@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['CellSource', 'block_rows', 'from_loom', 'open_source', 'cell_files']
+__all__ = []
 
 # %% ../../../nbs/geneformer/tokenizer/sources.ipynb #d4e639ad
 @dataclass
@@ -70,7 +70,7 @@ class CellSource:
         "The genes of the matrix, for `data.genes`."
         return GeneTable(self.var)
 
-
+# %% ../../../nbs/geneformer/tokenizer/sources.ipynb #870fcd2c
 def block_rows(rows: int, n_genes: int, dense: bool) -> int:
     "Rows of a block: `rows` of a sparse matrix; of a dense one as many as hold 4 million values."
     return max(1, min(rows, 2**22 // max(n_genes, 1))) if dense else rows

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 # %% auto #0
-__all__ = ['gather_rows', 'report_rows', 'TokenizedCells', 'DatasetWriter']
+__all__ = ['TokenizedCells']
 
 # %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #ecb65df4
 def gather_rows(offsets: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -334,7 +334,7 @@ def data_files(folder: Path) -> list[Path]:
         raise DataError(f"{folder} has an index of rows beside its data; save it again with datasets (flatten_indices)")
     return [folder / name for name in names]
 
-
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #0109b8de
 def no_dataset(folder: Path) -> str:
     "Why a folder is no saved data set, and which one is meant."
     splits = sorted(path.parent.name for path in folder.glob("*/state.json")) if folder.is_dir() else []
@@ -365,7 +365,7 @@ def check_tokens(column: pyarrow.ChunkedArray, folder: Path) -> None:
             odd = ends["min"] if ends["min"] < 0 else ends["max"]
             raise DataError(f"{folder}: input_ids holds {odd}, which is no token id; tokenize again")
 
-
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #720ebc71
 def read_table(folder: Path) -> pyarrow.Table:
     "The columns of a Hugging Face data set folder with input_ids, left on disk; DataError if it is none."
     import pyarrow as pa
@@ -407,7 +407,7 @@ def obs_column(column: pyarrow.ChunkedArray, classes: list[str] | None, name: st
         return pd.Series(pd.array(column.to_pylist(), dtype=nullable[kind]))
     return column.to_pandas()
 
-
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #1755f63f
 def obs_of(table: pyarrow.Table, columns: Sequence[str] | None = None) -> pd.DataFrame:
     "The columns of obs of a table of cells: those named, or all but the tokens and what belongs to them."
     if columns is None:
@@ -445,7 +445,7 @@ def read_origin(folder: Path, n: int) -> pyarrow.Table | None:
         raise DataError(f"{path} lacks names of cells; the data set is damaged: tokenize again")
     return origin
 
-
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #ae4f03f5
 def is_framed(tokens: np.ndarray, offsets: np.ndarray) -> bool:
     "Does every cell begin with 2 and end with 3, as in the original's second generation?"
     lengths = np.diff(offsets)
@@ -463,7 +463,7 @@ def kept_counts(table: pyarrow.Table, n_tokens: int, folder: Path) -> np.ndarray
         raise DataError(f"{folder}: counts holds {len(counts):,} values for {n_tokens:,} tokens; tokenize again")
     return counts.astype(np.float32)
 
-
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #c222b765
 def read_dataset(folder: Path) -> TokenizedCells:
     "Read a data set folder with the columns of the original Geneformer into memory; see `TokenizedCells.load`."
     import pyarrow.compute as pc

@@ -32,7 +32,7 @@ def fault_place(source: CellSource, start: int, block: sparse.csr_matrix, kind: 
     cell = source.names(fault.cell, fault.cell + 1)[0]
     return f"cell {str(cell)!r}, gene {str(source.var.index[fault.gene])!r} holds {fault.value:.6g}"
 
-
+# %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #57eea7fb
 def vet_counts(source: CellSource, start: int, block: sparse.csr_matrix, stored: np.ndarray | None) -> bool:
     "DataError unless a block can be ranked; returns whether it holds fractions (on a linear scale)."
     values = block.data
@@ -131,7 +131,7 @@ class Request:
                 f"columns={{{taken[0]!r}: 'other name'}}"
             )
 
-
+# %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #be34736d
 def column_names(columns) -> dict[str, str]:
     "A name, names or a dictionary of obs columns as {column: name in the result}."
     if isinstance(columns, str):
@@ -178,7 +178,7 @@ def tokenize_blocks(
         source.warn_of_scale(largest)
         depth.warn()
 
-
+# %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #090f34a6
 def tokenize_block(source, block, totals, index, obs, medians, tokens, ask: Request, tally: Tally) -> TokenizedCells:
     "Encode one block, drop or keep its empty cells, count."
     how = dict(special=ask.special, keep_counts=ask.keep_counts, engine=ask.engine, vocabulary=ask.vocabulary)
