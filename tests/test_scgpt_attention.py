@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scellfm.scgpt import attention
+from scellfm.scgpt import attention, model
 from scellfm.scgpt.attention import lean_attention
 from scellfm.scgpt.model import Encoder, ScGPTConfig
 
@@ -54,8 +54,9 @@ def test_gradients_with_dropout_are_those_of_differences():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_an_encoder_that_spares_memory_learns_the_same(checkpointing):
+def test_an_encoder_that_spares_memory_learns_the_same(monkeypatch, checkpointing):
     torch.manual_seed(0)
+    monkeypatch.setattr(model, "LONG", 1)
     encoder = Encoder(ScGPTConfig(5, 0, d_model=16, n_heads=2, d_hid=16, n_layers=2, dropout=0.0)).train()
     x = torch.randn(2, 11, 16)
     gradients = []
@@ -70,7 +71,8 @@ def test_an_encoder_that_spares_memory_learns_the_same(checkpointing):
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-4, rtol=1e-4)
 
 
-def test_checkpointing_repeats_the_dropout_of_the_forward_pass():
+def test_checkpointing_repeats_the_dropout_of_the_forward_pass(monkeypatch):
+    monkeypatch.setattr(model, "LONG", 1)
     encoder = Encoder(ScGPTConfig(5, 0, d_model=16, n_heads=2, d_hid=16, n_layers=2, dropout=0.3)).train()
     x = torch.randn(2, 11, 16)
     gradients = []

@@ -14,4 +14,5 @@ __getattr__, __dir__, __all__ = _lazy(__name__, {
     "ScGenePTModel": "model", "ScGenePT": "scgenept", "published_tables": "knowledge",
     "Pairs": "training", "train_pairs": "training", "predict_values": "prediction",
     "evaluate_published": "evaluation", "evaluate_which": "reverse",
+    "fetch_model": "published", "reproduce": "reproduction",
 })
