@@ -233,12 +233,11 @@ def test_fewer_groups_than_parts_are_refused():
     refused(DataError, "2 groups (donor0, donor1) for 3 parts", "by=None", obs=table(n_donors=2), by="donor")
 
 
-def test_repeated_cell_names_are_refused_when_cells_are_dealt():
+def test_repeated_cell_names_are_dealt_by_occurrence():
     obs = table()
     obs.index = ["same", "same", *obs.index[2:]]
-    refused(DataError, "'same'", "obs_names_make_unique", obs=obs)
-    refused(DataError, "'same'", obs=obs, function=folds)
-    hold_out(obs, by="donor")
+    for split in (hold_out(obs), hold_out(obs, by="donor"), *folds(obs).folds()):
+        assert sorted([*split.train, *split.valid, *split.test]) == list(range(len(obs)))
 
 
 def test_too_few_folds_are_refused():

@@ -235,11 +235,6 @@ ERRORS = {
         OptionError,
         ["max_length=2", "at least 3"],
     ),
-    "cells of one name learn": (
-        lambda g, c, s, d: tuned(g, renamed(["twin"] * 24)),
-        DataError,
-        ["'twin'", "obs_names_make_unique()"],
-    ),
     "no such state": (
         lambda g, c, s, d: c.perturb(cells(), **STATES | {"goal": "NK"}),
         DataError,
