@@ -192,7 +192,7 @@ class Neighbours(ClassifierMixin, BaseEstimator):
 
 # %% ../nbs/baselines.ipynb #80e2d2e6
 def count_classifiers(seed: int = 0, logged: bool | None = None) -> dict[str, BaseEstimator]:
-    """The baselines of a cell classifier by name: unfitted scikit-learn estimators on raw counts [cells, genes], sparse.
+    """The baselines of a cell classifier by name: unfitted scikit-learn estimators on sparse counts [cells, genes].
 
     logged: the matrix holds logarithms already (`is_logged`; None: each tells it from the matrix it is fitted on)."""
     features = [steps(count_features(seed, logged=logged)) for _ in range(2)]
@@ -202,7 +202,7 @@ def count_classifiers(seed: int = 0, logged: bool | None = None) -> dict[str, Ba
         "majority class": DummyClassifier(strategy="prior"),
     }
 
-
+# %% ../nbs/baselines.ipynb #a6bde6c5
 def steps(pipeline: Pipeline) -> list[BaseEstimator]:
     "The estimators of a pipeline, in order."
     return [step for _, step in pipeline.steps]
@@ -220,7 +220,7 @@ def group_names(X: Matrix) -> tuple[np.ndarray, np.ndarray]:
     values = np.asarray(X, dtype=object).reshape(len(X))
     return values.astype(str), ~pd.isna(values)
 
-
+# %% ../nbs/baselines.ipynb #a1803b33
 class GroupMeans(RegressorMixin, BaseEstimator):
     "Predict the mean of a row's group; the mean over all fitted rows for a group that was not there, or is missing."
 

@@ -17,7 +17,7 @@ from .commands.options import Parser, call, command_parser, commands_in
 from .core import ScellfmError, ScellfmWarning, printable, settings
 
 # %% ../nbs/cli.ipynb #2542a44d
-MODULES = ("demonstration", "tokens", "vectors", "classifiers", "screens", "references")
+MODULES = ("demonstration", "tokens", "vectors", "classifiers", "screens", "references", "perturbations")
 
 
 def build_parser(only: str | None = None) -> Parser:

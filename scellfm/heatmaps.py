@@ -67,7 +67,7 @@ def with_label(adata: AnnData, label: str | None) -> AnnData:
         warn(f"{(~known).sum():,} of {len(known):,} cells have no value of {label!r} and are not drawn")
     return adata if known.all() else adata[known]
 
-
+# %% ../nbs/heatmaps.ipynb #313bea52
 @styled(7, 5)
 def heatmap(
     adata: AnnData,

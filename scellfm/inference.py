@@ -7,12 +7,16 @@ __all__ = ['CACHED_TOKENS', 'pick_device', 'pick_dtype', 'plan_batches', 'row_sl
            'as_sequences', 'check_not_empty', 'run', 'run_rows']
 
 # %% ../nbs/inference.ipynb #15485f56
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from .core import DataError, OptionError, check_number, logger, one_of, progress, warn
+
+if TYPE_CHECKING:
+    import tqdm
 
 # %% ../nbs/inference.ipynb #dcd8fe63
 def pick_device(device: str | torch.device = "auto") -> torch.device:
@@ -38,7 +42,7 @@ def pick_dtype(dtype: str | torch.dtype = "float32") -> torch.dtype:
     return getattr(torch, name)
 
 # %% ../nbs/inference.ipynb #3c24a5d0
-def plan_batches(lengths, token_budget: int = 16384, spread: float = 0.25) -> list[np.ndarray]:
+def plan_batches(lengths: np.ndarray, token_budget: int = 16384, spread: float = 0.25) -> list[np.ndarray]:
     "Positions (int64) of the sequences of each batch: near-equal lengths, at most `token_budget` tokens with padding."
     check_number("token_budget", token_budget, 1)
     lengths = np.asarray(lengths, dtype=np.int64)
@@ -67,7 +71,7 @@ def row_slices(n: int, length: int, device: torch.device) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 # %% ../nbs/inference.ipynb #9f4223e3
-def pad(sequences, pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def pad(sequences: Sequence, pad_id: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     "Token ids [b, L] (int64, filled up with `pad_id`) and the mask of real tokens [b, L] (bool)."
     lengths = np.fromiter((len(s) for s in sequences), dtype=np.int64, count=len(sequences))
     ids = np.full((len(sequences), int(lengths.max(initial=0))), pad_id, dtype=np.int64)
@@ -111,7 +115,7 @@ class Sequences:
     cells: a list of token ids per cell, or what has `blocks`: pairs of token ids (or a tuple of arrays of one length)
     and offsets [cells + 1], as TokenizedCells and Corpus do. `cells[3]` gives the int64 ids of one cell."""
 
-    def __init__(self, cells):
+    def __init__(self, cells: object):
         self.stored = _as_blocks(cells)
         self.first = np.cumsum([0, *(len(offsets) - 1 for _, offsets in self.stored)])
         self.rows = np.arange(self.first[-1])  # which of the stored cells are seen
@@ -225,7 +229,7 @@ def batches(
     spread: float = 0.25,
     desc: str = "cells",
     record: list | None = None,
-    bar=None,
+    bar: "tqdm.tqdm | None" = None,
     unit: str = "cell",
 ) -> Iterator[tuple[np.ndarray, object]]:
     """Yield (positions, function(*make(positions))) for batches of near-equal length, longest first.
@@ -254,7 +258,7 @@ def batches(
         if own_bar:
             bar.close()
 
-
+# %% ../nbs/inference.ipynb #a582e5e2
 def replan(lengths: np.ndarray, plan: list, spread: float) -> tuple[int, list]:
     "Half the size of the batch that did not fit, and the batches that are left at that size."
     failed = plan[0]
@@ -283,7 +287,7 @@ def _collect(computed: Iterator, lengths: np.ndarray) -> torch.Tensor | None:
     return results
 
 # %% ../nbs/inference.ipynb #6bb6ad6b
-def as_sequences(cells) -> Sequences:
+def as_sequences(cells: object) -> Sequences:
     "Sequences as they are, or made of other cells."
     return cells if isinstance(cells, Sequences) else Sequences(cells)
 
@@ -293,17 +297,17 @@ def check_not_empty(lengths: np.ndarray) -> None:
     if not np.any(lengths):
         raise DataError(f"all {len(lengths)} sequences are empty: no gene of these cells is known to the tokenizer")
 
-
+# %% ../nbs/inference.ipynb #05544969
 def run(
     function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    sequences,
+    sequences: object,
     *,
     device: str | torch.device = "auto",
     pad_id: int = 0,
     token_budget: int = 16384,
     desc: str = "cells",
     record: list | None = None,
-    bar=None,
+    bar: "tqdm.tqdm | None" = None,
 ) -> torch.Tensor:
     """`function(ids [b, L], mask [b, L]) -> Tensor [b, ...]` on all sequences: a CPU tensor [n, ...] in their order.
 
@@ -322,13 +326,13 @@ def run(
 # %% ../nbs/inference.ipynb #e0080b90
 def run_rows(
     function: Callable[[torch.Tensor], torch.Tensor],
-    inputs,
+    inputs: object,
     *,
     device: str | torch.device = "auto",
     batch_size: int = 32,
     desc: str = "rows",
     record: list | None = None,
-    bar=None,
+    bar: "tqdm.tqdm | None" = None,
 ) -> torch.Tensor:
     """`function(inputs[rows] [b, ...]) -> Tensor [b, ...]` on all rows of an input: a CPU tensor [n, ...] in order.
 

@@ -92,7 +92,7 @@ def styled(width: float, height: float) -> Callable[[Callable], Callable]:
 
     return decorate
 
-
+# %% ../nbs/plotting.ipynb #c4ba49f2
 def look(i: int) -> dict:
     "Colour and marker of the i-th class: eight colours, then their tints and shades, each turn with another marker."
     from matplotlib.colors import to_hex, to_rgb
@@ -102,7 +102,7 @@ def look(i: int) -> dict:
     color = np.array(to_rgb(COLORS[i % len(COLORS)])) * (1 - share) + towards * share
     return {"color": to_hex(color), "marker": MARKERS[turn]}
 
-
+# %% ../nbs/plotting.ipynb #045e0f26
 def need_columns(table: pd.DataFrame, columns: Sequence[str], what: str) -> None:
     "Raise a DataError that names the columns which `what` needs and the table lacks."
     missing = [column for column in columns if column not in table]
@@ -167,12 +167,12 @@ def gene_names(table: pd.DataFrame) -> pd.Series:
         else names
     )
 
-
+# %% ../nbs/plotting.ipynb #d04c338b
 def spread_of(table: pd.DataFrame) -> pd.Series:
     "Standard deviation of genes like each: tau between genes and se from donors (an exploratory tau holds both)."
     return np.sqrt(table["tau"] ** 2 + table["se"].fillna(0) ** 2)
 
-
+# %% ../nbs/plotting.ipynb #9a6462b0
 def standouts(table: pd.DataFrame, fdr: float, n: int) -> tuple[pd.DataFrame, bool]:
     "(hits by |z|, False), or in an exploratory table (the n genes of largest |z|, True)."
     exploratory = bool(table.attrs.get("exploratory", table["fdr"].isna().all()))
@@ -180,7 +180,7 @@ def standouts(table: pd.DataFrame, fdr: float, n: int) -> tuple[pd.DataFrame, bo
     order = order[order["z"].notna()]
     return (order.head(n), True) if exploratory else (order[order["fdr"] < fdr], False)
 
-
+# %% ../nbs/plotting.ipynb #a451143f
 def matched_band(ax: Axes, table: pd.DataFrame) -> None:
     "The band in which genes of a rank are expected."
     known = table[table["expected"].notna() & table["tau"].notna()].sort_values("rank", kind="stable")
@@ -200,7 +200,7 @@ def matched_band(ax: Axes, table: pd.DataFrame) -> None:
     )
     ax.plot(known["rank"], middle, color=GREY, lw=1)
 
-
+# %% ../nbs/plotting.ipynb #d7b61c90
 def mean_shifts(table: pd.DataFrame, ax: Axes) -> None:
     "The plain mean shifts of genes that have no others to be compared with."
     shown = table[table["mean_shift"].notna()]
@@ -213,7 +213,7 @@ def mean_shifts(table: pd.DataFrame, ax: Axes) -> None:
     ax.set_title(f"{len(shown):,} genes, too few to compare: mean shifts")
     label_points(ax, shown["rank"].to_numpy(float), shown["mean_shift"].to_numpy(float), gene_names(shown))
 
-
+# %% ../nbs/plotting.ipynb #38b5cc48
 @styled(6.4, 4.2)
 def screen(table: pd.DataFrame, *, fdr: float = 0.05, n_labels: int = 15, ax: Axes | None = None) -> Axes:
     "Effect against mean rank with the matched band; `table`: of `screen_test` or `Screen.table()`. DataError."
@@ -269,7 +269,7 @@ def table_columns(top: pd.DataFrame, exploratory: bool) -> list[tuple[str, list[
         columns.append(("donors", [f"{int(same)}/{int(n)}" for same, n in zip(top["n_same_sign"], top["n_donors"])]))
     return columns + ([("cells", number("n_cells", ",.0f"))] if "n_cells" in top else [])
 
-
+# %% ../nbs/plotting.ipynb #a1b8829d
 @styled(6.4, 4.4)
 def top_genes(table: pd.DataFrame, n: int = 15, *, ax: Axes | None = None) -> Axes:
     "The n genes furthest from what is expected of genes like them; FDR (or percentile), fold change, donors and cells."
@@ -357,7 +357,7 @@ def results_of(source: Results) -> dict[str, ClassificationResult]:
         )
     return results
 
-
+# %% ../nbs/plotting.ipynb #73484ffa
 def roc_points(result: ClassificationResult, column: int) -> tuple[np.ndarray, np.ndarray]:
     "False and true positive rates of one class against the rest, one point per threshold, from (0, 0) to (1, 1)."
     score, positive = result.probabilities[:, column], result.truth == column
@@ -445,7 +445,7 @@ def metric_label(metric: str, scale: float) -> str:
         + ("" if scale == 1 else f"\n÷ {scale:.3g}")
     )
 
-
+# %% ../nbs/plotting.ipynb #7ef9dc1e
 @styled(6.0, 4.4)
 def scores(scores: Scores, *, ax: Axes | None = None) -> Axes:
     "Dots with 95 % intervals of a `Scores` table: a row for each metric, a colour for each method."
@@ -497,7 +497,7 @@ def history_rows(history: History | pd.DataFrame) -> tuple[pd.DataFrame, pd.Data
     rows = epochs.melt("epoch", losses, "split", "loss").dropna()
     return steps, rows.assign(step=rows["epoch"].map(ends), split=rows["split"].str.removesuffix("_loss"))
 
-
+# %% ../nbs/plotting.ipynb #702061f3
 @styled(6.0, 3.6)
 def training_curves(history: History | pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     "Losses by step and by epoch of a `training.History`, or of a table with the columns step (or epoch), split, loss."
@@ -544,7 +544,7 @@ def plane(adata: AnnData, basis: str) -> tuple[np.ndarray, list[str]]:
     found[kept] = pca.transform(values[kept])
     return found, [f"component {i + 1} of {key} ({share:.0%})" for i, share in enumerate(pca.explained_variance_ratio_)]
 
-
+# %% ../nbs/plotting.ipynb #98eac37c
 @styled(6.4, 4.2)
 def embedding(adata: AnnData, basis: str = "X_umap", color: str | None = None, *, ax: Axes | None = None) -> Axes:
     "Cells in the plane of obsm[basis] (or of its first two principal components), coloured by a column of obs."
@@ -569,7 +569,7 @@ def embedding(adata: AnnData, basis: str = "X_umap", color: str | None = None, *
         draw_classes(ax, places[order], values.iloc[order], size, color)
     ax.set(xlabel=names[0], ylabel=names[1], xticks=[], yticks=[])
 
-
+# %% ../nbs/plotting.ipynb #85c2f9a6
 def draw_classes(ax: Axes, places: np.ndarray, values: pd.Series, size: float, title: str) -> None:
     "Dots coloured by class in the order that is given, with a legend; cells without a class are grey."
     values = values.astype("category")

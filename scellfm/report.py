@@ -61,7 +61,7 @@ def versions() -> dict[str, str]:
             found[package] = "not installed"
     return found
 
-
+# %% ../nbs/report.ipynb #91db1429
 def processor() -> str:
     "The model of the processor, as far as the system tells."
     listing = Path("/proc/cpuinfo")
@@ -69,7 +69,7 @@ def processor() -> str:
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
-
+# %% ../nbs/report.ipynb #e4cd55a6
 def hardware() -> dict[str, str]:
     "System, processor, cores at hand, memory, accelerators (asked only where torch is in use). No host or user name."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -134,13 +134,13 @@ def shown(value: Any) -> str:
         return ", ".join(shown(item) for item in value) or "–"
     return "–" if value is None or value is pd.NA or value is pd.NaT else html.escape(str(value))
 
-
+# %% ../nbs/report.ipynb #222e112f
 def scrolling(inner: str, label: str) -> str:
     "A box whose wide content scrolls sideways, by finger or keyboard."
     name = html.escape(label or "table", quote=True)
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{name}">{inner}</div>'
 
-
+# %% ../nbs/report.ipynb #2a72a4c4
 def table_html(table: pd.DataFrame, caption: str = "", rows: int = 50) -> str:
     "A DataFrame as HTML: the first `rows` rows, numbers to the right, the index as row headings unless it only counts."
     numeric = [pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype) for dtype in table.dtypes]
@@ -167,7 +167,7 @@ def table_html(table: pd.DataFrame, caption: str = "", rows: int = 50) -> str:
     inner = f"<table><thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     return f"<figure>{f'<figcaption>{words}</figcaption>' if words else ''}{scrolling(inner, caption)}</figure>"
 
-
+# %% ../nbs/report.ipynb #c883a37d
 def facts_html(facts: dict) -> str:
     "Names and values as a two-column table."
     rows = "".join(
@@ -210,7 +210,7 @@ th[scope=row]{position:static;min-width:0}figure img{max-height:20cm;border:0}}
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
-
+# %% ../nbs/report.ipynb #fe270cba
 def page(title: str, head: str, sections: list[tuple[str, str]], foot: str) -> str:
     "The whole page; sections are (heading, HTML), with a list of contents above them."
     links = "".join(f'<li><a href="#s{i}">{html.escape(name)}</a></li>' for i, (name, _) in enumerate(sections))
@@ -364,7 +364,7 @@ def warnings_html(found: dict[str, int]) -> str:
         + "</ul>"
     )
 
-
+# %% ../nbs/report.ipynb #a7c023ba
 def inputs_html(inputs: dict[str, dict]) -> str:
     "The inputs with their fingerprints."
     rows = [
@@ -375,7 +375,7 @@ def inputs_html(inputs: dict[str, dict]) -> str:
     ]
     return f"<table><tbody>{''.join(rows)}</tbody></table>"
 
-
+# %% ../nbs/report.ipynb #0670d9e9
 def duration(seconds: float) -> str:
     "Seconds as a reader says it."
     minutes, rest = divmod(round(seconds), 60)
@@ -387,7 +387,7 @@ def duration(seconds: float) -> str:
         else f"{minutes} min {rest} s"
     )
 
-
+# %% ../nbs/report.ipynb #07707e07
 def report_page(report: Report, record: dict) -> str:
     "The page of a report from its sections and its record."
     sections = []

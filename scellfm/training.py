@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['STEP_COLUMNS', 'CHECKPOINT', 'batches', 'Recipe', 'History', 'Rows', 'loss_module', 'optimizer_of', 'model_tensors',
-           'optimizer_tensors', 'restore', 'Checkpoint', 'mean_of', 'Run', 'held_out_loss', 'close_epoch', 'fit',
-           'train']
+           'optimizer_tensors', 'restore', 'Checkpoint', 'Run', 'fit']
 
 # %% ../nbs/training.ipynb #e662349a
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from scellfm.core import (
     DataError,
@@ -29,14 +29,25 @@ from scellfm.core import (
     keyed_generator,
     keyed_seed,
     one_of,
+    plain,
     progress,
 )
 from .inference import pick_device
-from .store import atomic_write, fingerprint
+from .store import atomic_write
+from .store.identity import run_inputs
+from .store.layouts import HISTORY
+from .store.lock import Lock
+from .store.outputs import output_path
+from .store.records import Between, check_record, parts_fit
+from .store.writers import _cannot_write, sweep
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
 
 # %% ../nbs/training.ipynb #8df65487
 def batches(
-    n: int, batch_size: int, *, seed: int = 0, epoch: int = 0, lengths=None, shuffle: bool = True
+    n: int, batch_size: int, *, seed: int = 0, epoch: int = 0, lengths: np.ndarray | None = None, shuffle: bool = True
 ) -> list[np.ndarray]:
     "One epoch over `n` rows as int64 arrays of positions; near-equal `lengths` (one per row) share a batch."
     if not shuffle:
@@ -113,7 +124,7 @@ class History:
     learned: int = 0  # parameters that were free to learn
 
     @property
-    def steps(self):
+    def steps(self) -> "pd.DataFrame":
         "DataFrame[step, epoch, loss, learning_rate, gradient_norm]."
         import pandas as pd
 
@@ -121,7 +132,7 @@ class History:
         return frame.astype({"step": int, "epoch": int})
 
     @property
-    def epochs(self):
+    def epochs(self) -> "pd.DataFrame":
         "DataFrame, one row per epoch: epoch, train_loss, then every held-out loss and metric."
         import pandas as pd
 
@@ -129,14 +140,14 @@ class History:
 
     def to_dict(self) -> dict:
         "A record of plain numbers, ready for JSON."
-        return asdict(self)
+        return plain(asdict(self))
 
     @classmethod
     def from_dict(cls, record: dict) -> "History":
         "The inverse of `to_dict`."
         return cls(**{**record, "step_rows": [tuple(row) for row in record["step_rows"]]})
 
-    def plot(self, ax=None):
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
         "Losses by step and by epoch; returns the axes."
         from scellfm.plotting import training_curves
 
@@ -157,14 +168,14 @@ class Rows(NamedTuple):
     lengths: np.ndarray | None = None
 
 # %% ../nbs/training.ipynb #2e6372ba
-def loss_module(model, loss: Callable):
+def loss_module(model: torch.nn.Module, loss: Callable) -> torch.nn.Module:
     "A module whose forward pass is `loss(model, batch)`."
     module = torch.nn.Module()
     module.model, module.forward = model, partial(loss, model)
     return module
 
 
-def optimizer_of(model, recipe: Recipe):
+def optimizer_of(model: torch.nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     "AdamW over the parameters that are not frozen; vectors (biases, norms) are not decayed."
     free = [p for p in model.parameters() if p.requires_grad]
     if not free:
@@ -179,12 +190,12 @@ def optimizer_of(model, recipe: Recipe):
 CHECKPOINT = "training.safetensors"
 
 
-def model_tensors(model) -> dict:
+def model_tensors(model: torch.nn.Module) -> dict:
     "Every parameter and buffer of a model by name, shared ones once."
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def optimizer_tensors(model, optimizer) -> dict:
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     "AdamW's state by parameter and kind: 'layer.weight|exp_avg'."
     return {
         f"{name}|{kind}": value
@@ -193,7 +204,7 @@ def optimizer_tensors(model, optimizer) -> dict:
     }
 
 
-def restore(model, tensors: Mapping) -> None:
+def restore(model: torch.nn.Module, tensors: Mapping) -> None:
     "Copy tensors into a model's parameters and buffers of the same names."
     with torch.no_grad():
         for name, value in model_tensors(model).items():
@@ -203,79 +214,139 @@ def restore(model, tensors: Mapping) -> None:
 class Checkpoint:
     "One file in `folder` from which a run of the same `identity` goes on; without a folder it does nothing."
 
-    def __init__(self, folder, identity: dict):
-        self.path = None if folder is None else Path(folder) / CHECKPOINT
-        self.identity = identity
+    def __init__(self, folder: str | os.PathLike | None, identity: dict):
+        self.path = None if folder is None else output_path(folder, "folder") / CHECKPOINT
+        self.identity = plain(identity)
 
-    def save(self, model, optimizer, best: Mapping, history: History, progress_: dict) -> None:
-        "Replace the checkpoint in one move."
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        if self.path is None:
+    @contextmanager
+    def held(self, writes: bool = True) -> Iterator[None]:
+        "Within the block no other process writes this checkpoint, and what a killed one left is swept away."
+        if self.path is None or not writes:
+            yield
             return
-        parts = {"model": model_tensors(model), "optimizer": optimizer_tensors(model, optimizer), "best": best}
-        tensors = {
-            f"{part}|{name}": value.detach().cpu().clone().contiguous()
-            for part, values in parts.items()
-            for name, value in values.items()
-        }
-        tensors["steps"] = torch.tensor(np.array(history.step_rows, float).reshape(-1, len(STEP_COLUMNS)))
-        record = {"identity": self.identity, "progress": progress_, "history": {**history.to_dict(), "step_rows": []}}
-        with atomic_write(self.path) as part:
-            try:
-                save_file(tensors, part, metadata={"scellfm": json.dumps(record)})
-            except SafetensorError as error:  # its way to say that the disk is full
-                raise OSError(str(error)) from error
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(self.path.parent, error) from error
+        with Lock(self.path.parent / "lock"):
+            sweep(self.path.parent)
+            yield
 
-    def load(self, model, optimizer) -> tuple[dict, History, dict] | None:
-        "Put model and optimiser back; returns (best weights, history, progress), or None where nothing was saved."
-        if self.path is None or not self.path.exists():
-            return None
-        record, tensors = self.read()
-        self.check(record["identity"])
-        parts = {
-            part: {name.split("|", 1)[1]: value for name, value in tensors.items() if name.startswith(part + "|")}
-            for part in ("model", "optimizer", "best")
-        }
+# %% ../nbs/training.ipynb #c4773faa
+@patch
+def check(self: Checkpoint, found: dict) -> None:
+    "Refuse a checkpoint of other data, weights or settings."
+    changed = [k for k in sorted({*found, *self.identity}) if found.get(k) != self.identity.get(k)]
+    if changed:
+        what = "; ".join(f"{k}: {found.get(k)!r} then, {self.identity.get(k)!r} now" for k in changed)
+        raise StoreError(
+            f"{self.path} is the checkpoint of another run ({what}); choose another folder or delete it to begin anew"
+        )
+
+# %% ../nbs/training.ipynb #b5f540c2
+@patch
+def save(
+    self: Checkpoint,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    best: Mapping,
+    history: History,
+    at: dict,
+) -> None:
+    "Replace the checkpoint in one move. best: weights by name; at: the position of the run."
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    if self.path is None:
+        return
+    parts = {"model": model_tensors(model), "optimizer": optimizer_tensors(model, optimizer), "best": best}
+    tensors = {f"{part}|{name}": value for part, values in parts.items() for name, value in values.items()}
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    tensors["steps"] = torch.tensor(np.array(history.step_rows, float).reshape(-1, len(STEP_COLUMNS)))
+    record = {"identity": self.identity, "progress": at, "history": {**history.to_dict(), "step_rows": []}}
+    with atomic_write(self.path) as part:
+        try:
+            save_file(tensors, part, metadata={"scellfm": json.dumps(record)})
+        except SafetensorError as error:  # its way to say that the disk is full
+            raise OSError(str(error)) from error
+
+# %% ../nbs/training.ipynb #afd0102c
+RECORD = {"identity": dict, "progress": {"step": Between(0), "waited": Between(0)}, "history": HISTORY}
+
+
+@patch
+def read(self: Checkpoint) -> tuple[dict, dict]:
+    "The file's record and tensors; StoreError where it is damaged."
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(self.path, "pt") as file:
+            record = json.loads(file.metadata()["scellfm"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, TypeError, KeyError, ValueError, RecursionError, OSError, MemoryError) as error:
+        raise StoreError(f"{self.path} is not a whole checkpoint ({error}); delete it to begin anew") from error
+    return check_record(record, RECORD, self.path, StoreError), tensors
+
+# %% ../nbs/training.ipynb #456cd36b
+def _parts_of(tensors: Mapping, model: torch.nn.Module) -> dict[str, dict]:
+    "The tensors of model, optimizer and best weights; ValueError where they are not those of this model."
+    names = [name for name in tensors if "|" in name]
+    parts = {part: {} for part in ("model", "optimizer", "best")}
+    for part, name in (name.split("|", 1) for name in names):
+        parts[part][name] = tensors[f"{part}|{name}"]
+    own = model_tensors(model)
+    shapes = {name: value.shape for name, value in own.items()}
+    for part in ("model", "best") if parts["best"] else ("model",):
+        if {name: value.shape for name, value in parts[part].items()} != shapes:
+            raise ValueError(f"the tensors of {part} are not those of the model")
+    for name, value in parts["optimizer"].items():
+        of, _, kind = name.rpartition("|")
+        if kind != "step" and value.shape != shapes[of]:
+            raise ValueError(f"{name} has the shape {tuple(value.shape)}")
+    return parts
+
+# %% ../nbs/training.ipynb #06d1ae5a
+@patch
+def load(
+    self: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict, History, dict] | None:
+    "Put model and optimiser back; returns (best weights, history, position), or None where nothing was saved."
+    if self.path is None or not self.path.exists():
+        return None
+    record, tensors = self.read()
+    self.check(record["identity"])
+    with parts_fit(self.path, StoreError):
+        parts = _parts_of(tensors, model)
+        rows = [
+            (int(row[0]), int(row[1]), *row[2:]) for row in tensors["steps"].reshape(-1, len(STEP_COLUMNS)).tolist()
+        ]
+        history = History.from_dict({**record["history"], "step_rows": rows})
         restore(model, parts["model"])
         for name, p in model.named_parameters():
-            kinds = {key.rsplit("|", 1)[1]: v for key, v in parts["optimizer"].items() if key.rsplit("|", 1)[0] == name}
+            kinds = {
+                key.rpartition("|")[2]: v for key, v in parts["optimizer"].items() if key.rpartition("|")[0] == name
+            }
             if kinds:
                 optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in kinds.items()}
-        rows = [(int(row[0]), int(row[1]), *row[2:]) for row in tensors["steps"].tolist()]
-        return parts["best"], History.from_dict({**record["history"], "step_rows": rows}), record["progress"]
-
-    def read(self) -> tuple[dict, dict]:
-        "The file's record and tensors; StoreError where it is damaged."
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.path, "pt") as file:
-                return json.loads(file.metadata()["scellfm"]), {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise StoreError(f"{self.path} is not a whole checkpoint ({error}); delete it to begin anew") from error
-
-    def check(self, found: dict) -> None:
-        "Refuse a checkpoint of other data, weights or settings."
-        changed = [k for k in sorted({*found, *self.identity}) if found.get(k) != self.identity.get(k)]
-        if changed:
-            what = "; ".join(f"{k}: {found.get(k)!r} then, {self.identity.get(k)!r} now" for k in changed)
-            raise StoreError(
-                f"{self.path} is the checkpoint of another run ({what}); choose another folder or "
-                "delete it to begin anew"
-            )
+    return parts["best"], history, record["progress"]
 
 # %% ../nbs/training.ipynb #0cc937f7
 def mean_of(sums: np.ndarray) -> float:
     "The loss: for each part its total by its number of terms, added up; `sums` is [totals, numbers of terms]."
     return float((sums[0] / np.maximum(sums[1], 1)).sum())
 
-
+# %% ../nbs/training.ipynb #643e1e55
 class Run:
     "A model in training: its device, optimiser, position and curves."
 
-    def __init__(self, model, loss, recipe: Recipe, device, checkpoint: Checkpoint):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss: Callable,
+        recipe: Recipe,
+        device: str | torch.device,
+        checkpoint: Checkpoint,
+    ):
         from accelerate import Accelerator
 
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -301,65 +372,71 @@ class Run:
             self.checkpoint.save(self.model, self.optimizer, self.best, self.history, self.position)
         self.accelerator.wait_for_everyone()
 
-    def share(self, rows: np.ndarray) -> tuple[np.ndarray, float]:
-        "This process's rows of a global batch and their weight; a process without rows repeats one with weight 0."
-        mine = np.array_split(rows, self.accelerator.num_processes)[self.accelerator.process_index]
-        return (mine, 1.0) if len(mine) else (rows[:1], 0.0)
+# %% ../nbs/training.ipynb #b267aed3
+@patch
+def share(self: Run, rows: np.ndarray) -> tuple[np.ndarray, float]:
+    "This process's rows of a global batch and their weight; a process without rows repeats one with weight 0."
+    mine = np.array_split(rows, self.accelerator.num_processes)[self.accelerator.process_index]
+    return (mine, 1.0) if len(mine) else (rows[:1], 0.0)
 
-    def sums(self, data: Rows, rows: np.ndarray, epoch: int):
-        "(loss to differentiate, [totals, numbers of terms] of its parts over all processes) of one global batch."
-        from accelerate.utils import send_to_device
 
-        mine, weight = self.share(rows)
-        batch = send_to_device(data.batch(mine, epoch), self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
-            total, count = self.loss(batch)
-        total = total.float().reshape(-1) * weight
-        count = torch.as_tensor(count, dtype=torch.float32, device=total.device).reshape(-1) * weight
-        both = self.accelerator.reduce(torch.stack([total.detach(), count]), "sum")
-        loss = (total * (self.accelerator.num_processes / both[1].clamp(min=1))).sum()
-        return loss, both.cpu().numpy().astype(np.float64)
+@patch
+def sums(self: Run, data: Rows, rows: np.ndarray, epoch: int) -> tuple[torch.Tensor, np.ndarray]:
+    "(loss to differentiate, [totals, numbers of terms] of its parts over all processes) of one global batch."
+    from accelerate.utils import send_to_device
 
-    def accumulated(self, data: Rows, rows: np.ndarray, epoch: int) -> np.ndarray:
-        "The gradients of one global batch, left in the parameters; the sums of its loss."
-        parts = np.array_split(rows, min(self.recipe.accumulate, len(rows)))
-        if len(parts) == 1:
-            loss, sums = self.sums(data, rows, epoch)
-            self.accelerator.backward(loss)
-            return sums
-        found = []
-        for part in parts:
-            loss, sums = self.sums(data, part, epoch)
-            if sums.shape[1] > 1:
-                raise OptionError(
-                    f"accumulate={self.recipe.accumulate} is for a loss of one part; this one has several"
-                )
-            self.accelerator.backward(loss * float(max(sums[1, 0], 1)))
-            found.append(sums)
-        sums = sum(found)
-        for p in self.model.parameters():
-            if p.grad is not None:
-                p.grad /= float(max(sums[1, 0], 1))
+    mine, weight = self.share(rows)
+    batch = send_to_device(data.batch(mine, epoch), self.device)
+    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
+        total, count = self.loss(batch)
+    total = total.float().reshape(-1) * weight
+    count = torch.as_tensor(count, dtype=torch.float32, device=total.device).reshape(-1) * weight
+    both = self.accelerator.reduce(torch.stack([total.detach(), count]), "sum")
+    loss = (total * (self.accelerator.num_processes / both[1].clamp(min=1))).sum()
+    return loss, both.cpu().numpy().astype(np.float64)
+
+# %% ../nbs/training.ipynb #444da56d
+@patch
+def accumulated(self: Run, data: Rows, rows: np.ndarray, epoch: int) -> np.ndarray:
+    "The gradients of one global batch, left in the parameters; the sums of its loss."
+    parts = np.array_split(rows, min(self.recipe.accumulate, len(rows)))
+    if len(parts) == 1:
+        loss, sums = self.sums(data, rows, epoch)
+        self.accelerator.backward(loss)
         return sums
+    found = []
+    for part in parts:
+        loss, sums = self.sums(data, part, epoch)
+        if sums.shape[1] > 1:
+            raise OptionError(f"accumulate={self.recipe.accumulate} is for a loss of one part; this one has several")
+        self.accelerator.backward(loss * float(max(sums[1, 0], 1)))
+        found.append(sums)
+    sums = sum(found)
+    for p in self.model.parameters():
+        if p.grad is not None:
+            p.grad /= float(max(sums[1, 0], 1))
+    return sums
 
-    def step(self, data: Rows, rows: np.ndarray, epoch: int, total_steps: int) -> None:
-        "Learn from one global batch."
-        step, rate = self.position["step"], self.recipe.rate(self.position["step"], total_steps, epoch)
-        torch.manual_seed(keyed_seed(self.recipe.seed, "step", step, self.accelerator.process_index) % 2**63)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        sums = self.accumulated(data, rows, epoch)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip or math.inf).item()
-        mean = mean_of(sums)
-        if not math.isfinite(mean + norm):
-            raise DivergedError(
-                f"the training loss became {mean:.3g} (gradient {norm:.3g}) at step {step}; lower "
-                f"learning_rate ({rate:.3g}) or look for rows with unusual values"
-            )
-        self.optimizer.step()
-        self.history.step_rows.append((step, epoch, mean, rate, norm))
-        self.position["step"] += 1
+# %% ../nbs/training.ipynb #17bd36e6
+@patch
+def step(self: Run, data: Rows, rows: np.ndarray, epoch: int, total_steps: int) -> None:
+    "Learn from one global batch."
+    step, rate = self.position["step"], self.recipe.rate(self.position["step"], total_steps, epoch)
+    torch.manual_seed(keyed_seed(self.recipe.seed, "step", step, self.accelerator.process_index) % 2**63)
+    for group in self.optimizer.param_groups:
+        group["lr"] = rate
+    self.optimizer.zero_grad(set_to_none=True)
+    sums = self.accumulated(data, rows, epoch)
+    norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip or math.inf).item()
+    mean = mean_of(sums)
+    if not math.isfinite(mean + norm):
+        raise DivergedError(
+            f"the training loss became {mean:.3g} (gradient {norm:.3g}) at step {step}; lower "
+            f"learning_rate ({rate:.3g}) or look for rows with unusual values"
+        )
+    self.optimizer.step()
+    self.history.step_rows.append((step, epoch, mean, rate, norm))
+    self.position["step"] += 1
 
 # %% ../nbs/training.ipynb #858a14bb
 def held_out_loss(run: Run, data: Rows) -> float:
@@ -370,7 +447,7 @@ def held_out_loss(run: Run, data: Rows) -> float:
     with torch.no_grad():
         return mean_of(sum(run.sums(data, rows, 0)[1] for rows in groups))
 
-
+# %% ../nbs/training.ipynb #3ffa761b
 def close_epoch(run: Run, epoch: int, valid: Mapping[str, Rows], metrics: Callable | None) -> bool:
     "Judge an epoch, keep the weights if they are the best, and say whether to stop."
     losses = [row[2] for row in run.history.step_rows if row[1] == epoch]
@@ -396,44 +473,52 @@ def close_epoch(run: Run, epoch: int, valid: Mapping[str, Rows], metrics: Callab
 
 # %% ../nbs/training.ipynb #baf7cab4
 def fit(
-    model,  # a torch module, trained in place
+    model: torch.nn.Module,  # trained in place
     loss: Callable,  # (model, batch) -> (sum of the losses, number of terms), numbers or one of each per part
     n: int,  # rows to train on
     batch: Callable,  # (positions, epoch) -> a batch
     *,
-    lengths=None,  # of the rows; near-equal ones share a batch
+    lengths: np.ndarray | None = None,  # of the rows; near-equal ones share a batch
     valid: Mapping[str, Rows] | None = None,  # held-out rows by the name of their split
     metrics: Callable | None = None,  # model -> {name: value}, measured after each epoch (in every process)
-    device="auto",
-    folder=None,  # where the checkpoint lies
+    device: str | torch.device = "auto",
+    folder: str | os.PathLike | None = None,  # where the checkpoint lies
     save_every: int | None = None,  # steps between checkpoints, besides one per epoch
-    inputs: Mapping[str, str] | None = None,  # what else a checkpoint must agree on
+    inputs: Mapping[str, Any] | None = None,  # what else a checkpoint must agree on: see store.identity.run_inputs
     desc: str = "training",
-    **recipe,  # the fields of Recipe
+    **recipe: Any,  # the fields of Recipe
 ) -> History:
     "Train `model`; repeatable, resumable, the same on one process and on several. OptionError, DataError, StoreError."
     for name in recipe:
         one_of("option", name, tuple(Recipe.__dataclass_fields__))
-    recipe, valid = Recipe(**recipe), {name: Rows(*data) for name, data in (valid or {}).items()}
+    recipe, valid = Recipe(**plain(recipe)), {name: Rows(*data) for name, data in (valid or {}).items()}
     if 0 in (rows := {"train": n, **{name: data.n for name, data in valid.items()}}).values():
         raise DataError(f"there are 0 rows in a part of {rows}; check the split and the filters")
     if recipe.stop and not metrics:
         one_of("stop", recipe.stop, ["train_loss", *(f"{name}_loss" for name in valid)])
-    identity = {"rows": n, "weights": fingerprint(model_tensors(model)), **asdict(recipe), **(inputs or {})}
+    identity = {} if folder is None else {"rows": n, **identity_of(model), **asdict(recipe), **(inputs or {})}
     run = Run(model, loss, recipe, device, Checkpoint(folder, identity))
-    run.load()
-    devices = [run.device] if run.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            train(run, Rows(n, batch, lengths), valid, metrics, save_every, desc)
-    finally:
-        model.eval()
+    with run.checkpoint.held(run.accelerator.is_main_process):
+        run.load()
+        devices = [run.device] if run.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices):
+                train(run, Rows(n, batch, lengths), valid, metrics, save_every, desc)
+        finally:
+            model.eval()
     if run.best:
         restore(model, run.best)
     return run.history
 
+# %% ../nbs/training.ipynb #7fd685d5
+def identity_of(model: torch.nn.Module) -> dict:
+    "Weights, and the values of its configuration that change a number, as fingerprints."
+    return run_inputs(weights=model_tensors(model), config=getattr(model, "config", None))
 
-def train(run: Run, data: Rows, valid, metrics, save_every: int | None, desc: str) -> None:
+# %% ../nbs/training.ipynb #0ed3905d
+def train(
+    run: Run, data: Rows, valid: Mapping[str, Rows], metrics: Callable | None, save_every: int | None, desc: str
+) -> None:
     "The loop itself, from wherever the run stands."
     recipe = run.recipe
     per_epoch = math.ceil(data.n / recipe.batch_size)

@@ -24,7 +24,18 @@ from scellfm.data.cells import simulate_cells
 from scellfm.geneformer import CellClassifier, Geneformer, RankTokenizer, Screen, TokenizedCells
 from scellfm.scgpt import ReferenceMap, ScGPT
 
-COMMANDS = ["demo", "tokenize", "embed", "finetune", "predict", "perturb", "map", "integrate"]
+COMMANDS = [
+    "demo",
+    "tokenize",
+    "embed",
+    "finetune",
+    "predict",
+    "perturb",
+    "map",
+    "integrate",
+    "reproduce",
+    "evaluate",
+]
 # what makes an example quick, and does not change what it does
 QUICK = {
     "demo": "--pretrain-epochs 1 --finetune-epochs 1 --max-cells 4",
@@ -779,3 +790,24 @@ def test_quiet_turns_progress_off_for_the_call_alone(monkeypatch):
     cli.main(["demo", "--quiet"])
     cli.main(["demo"])
     assert seen == [False, True] and settings.progress
+
+
+def test_a_scgenept_predicts_and_is_scored_and_nothing_else(tmp_path, capsys):
+    made = tmp_path / "made"
+    assert call(["reproduce", "simulated", "--out", str(made), "--seeds", "42", "--epochs", "1"], capsys)[0] == 0
+    cells, model = str(made / "cells.h5ad"), str(made / "model")
+    out = ["--out", str(tmp_path / "predicted.csv")]
+    assert call(["predict", cells, "--model", model, "--perturbations", "G01", "G02+G03", *out], capsys)[0] == 0
+    assert list(pd.read_csv(tmp_path / "predicted.csv", index_col=0).index) == ["G01", "G02+G03"]
+    code, printed, _ = call(["evaluate", cells, "--model", model, "--out", str(tmp_path / "scores.csv")], capsys)
+    assert code == 0 and "training mean" in printed
+    for command in (
+        ["embed", cells, "--model", model, *out],
+        ["integrate", cells, "--model", model, "--batch", "x", *out],
+    ):
+        code, _, error = call(command, capsys)
+        assert code == 2 and "scGenePT" in error
+    code, _, error = call(["predict", cells, "--model", model, *out], capsys)
+    assert code == 2 and "--perturbations" in error
+    code, _, error = call(["evaluate", cells, "--model", str(tmp_path), "--out", str(tmp_path / "s.csv")], capsys)
+    assert code == 2 and "no trained scGenePT" in error.replace("holds ", "")

@@ -43,12 +43,6 @@ def put(value):
     return change
 
 
-def renamed(names):
-    adata = cells()
-    adata.obs_names = names
-    return adata
-
-
 @pytest.fixture(scope="module")
 def gf():
     return Geneformer.from_config("tiny", RankTokenizer.fit(cells()), device="cpu")
@@ -234,6 +228,16 @@ ERRORS = {
         lambda g, c, s, d: RankTokenizer.fit(cells(), special=True, max_length=2),
         OptionError,
         ["max_length=2", "at least 3"],
+    ),
+    "nobody to hold out": (
+        lambda g, c, s, d: g.finetune(cells(), label="type"),
+        OptionError,
+        ["split is missing", "scellfm.data.folds(adata, by='donor')"],
+    ),
+    "cells in the place of a tokenizer": (
+        lambda g, c, s, d: Geneformer.from_config("tiny", cells()),
+        OptionError,
+        ["RankTokenizer.fit(adata)"],
     ),
     "no such state": (
         lambda g, c, s, d: c.perturb(cells(), **STATES | {"goal": "NK"}),

@@ -401,6 +401,15 @@ def test_bad_splits_are_named(gf, adata, split):
         finetune(gf, adata, "cell_type", split=hold_out(adata, by="donor", fractions=(0.7, 0.3, 0)), **QUICK)
 
 
+def test_cells_of_one_name_are_told_apart_by_their_occurrence(gf, adata, split):
+    twins = adata.copy()
+    twins.obs_names = ["same"] * 150
+    with pytest.warns(ScellfmWarning, match="obs_names repeat"):
+        clf = finetune(gf, twins, "cell_type", split=split, **QUICK)
+    unique = finetune(gf, adata, "cell_type", split=split, **QUICK)
+    assert (clf.model_of(twins) == unique.model_of(adata)).all()
+
+
 @pytest.mark.parametrize("layers", [4, -1, 1.5])
 def test_more_frozen_layers_than_there_are_is_an_error(gf, adata, split, layers):
     with pytest.raises(OptionError, match="freeze_layers"):

@@ -4,24 +4,38 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from fuzz_doors import json_mutated
 from scipy import sparse
 
 from scellfm import cli
-from scellfm.core import OptionError, ScellfmError, StoreError
+from scellfm.assets import hub, read_dictionary
+from scellfm.core import AssetError, OptionError, ScellfmError, StoreError
 from scellfm.data import hold_out
-from scellfm.geneformer import Geneformer, RankTokenizer, Screen, TokenizedCells
+from scellfm.geneformer import (
+    CellClassifier,
+    GeneClassifier,
+    Geneformer,
+    RankTokenizer,
+    Screen,
+    TaskClassifier,
+    TokenizedCells,
+)
 from scellfm.geneformer.tokenizer.corpus import Corpus
 from scellfm.report import Report
+from scellfm.scgpt import CellClassifier as ScGPTClassifier
 from scellfm.scgpt import ReferenceMap, ScGPT
 from scellfm.store import Store, atomic_write
 from scellfm.store.lock import Lock
@@ -334,3 +348,422 @@ def test_a_lock_that_is_dated_tomorrow_does_not_block(tmp_path, text):
         store.finish()
     assert time.monotonic() - start < 5
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["a.npz", "manifest.json"]
+
+
+# ---- E27: a run goes on only from its own parts
+
+
+def other_counts(adata):
+    "Other counts with the same zeros."
+    adata.X.data = np.random.default_rng(9).permutation(adata.X.data)
+    return adata
+
+
+def with_layer(adata):
+    adata.layers["other"] = other_counts(adata.copy()).X
+    return adata
+
+
+def geneformer(folder, medians=1.0, **config):
+    "A tiny Geneformer, with other medians of half the genes, or other settings in its config.json."
+    tok = RankTokenizer.fit(cells())
+    changed = {gene: m * (medians if i % 2 else 1) for i, (gene, m) in enumerate(tok.medians.items())}
+    tok = RankTokenizer(tok.token_dictionary, changed, max_length=tok.max_length)
+    Geneformer.from_config("tiny", tok).save_pretrained(folder)
+    told = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(told))
+    return Geneformer.from_pretrained(folder, device="cpu")
+
+
+def scgpt(folder, **args):
+    ScGPT.from_config("tiny", GENES, dropout=0.0).save_pretrained(folder)
+    told = json.loads((folder / "args.json").read_text()) | args
+    (folder / "args.json").write_text(json.dumps(told))
+    return ScGPT.from_pretrained(folder, device="cpu")
+
+
+def heavier(model, by=0.01):
+    weight = next(model.model.parameters())
+    weight.data += by
+    return model
+
+
+LEARNING = dict(
+    epochs=2,
+    learning_rate=2e-3,
+    batch_size=5,
+    weight_decay=0.1,
+    seed=5,
+    warmup=0.3,
+    schedule="constant",
+    clip=0.5,
+    decay=0.5,
+    shuffle=False,
+    accumulate=2,
+)
+GENEFORMER = dict(medians=3.0, hidden_act="gelu", num_attention_heads=2, hidden_dropout_prob=0.3)
+RUNS = {  # run: (model, how it is called, options that change a number, changes of the model's files)
+    "finetune": (
+        geneformer,
+        lambda gf, adata, **how: gf.finetune(adata, how.pop("label", "cell_type"), split=split(adata), n_boot=0, **how),
+        LEARNING | dict(label="side", freeze_layers=1, class_weights="balanced", layer="other"),
+        GENEFORMER,
+    ),
+    "several labels": (
+        geneformer,
+        lambda gf, adata, **how: gf.finetune(
+            adata, how.pop("label", ["cell_type", "side"]), split=split(adata), n_boot=0, **how
+        ),
+        LEARNING
+        | dict(label=["side", "cell_type"], freeze_layers=1, class_weights="balanced", layer="other")
+        | dict(task_weights={"side": 2.0}, accumulate=None, batch_size=7),
+        GENEFORMER,
+    ),
+    "gene classes": (
+        geneformer,
+        lambda gf, adata, **how: gf.finetune_genes(
+            adata, how.pop("classes", {"a": GENES[:10], "b": GENES[10:]}), folds=2, n_boot=0, **how
+        ),
+        LEARNING
+        | dict(classes={"a": GENES[:15], "b": GENES[15:]}, freeze_layers=1, class_weights="balanced", layer="other")
+        | dict(max_cells=10),
+        GENEFORMER,
+    ),
+    "pretrain": (
+        geneformer,
+        lambda gf, adata, **how: gf.pretrain(adata, **({"epochs": 1} | how)),
+        LEARNING | dict(mask_share=0.3, held_out=0.3, layer="other"),
+        GENEFORMER,
+    ),
+    "embed": (
+        geneformer,
+        lambda gf, adata, **how: gf.embed(adata, **how),
+        dict(emb_layer=0, token_budget=99, layer="other"),
+        GENEFORMER,
+    ),
+    "embed genes": (
+        geneformer,
+        lambda gf, adata, **how: gf.embed_genes(adata, **how),
+        dict(emb_layer=0, token_budget=99, layer="other"),
+        GENEFORMER,
+    ),
+    "perturb": (
+        geneformer,
+        lambda gf, adata, **how: gf.perturb(
+            adata, **(dict(genes=GENES[:3], state="cell_type", start="B", goal="T") | how)
+        ),
+        dict(
+            genes=GENES[1:4],
+            states=dict(start="T", goal="B"),
+            kind="overexpress",
+            combine="each",
+            emb_layer=0,
+            max_cells=4,
+        )
+        | dict(seed=7, token_budget=99, layer="other", groupby="side", where={"side": "left"}),
+        GENEFORMER,
+    ),
+    "scGPT finetune": (
+        scgpt,
+        lambda gpt, adata, **how: gpt.finetune(
+            adata, how.pop("label", "cell_type"), split=split(adata), n_boot=0, **({"epochs": 1} | how)
+        ),
+        LEARNING | dict(label="side", freeze_layers=1, max_length=9, layer="other"),
+        dict(nheads=2, n_bins=7, pad_value=-3, dropout=0.5),
+    ),
+    "continual pretraining": (
+        scgpt,
+        lambda gpt, adata, **how: gpt.continue_pretraining(adata, **({"epochs": 1} | how)),
+        LEARNING
+        | dict(label="side", mask_share=0.3, held_out=0.3, max_length=9, layer="other", accumulate=None, batch_size=7),
+        dict(nheads=2, n_bins=7, pad_value=-3, dropout=0.5, mask_value=-5),
+    ),
+    "scGPT embed": (
+        scgpt,
+        lambda gpt, adata, **how: gpt.embed(adata, **how),
+        dict(pool="mean", max_length=9, overlong="top", seed=4, token_budget=99, layer="other"),
+        dict(nheads=2, n_bins=7, pad_value=-3),
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_changed_input_or_setting_of_a_run_that_resumes_is_refused(tmp_path, run):
+    make, call, settings, files = RUNS[run]
+    call(make(tmp_path / "model"), with_layer(cells()), folder=tmp_path / "run")
+    before = tree(tmp_path / "run")
+    tried = [("other counts", dict(adata=other_counts(with_layer(cells())))), ("weights", dict(weights=True))]
+    changes = {
+        name: value if name == "states" else {name: value} for name, value in settings.items() if value is not None
+    }
+    tried += [(name, {"settings": change}) for name, change in changes.items()]
+    tried += [(name, {"files": {name: value}}) for name, value in files.items()]
+    for name, change in tried:
+        model = make(tmp_path / "model", **change.get("files", {}))
+        model = heavier(model) if "weights" in change else model
+        with pytest.raises(StoreError, match="another run|other inputs"):
+            call(model, change.get("adata", with_layer(cells())), folder=tmp_path / "run", **change.get("settings", {}))
+            pytest.fail(f"{name} was changed and the old result came back")
+        assert tree(tmp_path / "run") == before, name
+    call(make(tmp_path / "model"), with_layer(cells()), folder=tmp_path / "run")
+    assert tree(tmp_path / "run") == before
+
+
+def test_two_trainings_do_not_write_one_checkpoint(tmp_path):
+    gf, adata = geneformer(tmp_path / "model"), cells()
+    (tmp_path / "run" / "fold0").mkdir(parents=True)
+    held = Lock(tmp_path / "run" / "fold0" / "lock")
+    with pytest.raises(StoreError, match="is being written by process"):
+        gf.finetune(adata, "cell_type", split=split(adata), n_boot=0, folder=tmp_path / "run")
+    held.release()
+    (tmp_path / "run" / "fold0" / "lock").write_text("{")
+    os.utime(tmp_path / "run" / "fold0" / "lock", (time.time() + 86400,) * 2)
+    gf.finetune(adata, "cell_type", split=split(adata), n_boot=0, folder=tmp_path / "run")
+    assert list(tree(tmp_path / "run")) == ["fold0/training.safetensors"]
+
+
+# ---- D16: numbers of numpy and pandas
+
+
+def graded(adata):
+    "A column of whole numbers and one of nullable booleans."
+    adata.obs["grade"] = pd.array([1, 2] * (adata.n_obs // 2), dtype="Int64")
+    adata.obs["treated"] = pd.array([True, False] * (adata.n_obs // 2), dtype="boolean")
+    return adata
+
+
+def test_a_screen_between_values_of_a_column_is_saved_and_read_back(tmp_path):
+    gf, adata = geneformer(tmp_path / "model"), graded(cells())
+    first, second = adata.obs["grade"].unique()[:2]
+    options = dict(genes=GENES[:3], combine="each", max_cells=np.int32(4), seed=np.uint8(3), emb_layer=np.int64(-1))
+    screen = gf.perturb(adata, state="grade", start=first, goal=second, where={"treated": [np.True_, False]}, **options)
+    screen.save(tmp_path / "screen")
+    params = Screen.load(tmp_path / "screen").params
+    assert [params[name] for name in ("max_cells", "seed", "emb_layer")] == [4, 3, -1]
+    assert all(type(params[name]) is int for name in ("max_cells", "seed", "emb_layer"))
+
+
+@pytest.mark.parametrize("label", ["grade", "treated"])
+def test_settings_of_a_classifier_come_back_with_their_types(tmp_path, label):
+    gf, adata = geneformer(tmp_path / "model"), graded(cells())
+    numbers = dict(epochs=np.int64(1), seed=np.int16(3), batch_size=np.uint8(6), freeze_layers=np.int64(1))
+    more = dict(learning_rate=np.float32(0.001), class_weights=None, n_boot=np.int64(0))
+    clf = gf.finetune(adata, label, split=split(adata), **numbers, **more)
+    clf.save_pretrained(tmp_path / "clf")
+    settings = CellClassifier.from_pretrained(tmp_path / "clf", device="cpu").settings
+    assert {name: settings[name] for name in numbers} == {name: int(value) for name, value in numbers.items()}
+    assert all(type(settings[name]) is int for name in numbers) and type(settings["learning_rate"]) is float
+    clf.predict(adata)
+    assert adata.obs[f"{label}_predicted"].notna().all()
+
+
+# ---- E36, and kills
+
+
+def test_the_same_model_is_saved_to_the_same_bytes(made, tmp_path):
+    for name in ("one", "another"):
+        made["scGPT"](tmp_path / name)
+        made["scGPT classifier"](tmp_path / f"{name} classifier")
+    assert tree(tmp_path / "one") == tree(tmp_path / "another")
+    assert tree(tmp_path / "one classifier") == tree(tmp_path / "another classifier")
+
+
+KILLED_RUN = """
+import os, signal, sys, threading
+sys.path.insert(0, {tests!r})
+import test_public_reports_runs as here
+print("ready", flush=True)
+here.go({run!r}, sys.argv[1], sys.argv[2])
+print("finished", flush=True)
+"""
+KILLS = {
+    "finetune": dict(epochs=3, save_every=1),
+    "several labels": dict(epochs=3, save_every=1),
+    "gene classes": dict(epochs=3, save_every=1),
+    "pretrain": dict(epochs=6, save_every=1),
+    "perturb": dict(genes="all"),
+    "scGPT finetune": dict(epochs=3, save_every=1),
+    "continual pretraining": dict(epochs=3, save_every=1),
+    "embed": {},
+    "scGPT embed": {},
+}
+
+
+def go(run, model, folder):
+    "A run in small blocks."
+    import warnings
+
+    from scellfm.geneformer import embedding
+    from scellfm.geneformer.perturbation import edits
+    from scellfm.scgpt import embedding as scgpt_embedding
+
+    warnings.simplefilter("ignore")
+    embedding.CELL_BLOCK = 2
+    if hasattr(edits, "BLOCK"):
+        edits.BLOCK = 8
+    tokenize = scgpt_embedding.tokenize
+    scgpt_embedding.tokenize = lambda *args, **options: tokenize(*args, rows=2, **options)
+    make, call = RUNS[run][:2]
+    kind = ScGPT if make is scgpt else Geneformer
+    call(kind.from_pretrained(model, device="cpu"), with_layer(cells()), folder=folder, **KILLS[run])
+
+
+def start(run, model, folder):
+    code, env = KILLED_RUN.format(tests=str(ROOT / "tests"), run=run), {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", code, str(model), str(folder)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def killed_again_and_again(run, place, kills):
+    "The files of a run that was killed so often, at moments spread over its course, and of one that was left alone."
+    RUNS[run][0](place / "model")
+    whole = start(run, place / "model", place / "whole")
+    whole.stdout.readline()
+    began = time.monotonic()
+    assert whole.communicate()[0] == "finished\n"
+    lasts, seen = time.monotonic() - began, 0
+    for share in np.random.default_rng(0).permutation(np.linspace(0.05, 0.95, kills)):
+        process = start(run, place / "model", place / "run")
+        process.stdout.readline()
+        time.sleep(share * lasts)
+        process.send_signal(signal.SIGKILL)
+        seen += process.communicate()[0] == ""
+    last = start(run, place / "model", place / "run")
+    assert last.communicate()[0].endswith("finished\n")
+    return tree(place / "run"), tree(place / "whole"), seen
+
+
+@pytest.mark.parametrize("run", ["finetune", "perturb", "embed"])
+def test_a_run_that_is_killed_goes_on_to_the_same_bytes_and_leaves_nothing(tmp_path, run):
+    after, whole, killed = killed_again_and_again(run, tmp_path, 3)
+    assert after == whole and killed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", KILLS)
+def test_thirty_kills_leave_the_same_bytes_and_nothing_else(tmp_path, run):
+    after, whole, killed = killed_again_and_again(run, tmp_path, 30)
+    assert after == whole and killed > 5
+
+
+# ---- E32, E33, E35: files that are believed too early
+
+
+def use(found):
+    "What a reader of a saved thing does first."
+    repr(found)
+    scores = getattr(found, "scores", None)
+    for table in scores.values() if isinstance(scores, dict) else [scores] if scores is not None else []:
+        repr(table), table._repr_html_()
+    if isinstance(found, Screen):
+        found.table(method="goal_state_shift")
+
+
+READERS = {
+    "tokenizer": RankTokenizer.from_pretrained,
+    "Geneformer": lambda path: Geneformer.from_pretrained(path, device="cpu"),
+    "cell classifier": lambda path: CellClassifier.from_pretrained(path, device="cpu"),
+    "gene classifier": lambda path: GeneClassifier.from_pretrained(path, device="cpu"),
+    "classifier of several labels": lambda path: TaskClassifier.from_pretrained(path, device="cpu"),
+    "scGPT classifier": lambda path: ScGPTClassifier.from_pretrained(path, device="cpu"),
+    "screen": Screen.load,
+    "scGPT": lambda path: ScGPT.from_pretrained(path, device="cpu"),
+    "reference map": ReferenceMap.load,
+}
+
+
+def mutate(made, folder, thing, rounds):
+    "Read a saved thing again and again, each time with one value of one of its JSON files replaced."
+    made[thing](folder)
+    use(READERS[thing](folder))
+    files, rng = sorted(folder.rglob("*.json")), np.random.default_rng(0)
+    for _ in range(rounds):
+        file = files[int(rng.integers(len(files)))]
+        whole = file.read_bytes()
+        file.write_bytes(json_mutated(whole, rng))
+        try:
+            use(READERS[thing](folder))
+        except ScellfmError:
+            pass
+        except BaseException as error:
+            raise AssertionError(f"{file.name} with {file.read_text()[:500]}") from error
+        finally:
+            file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("thing", READERS)
+def test_json_with_a_value_of_another_type_is_named_or_read(made, tmp_path, thing):
+    mutate(made, tmp_path / "out", thing, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("thing", READERS)
+def test_json_with_a_value_of_another_type_is_named_or_read_in_a_long_trial(made, tmp_path, thing):
+    mutate(made, tmp_path / "out", thing, 1500)
+
+
+@pytest.mark.parametrize(
+    "thing, file, change",
+    [
+        ("Geneformer", "config.json", {"num_hidden_layers": 999}),
+        ("Geneformer", "config.json", {"vocab_size": 2**24}),
+        ("Geneformer", "config.json", {"num_hidden_layers": 10**6}),
+        ("Geneformer", "config.json", {"max_position_embeddings": 2**20}),
+        ("Geneformer", "token_dictionary.json", {GENES[0]: 10**9}),
+        ("scGPT", "args.json", {"nlayers": 999}),
+        ("scGPT", "args.json", {"embsize": 2**16}),
+        ("scGPT", "args.json", {"d_hid": 2**18}),
+        ("cell classifier", "classifier.json", {"folds": 1000}),
+    ],
+)
+def test_sizes_are_those_of_the_tensors_before_anything_is_built(made, tmp_path, thing, file, change):
+    made[thing](tmp_path)
+    told = json.loads((tmp_path / file).read_text()) | change
+    (tmp_path / file).write_text(json.dumps(told))
+    tracemalloc.start()
+    try:
+        with pytest.raises(AssetError):
+            READERS[thing](tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2e8
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pickle_of_nested_pairs_that_share_their_parts_does_not_hang(tmp_path):
+    nested = (
+        b"\x80\x02}K\x01K\x01\x86q\x01" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(1, 60)) + b"Nsu."
+    )
+    start = time.monotonic()
+    for content in (nested, nested[:-3] + b"K\x01s."):
+        (tmp_path / "in_silico_delete_x_raw.pickle").write_bytes(content)
+        with pytest.raises(AssetError):
+            read_dictionary(tmp_path / "in_silico_delete_x_raw.pickle", lists=True)
+    assert time.monotonic() - start < 5
+
+
+def test_a_hub_that_accepts_and_never_answers_is_given_up(tmp_path, monkeypatch):
+    listener = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setattr(hub, "STALLED", 0.5)
+    monkeypatch.setattr(hub, "ATTEMPTS", 1)
+    for name, value in (
+        ("HF_ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}"),
+        ("ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}"),
+        ("HF_HUB_CACHE", str(tmp_path)),
+        ("HF_HUB_OFFLINE", False),
+    ):
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value, raising=False)
+    start = time.monotonic()
+    with pytest.raises(AssetError, match="could not be reached|no answer"):
+        hub.find("some/model", revision="0" * 40)
+    listener.close()
+    assert time.monotonic() - start < 60
+
+
+def test_a_mark_that_leaves_the_cache_is_refused(tmp_path, monkeypatch):
+    about = SimpleNamespace(siblings=[SimpleNamespace(rfilename="config.json")], sha="0" * 40)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *args, **options: about)
+    for mark in ("../../x", "a/b", "..\\x"):
+        found = SimpleNamespace(etag=mark)
+        monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *args, found=found, **options: found)
+        with pytest.raises(AssetError, match="no hash"):
+            hub.check_marks("some/model", None, {"allow_patterns": ["*"]})

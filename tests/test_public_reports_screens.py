@@ -20,7 +20,7 @@ from scellfm.crossfit.membership import NEW, TrainedOn, count_contents
 from scellfm.data.demonstration import demo
 from scellfm.data.shifts import simulate_shifts
 from scellfm.data.splits import check_leakage, folds, hold_out
-from scellfm.geneformer import Geneformer, RankTokenizer, Screen
+from scellfm.geneformer import CellClassifier, Geneformer, RankTokenizer, Screen
 from scellfm.geneformer.perturbation.combinations import ROUNDING
 from scellfm.report import Report, scores_section
 from scellfm.scgpt import ReferenceMap, ScGPT
@@ -553,3 +553,31 @@ def test_a_record_without_contents_matches_by_name_and_says_so(tmp_path):
     TrainedOn.of(names, parts).save(tmp_path)
     fold, said = warned(lambda: TrainedOn.load(tmp_path).fold_of(names, {"counts": np.zeros(6, np.uint64)}))
     assert (fold >= 0).all() and "by their names alone" in said[0]
+
+
+def test_other_cells_of_the_same_names_are_never_called_held_out(pbmc, tmp_path):
+    adata, gf = pbmc
+    cells = adata.copy()
+    cells.obs_names = [str(i) for i in range(90)]
+    split = folds(cells, k=2, stratify="cell_type")
+    trained = gf.finetune(cells, "cell_type", split=split, n_boot=0)
+    trained.save_pretrained(tmp_path / "classifier")
+    others = demo()[400:450].copy()
+    others.obs_names = [str(i) for i in range(50)]
+    own = cells[:20].copy()
+    for classifier in (trained, CellClassifier.from_pretrained(tmp_path / "classifier", device="cpu")):
+        for data in (others, classifier.models[0].cells(others)):
+            _, said = warned(lambda classifier=classifier, data=data: classifier.probabilities(data))
+            assert any("50 of 50 cells have the name" in text for text in said)
+        for ask in (classifier.probabilities, classifier.model_of):
+            _, said = warned(lambda ask=ask: ask(own))
+            assert not any("have the name" in text or "names alone" in text for text in said)
+        doubled = own.copy()
+        doubled.X = doubled.X * 2
+        result, said = warned(lambda classifier=classifier, data=doubled: classifier.predict(data, copy=True))
+        assert any("20 of 20 cells have the name" in text for text in said) and result.n_obs == 20
+    old = TrainedOn.load(tmp_path / "classifier")
+    TrainedOn(old.keys, old.fold).save(tmp_path / "classifier")
+    again = CellClassifier.from_pretrained(tmp_path / "classifier", device="cpu")
+    fold, said = warned(lambda: again.model_of(own))
+    assert (fold == trained.model_of(own)).all() and any("by their names alone" in text for text in said)

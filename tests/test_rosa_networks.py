@@ -191,3 +191,19 @@ def test_count_losses_are_the_likelihoods_of_scipy():
     np.testing.assert_allclose(found, -(exact + constant).sum(), rtol=1e-6)
     found = losses.poisson(answers[:, :1], torch.from_numpy(counts), torch.from_numpy(size))[0]
     np.testing.assert_allclose(found, -(stats.poisson.logpmf(counts, rate * size) + constant).sum(), rtol=1e-6)
+
+
+def test_ridge_of_the_original():
+    from scellfm.rosa.ridge import original_ridge, ridge_weights
+
+    data = np.load(FOLDER / "ridge.npz")
+    W, b = ridge_weights(data["X_train"], data["Y_train"], 100.0)
+    np.testing.assert_allclose(data["X_test"] @ W + b, data["sklearn_alpha100"], rtol=1e-8, atol=1e-8)
+    n_bins = INFO["options"]["n_bins"]
+    found = original_ridge(data["X_train"], data["Y_train"], data["X_test"], alpha=100.0, n_bins=n_bins)
+    for ours, name in zip(found, ("closed_form_alpha100", "closed_form_rounded", "variant_delta_expression")):
+        np.testing.assert_allclose(ours, data[name], rtol=1e-8, atol=1e-8)
+    few = ridge_weights(data["X_train"][:7], data["Y_train"][:7], 3.0)[0]
+    X = data["X_train"][:7] - data["X_train"][:7].mean(axis=0)
+    exact = np.linalg.solve(X.T @ X + 3 * np.eye(X.shape[1]), X.T @ data["Y_train"][:7])
+    np.testing.assert_allclose(few, exact, rtol=1e-8)

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from scellfm import DataError, ExtraError, ScellfmWarning
+from scellfm import DataError, ExtraError, OptionError, ScellfmWarning
 from scellfm.data import simulate_perturbations
-from scellfm.scgenept import PerturbationData, gears_baseline
+from scellfm.scgenept import PerturbationData, gears_baseline, perturbation_baselines
 from scellfm.scores import perturbation
 
 PROCESS = """
@@ -73,6 +73,19 @@ def test_the_interpreter_is_named_by_the_environment_too(data, split, annotation
     monkeypatch.setenv("SCELLFM_GEARS_PYTHON", str(stand_in(tmp_path, PROCESS)))
     with pytest.warns(ScellfmWarning):
         assert gears_baseline(data, split, annotations).notna().any().all()
+
+
+@pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")
+def test_gears_is_among_all_baselines_where_it_is_at_hand(data, split, annotations, tmp_path, monkeypatch):
+    monkeypatch.delenv("SCELLFM_GEARS_PYTHON", raising=False)
+    without = perturbation_baselines(data, split, annotations=annotations, baselines="all")
+    assert "GEARS" not in without
+    monkeypatch.setenv("SCELLFM_GEARS_PYTHON", str(stand_in(tmp_path, PROCESS)))
+    found = perturbation_baselines(data, split, annotations=annotations, baselines="all")
+    assert set(found) - set(without) == {"GEARS"} and found.counts()["GEARS"] == 4
+    assert list(perturbation_baselines(data, split, annotations=annotations, baselines="GEARS")) == ["GEARS"]
+    with pytest.raises(OptionError, match="annotations="):
+        perturbation_baselines(data, split, baselines=["GEARS"])
 
 
 def test_what_is_missing_or_fails_is_said(data, split, annotations, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import scellfm.scgpt.annotation as annotation
 from scellfm.core import DataError, OptionError, ScellfmWarning
 from scellfm.data import folds, hold_out
 from scellfm.data.cells import simulate_cells
-from scellfm.scgpt import CellAnnotator, ScGPT
+from scellfm.scgpt import CellClassifier, ScGPT
 from scellfm.training import model_tensors
 
 QUIET = pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")
@@ -62,7 +62,7 @@ def test_predictions_come_from_the_model_that_has_not_seen_the_cell_also_after_s
     few = adata[[40, 3, 17]].copy()
     assert np.allclose(fitted.probabilities(few), table[[40, 3, 17]], atol=1e-6)
     fitted.save_pretrained(tmp_path)
-    again = CellAnnotator.from_pretrained(tmp_path, device="cpu")
+    again = CellClassifier.from_pretrained(tmp_path, device="cpu")
     assert np.array_equal(again.probabilities(adata), table) and again.scores.table.equals(fitted.scores.table)
     assert again.predict(few) is None and list(few.obs["cell_type_predicted"].cat.categories) == ["B", "T"]
     assert few.obs["cell_type_confidence"].between(0.5, 1).all() and "cell_type_predicted" in few.uns

@@ -40,7 +40,7 @@ def cells_of(run):
 
 
 def tokens_of(gpt, adata, **options):
-    index = gpt.match(adata, column=COLUMN).index
+    index = gpt.match(adata, gene_column=COLUMN).index
     return next(tokenize(adata, adata.obs_names, index, gpt.vocabulary, **options))[1]
 
 
@@ -51,7 +51,7 @@ def as_sets(genes, values, pad):
 
 
 def test_genes_are_matched_as_the_original_does(recorded):
-    index = loaded("notie").match(cells_of("notie"), column=COLUMN).index
+    index = loaded("notie").match(cells_of("notie"), gene_column=COLUMN).index
     assert np.array_equal(index, recorded["id_in_vocab_all"])
 
 
@@ -62,7 +62,7 @@ def test_without_ties_the_default_gives_the_originals_vectors(recorded, run):
     cells = tokens_of(gpt, adata, max_length=case["max_length"])
     ours = as_sets(*cells.batch(range(len(cells)), gpt.vocabulary.pad)[:2], gpt.vocabulary.pad)
     assert ours == as_sets(recorded[f"{run}__genes"], recorded[f"{run}__values"], gpt.vocabulary.pad)
-    assert gpt.embed(adata, column=COLUMN, max_length=case["max_length"]) is None
+    assert gpt.embed(adata, gene_column=COLUMN, max_length=case["max_length"]) is None
     assert np.allclose(adata.obsm["X_scGPT"], recorded[f"{run}__X_scGPT"], rtol=0, atol=1e-6)
 
 
@@ -73,7 +73,7 @@ def test_original_mode_replays_the_originals_draws(recorded):
     cells = tokens_of(gpt, adata, **options)
     genes, values, _ = cells.batch(range(len(cells)), gpt.vocabulary.pad, gpt.model.config.pad_value)
     assert np.array_equal(genes, recorded["counts__genes"]) and np.array_equal(values, recorded["counts__values"])
-    gpt.embed(adata, column=COLUMN, **options)
+    gpt.embed(adata, gene_column=COLUMN, **options)
     assert np.allclose(adata.obsm["X_scGPT"], recorded["counts__X_scGPT"], rtol=0, atol=1e-6)
 
 
@@ -100,7 +100,7 @@ def test_keyed_draws_lie_in_the_middle_of_the_originals(recorded):
     adata, mean = cells_of("counts"), recorded["counts__mean_over_20_seeds"]
 
     def vectors(**options):
-        return gpt.embed(adata, column=COLUMN, max_length=case["max_length"], copy=True, **options).obsm["X_scGPT"]
+        return gpt.embed(adata, gene_column=COLUMN, max_length=case["max_length"], copy=True, **options).obsm["X_scGPT"]
 
     replayed = np.stack([vectors(seed=seed, original=True) for seed in range(100, 120)])
     assert np.allclose(replayed.mean(0), mean, rtol=0, atol=1e-6)
@@ -276,17 +276,17 @@ def test_genes_are_found_by_symbol_ensembl_id_and_alias(small):
     by_id = adata.copy()
     by_id.var_names = [f"{name}.7" for name in ids]
     expected = embedded(gpt, adata)
-    assert np.array_equal(embedded(gpt, by_id, symbols=table), expected)
+    assert np.array_equal(embedded(gpt, by_id, match={"symbols": table}), expected)
     assert np.array_equal(
-        embedded(gpt, by_id, mapping={ensembl: symbol for symbol, ensembl in table.items()}), expected
+        embedded(gpt, by_id, match={"mapping": {ensembl: symbol for symbol, ensembl in table.items()}}), expected
     )
     alias = adata.copy()
     alias.var_names = ["OLDNAME", *adata.var_names[1:]]
-    assert np.array_equal(embedded(gpt, alias, mapping={"OLDNAME": "GENE0"}), expected)
+    assert np.array_equal(embedded(gpt, alias, match={"mapping": {"OLDNAME": "GENE0"}}), expected)
     both = adata.copy()
     both.var["ensembl_id"] = ids
     assert np.array_equal(embedded(gpt, both), expected)
-    with pytest.raises(DataError, match="Ensembl ids.*vocabulary is of symbols.*mapping={Ensembl id: symbol}"):
+    with pytest.raises(DataError, match="Ensembl ids.*vocabulary is of symbols.*mapping.: {Ensembl id: symbol}"):
         gpt.embed(by_id)
 
 

@@ -15,7 +15,7 @@ from scipy import sparse
 
 from scellfm import AssetError, DataError, ExtraError, OptionError, ScellfmWarning
 from scellfm.scgpt import neighbours as neighbours_module
-from scellfm.scgpt.mapping import ReferenceMap, label_scores, pca_pair
+from scellfm.scgpt.mapping import ReferenceMap, naming_scores, pca_pair
 from scellfm.scgpt.neighbours import nearest, vote_shares, winners
 
 
@@ -326,7 +326,7 @@ def test_scores_are_scikit_learns():
 
     rng = np.random.default_rng(0)
     truth, called = rng.choice(list("abcd"), 80), rng.choice(list("bcde"), 80)
-    found, tables = label_scores(truth, called)
+    found, tables = naming_scores(truth, called)
     macro = {"average": "macro", "zero_division": 0}
     assert found == pytest.approx(
         {

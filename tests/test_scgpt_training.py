@@ -16,7 +16,7 @@ from scellfm.data.cells import simulate_cells
 from scellfm.data.splits import Split
 from scellfm.scgpt import ScGPT
 from scellfm.scgpt.tokenizer import BinnedCells
-from scellfm.scgpt.training import HiddenGenes, guessers, learner, pretraining_loss
+from scellfm.scgpt.training import MaskedGenes, baseline_losses, learner, pretraining_loss
 from scellfm.training import model_tensors
 
 QUIET = pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")
@@ -81,7 +81,7 @@ def test_the_loss_is_the_sum_of_three_means_and_padding_has_no_part(gpt):
         ]
     )
     model = learner(gpt, ["B", "T"], 0)
-    hiding = HiddenGenes(model, cells, ["one", "two"], shares=(0.5,), max_length=9, seed=3, codes=np.array([1, 0]))
+    hiding = MaskedGenes(model, cells, ["one", "two"], shares=(0.5,), max_length=9, seed=3, codes=np.array([1, 0]))
     rows = hiding.rows(np.array([0, 1]))
     both = pretraining_loss(model.model.eval(), rows.batch(np.array([0, 1]), 0))
     alone = [pretraining_loss(model.model, rows.batch(np.array([i]), 0)) for i in (0, 1)]
@@ -102,8 +102,8 @@ def test_what_is_hidden_depends_on_cell_and_epoch_alone(gpt):
         for _ in range(40)
     ]
     names = [f"c{i}" for i in range(40)]
-    hiding = HiddenGenes(gpt, BinnedCells.of(made), names, shares=(0.25, 0.5, 0.75), max_length=20, seed=0)
-    turned = HiddenGenes(gpt, BinnedCells.of(made[::-1]), names[::-1], shares=(0.25, 0.5, 0.75), max_length=20, seed=0)
+    hiding = MaskedGenes(gpt, BinnedCells.of(made), names, shares=(0.25, 0.5, 0.75), max_length=20, seed=0)
+    turned = MaskedGenes(gpt, BinnedCells.of(made[::-1]), names[::-1], shares=(0.25, 0.5, 0.75), max_length=20, seed=0)
     for i in range(40):
         assert all(np.array_equal(a, b) for a, b in zip(hiding.cell(i, 1), turned.cell(39 - i, 1)))
         genes, values, hidden = hiding.cell(i, 1)
@@ -215,13 +215,13 @@ def test_guessers_by_hand(gpt):
             (np.array([40, 1, 2, 3]), np.array([-2, 5, 25, 40], "float32")),
         ]
     )
-    hiding = HiddenGenes(gpt, cells, list("abc"), shares=(0.999999,), max_length=9, seed=0, codes=np.array([0, 1, 0]))
-    found = guessers(hiding, np.array([0, 1]), np.array([2]), 2)
+    hiding = MaskedGenes(gpt, cells, list("abc"), shares=(0.999999,), max_length=9, seed=0, codes=np.array([0, 1, 0]))
+    found = baseline_losses(hiding, np.array([0, 1]), np.array([2]), 2)
     assert np.allclose(found["one mean"], [(15**2 + 5**2 + 20**2) / 3] * 2 + [np.log(2)])
     assert np.allclose(
         found["gene means"], [(15**2 + 5**2 + 20**2) / 3] * 2 + [np.log(2)]
     )  # 20, 20; unseen: the mean, 20
-    assert np.allclose(guessers(hiding, np.array([0, 2]), np.array([1]), 0)["gene means"], [(30 - 7.5) ** 2] * 2)
+    assert np.allclose(baseline_losses(hiding, np.array([0, 2]), np.array([1]), 0)["gene means"], [(30 - 7.5) ** 2] * 2)
 
 
 def test_the_table_has_model_and_guessers_and_a_useless_model_is_told(gpt, adata, split):

@@ -88,8 +88,12 @@ def test_names_are_taken_from_where_the_vocabulary_knows_them():
     vocabulary = Vocabulary(["B2M", "ACTB", "CD3D"])
     found = vocabulary.match(genes(names=["0", "1", "2"], feature_name=["CD3D", "ACTB", "B2M"]))
     assert found.index.tolist() == [2, 1, 0] and found.report["names_from"] == "feature_name"
-    assert vocabulary.match(genes(names=["b2m", "Actb", "CD3D"], x=[1, 2, 3]), column=None).index.tolist() == [0, 1, 2]
-    assert vocabulary.match(genes(names=["0", "1"], mine=["CD3D", "ACTB"]), column="mine").index.tolist() == [2, 1]
+    assert vocabulary.match(genes(names=["b2m", "Actb", "CD3D"], x=[1, 2, 3]), gene_column=None).index.tolist() == [
+        0,
+        1,
+        2,
+    ]
+    assert vocabulary.match(genes(names=["0", "1"], mine=["CD3D", "ACTB"]), gene_column="mine").index.tolist() == [2, 1]
 
 
 @pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")

@@ -336,8 +336,6 @@ TRAINING = "a training is described by its numbers, and users type them by name:
 SCREEN = "one screen is one question: which genes, in which cells, from where to where; each answer has a name"
 MANY = {  # public functions with more parameters than that, and why
     "geneformer.perturbation.runner.perturb": SCREEN,
-    "geneformer.finetuning.classifier.finetune_cells": TRAINING,
-    "geneformer.finetuning.multitask.finetune_tasks": TRAINING,
     "geneformer.finetuning.multitask.finetune": TRAINING,
     "geneformer.finetuning.genes.finetune_genes": TRAINING,
     "scgpt.annotation.finetune": TRAINING,

@@ -6,13 +6,17 @@
 __all__ = ['by_prefix', 'renamed', 'shared_names', 'LoadReport', 'raise_if_any', 'misfits', 'left_over', 'copy_all', 'load_state']
 
 # %% ../../nbs/assets/accounting.ipynb #099dd315
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .files import published
 from ..core import AssetError, OptionError, logger
+
+if TYPE_CHECKING:
+    import torch
 
 # %% ../../nbs/assets/accounting.ipynb #3d5ebc3b
 def by_prefix(name: str, rules: Mapping[str, str]) -> str:
@@ -21,7 +25,7 @@ def by_prefix(name: str, rules: Mapping[str, str]) -> str:
     return rules.get(old, "") + name[len(old) :]
 
 
-def renamed(names, rename: Callable | Mapping | None) -> dict[str, str]:
+def renamed(names: Iterable[str], rename: Callable | Mapping | None) -> dict[str, str]:
     "{name in the model: name in the checkpoint}; AssetError when two tensors get the same name."
     translated: dict[str, str] = {}
     for name in names:
@@ -75,7 +79,7 @@ class LoadReport:
         return f"<table>{cells}</table>"
 
 # %% ../../nbs/assets/accounting.ipynb #25ae4a95
-def raise_if_any(module, problems: dict[str, list[str]]) -> None:
+def raise_if_any(module: "torch.nn.Module", problems: dict[str, list[str]]) -> None:
     "One AssetError with all that does not balance."
     found = [
         f"{len(names)} {'is' if len(names) == 1 else 'are'} {what}: {', '.join(names)}"
@@ -112,7 +116,7 @@ def misfits(tensors: Mapping, target: Mapping, names: Mapping[str, str]) -> dict
         "different, though the model has one memory for both": twice,
     }
 
-
+# %% ../../nbs/assets/accounting.ipynb #0ea8afbc
 def left_over(tensors: Mapping, target: Mapping, names: Mapping[str, str], ignore: tuple, fresh: tuple) -> list[str]:
     "Tensors, by their names in the model, without a place in it or replaced by a fresh parameter of another shape."
     return [
@@ -142,7 +146,7 @@ def copy_all(tensors: Mapping, target: Mapping, names: Mapping[str, str]) -> dic
 
 # %% ../../nbs/assets/accounting.ipynb #fee838dc
 def load_state(
-    module,
+    module: "torch.nn.Module",
     tensors: Mapping,
     *,
     rename: Callable | Mapping | None = None,

@@ -19,11 +19,13 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from .files import nearby, usable
 from .hub import cache_folder
 from ..core import AssetError, StoreError, logger, progress
 from ..store import atomic_write, sha256
+from ..store.records import read_record
 
 # %% auto #0
 __all__ = ['HERE', 'PIECE', 'ATTEMPTS', 'PAUSE', 'PASSING', 'check_address', 'SafeRedirects', 'part_files', 'attempt',
@@ -43,7 +45,9 @@ def check_address(url: str) -> None:
 class SafeRedirects(urllib.request.HTTPRedirectHandler):
     "Follows a redirect only to an address that may be asked."
 
-    def redirect_request(self, request, file, code, message, headers, newurl):
+    def redirect_request(
+        self, request: urllib.request.Request, file: Any, code: int, message: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
         "The request for the new address."
         check_address(newurl)
         return super().redirect_request(request, file, code, message, headers, newurl)
@@ -56,7 +60,7 @@ def part_files(path: Path) -> tuple[Path, Path]:
     "Where the arrived bytes and the server's mark of their content are kept."
     return path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.mark")
 
-
+# %% ../../nbs/assets/download.ipynb #d52c033b
 def attempt(url: str, path: Path, timeout: float) -> None:
     "Fetch all of a file, or what is missing of it, into its .part; raises where the answer breaks off."
     part, mark = part_files(path)
@@ -112,7 +116,7 @@ def download_file(url: str, path: str | os.PathLike, *, timeout: float = 60.0) -
         raise
     return path
 
-
+# %% ../../nbs/assets/download.ipynb #2f675d23
 def fetched(url: str, path: Path, timeout: float, last: bool) -> bool:
     "One attempt: did it succeed? Errors that do not pass by themselves, and the last one, are raised."
     try:
@@ -142,8 +146,8 @@ def remember_download(url: str, digest: str) -> None:
     "Note the sha256 of an address at its first use; AssetError where it gave another one before."
     notes_path = cache_folder() / "downloads.json"
     try:
-        notes = json.loads(notes_path.read_text()) if notes_path.exists() else {}
-    except (OSError, ValueError) as error:
+        notes = read_record(notes_path, {...: [str]}) if notes_path.exists() else {}
+    except AssetError as error:
         logger.warning("%s cannot be read and is begun anew: %s", notes_path, error)
         notes = {}
     if url in notes and notes[url][0] != digest:
@@ -176,7 +180,7 @@ def checked_members(archive: zipfile.ZipFile, name: str) -> list[zipfile.ZipInfo
             members.append(member)
     return members
 
-
+# %% ../../nbs/assets/download.ipynb #349efd29
 def unpack_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> None:
     "Write one member below `folder`, whole or not at all, and never more than it claims."
     target, left = folder.joinpath(*PurePosixPath(member.filename).parts), member.file_size
@@ -187,7 +191,7 @@ def unpack_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Pat
                 raise AssetError(f"{member.filename!r} is larger than its archive says; it was not unpacked")
             file.write(piece)
 
-
+# %% ../../nbs/assets/download.ipynb #eee5266f
 def unpack_zip(path: str | os.PathLike, folder: str | os.PathLike, skip: Iterable[str] = ()) -> list[Path]:
     """
     Unpack a zip archive below `folder`, without the files whose names end with one of `skip`; the paths written.

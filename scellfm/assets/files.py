@@ -25,7 +25,7 @@ MAGIC = (
 )
 WEB_PAGE = (b"<!doctype html", b"<!--", b"<html", b"<head", b"<?xml")
 
-
+# %% ../../nbs/assets/files.ipynb #19f3d6de
 def kind_of(path: str | os.PathLike) -> str:
     "What a file is, told from its first bytes and not from its name."
     with open(path, "rb") as file:
@@ -157,12 +157,12 @@ PINS = tuple(
     )
 )
 
-
+# %% ../../nbs/assets/files.ipynb #55c92d05
 def published(digest: str) -> str | None:
     "What the file with this sha256 is; None where it is not in `PINS`."
     return next((pin.what for pin in PINS if pin.sha256 == digest), None)
 
-
+# %% ../../nbs/assets/files.ipynb #d3a917c2
 def known_as(path: Path) -> str | None:
     """
     What a published file is, told by its content; None for a file that is not in `PINS`.

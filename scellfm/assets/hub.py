@@ -12,12 +12,16 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from .files import nearby
 from ..core import AssetError, StoreError, logger, warn
 from ..store import atomic_write, sha256
+from ..store.records import read_record
 
 # %% ../../nbs/assets/hub.ipynb #a3c1aa57
 def git_sha1(path: Path) -> str:
@@ -50,13 +54,13 @@ def cache_folder() -> Path:
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scellfm"
     return Path(os.environ.get("SCELLFM_CACHE", default)).expanduser()
 
-
+# %% ../../nbs/assets/hub.ipynb #fdb61161
 def remember(source: str, digests: dict[str, str], fixed: bool) -> None:
     "Note the sha256 of files at their first use; warn when one has changed since, AssetError if it must not (`fixed`)."
     path = cache_folder() / "hub.json"
     try:
-        notes = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError) as error:
+        notes = read_record(path, {...: {...: [str]}}) if path.exists() else {}
+    except AssetError as error:
         logger.warning("%s cannot be read and is begun anew: %s", path, error)
         notes = {}
     known = notes.setdefault(source, {})
@@ -91,7 +95,7 @@ def chain(error: BaseException | None) -> list[BaseException]:
         error = error.__cause__ or error.__context__
     return found
 
-
+# %% ../../nbs/assets/hub.ipynb #0bb2b5bd
 def status(error: Exception) -> int | None:
     "The HTTP status behind an error, None when there was no answer at all."
     answers = [cause.response for cause in chain(error) if getattr(cause, "response", None) is not None]
@@ -107,7 +111,7 @@ def passes_by_itself(error: Exception) -> bool:
     "Is it worth trying again?"
     return not is_of_the_disk(error) and status(error) in (None, 408, 429, 500, 502, 503, 504)
 
-
+# %% ../../nbs/assets/hub.ipynb #ca21273a
 def why(error: Exception, hub_id: str, revision: str | None, offline: bool) -> str:
     "The cause and the fix, in one sentence."
     from huggingface_hub import constants, errors
@@ -128,6 +132,60 @@ def why(error: Exception, hub_id: str, revision: str | None, offline: bool) -> s
     cause = f"HTTP {status(error)}" if status(error) else str(chain(error)[-1])[:150]
     return f"{constants.ENDPOINT} could not be reached or broke off ({cause}); run again: what has arrived is kept"
 
+# %% ../../nbs/assets/hub.ipynb #4269edf4
+STALLED = 120.0  # seconds without an answer and without a byte
+
+
+def arrived(hub_id: str) -> int:
+    "Bytes of a repository that are in the hub's cache, whole files and parts."
+    from huggingface_hub import constants
+
+    place = Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}" / "blobs"
+    return sum(path.stat().st_size for path in place.glob("*") if path.exists()) if place.is_dir() else 0
+
+# %% ../../nbs/assets/hub.ipynb #2732316d
+def answered(ask: Callable, hub_id: str) -> object:
+    "What `ask()` returns or raises; TimeoutError where nothing arrives for a while."
+    found: dict = {}
+
+    def work() -> None:
+        try:
+            found["value"] = ask()
+        except BaseException as error:  # raised again below, in the caller's thread
+            found["error"] = error
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    since, size = time.monotonic(), -1
+    while worker.is_alive():
+        worker.join(min(STALLED / 10, 1.0))
+        if (now := arrived(hub_id)) != size:
+            since, size = time.monotonic(), now
+        elif worker.is_alive() and time.monotonic() - since > STALLED:
+            raise TimeoutError(f"the hub accepted the question and gave no answer for {STALLED:.0f} s")
+    if "error" in found:
+        raise found["error"]
+    return found["value"]
+
+# %% ../../nbs/assets/hub.ipynb #265866d2
+def check_marks(hub_id: str, revision: str | None, filters: dict) -> None:
+    "AssetError where the hub marks a file by something that is no name of a file."
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.utils import filter_repo_objects
+
+    about = answered(partial(HfApi().repo_info, hub_id, revision=revision), hub_id)
+    names = list(filter_repo_objects([file.rfilename for file in about.siblings or []], **filters))
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise AssetError(f"{hub_id} lists the file {name!r}, which would leave its folder; nothing was fetched")
+        url = hf_hub_url(hub_id, name, revision=about.sha)
+        mark = answered(partial(get_hf_file_metadata, url), hub_id).etag
+        if mark is not None and not re.fullmatch(r"[\w.+=-]+", mark):
+            raise AssetError(
+                f"{hub_id} marks {name} by {mark!r}, which is no hash and no name of a file; nothing was fetched. Is "
+                "HF_ENDPOINT a hub that you trust?"
+            )
+
 # %% ../../nbs/assets/hub.ipynb #cee96a5d
 ATTEMPTS, PAUSE = 3, 1.0  # seconds, doubled each time
 
@@ -142,7 +200,10 @@ def fetch(hub_id: str, revision: str | None, local_files_only: bool, filters: di
     offline = local_files_only or constants.HF_HUB_OFFLINE
     for attempt in range(ATTEMPTS):
         try:
-            return Path(snapshot_download(hub_id, revision=revision, local_files_only=local_files_only, **filters))
+            if not offline:
+                check_marks(hub_id, revision, filters)
+            options = dict(revision=revision, local_files_only=local_files_only, **filters)
+            return Path(answered(partial(snapshot_download, hub_id, **options), hub_id))
         except errors.HFValidationError as error:
             raise AssetError(f"{hub_id} is no folder here and no valid hub id: {error}") from error
         except (OSError, ValueError, *transport) as error:
@@ -152,7 +213,7 @@ def fetch(hub_id: str, revision: str | None, local_files_only: bool, filters: di
             logger.warning("%s: attempt %d of %d failed: %s", hub_id, attempt + 1, ATTEMPTS, error)
             time.sleep(PAUSE * 2**attempt)
 
-
+# %% ../../nbs/assets/hub.ipynb #04e9592f
 def find_on_hub(
     hub_id: str, subfolder: str | None, revision: str | None, local_files_only: bool, patterns: tuple[str, ...] | None
 ) -> Path:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'WRAPPERS', 'weights_file', 'read_safetensors', 'save_tensors', 'save_torch', 'save_model', 'unwrapped',
-           'read_torch', 'Tensors', 'read_sharded', 'read_tensors']
+           'read_torch', 'check_sizes', 'check_layers', 'Tensors', 'read_sharded', 'read_tensors']
 
 # %% ../../nbs/assets/tensors.ipynb #3f5395ea
 import os
@@ -42,7 +42,8 @@ def weights_file(folder: Path) -> Path:
     kinds = ("*.safetensors", "*.pt", "*.pth", "*.bin", "*.ckpt")
     found = sorted(path for kind in kinds for path in folder.glob(kind) if not is_leftover(path))
     if len(found) > 1:
-        raise AssetError(f"{folder} holds several files of weights ({', '.join(p.name for p in found)}); name one")
+        names = ", ".join(path.name for path in found)
+        raise AssetError(f"{folder} holds several files of weights ({names}); name one, such as {found[0]}")
     if not found:
         raise AssetError(f"{folder} has no weights (such as {', '.join(WEIGHTS)}); {nearby(folder / 'weights')}")
     return found[0]
@@ -62,7 +63,7 @@ def read_safetensors(path: Path) -> dict:
     except Exception as error:  # whatever a damaged header makes of the library
         raise AssetError(f"{path} is damaged or cut ({size} bytes): {error}; fetch it again") from error
 
-
+# %% ../../nbs/assets/tensors.ipynb #032b5f35
 def save_tensors(path: str | os.PathLike, tensors: Mapping) -> None:
     "Write tensors as one safetensors file, atomically; tensors that share memory are copied. Same tensors, same bytes."
     from safetensors import SafetensorError
@@ -101,7 +102,7 @@ def save_model(model: "PreTrainedModel", folder: str | os.PathLike) -> None:
 WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
-def unwrapped(found, path: Path) -> dict:
+def unwrapped(found: object, path: Path) -> dict:
     "The state dict itself, out of what a training script put around it."
     import torch
 
@@ -116,7 +117,7 @@ def unwrapped(found, path: Path) -> dict:
         raise AssetError(f"{path} is no state dict: {reason}; save model.state_dict() instead")
     return dict(found)
 
-
+# %% ../../nbs/assets/tensors.ipynb #0fe5672e
 def read_torch(path: Path) -> dict:
     "The tensors of a torch checkpoint, on the CPU; nothing in it is executed."
     import torch
@@ -144,6 +145,26 @@ def _reason(error: Exception) -> str:
     told = re.search(r"(?<=WeightsUnpickler error: ).*", text)
     return (told.group() if told else text.splitlines()[0])[:200].rstrip(" .")
 
+# %% ../../nbs/assets/tensors.ipynb #9e5b4b27
+def check_sizes(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping, where: object) -> None:
+    "AssetError unless `tensors` have these shapes; names that no tensor has are left to the audit of the loading."
+    for name, shape in wanted.items():
+        if name in tensors and tuple(tensors[name].shape) != tuple(shape):
+            raise AssetError(
+                f"{where} speaks of {name} of the shape {tuple(shape)}, and the weights beside it have "
+                f"{tuple(tensors[name].shape)}: they do not belong together; fetch both again"
+            )
+
+
+def check_layers(wanted: int, tensors: Mapping, prefix: str, where: object) -> None:
+    "AssetError unless the tensors are those of so many layers: `prefix` stands before a layer's number."
+    numbers = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
+    if len(numbers) != wanted:
+        raise AssetError(
+            f"{where} speaks of {wanted:,} layers, and the weights beside it have {len(numbers):,}: they do not belong "
+            "together; fetch both again"
+        )
+
 # %% ../../nbs/assets/tensors.ipynb #4af1d42a
 class Tensors(dict):
     "Tensors by name; `files` maps each file they came from to its sha256."
@@ -152,7 +173,7 @@ class Tensors(dict):
         super().__init__(tensors)
         self.files = dict(files)
 
-
+# %% ../../nbs/assets/tensors.ipynb #6e056b09
 def read_sharded(index: Path) -> Tensors:
     "All tensors that an index of shards lists."
     listed = read_dictionary(index).get("weight_map")
@@ -169,7 +190,7 @@ def read_sharded(index: Path) -> Tensors:
         found.files.update(part.files)
     return found
 
-
+# %% ../../nbs/assets/tensors.ipynb #02f988ae
 def read_tensors(path: str | os.PathLike) -> Tensors:
     """
     The tensors of a checkpoint (folder or file; safetensors, sharded or not, or torch's format), by name, on the CPU.

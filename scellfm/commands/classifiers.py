@@ -140,22 +140,45 @@ def predictions(classifier, data, layer: str | None):
     columns = [f"{label}_{what}" for label in labels for what in ("predicted", "confidence")]
     return data, data.obs[columns].rename_axis("cell")
 
+# %% ../../nbs/commands/classifiers.ipynb #ab4b99ea
+def predict_perturbations(
+    cells: str, model: str, out: str, perturbations: list[str] | None, layer: str | None, device: str
+) -> str:
+    "Write the table of predicted means of a scGenePT. OptionError: no perturbations, an h5ad."
+    from scellfm.scgenept import ScGenePT
+
+    if not perturbations:
+        raise OptionError(f"{model} is a scGenePT: say what to predict with --perturbations, as in FOSB CEBPE+FOSB")
+    if Path(out).suffix.lower() == ".h5ad":
+        raise OptionError(f"--out {out}: the predictions are a table; end the name in .csv or .parquet")
+    controls = whole_cells(cells)
+    if "condition" in controls.obs:
+        controls = controls[controls.obs["condition"].astype(str).isin(["ctrl", "control"])].copy()
+    found = ScGenePT.from_pretrained(model, device=device).predict(perturbations, controls=controls, layer=layer)
+    write_table(found, out)
+    return out
+
 # %% ../../nbs/commands/classifiers.ipynb #5ba21b12
 def predict(
     cells: str,  # h5ad, 10x h5 or mtx folder, loom, zarr, or the word demo
     *,
-    model: str,  # folder of a classifier that `scellfm finetune` wrote
+    model: str,  # folder of a classifier that `scellfm finetune` wrote, or of a trained scGenePT
     out: str,  # file to write: .h5ad (cells with the columns), .csv or .parquet (the columns)
+    perturbations: list[str] | None = None,  # for a scGenePT: what to predict, as in FOSB CEBPE+FOSB
     layer: str | None = None,  # layer of the file that holds the counts, or raw; X where none is given
     device: str = "auto",  # auto, cpu, cuda or mps
     dtype: str = "float32",  # float32 or bfloat16
 ) -> str:
-    """What a classifier says of new cells, or of genes.
+    """What a classifier says of new cells, or of genes; or the expression after perturbations of control cells.
 
     Example: scellfm predict demo --model runs/cell-types --out runs/predicted.csv
     """
     suffix = out_format(out, (".h5ad", ".csv", ".parquet"))
     out = str(output_file(out, cells))
+    if (Path(model).expanduser() / "scgenept.json").exists():
+        return predict_perturbations(cells, model, out, perturbations, layer, device)
+    if perturbations is not None:
+        raise OptionError(f"--perturbations is for a scGenePT, and {model} is none; leave it out")
     classifier, data = load_classifier(model, device=device, dtype=dtype), whole_cells(cells)
     data, table = predictions(classifier, data, layer)
     if suffix != ".h5ad":

@@ -90,13 +90,18 @@ CLASSIFIERS = {
     "classifier.json": "scellfm.geneformer.CellClassifier",
     "tasks.json": "scellfm.geneformer.TaskClassifier",
     "gene_classifier.json": "scellfm.geneformer.GeneClassifier",
-    "annotator.json": "scellfm.scgpt.CellAnnotator",
+    "annotator.json": "scellfm.scgpt.CellClassifier",
 }
 
 
 def system_of(model: str, subfolder: str | None = None) -> str:
-    "'scgpt' where the folder has files of scGPT's layout and no config.json, else 'geneformer'."
+    "'scgpt' where the folder has files of scGPT's layout and no config.json, else 'geneformer'; scGenePT is refused."
     folder = Path(model).expanduser() / (subfolder or "")
+    if (folder / "scgenept.json").exists():
+        raise OptionError(
+            f"{model} is a model of scGenePT, which predicts perturbations and nothing else: `scellfm predict` and"
+            " `scellfm evaluate` take it; embed, finetune, map, integrate and perturb need a Geneformer or a scGPT"
+        )
     scgpt = any((folder / name).exists() for name in ("args.json", "vocab.json", "best_model.pt", "annotator.json"))
     return "scgpt" if scgpt and not (folder / "config.json").exists() else "geneformer"
 

@@ -33,7 +33,7 @@ class OverfitCheck:
     def __str__(self) -> str:
         return self.text + (" What helps: " + "; ".join(self.advice) + "." if self.overfitted else "")
 
-
+# %% ../../nbs/crossfit/check.ipynb #2603a586
 def check_overfit(
     scores: Scores,  # of `score_table`
     advice: Sequence[str],

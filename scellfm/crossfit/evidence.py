@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 
-from ..core import AssetError
+from ..core import AssetError, plain
 from .check import OverfitCheck
 from ..scores.table import Scores
 from ..store import atomic_write
@@ -82,4 +82,4 @@ def evidence_of(record: dict) -> dict:
 def write_record(path: Path, record: dict) -> None:
     "Write a model's JSON, whole or not at all."
     with atomic_write(path) as part:
-        Path(part).write_text(json.dumps(record, indent=1, default=str))
+        Path(part).write_text(json.dumps(plain(record), indent=1, default=str))

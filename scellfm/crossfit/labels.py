@@ -23,6 +23,8 @@ __all__ = ['classes_of', 'check_class_folds', 'predicted_classes', 'write_predic
 def classes_of(labels: np.ndarray, label: str) -> tuple[np.ndarray, np.ndarray]:
     "The sorted classes and each cell's class number; DataError for one class only or a class of one cell."
     classes, codes = np.unique(np.asarray(labels).astype(str), return_inverse=True)
+    if not len(labels):
+        raise DataError(f"there are no cells with obs[{label!r}] to learn from; check the filters before")
     if len(classes) < 2:
         raise DataError(
             f"obs[{label!r}] has a single class, {str(classes[0])!r}, in all {len(labels):,} cells: "

@@ -8,22 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from ..core import AssetError, DataError, keyed_seed, warn
-from ..data.splits import Folds, Split, cell_keys, check_leakage, column_of
+from ..data.splits import Folds, Split, check_leakage, column_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from scipy.sparse import csr_matrix
 
 # %% auto #0
-__all__ = ['NEW', 'TRAINED', 'TrainedOn', 'keys_of', 'scrambled', 'row_sums', 'gene_columns', 'matrix_contents', 'count_contents',
-           'token_contents', 'record_file', 'save_membership', 'load_membership', 'warn_of_trained', 'check_cells',
-           'resolve_folds', 'by_name']
+__all__ = ['NEW', 'TRAINED', 'TrainedOn', 'keys_of', 'by_occurrence', 'scrambled', 'row_sums', 'gene_columns', 'matrix_contents',
+           'count_contents', 'token_contents', 'cell_contents', 'record_file', 'save_membership', 'load_membership',
+           'warn_of_trained', 'check_cells', 'resolve_folds', 'by_name']
 
 # %% ../../nbs/crossfit/membership.ipynb #5e4d9396
 NEW, TRAINED = -1, -2  # no model was trained on the row; all models were
@@ -88,10 +88,17 @@ class TrainedOn:
         "The record that `save` wrote. AssetError."
         return load_membership(Path(folder), kind)
 
-
+# %% ../../nbs/crossfit/membership.ipynb #02f5a618
 def keys_of(names: Sequence[str] | pd.Index | np.ndarray, kind: str = "cell") -> np.ndarray:
-    "64-bit keys of the names of rows, of which each occurrence has its own."
-    return np.array([keyed_seed(0, kind, name) for name in cell_keys(names)], dtype=np.uint64)
+    "64-bit keys of the names of rows; a name that repeats is told apart by how often it came before."
+    return np.array([keyed_seed(0, kind, name) for name in by_occurrence(names)], dtype=np.uint64)
+
+
+def by_occurrence(names: Sequence[str] | pd.Index | np.ndarray) -> np.ndarray:
+    "The names as text, the second and later rows of one name with their number behind it: no two are the same."
+    names = pd.Series(np.asarray(names, dtype=object)).astype(str)
+    number = names.groupby(names, sort=False).cumcount()
+    return np.where(number > 0, names + "\x1f" + number.astype(str), names).astype(object)
 
 # %% ../../nbs/crossfit/membership.ipynb #65d38f1d
 def scrambled(values: np.ndarray) -> np.ndarray:
@@ -107,7 +114,7 @@ def row_sums(values: np.ndarray, indptr: np.ndarray) -> np.ndarray:
     running = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)])
     return scrambled(running[indptr[1:]] - running[indptr[:-1]])
 
-
+# %% ../../nbs/crossfit/membership.ipynb #92bb13ce
 def gene_columns(genes: Sequence[str] | np.ndarray) -> tuple[csr_matrix, np.ndarray]:
     "What sums the columns of one gene [columns, genes], and a key for each gene (0 for '', which is none)."
     from scipy.sparse import csr_matrix
@@ -125,7 +132,7 @@ def matrix_contents(matrix: csr_matrix, columns: tuple[csr_matrix, np.ndarray]) 
     values = scrambled(gene[by_gene.indices] ^ scrambled(counts))
     return row_sums(np.where(gene[by_gene.indices] == 0, np.uint64(0), values), by_gene.indptr)
 
-
+# %% ../../nbs/crossfit/membership.ipynb #4509a155
 def count_contents(adata: AnnData, layer: str | None = None) -> np.ndarray:
     "The content of each cell by the counts that `layer` names, read in row blocks: uint64 [cells]."
     from scellfm.data.genes import gene_ids, plain_id
@@ -135,7 +142,7 @@ def count_contents(adata: AnnData, layer: str | None = None) -> np.ndarray:
     parts = [matrix_contents(block, columns) for _, block in count_blocks(adata, layer)]
     return np.concatenate([np.empty(0, np.uint64), *parts])
 
-
+# %% ../../nbs/crossfit/membership.ipynb #f87f5664
 def token_contents(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     "The content of each cell by its tokens in their order: uint64 [cells]."
     offsets = np.asarray(offsets, dtype=np.int64)
@@ -143,6 +150,18 @@ def token_contents(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     return row_sums(
         scrambled(np.asarray(tokens).astype(np.uint64) ^ (place.astype(np.uint64) << np.uint64(32))), offsets
     )
+
+# %% ../../nbs/crossfit/membership.ipynb #4f730828
+def cell_contents(data: Any, cells: Any = None, layer: str | None = None) -> dict[str, np.ndarray]:
+    "The contents of cells as `TrainedOn` takes them: of their counts where `data` has them, and of their tokens."
+    found = {}
+    if hasattr(data, "var_names"):
+        counts = count_contents(data, layer)
+        found["counts"] = counts if cells is None else counts[cells.cell_index]
+    cells = data if cells is None else cells
+    if hasattr(cells, "offsets"):
+        found["tokens"] = token_contents(cells.tokens, cells.offsets)
+    return found
 
 # %% ../../nbs/crossfit/membership.ipynb #db41dc7a
 def same_contents(
@@ -184,7 +203,7 @@ def save_membership(trained_on: TrainedOn, folder: Path) -> None:
     tensors = {name: torch.as_tensor(values) for name, values in arrays.items()}
     save_tensors(record_file(folder, trained_on.kind), tensors)
 
-
+# %% ../../nbs/crossfit/membership.ipynb #ac94e2e0
 def load_membership(folder: Path, kind: str = "cell") -> TrainedOn:
     "See `TrainedOn.load`."
     from scellfm.assets import read_tensors
@@ -216,13 +235,20 @@ def warn_of_trained(fold: np.ndarray) -> None:
         )
 
 # %% ../../nbs/crossfit/membership.ipynb #fa7f57f4
-def check_cells(split: Split | Folds, n: int) -> None:
-    "DataError where the split is not of the `n` cells of the data."
+def check_cells(names: pd.Index, split: Split | Folds, n: int) -> None:
+    "DataError where there are no cells, or the split is not of the `n` cells of the data; warns of repeated names."
+    if not len(names):
+        raise DataError("there are no cells to learn from; check the filters before")
+    if not names.is_unique:
+        warn(
+            f"obs_names repeat (e.g. {names[names.duplicated()][0]!r}); which models have seen a cell is told by its "
+            "name and by how often the name came before: keep the order, or call adata.obs_names_make_unique()"
+        )
     of = split.folds()[0].n
     if of != n:
         raise DataError(f"the split is of {of:,} cells and the data have {n:,}; make the split from these cells")
 
-
+# %% ../../nbs/crossfit/membership.ipynb #61b41710
 def resolve_folds(
     split: Split | Folds,
     obs: pd.DataFrame,
@@ -236,7 +262,7 @@ def resolve_folds(
     rows_of: rows of the model's data for positions in the data, without those that it cannot read; None: the same.
     Raises DataError.
     """
-    check_cells(split, len(obs) if n is None else n)
+    check_cells(obs.index, split, len(obs) if n is None else n)
     groups = column_of(obs, split.by, "split.by") if split.by else None
     names, parts = obs.index.to_numpy(), []
     for one in split.folds():

@@ -251,12 +251,13 @@ def gtf_lines(annotation: pd.DataFrame) -> list[str]:
 @patch
 def write(self: GenomeSimulation, folder: str | os.PathLike) -> dict[str, Path]:
     "Write genome.fa and genes.gtf; returns their paths by name: fasta, annotation."
-    from scellfm.store import atomic_files
+    from scellfm.store import FolderKind, atomic_files
 
     fasta = []
     for name, letters in self.chromosomes.items():
         fasta += [f">{name}", *(letters[at : at + 60] for at in range(0, len(letters), 60))]
-    with atomic_files(folder) as part:
+    kind = FolderKind("a simulated genome", {}, ("genome.fa", "genome.fa.*", "genes.gtf"))
+    with atomic_files(folder, kind) as part:
         (part / "genome.fa").write_text("\n".join(fasta) + "\n", encoding="ascii")
         (part / "genes.gtf").write_text("\n".join(gtf_lines(self.annotation)) + "\n", encoding="ascii")
     return {"fasta": Path(folder) / "genome.fa", "annotation": Path(folder) / "genes.gtf"}

@@ -84,7 +84,7 @@ def single_effects(design: PerturbationDesign) -> tuple[np.ndarray, np.ndarray, 
     change[np.arange(design.n_targets), np.arange(design.n_targets)] -= 0.4
     return base, change.clip(-0.6, 1.0), module
 
-# %% ../../nbs/data/perturbed.ipynb #80f0b49b
+# %% ../../nbs/data/perturbed.ipynb #32f9d241
 def pair_effects(design: PerturbationDesign, change: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray]:
     "Which targets make the pairs, and the change of each pair [pairs, genes]."
     draw = keyed_generator(design.seed, "pairs")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import DataError, OptionError, check_number, keyed_generator, keyed_seed, warn
+from ..core import DataError, OptionError, check_number, keyed_generator, keyed_seed, plain_arguments, warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,7 +100,8 @@ def check_split(split: object, one: bool = False) -> None:
             if one
             else "Folds or a Split: scellfm.data.folds(adata, by='donor')"
         )
-        raise OptionError(f"split is of the type {type(split).__name__}; give {wanted}")
+        what = "split is missing" if split is None else f"split is of the type {type(split).__name__}"
+        raise OptionError(f"{what}, and it says which cells are held out; give {wanted}")
 
 # %% ../../nbs/data/splits.ipynb #5526fcc2
 LOOKS_MISSING = ("nan", "NaN", "<NA>", "NaT", "")  # texts that a missing value becomes when a column is made text
@@ -278,6 +279,7 @@ def deal(adata, by: str | None, fractions: np.ndarray, stratify: str | None, see
     return part, pd.DataFrame(counts)
 
 # %% ../../nbs/data/splits.ipynb #aeeb0940
+@plain_arguments
 def hold_out(
     adata: AnnData | pd.DataFrame,  # cells (tokenized ones too), or their table of obs
     by: str | None = None,  # the column whose groups stay whole; None: each cell for itself
@@ -302,6 +304,7 @@ def hold_out(
     return Split(*(np.flatnonzero(part == i) for i in range(3)), by, len(part), table)
 
 # %% ../../nbs/data/splits.ipynb #ae156ff9
+@plain_arguments
 def folds(
     adata: AnnData | pd.DataFrame,  # cells (tokenized ones too), or their table of obs
     by: str | None = None,  # column of obs whose groups (donors) are never cut

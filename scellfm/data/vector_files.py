@@ -78,18 +78,18 @@ def read_table(path: Path) -> tuple[list[str], np.ndarray]:
         raise AssetError(f"{path} holds no vector; each line needs a gene and its numbers")
     return genes, np.array(rows)
 
-
+# %% ../../nbs/data/vector_files.ipynb #ccb73a5f
 def split_line(line: str) -> list[str]:
     "The fields of a line, separated by tabs and spaces or, where there is one, by commas."
     return line.strip("\r\n").split(",") if "," in line else line.split() or [""]
 
-# %% ../../nbs/data/vector_files.ipynb #b3e5c7f6
+# %% ../../nbs/data/vector_files.ipynb #4481d050
 def is_header(name: str, fields: list[str]) -> bool:
     "Whether a first line holds column names (none of a gene's numbers), or word2vec's two sizes."
     sizes = name.isdigit() and len(fields) == 1
     return sizes or name.lower() in ("", "gene", "genes", "symbol") or not are_numbers(fields)
 
-
+# %% ../../nbs/data/vector_files.ipynb #74ec1201
 def are_numbers(fields: list[str]) -> bool:
     "Whether all fields are numbers."
     try:
@@ -98,7 +98,7 @@ def are_numbers(fields: list[str]) -> bool:
         return False
     return True
 
-
+# %% ../../nbs/data/vector_files.ipynb #bcb09920
 def row_of(fields: list[str], width: int | None, path: Path, number: int) -> np.ndarray:
     "The numbers of one line; AssetError where they are not as many as in the first, or not numbers."
     if not fields or not are_numbers(fields) or (width is not None and len(fields) != width):
@@ -177,7 +177,7 @@ def read_vectors(
         found.save(folder)
     return found
 
-# %% ../../nbs/data/vector_files.ipynb #418da90e
+# %% ../../nbs/data/vector_files.ipynb #e150b49e
 def converted_before(folder: Path, path: Path, digest: str) -> GeneVectors:
     "The table in `folder`; OptionError when it was made from another file."
     found = GeneVectors.load(folder)

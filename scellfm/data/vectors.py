@@ -129,7 +129,7 @@ def take(
     step |= {"treatment": missing, "seed": seed} if absent else {}
     return vectors.derived(wanted, values, covered, step)
 
-# %% ../../nbs/data/vectors.ipynb #3cf7402a
+# %% ../../nbs/data/vectors.ipynb #6bcadfd0
 def report_missing(vectors: GeneVectors, wanted: pd.Index, absent: list[str], missing: str) -> None:
     "DataError where too few genes are known, or any is not and `missing` is 'error'; else a warning with the count."
     known = len(wanted) - len(absent)
@@ -181,7 +181,7 @@ def aligned(parts: Sequence[GeneVectors], scale: bool) -> tuple[pd.Index, np.nda
         rows.append(values / (size or 1.0))
     return genes, np.array(covered), rows
 
-# %% ../../nbs/data/vectors.ipynb #ce8f5333
+# %% ../../nbs/data/vectors.ipynb #8a764e9d
 def joined(parts, scale: bool, step: str, join) -> GeneVectors:
     "The parts (a list, or a dictionary by name) joined by `join(rows, covered)`."
     named = dict(parts) if isinstance(parts, Mapping) else {str(i): part for i, part in enumerate(parts)}
@@ -290,7 +290,7 @@ def read_record(path: Path) -> dict:
         raise AssetError(f"{path}: not_covered holds something else than rows of its {len(record['genes'])} genes")
     return record
 
-# %% ../../nbs/data/vectors.ipynb #6372d60a
+# %% ../../nbs/data/vectors.ipynb #e43454c8
 def load(folder: str | os.PathLike) -> GeneVectors:
     "The table that `save` wrote. AssetError: missing, damaged, changed since, of another kind."
     from scellfm.assets.tensors import read_tensors
@@ -363,7 +363,7 @@ class GeneVectors:
         "The values as a DataFrame, genes in rows."
         return pd.DataFrame(self.values, index=self.genes)
 
-    def derived(self, genes: pd.Index, values: np.ndarray, covered: np.ndarray, step: dict) -> GeneVectors:
+    def derived(self, genes: Iterable[str], values: np.ndarray, covered: np.ndarray, step: dict) -> GeneVectors:
         "A table made from this one; `step` joins the history in its manifest."
         manifest = self.manifest | {"steps": [*self.manifest.get("steps", []), step]}
         return GeneVectors(genes, values, covered, manifest)

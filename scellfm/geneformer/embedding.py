@@ -15,11 +15,12 @@ import pandas as pd
 import torch
 
 from .. import inference
-from ..core import DataError, one_of, progress, warn
+from ..core import DataError, one_of, plain_arguments, progress, warn
 from ..data.results import result_for
 from .model import GeneformerModel, is_dataset, layer_index, pool_cells, pooling
 from ..inference import Sequences
-from ..store import Store, block_rows, each_block, fingerprint, rows_in_blocks
+from ..store import Store, block_rows, each_block, rows_in_blocks
+from ..store.identity import run_inputs
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -34,9 +35,13 @@ CELL_BLOCK = 4096  # cells that are embedded, and kept, at a time
 
 
 def store_inputs(gf: GeneformerModel, cells: Sequences) -> dict[str, str]:
-    "What results are made from, by fingerprint: the weights, and the tokens of the cells in order."
-    tokens = [fingerprint(cells.flat(rows)) for rows in block_rows(len(cells), 2**16)]
-    return {"weights": fingerprint(dict(gf.model.state_dict())), "cells": fingerprint(tokens)}
+    "What results are made from, by fingerprint: weights, settings of the model, tokenizer, tokens of the cells."
+    return run_inputs(
+        weights=gf.model.state_dict(),
+        config=gf.model.config,
+        tokenizer=gf.tokenizer.identity,
+        cells=(cells.flat(rows) for rows in block_rows(len(cells), 2**16)),
+    )
 
 # %% ../../nbs/geneformer/embedding.ipynb #255ae4ba
 def embed_cells(
@@ -71,6 +76,7 @@ def embed_cells(
         return rows_in_blocks(folder, len(sequences), compute, **keep)
 
 # %% ../../nbs/geneformer/embedding.ipynb #c1ff7c6a
+@plain_arguments
 def embed(
     gf: GeneformerModel,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
@@ -189,6 +195,7 @@ def gene_means(
     return means.astype(np.float32), counts
 
 # %% ../../nbs/geneformer/embedding.ipynb #19516086
+@plain_arguments
 def embed_genes(
     gf: GeneformerModel,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
@@ -276,6 +283,7 @@ def labels_of(obs: pd.DataFrame) -> pd.DataFrame:
     return obs[~missing].astype(str)
 
 # %% ../../nbs/geneformer/embedding.ipynb #b03e1088
+@plain_arguments
 def state_embeddings(
     gf: GeneformerModel,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either

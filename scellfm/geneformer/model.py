@@ -5,7 +5,6 @@
 # %% ../../nbs/geneformer/model.ipynb #41750ee1
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from .. import inference
-from ..assets import LoadReport, find, load_state, read_tensors, save_model
+from ..assets import LoadReport, check_layers, check_sizes, find, load_state, read_tensors, save_model
 from ..assets.contents import contents_of, folder_and_weights, wrong_folder
 from ..core import AssetError, DataError, OptionError, logger, one_of, user_path, warn
 from ..data.reading import read
@@ -23,8 +22,9 @@ from .quantize import check_quantize, load_quantized
 from .tokenizer.rank_tokenizer import RankTokenizer
 from .tokenizer.tokenized import TokenizedCells
 from ..inference import Sequences, as_sequences
-from ..store.layouts import BERT_MODEL, TOKENIZER
+from ..store.layouts import BERT, BERT_MODEL, TOKENIZER
 from ..store.outputs import result_folder
+from ..store.records import check_record, read_record
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -146,17 +146,33 @@ def translate(tensors: dict) -> dict:
         return tensors
     return type(tensors)({f"bert.{name}": value for name, value in tensors.items()}, tensors.files)
 
+# %% ../../nbs/geneformer/model.ipynb #8b9e3f61
+def checked_sizes(config: dict, tensors: dict, where: Path) -> dict:
+    "The tensors, once their shapes are those that the settings speak of. AssetError, before anything is built."
+    check_record(config, BERT, where)
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    if hidden % config["num_attention_heads"]:
+        raise AssetError(
+            f"{where}: hidden_size {hidden} is no multiple of num_attention_heads {config['num_attention_heads']}; "
+            "fetch it again"
+        )
+    embeddings, layer = "bert.embeddings", "bert.encoder.layer."
+    wanted = {
+        f"{embeddings}.word_embeddings.weight": (config["vocab_size"], hidden),
+        f"{embeddings}.position_embeddings.weight": (config["max_position_embeddings"], hidden),
+        f"{embeddings}.token_type_embeddings.weight": (config.get("type_vocab_size", 2), hidden),
+        f"{layer}0.intermediate.dense.weight": (inner, hidden),
+    }
+    check_sizes(wanted, tensors, where)
+    check_layers(config["num_hidden_layers"], tensors, layer, where)
+    return tensors
+
 # %% ../../nbs/geneformer/model.ipynb #2ec4cbde
 def read_config(folder: Path) -> dict:
     "The settings in config.json; AssetError where the folder holds no Geneformer."
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf8"))
-    except FileNotFoundError:
-        raise wrong_folder(folder, "a Geneformer model", ("config.json", "model.safetensors")) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AssetError(f"{folder / 'config.json'} is no JSON ({error}); download it again") from error
-    if not isinstance(config, dict):
-        raise AssetError(f"{folder / 'config.json'} holds a {type(config).__name__} and no settings; download it again")
+    if not (folder / "config.json").exists():
+        raise wrong_folder(folder, "a Geneformer model", ("config.json", "model.safetensors"))
+    config = read_record(folder / "config.json")
     if config.get("model_type") != "bert":
         raise AssetError(
             f"{folder / 'config.json'} describes a model of type {config.get('model_type')!r}; Geneformer is 'bert'"
@@ -167,7 +183,9 @@ def read_config(folder: Path) -> dict:
 def load_model(path: Path) -> tuple[PreTrainedModel, LoadReport]:
     "The BertForMaskedLM of a checkpoint folder, or of one file of weights in it, and what became of each tensor."
     folder, weights = folder_and_weights(path)
-    model, tensors = build_model(read_config(folder)), translate(read_tensors(weights))
+    config = read_config(folder)
+    tensors = checked_sizes(config, translate(read_tensors(weights)), folder / "config.json")
+    model = build_model(config)
     headless = not any(name.startswith("cls.predictions.") for name in tensors)
     report = load_state(model, tensors, ignore=UNUSED, fresh=("cls.",) if headless else ())
     if headless:
@@ -322,6 +340,17 @@ def open_cells(data: AnnData | TokenizedCells | str | Path) -> AnnData | Tokeniz
     return TokenizedCells.load(path) if is_dataset(path) else read(path)
 
 # %% ../../nbs/geneformer/model.ipynb #59763050
+def tokenized(gf: GeneformerModel, data: AnnData | Path, layer: str | None, columns: Sequence[str]) -> TokenizedCells:
+    "The data, tokenized by the model's tokenizer; where genes are not found, the DataError names the way that is open."
+    try:
+        return gf.tokenizer(data, layer=layer, columns=tuple(columns))
+    except DataError as error:
+        if "match={" not in str(error):
+            raise
+        how = "cells = gf.tokenizer(adata, match={...})"
+        raise DataError(f"{error}. A model takes cells that were tokenized so: {how}, gf.embed(cells)") from error
+
+# %% ../../nbs/geneformer/model.ipynb #e456d085
 def cells_of(
     gf: GeneformerModel,
     data: AnnData | TokenizedCells | str | Path,
@@ -332,9 +361,9 @@ def cells_of(
     "Tokenized cells: of an AnnData or a file of cells with the obs `columns`, of a saved data set, or as they are."
     if isinstance(data, (str, Path)):
         path = user_path(data, "data")
-        return TokenizedCells.load(path) if is_dataset(path) else gf.tokenizer(path, layer=layer, columns=columns)
+        return TokenizedCells.load(path) if is_dataset(path) else tokenized(gf, path, layer, columns)
     if hasattr(data, "obs_names") and hasattr(data, "var_names"):
-        return gf.tokenizer(data, layer=layer, columns=tuple(columns))
+        return tokenized(gf, data, layer, columns)
     if not hasattr(data, "lengths") and (columns or not isinstance(data, list)):  # plain lists of ids have no obs
         raise DataError(
             f"a {type(data).__name__} holds no cells; give an AnnData, the path of a file of cells or of a saved "

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..core import DivergedError, OptionError, keyed_generator, progress, warn
+from ..core import DivergedError, OptionError, keyed_generator, plain_arguments, progress, warn
 from ..data.splits import Split, check_fractions, check_split, deal_cells
 from .model import GeneformerModel, is_dataset, mark_trained
 from .quantize import refuse_quantized
 from .tokenizer.corpus import CellNames, Corpus
 from ..inference import pad
-from ..store import fingerprint
+from ..store.identity import run_inputs
 from ..training import History, Rows, fit
 
 if TYPE_CHECKING:
@@ -158,13 +158,16 @@ def start_from_frequencies(model, counts: np.ndarray) -> None:
         bias.copy_(torch.from_numpy(np.log(counts / counts.sum())))
 
 # %% ../../nbs/geneformer/pretraining.ipynb #a1486bdf
-def identity_of(names: CellNames, lengths: np.ndarray, parts, block: int = 2**18) -> list[str]:
-    "A fingerprint of the names and lengths of the cells of each part, block by block."
-    return [
-        fingerprint(names[rows[start : start + block]], lengths[rows[start : start + block]])
-        for rows in parts
-        for start in range(0, max(len(rows), 1), block)
-    ]
+def identity_of(gf: GeneformerModel, masked: MaskedCells, parts, block: int = 2**16) -> dict:
+    "What a pretraining on these parts is made from, by fingerprint: names and tokens of the cells, block by block."
+    starts = [rows[start : start + block] for rows in parts for start in range(0, len(rows), block)]
+    return run_inputs(
+        tokenizer=gf.tokenizer.identity,
+        cells=([masked.names[rows], masked.sequences.flat(rows)] for rows in starts),
+        parts=[len(rows) for rows in parts],
+        mask_share=masked.share,
+        hidden=masked.genes,
+    )
 
 # %% ../../nbs/geneformer/pretraining.ipynb #1dda8f55
 def check_pretraining(gf: GeneformerModel, split: Split | None, mask_share: float) -> None:
@@ -210,6 +213,7 @@ def cells_to_learn(gf: GeneformerModel, data, layer: str | None) -> TokenizedCel
     return Corpus(data)
 
 # %% ../../nbs/geneformer/pretraining.ipynb #fb9f8db8
+@plain_arguments
 def pretrain(
     gf: GeneformerModel,  # trained in place
     data: AnnData | TokenizedCells | Corpus | str | Path | Sequence[str | Path],  # or paths of saved data sets
@@ -235,16 +239,16 @@ def pretrain(
     gf.model.float()  # weights learn in float32; bfloat16 is for the products
     counts = count_tokens(masked.sequences, train, gf.model.config.vocab_size)
     start_from_frequencies(gf.model, counts.sum(0))
-    identity = identity_of(masked.names, masked.sequences.lengths, (train, judged))
+    identity = {} if folder is None else identity_of(gf, masked, (train, judged))
     options = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, seed=seed, folder=folder) | recipe
-    gf.history = fit_masked(gf, masked, train, judged, fingerprint(identity, mask_share), options)
+    gf.history = fit_masked(gf, masked, train, judged, identity, options)
     gf.history.baselines = frequency_losses(masked, counts, judged if len(judged) else train)
     warn_if_useless(gf.history)
     return gf
 
 # %% ../../nbs/geneformer/pretraining.ipynb #9648bd23
 def fit_masked(
-    gf: GeneformerModel, masked: MaskedCells, train: np.ndarray, judged: np.ndarray, identity: str, options: dict
+    gf: GeneformerModel, masked: MaskedCells, train: np.ndarray, judged: np.ndarray, identity: dict, options: dict
 ) -> History:
     "Run the training loop; the model is back in its own precision, on the device that the loop chose."
     rows = masked.rows(train)
@@ -259,7 +263,7 @@ def fit_masked(
             dtype=str(gf.dtype).removeprefix("torch."),
             device=gf.device,
             desc="pretraining",
-            inputs={"cells": identity},
+            inputs=identity,
             **options,
         )
     except DivergedError as error:

@@ -18,5 +18,6 @@ __getattr__, __dir__, __all__ = _lazy(__name__, {
     "log_normalize": "expression", "quantile_bins": "expression", "rank_order": "expression",
     "pseudobulk": "expression", "read_expression": "expression", "fetch_census": "expression",
     "hold_out_grid": "hold_outs", "HoldOutGrid": "hold_outs", "region_sets": "hold_outs", "families_of": "hold_outs",
+    "Rosa": "rosa", "compare_vectors": "scores", "published_figures": "scores",
     "Windows": "windows", "tss_windows": "windows", "start_table": "windows",
 })

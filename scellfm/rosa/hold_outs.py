@@ -214,9 +214,9 @@ class HoldOutGrid:
         return int((self.cell_part == part).sum())
 
     def quadrant(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        "(positions of cells, positions of genes) that are scored in a quadrant: in new cells without the context."
+        "(positions of cells, positions of genes) that are scored in a quadrant; the context never is."
         gene_part, cell_part = QUADRANTS[name]
-        genes = (self.gene_part == gene_part) & ~(self.context if name == "new cells" else np.False_)
+        genes = (self.gene_part == gene_part) & ~self.context
         return np.flatnonzero(self.cell_part == cell_part), np.flatnonzero(genes)
 
     def table(self) -> pd.DataFrame:

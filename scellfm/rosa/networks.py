@@ -88,8 +88,9 @@ class GeneTokens(nn.Module):
         return self.vector_norm(self.vector(vectors))
 
     def forward(self, bins: Tensor, vectors: Tensor) -> Tensor:
-        "bins [b, n], vectors [n, width] or [b, n, width] -> [b, n, dim]."
-        return self.genes(vectors) + self.table_norm(self.table(bins))
+        "bins [b, n] (or shares of all values [b, n, values]), vectors [n, width] or [b, n, width] -> [b, n, dim]."
+        values = bins @ self.table.weight if bins.is_floating_point() else self.table(bins)
+        return self.genes(vectors) + self.table_norm(values)
 
 # %% ../../nbs/rosa/networks.ipynb #29a897ff
 class MaskedNetwork(nn.Module):
@@ -102,7 +103,11 @@ class MaskedNetwork(nn.Module):
     def answer(self, bins: Tensor, known: Tensor, asked: Tensor) -> Tensor:
         "Bins [b, n] and vectors [n, width] that are read, vectors [k, width] that are asked for -> [b, k, n_out]."
         n, k = bins.shape[1], len(asked)
-        both = torch.cat([bins, bins.new_full((len(bins), k), self.config.n_bins)], dim=1)
+        masked = torch.full((len(bins), k), self.config.n_bins, device=bins.device)
+        if bins.is_floating_point():
+            masked = F.one_hot(masked.long(), self.config.n_bins + 1).to(bins)
+            bins = F.pad(bins, (0, 1 + self.config.n_bins - bins.shape[-1]))
+        both = torch.cat([bins, masked], dim=1)
         mask = (torch.arange(n + k, device=bins.device) >= n).expand(len(bins), -1)
         return self.forward(both, torch.cat([known, asked]), mask)[:, n:]
 
@@ -178,7 +183,8 @@ class EncoderDecoder(nn.Module):
 
     def answer(self, bins: Tensor, known: Tensor, asked: Tensor) -> Tensor:
         "bins [b, n], known [n, width] or [b, n, width], asked [k, width] or [b, k, width] -> [b, k, n_out]."
-        x = self.encoder_norm(self.vector(known) + self.levels[bins])
+        levels = bins @ self.levels if bins.is_floating_point() else self.levels[bins]
+        x = self.encoder_norm(self.vector(known) + levels)
         for layer in self.layers:
             x = layer(x)
         queries = self.decoder_norm(self.vector(asked)).expand(len(bins), -1, -1)
@@ -375,7 +381,7 @@ def load_original(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Modul
     shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     if absent or spare or shapes:
         raise AssetError(
-            f"the checkpoint is of another model: lacking {absent[:3]}, left over {spare[:3]}, other shapes {shapes[:3]}"
+            f"a checkpoint of another model: lacking {absent[:3]}, left over {spare[:3]}, of other shape {shapes[:2]}"
         )
     network.load_state_dict(own | state)
     return network.eval()

@@ -5,15 +5,17 @@
 # %% ../../nbs/scgenept/baselines.ipynb #5b602c14
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, OptionError, check_number, keyed_generator, one_of, warn
+from ..core import DataError, OptionError, check_number, keyed_generator, one_of, tell, warn
 from ..data.vectors import GeneVectors
+from .gears import VARIABLE, gears_baseline
 from ..scores.effects import CONTROL, Effects, measure_effects, names_of
 
 if TYPE_CHECKING:
@@ -63,14 +65,14 @@ def additive(training: Training, unseen: np.ndarray | None = None) -> np.ndarray
             out[i] = training.control + np.sum(parts, axis=0)
     return out
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #4f89e8a4
 def additive_with_mean(training: Training) -> np.ndarray:
     "Additive, with the mean single effect for unseen genes; NaN everywhere without training singles."
     single = training.single
     effect = np.mean(list(single.values()), axis=0) - training.control if single else None
     return additive(training, effect)
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #0d898537
 def matching_mean(training: Training) -> np.ndarray:
     "The mean, over a perturbation's genes, of the mean of the training perturbations with that gene (u where none)."
     has = [set(name.split("+")) for name in training.names]
@@ -80,7 +82,7 @@ def matching_mean(training: Training) -> np.ndarray:
         out.append(np.mean([training.mean[row].mean(0) if row else training.average for row in rows], axis=0))
     return np.array(out)
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #7e41851c
 def random_perturbation(training: Training) -> np.ndarray:
     "The mean of a training perturbation drawn for each wanted one from the seed and its name."
     order = np.argsort(training.names)
@@ -89,7 +91,7 @@ def random_perturbation(training: Training) -> np.ndarray:
     ]
     return training.mean[order[draws]]
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #71cb3b53
 def majority_direction(training: Training) -> np.ndarray:
     "Control plus, per gene, the direction of most training perturbations times the mean size of the change."
     change = training.mean - training.control
@@ -103,7 +105,7 @@ def features_of(names: Sequence[str], vectors: GeneVectors) -> np.ndarray:
     ends = np.cumsum([len(name.split("+")) for name in names])
     return np.array([part.sum(0) for part in np.split(rows, ends[:-1])])
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #c90ef5f6
 def on_vectors(training: Training, vectors: GeneVectors, fit: Callable) -> np.ndarray:
     "Fit on the training perturbations that have features and predict the wanted ones that do; NaN for the others."
     known, asked = features_of(training.names, vectors), features_of(training.wanted, vectors)
@@ -113,14 +115,14 @@ def on_vectors(training: Training, vectors: GeneVectors, fit: Callable) -> np.nd
         out[can] = training.control + fit(known[use], training.mean[use] - training.control, asked[can])
     return out
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #110a636d
 def ridge_fit(known: np.ndarray, change: np.ndarray, asked: np.ndarray) -> np.ndarray:
     "Ridge regression, standardised, with the penalty by leave-one-out."
     from scellfm.baselines import ridge
 
     return np.asarray(ridge().fit(known, change).predict(asked)).reshape(len(asked), -1)
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #d07b3062
 def nearest_fit(known: np.ndarray, change: np.ndarray, asked: np.ndarray, k: int = 5) -> np.ndarray:
     "The mean change of the k nearest training perturbations (cosine of centred vectors)."
     centre = known.mean(0)
@@ -132,7 +134,7 @@ def nearest_fit(known: np.ndarray, change: np.ndarray, asked: np.ndarray, k: int
     nearest = np.argsort(-(unit(asked) @ unit(known).T), axis=1, kind="stable")[:, : min(k, len(known))]
     return change[nearest].mean(1)
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #c1b1f4ba
 def kernel_fit(known: np.ndarray, change: np.ndarray, asked: np.ndarray) -> np.ndarray:
     "Kernel ridge with a Gaussian kernel of the median distance; the penalty by leave-one-out, which is exact here."
     from scipy.spatial.distance import cdist
@@ -197,6 +199,7 @@ def perturbation_baselines(
     split: PerturbationSplit | Mapping[str, Sequence[str]] | Sequence[PerturbationSplit],
     *,
     vectors: GeneVectors | Mapping[str, GeneVectors] | None = None,
+    annotations: Mapping[str, Iterable[str]] | pd.DataFrame | None = None,
     baselines: str | Sequence[str] = "default",
     condition: str = "condition",
     control: str = "ctrl",
@@ -207,8 +210,9 @@ def perturbation_baselines(
 
     data: PerturbationData, or AnnData of log-normalised cells with obs[condition]. split: a PerturbationSplit, a
     mapping with "train" and "test", or a list of folds, each predicted by what was trained without it. vectors: gene
-    vectors, or several by name ({"GO": ...} gives "ridge on GO"). baselines: "default", "all", or names. seed: for
-    permuted and random vectors and the random perturbation.
+    vectors, or several by name ({"GO": ...} gives "ridge on GO"). annotations: {gene: GO terms}, for GEARS (see
+    `gears_baseline`). baselines: "default", "all", or names; "all" holds GEARS where annotations are given and
+    SCELLFM_GEARS_PYTHON names its interpreter. seed: for permuted and random vectors and the random perturbation.
 
     Returns {name: perturbations x genes}, ready for scellfm.scores.perturbation. DataError: a split of other data, a
     perturbation in both parts, vectors of other genes.
@@ -224,15 +228,19 @@ def perturbation_baselines(
         raise OptionError(f"vectors[{wrong[0]!r}] is a {type(named[wrong[0]]).__name__}; give GeneVectors")
     versions = all_versions(trainings, named, seed)
     chosen = chosen_of(baselines, list(named))
+    gears = wants_gears(chosen, baselines, annotations)
+    chosen = [name for name in chosen if name != GEARS]
     parts: dict[str, list[pd.DataFrame]] = {name: [] for name in chosen}
     for training in trainings:
         makers = makers_of(training, versions)
         for name in chosen:
             one_of("baselines", name, list(makers))
             parts[name].append(pd.DataFrame(makers[name](), training.wanted, effects.genes))
+    if gears:
+        parts[GEARS] = [gears_baseline(data, fold, annotations, seed=seed) for fold in folds]
     return PerturbationBaselines({name: pd.concat(tables) for name, tables in parts.items()})
 
-
+# %% ../../nbs/scgenept/baselines.ipynb #85d2bc13
 def training_of(
     effects: Effects, split: PerturbationSplit | Mapping[str, Sequence[str]], control: str, seed: int
 ) -> Training:
@@ -255,6 +263,20 @@ def training_of(
     return Training(
         [effects.conditions[i] for i in rows], effects.mean[rows], effects.n[rows], effects.control_mean, test, seed
     )
+
+# %% ../../nbs/scgenept/baselines.ipynb #90668d80
+GEARS = "GEARS"
+
+
+def wants_gears(chosen: list[str], baselines: str | Sequence[str], annotations) -> bool:
+    "Whether to run GEARS: it was named, or all were asked for and it is at hand. OptionError: named without terms."
+    if GEARS in chosen and annotations is None:
+        raise OptionError("the baseline 'GEARS' needs annotations=, the GO terms of genes, for its graph")
+    if not isinstance(baselines, str) or baselines != "all" or annotations is None:
+        return GEARS in chosen
+    if VARIABLE not in os.environ:
+        tell(f"GEARS is not among the baselines: {VARIABLE} names no interpreter with cell-gears")
+    return VARIABLE in os.environ
 
 # %% ../../nbs/scgenept/baselines.ipynb #74c54798
 def all_versions(trainings: Sequence[Training], named: Mapping[str, GeneVectors], seed: int) -> dict[str, dict]:

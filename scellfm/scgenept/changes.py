@@ -5,7 +5,7 @@
 # %% ../../nbs/scgenept/changes.ipynb #e7b08041
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ def row_blocks(matrix: sparse.csr_matrix) -> Iterable[tuple[int, int]]:
         start = stop
 
 
-def summed(matrix: sparse.csr_matrix, groups: np.ndarray, n_groups: int, value=None) -> np.ndarray:
+def summed(matrix: sparse.csr_matrix, groups: np.ndarray, n_groups: int, value: Callable | None = None) -> np.ndarray:
     "Sums [n_groups, genes] (float64) of value(stored values, groups, genes) over the cells of each group; None counts."
     n_genes = matrix.shape[1]
     total = np.zeros(n_groups * n_genes)

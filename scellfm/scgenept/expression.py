@@ -49,7 +49,7 @@ def check_logs(matrix: sparse.csr_matrix, where: str) -> None:
     if values.max() == values.min() == 1:
         warn(f"{where} holds zeros and ones only: detection, and hardly log-normalised expression")
 
-
+# %% ../../nbs/scgenept/expression.ipynb #4d9348f4
 def log_expression(adata: AnnData, layer: str | None = None) -> tuple[sparse.csr_matrix, list[str]]:
     "Log-normalised values [cells, genes] as CSR, and the gene names; DataError for counts, NaN or repeated genes."
     where = "X" if layer is None else f"layer {layer!r}"
@@ -80,7 +80,7 @@ def summed_genes(counts: sparse.csr_matrix, genes: Iterable[str]) -> tuple[spars
     to_sum = sparse.csr_matrix((np.ones(len(genes)), (np.arange(len(genes)), columns)), shape=(len(genes), len(names)))
     return (counts.astype(np.float64) @ to_sum).tocsr(), names
 
-
+# %% ../../nbs/scgenept/expression.ipynb #b2a8b754
 def variable_genes(logs: sparse.csr_matrix, n_variable: int, keep: np.ndarray) -> np.ndarray:
     "Positions (ascending) of the n_variable most variable genes by scanpy's 'seurat' rule, and of those in `keep`."
     import anndata
@@ -93,7 +93,7 @@ def variable_genes(logs: sparse.csr_matrix, n_variable: int, keep: np.ndarray) -
     scanpy.pp.highly_variable_genes(cells, n_top_genes=n_variable)
     return np.flatnonzero(cells.var["highly_variable"].to_numpy() | keep)
 
-
+# %% ../../nbs/scgenept/expression.ipynb #4054ce82
 def normalized_expression(
     adata: AnnData,
     layer: str | None = None,

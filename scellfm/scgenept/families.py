@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,11 +15,14 @@ from .conditions import CONTROL, perturbed_genes, published_label
 from .leakage import annotation_sets, jaccard
 from .splits import PARTS, PerturbationSplit, subgroups_of, warn_of_empty
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 # %% auto #0
 __all__ = ['family_table', 'dealt', 'family_split', 'similarity_families', 'similarity_split']
 
 # %% ../../nbs/scgenept/families.ipynb #1c7e5b69
-def family_table(families, genes: Iterable[str]) -> dict[str, str]:
+def family_table(families: Mapping[str, str] | pd.Series | pd.DataFrame, genes: Iterable[str]) -> dict[str, str]:
     "{gene: family} for all genes, from a dictionary, a Series, or a table with columns 'gene' and 'family'."
     if hasattr(families, "columns"):
         if not {"gene", "family"} <= set(families.columns):
@@ -43,7 +47,7 @@ def family_table(families, genes: Iterable[str]) -> dict[str, str]:
         warn(f"{lone} of {len(genes)} perturbed genes are in no family; each is a family of its own")
     return {gene: known.get(gene, f"(only {gene})") for gene in genes}
 
-
+# %% ../../nbs/scgenept/families.ipynb #9e11ee9b
 def dealt(families: Mapping[str, str], fractions: tuple, seed: int) -> dict[str, str]:
     "{gene: 'train', 'valid' or 'test'}: whole families, in keyed order, as near to the fractions as they come."
     members: dict[str, list[str]] = {}
@@ -74,7 +78,7 @@ def _check_shares(fractions) -> tuple:
 # %% ../../nbs/scgenept/families.ipynb #05eb9feb
 def family_split(
     conditions: Iterable[str],
-    families,  # {gene: family}, or a table with the columns 'gene' and 'family'
+    families: Mapping[str, str] | pd.Series | pd.DataFrame,  # or a table with the columns 'gene' and 'family'
     *,
     seed: int = 1,
     fractions: tuple = (0.7, 0.1, 0.2),  # of the genes: train, valid, test
@@ -97,7 +101,9 @@ def family_split(
     return split
 
 # %% ../../nbs/scgenept/families.ipynb #0057cb0b
-def similarity_families(genes: Iterable[str], annotations, threshold: float = 0.3) -> dict[str, str]:
+def similarity_families(
+    genes: Iterable[str], annotations: Mapping[str, Iterable[str]] | pd.DataFrame, threshold: float = 0.3
+) -> dict[str, str]:
     "{gene: family}: complete linkage on Jaccard; two genes of a family have a similarity of at least `threshold`."
     from scipy.cluster.hierarchy import fcluster, linkage
     from scipy.spatial.distance import squareform
@@ -125,7 +131,7 @@ def similarity_families(genes: Iterable[str], annotations, threshold: float = 0.
 # %% ../../nbs/scgenept/families.ipynb #9350b24b
 def similarity_split(
     conditions: Iterable[str],
-    annotations,  # {gene: terms}, or a table with the columns 'gene' and 'term'
+    annotations: Mapping[str, Iterable[str]] | pd.DataFrame,  # or a table with the columns 'gene' and 'term'
     *,
     seed: int = 1,
     threshold: float = 0.3,  # least Jaccard similarity within a family

@@ -98,7 +98,7 @@ def interpreter(python: str | os.PathLike | None) -> str:
         raise ExtraError(f"there is no interpreter {named}; name the one of the environment with cell-gears==0.0.2")
     return named
 
-
+# %% ../../nbs/scgenept/gears.ipynb #41d2591f
 def run_process(python: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     "Genes and predicted rows of the process; ExtraError with its last words where it fails."
     from scellfm.scgenept import gears_process

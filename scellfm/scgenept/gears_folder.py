@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SERVER', 'PUBLISHED', 'PROCESSED', 'RANKED', 'SET_NAMES', 'fetch_published', 'find_processed', 'condition_names',
-           'gears_table', 'write_processed', 'stored_top', 'agreement']
+__all__ = ['SERVER', 'PUBLISHED', 'PROCESSED', 'fetch_published', 'find_processed']
 
 # %% ../../nbs/scgenept/gears_folder.ipynb #7fa8ec95
 SERVER = "https://dataverse.harvard.edu/api/access/datafile"
@@ -49,7 +48,7 @@ def fetch_published(name: str, root: Path) -> Path:
     archive.unlink()
     return processed
 
-
+# %% ../../nbs/scgenept/gears_folder.ipynb #e0b2b15c
 def find_processed(name: str | Path, root: str | Path | None = None, download: bool = True) -> Path:
     "The h5ad of a data set: in the folder `name`, in root/name, or fetched; AssetError says what there is instead."
     direct = Path(name).expanduser()
@@ -80,7 +79,7 @@ def condition_names(cell_types: np.ndarray, labels: np.ndarray) -> np.ndarray:
     doses = ["+".join(["1"] * len(label.split("+"))) for label in labels]
     return np.array([f"{kind}_{label}_{dose}" for kind, label, dose in zip(cell_types, labels, doses)], dtype=object)
 
-
+# %% ../../nbs/scgenept/gears_folder.ipynb #da2c233c
 def gears_table(data) -> AnnData:
     "The cells of a PerturbationData as GEARS's `new_data_process` leaves them: derived columns and five dictionaries."
     import anndata
@@ -107,7 +106,7 @@ def gears_table(data) -> AnnData:
             tables[key][name] = ids[sets[wanted]].astype(str) if key.startswith("top") else sets[wanted]
     return anndata.AnnData(data.adata.X, obs=obs, var=var, uns=tables)
 
-
+# %% ../../nbs/scgenept/gears_folder.ipynb #57fad73c
 def write_processed(folder: str | Path, cells: AnnData) -> None:
     "Write folder/perturb_processed.h5ad, whole or not at all."
     with atomic_write(Path(folder) / PROCESSED) as temporary:

@@ -12,6 +12,7 @@ from ..core import DataError
 from .conditions import perturbation_of, perturbed_genes
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 # %% auto #0
@@ -35,7 +36,7 @@ def shared_labels(first: Iterable[str], second: Iterable[str]) -> dict[str, list
     }
 
 # %% ../../nbs/scgenept/leakage.ipynb #bac06cef
-def jaccard(annotations: Mapping[str, Iterable[str]], genes: Iterable[str]):
+def jaccard(annotations: Mapping[str, Iterable[str]], genes: Iterable[str]) -> np.ndarray:
     "Jaccard similarity [genes, genes] (float64) of sets of terms; 0 where a gene has no terms, even to itself."
     import numpy as np
     from scipy import sparse
@@ -48,8 +49,8 @@ def jaccard(annotations: Mapping[str, Iterable[str]], genes: Iterable[str]):
     both, sizes = (has @ has.T).toarray(), np.array([len(one) for one in terms], dtype=np.float64)
     return both / np.maximum(sizes[:, None] + sizes[None, :] - both, 1)
 
-
-def annotation_sets(annotations) -> dict[str, set[str]]:
+# %% ../../nbs/scgenept/leakage.ipynb #cce75a2b
+def annotation_sets(annotations: Mapping[str, Iterable[str]] | pd.DataFrame) -> dict[str, set[str]]:
     "{gene: its terms} from a dictionary, or from a table with the columns 'gene' and 'term'."
     if hasattr(annotations, "columns"):
         if not {"gene", "term"} <= set(annotations.columns):
@@ -78,8 +79,10 @@ def near_labels(first: Iterable[str], second: Iterable[str], annotations: Mappin
     near = {gene for gene, value in zip(fresh, similar) if value > NEAR}
     return [label for label in second if near.intersection(perturbed_genes(label))]
 
-
-def leakage_of(parts: Mapping[str, Iterable[str]], annotations=None) -> pd.DataFrame:
+# %% ../../nbs/scgenept/leakage.ipynb #704cc131
+def leakage_of(
+    parts: Mapping[str, Iterable[str]], annotations: Mapping[str, Iterable[str]] | pd.DataFrame | None = None
+) -> pd.DataFrame:
     "A row for each two parts and kind of leak: the number of labels, of how many, and the first three."
     import pandas as pd
 

@@ -24,7 +24,7 @@ def occurrences(names: Sequence[str]) -> list[int]:
         seen[name] = found[-1] + 1
     return found
 
-
+# %% ../../nbs/scgenept/pairing.ipynb #07f2dd69
 def keyed_pairs(
     names: Sequence[str], is_control: np.ndarray, seed: int = 0, groups: Sequence | None = None
 ) -> np.ndarray:

@@ -51,7 +51,7 @@ def gene_names(var: pd.DataFrame, names: list[str]) -> pd.Index:
         warn(f"{int(twice.sum())} genes share or lack a gene_name, e.g. {symbols[int(twice.argmax())]!r}; ids are used")
     return pd.Index([name if again else symbol for name, symbol, again in zip(names, symbols, twice)], name="gene")
 
-
+# %% ../../nbs/scgenept/perturbseq.ipynb #e9d869bd
 def warn_of_unmeasured(unmeasured: list[str], perturbed: list[str], genes: pd.Index, var: pd.DataFrame) -> None:
     "Say which perturbed genes are not measured, and what else they might be called."
     if not unmeasured:
@@ -272,7 +272,9 @@ class PerturbationData(CellStatistics):
     """
 
     @classmethod
-    def load(cls, name: str | Path, *, root: str | Path | None = None, download: bool = True, **options):
+    def load(
+        cls, name: str | Path, *, root: str | Path | None = None, download: bool = True, **options
+    ) -> PerturbationData:
         """
         Open root/name/perturb_processed.h5ad (GEARS's layout), or the folder `name` itself; pickles are never opened.
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..core import DataError, OptionError, check_number, one_of, warn
 from .conditions import CONTROL, perturbation_of, perturbed_genes, published_label
 from .leakage import leakage_of
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% auto #0
 __all__ = ['PARTS', 'SEEN0', 'KINDS', 'VERSIONS', 'ABSENT_FROM_GO', 'DEFAULTS', 'OPTIONS', 'PerturbationSplit', 'later_rule',
@@ -56,7 +60,7 @@ class PerturbationSplit:
         "The genes that are perturbed in a part, sorted."
         return sorted({gene for name in self.perturbations(part) for gene in name.split("+")})
 
-    def leakage(self, annotations=None):
+    def leakage(self, annotations: Mapping[str, Iterable[str]] | pd.DataFrame | None = None) -> pd.DataFrame:
         "What the parts share, as a table; see `leakage_of`. annotations: {gene: its terms}, to add the nearest genes."
         return leakage_of({part: getattr(self, part) for part in PARTS}, annotations)
 
@@ -231,7 +235,7 @@ def _simulated(labels: list[str], kind: str, seed: int, options: dict) -> tuple:
     train, valid_groups = _simulation_single(train, 0.9, seed)
     return train, aside, groups, valid_groups
 
-
+# %% ../../nbs/scgenept/splits.ipynb #420f0416
 def _drawn(labels: list[str], kind: str, seed: int, version: str, options: dict) -> tuple:
     "The older splits: (train, valid, test, in no set)."
     stream, share = np.random.RandomState(seed), options["combo_single_split_test_set_fraction"]
@@ -335,7 +339,7 @@ def custom_split(
     split.subgroups = subgroups_of(split.test, split.genes("train"))
     return split
 
-
+# %% ../../nbs/scgenept/splits.ipynb #d39f149f
 def subgroups_of(labels: Iterable[str], trained: Iterable[str]) -> dict[str, list[str]]:
     "Held-out labels by how many of their genes were trained on; the names of GEARS."
     trained, groups = (

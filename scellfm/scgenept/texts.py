@@ -130,7 +130,7 @@ def go_texts(table: pd.DataFrame, *, aspect: str = "all", definitions: bool = Tr
         texts.setdefault(gene, []).append(f"{ASPECTS[letter]}: {name}. {definition}".strip())
     return texts
 
-
+# %% ../../nbs/scgenept/texts.ipynb #1157cda3
 def aspect_letter(value: str) -> str:
     "'F', 'P' or 'C' of an aspect in any writing ('molecular_function', 'Cellular Component', 'BP')."
     text = str(value).strip().lower().replace("_", " ")

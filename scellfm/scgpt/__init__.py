@@ -3,5 +3,5 @@ from scellfm import _lazy
 
 __getattr__, __dir__, __all__ = _lazy(__name__, {
     "Vocabulary": "vocabulary", "BinnedCells": "tokenizer",
-    "ScGPT": "scgpt", "ReferenceMap": "mapping", "CellAnnotator": "annotation", "ScGPTModel": "model", "ScGPTConfig": "model",
+    "ScGPT": "scgpt", "ReferenceMap": "mapping", "CellClassifier": "annotation", "CellAnnotator": "annotation", "ScGPTModel": "model", "ScGPTConfig": "model",
 })

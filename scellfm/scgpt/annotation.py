@@ -5,34 +5,42 @@
 # %% ../../nbs/scgpt/annotation.ipynb #a4e41173
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..assets import find, read_dictionary
-from ..core import check_number, keyed_seed, warn
+from ..assets import find
+from ..assets.contents import wrong_folder
+from ..core import check_number, keyed_seed, plain_arguments, warn
 from ..crossfit.check import check_overfit, fewer_epochs, freeze_more, hold_out_donors, untried
 from ..crossfit.evidence import Evidence, evidence_of, write_record
 from ..crossfit.labels import check_class_folds, classes_of, predicted_classes, write_predictions
-from ..crossfit.membership import TrainedOn, resolve_folds, warn_of_trained
+from ..crossfit.membership import TrainedOn, cell_contents, resolve_folds, warn_of_trained
 from ..crossfit.predictions import cross_fit, predict_held_out
 from ..data.reading import count_matrix, genes_of, read
+from ..data.results import result_for
 from ..data.splits import Folds, Split, check_split, column_of
 from .checkpoint import ScGPTCheckpoint
 from .embedding import ScGPTReader
-from .training import HiddenGenes, annotation_scores, binned_cells, class_probabilities, learner
-from ..store import fingerprint
-from ..store.layouts import ANNOTATOR, SCGPT_MODEL
+from .training import MaskedGenes, annotation_scores, binned_cells, class_probabilities, learner
+from ..store.layouts import ANNOTATOR, OF_CELLS, SCGPT_MODEL
 from ..store.outputs import result_folder
+from ..store.records import read_record
 from ..training import fit
 
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from scellfm.data.genes import MatchOptions
+
 # %% auto #0
-__all__ = ['RECORD', 'class_loss', 'freeze', 'CellAnnotator', 'save_annotator', 'load_annotator', 'folds_of', 'advice_for',
-           'finetune', 'train_fold']
+__all__ = ['CellAnnotator', 'CellClassifier', 'finetune']
 
 # %% ../../nbs/scgpt/annotation.ipynb #3bc25751
 def class_loss(model, batch: dict) -> tuple[torch.Tensor, int]:
@@ -51,9 +59,75 @@ def freeze(model, n: int) -> None:
         if part is not None:
             part.requires_grad_(False)
 
+# %% ../../nbs/scgpt/annotation.ipynb #2e9badad
+def cell_probabilities(
+    clf: CellClassifier,
+    adata: AnnData,
+    *,
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    gene_column: str | None = None,  # column of var that names the genes
+    match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
+) -> pd.DataFrame:
+    """Class probabilities [cells, classes] from the fold that has not seen a cell, else the mean of all folds.
+
+    NaN for a cell without a known gene."""
+    fold = clf.trained_on.fold_of(adata.obs_names, cell_contents(adata, layer=layer))
+    warn_of_trained(fold)
+    genes = genes_of(adata, layer)
+    index = clf.models[0].match(genes, gene_column=gene_column, match=match).index
+    how = dict(layer=layer, max_length=clf.settings["max_length"], seed=clf.settings["seed"])
+
+    def predict(model, rows):
+        return class_probabilities(model, adata[rows], index, **how)
+
+    values = predict_held_out(clf.models, fold, predict, n_outputs=len(clf.classes)).held_out()[1]
+    return pd.DataFrame(values, index=adata.obs_names, columns=clf.classes)
+
+# %% ../../nbs/scgpt/annotation.ipynb #61db5758
+def predict_cells(
+    clf: CellClassifier,
+    data: AnnData | str | Path,  # cells or the path of a file of cells
+    *,
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    gene_column: str | None = None,  # column of var that names the genes
+    match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
+    copy: bool = False,  # return a copy, and leave the data as they are
+) -> AnnData | None:
+    """Name the class of each cell, in place.
+
+    Writes
+    - obs["<label>_predicted"]: categorical; none for a cell without any known gene
+    - obs["<label>_confidence"]: the probability of that class; NaN there
+    - uns["<label>_predicted"]["params"]: the classifier and the counts that were read
+
+    Returns None, with copy=True the copy, for the path of a file an AnnData of its cells."""
+    adata = read(data) if isinstance(data, (str, Path)) else result_for(data, copy)
+    table = clf.probabilities(adata, layer=layer, gene_column=gene_column, match=match)
+    known = table.notna().all(axis=1).to_numpy()
+    parameters = {"model": repr(clf), "counts": "X" if layer is None else layer}
+    write_predictions(adata, np.flatnonzero(known), predicted_classes(table[known], clf.label), parameters)
+    return None if adata is data else adata
+
+# %% ../../nbs/scgpt/annotation.ipynb #e7a218ec
+def classifier_from_pretrained(
+    cls: type[CellClassifier],
+    path_or_hub_id: str | Path,  # folder of a classifier, or a hub id
+    *,
+    subfolder: str | None = None,  # the classifier's folder inside the repository
+    revision: str | None = None,  # commit of the hub repository
+    local_files_only: bool = False,  # never ask the hub
+    device: str = "auto",  # auto, cpu, cuda or mps
+    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the products
+) -> CellClassifier:
+    "Load what `save_pretrained` wrote. AssetError."
+    folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
+    if not (folder / RECORD).exists():
+        raise wrong_folder(folder, "a scGPT classifier of cells", (RECORD,))
+    return load_annotator(folder, device, dtype)
+
 # %% ../../nbs/scgpt/annotation.ipynb #3efe3c0d
 @dataclass(repr=False)
-class CellAnnotator(Evidence):
+class CellClassifier(Evidence):
     "Fine-tuned models, one per fold, with what they were judged by (see `Evidence`)."
 
     models: list[ScGPTReader]
@@ -61,55 +135,29 @@ class CellAnnotator(Evidence):
     classes: np.ndarray
     trained_on: TrainedOn  # the cells that each model was trained on
 
+    probabilities = cell_probabilities
+    predict = predict_cells
+    from_pretrained = classmethod(classifier_from_pretrained)
+
     def __repr__(self) -> str:
         classes = ", ".join(map(str, self.classes))
         return (
-            f"CellAnnotator({self.label!r}: {classes}; {len(self.models)} model(s), {self.models[0]!r}{self.learned})"
+            f"CellClassifier({self.label!r}: {classes}; {len(self.models)} model(s), {self.models[0]!r}{self.learned})"
         )
-
-    def probabilities(
-        self, adata, *, layer: str | None = None, column=None, mapping=None, symbols=None
-    ) -> pd.DataFrame:
-        """Class probabilities [cells, classes] from the fold that has not seen a cell, else the mean of all folds.
-
-        NaN for a cell without a known gene.
-        """
-        fold = self.trained_on.fold_of(adata.obs_names)
-        warn_of_trained(fold)
-        genes = genes_of(adata, layer)
-        index = self.models[0].match(genes, column=column, mapping=mapping, symbols=symbols).index
-        how = dict(layer=layer, max_length=self.settings["max_length"], seed=self.settings["seed"])
-
-        def predict(model, rows):
-            return class_probabilities(model, adata[rows], index, **how)
-
-        values = predict_held_out(self.models, fold, predict, n_outputs=len(self.classes)).held_out()[1]
-        return pd.DataFrame(values, index=adata.obs_names, columns=self.classes)
-
-    def predict(self, adata, *, layer: str | None = None, column=None, mapping=None, symbols=None, copy: bool = False):
-        "Writes obs['{label}_predicted'] (categorical), obs['{label}_confidence'] (its probability), settings in uns."
-        table = self.probabilities(adata, layer=layer, column=column, mapping=mapping, symbols=symbols)
-        adata = adata.to_memory(copy=True) if copy else adata
-        known = table.notna().all(axis=1).to_numpy()
-        parameters = {"model": repr(self), "counts": "X" if layer is None else layer}
-        write_predictions(adata, np.flatnonzero(known), predicted_classes(table[known], self.label), parameters)
-        return adata if copy else None
 
     def save_pretrained(self, folder: str | Path) -> None:
         "One folder per fold in the original's layout, the cells trained on, and annotator.json."
         save_annotator(self, Path(folder))
 
-    @classmethod
-    def from_pretrained(cls, path_or_hub_id, *, device="auto", dtype="float32", **where) -> CellAnnotator:
-        "Load what `save_pretrained` wrote; `where`: subfolder, revision, local_files_only."
-        return load_annotator(Path(find(path_or_hub_id, **where)), device, dtype)
+
+CellAnnotator = CellClassifier  # its earlier name
 
 # %% ../../nbs/scgpt/annotation.ipynb #ab6125fe
 RECORD = "annotator.json"
 
 
-def save_annotator(annotator: CellAnnotator, folder: Path) -> None:
-    "See `CellAnnotator.save_pretrained`."
+def save_annotator(annotator: CellClassifier, folder: Path) -> None:
+    "See `CellClassifier.save_pretrained`."
     folds = {f"fold{k}": model for k, model in enumerate(annotator.models)}
     folder = result_folder(folder, ANNOTATOR, parts=dict.fromkeys(folds, SCGPT_MODEL))
     record = {"label": annotator.label, "classes": list(map(str, annotator.classes)), "folds": len(folds)}
@@ -118,14 +166,14 @@ def save_annotator(annotator: CellAnnotator, folder: Path) -> None:
         model.save_pretrained(folder / name)
     annotator.trained_on.save(folder)
 
-
-def load_annotator(folder: Path, device, dtype) -> CellAnnotator:
+# %% ../../nbs/scgpt/annotation.ipynb #5a50ed7a
+def load_annotator(folder: Path, device: str, dtype: str) -> CellClassifier:
     "An annotator that `save_annotator` wrote."
-    record = read_dictionary(folder / RECORD)
+    record = read_record(folder / RECORD, OF_CELLS)
     models = [
         ScGPTReader.from_pretrained(folder / f"fold{k}", device=device, dtype=dtype) for k in range(record["folds"])
     ]
-    return CellAnnotator(
+    return CellClassifier(
         models, record["label"], np.array(record["classes"]), TrainedOn.load(folder), **evidence_of(record)
     )
 
@@ -145,12 +193,13 @@ def advice_for(by: str | None, epochs: int, freeze_layers: int, n_layers: int) -
     return untried([hold_out_donors(by), fewer_epochs(epochs, fewest), freeze_more(freeze_layers, n_layers)])
 
 # %% ../../nbs/scgpt/annotation.ipynb #7034e8fb
+@plain_arguments
 def finetune(
     gpt: ScGPTCheckpoint,  # stays as it is
-    adata,  # AnnData or the path of a file, raw or log-normalised counts
+    adata: AnnData | str | Path,  # AnnData or the path of a file, raw or log-normalised counts
     label: str,  # column of obs
     *,
-    split: Split | Folds,  # scellfm.data.folds(adata, by="donor") or hold_out(...)
+    split: Split | Folds | None = None,  # scellfm.data.folds(adata, by="donor") or hold_out(...)
     epochs: int = 10,  # passes over the training rows
     freeze_layers: int = 0,  # lowest layers that stay as they are
     learning_rate: float = 1e-4,  # largest step size
@@ -159,27 +208,24 @@ def finetune(
     max_length: int = 1200,  # most tokens of a cell
     seed: int = 0,  # seed of every random draw
     layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
-    column: str | None = None,  # how genes are named, with mapping and symbols: see ScGPT.embed
-    mapping: dict | None = None,  # {alias or id: symbol} of genes
-    symbols: dict | None = None,  # {symbol: Ensembl id} of genes
+    gene_column: str | None = None,  # column of var that names the genes
+    match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals
     folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
     **recipe,  # further fields of scellfm.training.Recipe: stop="valid_loss", patience, schedule, ...
-) -> CellAnnotator:
+) -> CellClassifier:
     "Fine-tune one annotator per fold; judge it on the cells held out, beside simple methods. DataError, OptionError."
     check_split(split)
     adata = read(adata) if isinstance(adata, (str, Path)) else adata
     classes, codes = classes_of(column_of(adata.obs, label, "label"), label)
-    cells, index = binned_cells(
-        gpt, adata, layer=layer, names=dict(column=column, mapping=mapping, symbols=symbols), seed=seed
-    )
+    cells, index = binned_cells(gpt, adata, layer=layer, names=dict(gene_column=gene_column, match=match), seed=seed)
     parts, groups = folds_of(adata, cells.lengths, split)
     check_class_folds(parts, classes, codes, label)
     options = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, weight_decay=weight_decay)
     options |= {"seed": seed, **recipe}
     settings = {"label": label, "held_out_by": split.by, "folds": len(parts)}
     settings |= {"freeze_layers": freeze_layers, "max_length": max_length, **options}
-    hiding = HiddenGenes(gpt, cells, adata.obs_names, shares=(0.0,), max_length=max_length, seed=seed, codes=codes)
+    hiding = MaskedGenes(gpt, cells, adata.obs_names, shares=(0.0,), max_length=max_length, seed=seed, codes=codes)
 
     def train(part, k):
         place = None if folder is None else Path(folder) / f"fold{k}"
@@ -195,12 +241,12 @@ def finetune(
     if check.overfitted:
         warn(str(check))
     evidence = dict(scores=scores, histories=[model.history for model in models], overfit_check=check)
-    trained_on = TrainedOn.of(adata.obs_names, parts)
-    return CellAnnotator(models, label, classes, trained_on, **evidence, settings=settings)
+    trained_on = TrainedOn.of(adata.obs_names, parts, contents=cell_contents(adata, layer=layer))
+    return CellClassifier(models, label, classes, trained_on, **evidence, settings=settings)
 
-
+# %% ../../nbs/scgpt/annotation.ipynb #37578f91
 def train_fold(
-    gpt: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, k: int, classes, freeze_layers: int, folder, options: dict
+    gpt: ScGPTCheckpoint, hiding: MaskedGenes, part: Split, k: int, classes, freeze_layers: int, folder, options: dict
 ) -> ScGPTCheckpoint:
     "The model of fold k with its history."
     model = learner(gpt, classes, keyed_seed(options["seed"], "fold", k) % 2**63, decoders=False)
@@ -217,13 +263,9 @@ def train_fold(
         folder=folder,
         desc=f"fine-tuning, fold {k}",
         dtype=str(gpt.dtype).removeprefix("torch."),
-        inputs={
-            "cells": fingerprint(
-                hiding.cells.genes, hiding.cells.values, hiding.codes[part.train], part.train, part.valid
-            ),
-            "frozen": freeze_layers,
-            "max_length": hiding.max_length,
-        },
+        inputs={}
+        if folder is None
+        else hiding.identity(part, labels=hiding.codes, classes=classes, frozen=freeze_layers),
         **options,
     )
     model.model.requires_grad_(True)

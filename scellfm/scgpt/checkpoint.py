@@ -6,28 +6,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 
 from .. import inference
 from ..assets import find, read_dictionary, read_tensors, save_tensors, save_torch
+from ..assets.contents import folder_and_weights, wrong_folder
 from ..core import OptionError, one_of, plain, warn
-from ..data.genes import GeneMatch
+from ..data.genes import GeneMatch, MatchOptions
 from .model import ScGPTConfig, ScGPTModel, load_model, published_name
 from .vocabulary import Vocabulary
 from ..store import atomic_write
-from ..store.layouts import SCGPT_MODEL
+from ..store.layouts import SCGPT_ARGS, SCGPT_MODEL
 from ..store.outputs import result_folder
+from ..store.records import check_record
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SHAPES', 'as_vocabulary', 'ScGPTCheckpoint']
+__all__ = ['ScGPTCheckpoint']
 
 # %% ../../nbs/scgpt/checkpoint.ipynb #3e43e2e7
 SHAPES = {
@@ -36,12 +39,63 @@ SHAPES = {
 }
 
 
-def as_vocabulary(source) -> Vocabulary:
-    "A Vocabulary as it is, or one made of an AnnData's var_names or of a list of genes."
+def as_vocabulary(source: Vocabulary | AnnData | Iterable[str]) -> Vocabulary:
+    "A Vocabulary as it is, or one made of an AnnData's var_names or of a list of genes. OptionError."
     if isinstance(source, Vocabulary):
         return source
+    if isinstance(source, (str, bytes)) or not (hasattr(source, "var_names") or isinstance(source, Iterable)):
+        raise OptionError(
+            f"genes is a {type(source).__name__}; give an AnnData, a list of gene names, or "
+            "scellfm.scgpt.Vocabulary.from_file(path of a vocab.json)"
+        )
     genes = source.var_names if hasattr(source, "var_names") else source
     return Vocabulary(dict.fromkeys(map(str, genes)))
+
+# %% ../../nbs/scgpt/checkpoint.ipynb #cb976eda
+def from_pretrained(
+    cls: type[ScGPTCheckpoint],
+    path_or_hub_id: str | Path,  # folder in the original's layout, a file of weights in it, or a hub id
+    *,
+    subfolder: str | None = None,  # the model's folder inside the repository
+    revision: str | None = None,  # commit of the hub repository
+    local_files_only: bool = False,  # never ask the hub
+    device: str = "auto",  # auto, cpu, cuda or mps
+    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the products
+) -> ScGPTCheckpoint:
+    """Load a checkpoint folder in the original's layout; `load_report` says what became of each tensor.
+    AssetError otherwise."""
+    path = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
+    folder, weights = folder_and_weights(path)
+    if not all((folder / name).exists() for name in ("args.json", "vocab.json")):
+        raise wrong_folder(folder, "a scGPT model", ("args.json", "vocab.json"))
+    args = check_record(read_dictionary(folder / "args.json"), SCGPT_ARGS, folder / "args.json")
+    vocabulary = Vocabulary.from_file(folder / "vocab.json")
+    model, report = load_model(read_tensors(weights), args, len(vocabulary), vocabulary.pad)
+    made = cls(model, vocabulary, args=args, device=device, dtype=dtype)
+    made.load_report = report
+    return made
+
+# %% ../../nbs/scgpt/checkpoint.ipynb #65141d67
+def from_config(
+    cls: type[ScGPTCheckpoint],
+    name: Literal["tiny", "human"],  # shape of the network
+    genes: Vocabulary | AnnData | Iterable[str],  # what the vocabulary is made of
+    *,
+    seed: int = 0,  # seed of the weights
+    device: str = "auto",  # auto, cpu, cuda or mps
+    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the products
+    **changes: object,  # values of ScGPTConfig that differ from the shape's
+) -> ScGPTCheckpoint:
+    """A new model of the shape 'tiny' or 'human' for `genes` (a Vocabulary, an AnnData, a list); `changes` to
+    ScGPTConfig values."""
+    one_of("name", name, SHAPES)
+    for change in changes:
+        one_of("the changed value", change, [field.name for field in fields(ScGPTConfig)])
+    vocabulary = as_vocabulary(genes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ScGPTModel(ScGPTConfig(len(vocabulary), vocabulary.pad, **(SHAPES[name] | changes)))
+    return cls(model, vocabulary, args={"untrained": True}, device=device, dtype=dtype)
 
 # %% ../../nbs/scgpt/checkpoint.ipynb #9fcde11b
 class ScGPTCheckpoint:
@@ -50,7 +104,13 @@ class ScGPTCheckpoint:
     `ScGPT` adds the tasks as methods."""
 
     def __init__(
-        self, model: ScGPTModel, vocabulary: Vocabulary, *, args: Mapping | None = None, device="auto", dtype="float32"
+        self,
+        model: ScGPTModel,
+        vocabulary: Vocabulary,
+        *,
+        args: Mapping | None = None,  # what args.json says
+        device: str | torch.device = "auto",  # auto, cpu, cuda or mps
+        dtype: Literal["float32", "bfloat16"] | torch.dtype = "float32",  # precision of the products
     ):
         if model.config.n_tokens != len(vocabulary):
             raise OptionError(
@@ -62,38 +122,8 @@ class ScGPTCheckpoint:
         self.history = self.losses = self.scores = None  # of training, where there was any
         self._warned = False  # that it was never trained
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_id: str | Path,  # folder in the original's layout, or a hub id
-        *,
-        subfolder: str | None = None,  # the model's folder inside the repository
-        revision: str | None = None,  # commit of the hub repository
-        local_files_only: bool = False,  # never ask the hub
-        device: str = "auto",  # auto, cpu, cuda or mps
-        dtype: str = "float32",  # float32 or bfloat16
-    ) -> Self:
-        """Load a checkpoint folder in the original's layout; `load_report` says what became of each tensor.
-        AssetError otherwise."""
-        folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
-        args, vocabulary = read_dictionary(folder / "args.json"), Vocabulary.from_file(folder / "vocab.json")
-        model, report = load_model(read_tensors(folder), args, len(vocabulary), vocabulary.pad)
-        made = cls(model, vocabulary, args=args, device=device, dtype=dtype)
-        made.load_report = report
-        return made
-
-    @classmethod
-    def from_config(cls, name: str, genes, *, seed: int = 0, device="auto", dtype="float32", **changes) -> Self:
-        """A new model of the shape 'tiny' or 'human' for `genes` (a Vocabulary, an AnnData, a list); `changes` to
-        ScGPTConfig values."""
-        one_of("name", name, SHAPES)
-        for change in changes:
-            one_of("the changed value", change, [field.name for field in fields(ScGPTConfig)])
-        vocabulary = as_vocabulary(genes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = ScGPTModel(ScGPTConfig(len(vocabulary), vocabulary.pad, **(SHAPES[name] | changes)))
-        return cls(model, vocabulary, args={"untrained": True}, device=device, dtype=dtype)
+    from_pretrained = classmethod(from_pretrained)
+    from_config = classmethod(from_config)
 
     def save_pretrained(self, folder: str | Path) -> None:
         "Write args.json, vocab.json, model.safetensors and best_model.pt, which the original opens."
@@ -137,6 +167,13 @@ class ScGPTCheckpoint:
         "The bins of values, 0 ('not seen') included: 51 unless args.json says otherwise."
         return int(self.args.get("n_bins", 51))
 
-    def match(self, adata: AnnData, *, column=None, mapping=None, symbols=None, counts=None) -> GeneMatch:
+    def match(
+        self,
+        adata: AnnData,
+        *,
+        gene_column: str | None = None,  # column of var that names the genes
+        match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
+        counts: np.ndarray | None = None,  # total of each gene, for the share that is kept
+    ) -> GeneMatch:
         "Which genes of `adata` the model knows (see `Vocabulary.match`)."
-        return self.vocabulary.match(adata, column=column, mapping=mapping, symbols=symbols, counts=counts)
+        return self.vocabulary.match(adata, gene_column=gene_column, match=match, counts=counts)

@@ -5,30 +5,32 @@
 # %% ../../nbs/scgpt/embedding.ipynb #77ce89a1
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from .. import inference
-from ..core import DataError, one_of, warn
+from ..core import DataError, one_of, plain_arguments, warn
 from ..data.reading import count_blocks, genes_of, read
 from .checkpoint import ScGPTCheckpoint
 from .model import POOLS, pool_cells
 from .tokenizer import BinnedCells, survey, tokenize
 from ..store import Store, each_block, fingerprint
+from ..store.identity import run_inputs
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
 
+    from scellfm.data.genes import MatchOptions
+
 # %% auto #0
-__all__ = ['default_budget', 'planned', 'in_order', 'tell', 'opened', 'make_batch', 'cell_vectors', 'over_cells', 'open_store',
-           'embed', 'gene_embeddings', 'AttentionMap', 'attention', 'ScGPTReader']
+__all__ = ['embed', 'gene_embeddings', 'AttentionMap', 'attention', 'ScGPTReader']
 
 # %% ../../nbs/scgpt/embedding.ipynb #f6c69e58
 def default_budget(device: torch.device) -> int:
@@ -49,7 +51,7 @@ def in_order(make, function, cells: BinnedCells, size: int = 64) -> Iterator:
         yield positions, function(*make(positions))
 
 # %% ../../nbs/scgpt/embedding.ipynb #abe411ec
-def tell(totals: dict, n_cells: int, max_length: int, overlong: str, key: str) -> None:
+def warn_of_cells(totals: dict, n_cells: int, max_length: int, overlong: str, key: str) -> None:
     "Warn about cells that are empty, constant or too long."
     if totals["n_empty"]:
         warn(
@@ -90,7 +92,7 @@ def opened(data: AnnData | str | Path) -> tuple[AnnData, AnnData | Path]:
     return result, Path(data) if is_h5ad else stored
 
 # %% ../../nbs/scgpt/embedding.ipynb #7a9b61d5
-def make_batch(gpt: ScGPTCheckpoint, cells: BinnedCells):
+def make_batch(gpt: ScGPTCheckpoint, cells: BinnedCells) -> Callable[[np.ndarray], tuple]:
     "A function from positions to their (genes, values, mask) on the model's device."
     config = gpt.model.config
 
@@ -173,25 +175,27 @@ def open_store(
     if folder is None:
         return nullcontext()
     counts = [fingerprint(block) for _, block in count_blocks(source, layer)]
-    inputs = {
-        "weights": fingerprint(dict(gpt.model.state_dict())),
-        "cells": fingerprint(np.asarray(obs_names).astype(str), counts),
-        "genes": fingerprint(np.asarray(index)),
-    }
+    inputs = run_inputs(
+        weights=gpt.model.state_dict(),
+        config=gpt.model.config,
+        tokenizer=gpt.vocabulary.tokens,
+        cells=[np.asarray(obs_names).astype(str), counts],
+        genes=np.asarray(index),
+    )
     return Store(folder, inputs, {"pool": pool, "n_bins": gpt.n_bins, "token_budget": token_budget} | how)
 
-
+# %% ../../nbs/scgpt/embedding.ipynb #0ab85957
+@plain_arguments
 def embed(
     gpt: ScGPTCheckpoint,
     adata: AnnData | str | Path,
     *,
-    pool: str = "cls",  # cls, mean or weighted
+    pool: Literal["cls", "mean", "weighted"] = "cls",  # what of the tokens is the cell's vector
     layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
-    column: str | None = None,  # column of var that names the genes
-    mapping: dict | None = None,  # {alias or id: symbol} of genes
-    symbols: dict | None = None,  # {symbol: Ensembl id} of genes
+    gene_column: str | None = None,  # column of var that names the genes
+    match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
     max_length: int = 1200,  # most tokens of a cell
-    overlong: str = "sample",  # genes of a longer cell: sample or top
+    overlong: Literal["sample", "top", "first"] = "sample",  # which genes of a longer cell
     seed: int = 0,  # seed of every random draw
     original: bool = False,  # the original's own embedding, with its faults
     token_budget: int | None = None,  # tokens of one batch, padding included; what suits the device where none is given
@@ -199,14 +203,16 @@ def embed(
     key_added: str = "X_scGPT",  # name of the vectors in obsm
     copy: bool = False,  # return a copy, and leave the data as they are
 ) -> AnnData | None:
-    """Embed cells: obsm[key_added] [cells, d] (float32, length 1; NaN for cells without a known gene) and uns.
+    """Embed cells: one vector each, in place.
 
-    Returns None, or with copy=True the copy; for the path of a file an AnnData with its obs, var and the embedding.
-    pool: 'cls', 'mean', 'weighted'. layer: the counts, raw or log-normalised (None: X). column, mapping {id or
-    alias: symbol}, symbols {symbol: Ensembl id}: how genes are named. overlong: 'sample' or 'top'. original=True:
-    the original's random stream after np.random.seed(seed), its batches and its pooling over padding. folder:
-    keeps what is finished, so that a run that was stopped goes on; StoreError for other cells, weights or settings.
-    DataError: negative or missing values, no known gene."""
+    Writes
+    - obsm[key_added]: [cells, d] (float32, length 1; NaN for cells without a known gene)
+    - uns[key_added]["params"]: model, pool, counts and genes that were read
+
+    Returns None, with copy=True the copy, for the path of a file of cells an AnnData with its obs, var and the
+    vectors. original=True: the original's random stream after np.random.seed(seed), its batches and its pooling over
+    padding. folder: keeps what is finished, so that a run that was stopped goes on; StoreError for other cells, weights
+    or settings. DataError: negative or missing values, no known gene."""
     how = dict(max_length=max_length, overlong=overlong, seed=seed, original=original)
     one_of("pool", pool, POOLS)
     gpt.warn_if_untrained()
@@ -214,18 +220,18 @@ def embed(
     result = result.to_memory(copy=True) if copy and result is adata else result
     columns = genes_of(source, layer)
     totals, whole = survey(source, result.obs_names, columns.var_names, layer)
-    match = gpt.match(columns, counts=totals, column=column, mapping=mapping, symbols=symbols)
+    found = gpt.match(columns, counts=totals, gene_column=gene_column, match=match)
 
     def one_batch(genes, values, mask):
         return cell_vectors(gpt, genes, values, mask, pool, original).cpu().numpy()
 
-    where = (gpt, source, result.obs_names, match.index)
+    where = (gpt, source, result.obs_names, found.index)
     options = dict(layer=layer, how=how, token_budget=token_budget)
     with open_store(folder, *where, pool=pool, **options) as store:
         vectors, seen, record = over_cells(*where, one_batch, gpt.model.config.d_model, store=store, **options)
         if store is not None and not store.finished:
             store.finish()
-    tell(seen, result.n_obs, max_length, overlong, key_added)
+    warn_of_cells(seen, result.n_obs, max_length, overlong, key_added)
     result.obsm[key_added] = vectors
     settings = {
         "model": repr(gpt),
@@ -234,7 +240,7 @@ def embed(
         "whole_numbers": whole,
         **how,
         **seen,
-        "genes": match.report,
+        "genes": found.report,
         "out_of_memory": [step["token_budget"] for step in record],
     }
     result.uns[key_added] = {"params": settings}
@@ -259,24 +265,23 @@ class AttentionMap(NamedTuple):
     genes: list[str]  # the tokens of the cell, <cls> first
     weights: np.ndarray  # [heads, tokens, tokens], rows sum to 1
 
-
+# %% ../../nbs/scgpt/embedding.ipynb #1529e233
 def attention(
     gpt: ScGPTCheckpoint,
     adata: AnnData,
     *,
-    head_layer: int = -1,
-    layer=None,
-    column=None,
-    mapping=None,
-    symbols=None,
-    max_length=1200,
-    overlong="sample",
-    seed=0,
+    head_layer: int = -1,  # layer of the encoder; -1 is the last
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    gene_column: str | None = None,  # column of var that names the genes
+    match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
+    max_length: int = 1200,  # most tokens of a cell
+    overlong: Literal["sample", "top", "first"] = "sample",  # which genes of a longer cell
+    seed: int = 0,  # seed of every random draw
 ) -> Iterator[AttentionMap]:
     "The attention of one layer (-1: the last) in each cell, one after the other; empty cells are left out."
     columns = genes_of(adata, layer)
     totals, _ = survey(adata, adata.obs_names, columns.var_names, layer)
-    index = gpt.match(columns, counts=totals, column=column, mapping=mapping, symbols=symbols).index
+    index = gpt.match(columns, counts=totals, gene_column=gene_column, match=match).index
     for start, cells in tokenize(
         adata,
         adata.obs_names,

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from ..core import AssetError, DataError, OptionError, check_number, keyed_generator, one_of, warn
+from ..core import AssetError, DataError, OptionError, check_number, keyed_generator, one_of, plain, warn
 from ..data.splits import column_of
 from .neighbours import SEARCHES, TIES, VOTES, Subset, nearest, nearest_faiss, vote_shares, winners
 from ..scores.table import Scores
 from ..store import atomic_write
 from ..store.layouts import REFERENCE_MAP
+from ..store.records import read_record
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 # %% auto #0
 __all__ = ['Votes', 'ReferenceMap']
@@ -147,7 +151,7 @@ def save_map(path: str | Path, vectors: np.ndarray, codes: np.ndarray, record: d
             )
         except SafetensorError as error:  # its way to say that the disk is full
             raise OSError(str(error)) from error
-        (Path(folder) / "index.json").write_text(json.dumps(record, indent=1), encoding="utf8")
+        (Path(folder) / "index.json").write_text(json.dumps(plain(record), indent=1), encoding="utf8")
 
 # %% ../../nbs/scgpt/mapping.ipynb #553956d3
 def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
@@ -160,7 +164,7 @@ def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
                 "as ReferenceMap.save writes it"
             )
     try:
-        record = json.loads(described.read_text(encoding="utf8"))
+        record = read_record(described, REFERENCE_MAP.records["index.json"])
         vectors, codes = mapped(file, "embedding", np.float32), np.array(mapped(file, "codes", np.int64))
         fits = (
             vectors.ndim == 2
@@ -168,6 +172,7 @@ def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
             and set(SAVED) <= record.keys()
             and codes.min() >= 0
             and codes.max() < len(record["classes"])
+            and record["k"] <= len(vectors)
         )
     except Exception as error:  # whatever damaged bytes make of the libraries
         raise AssetError(f"{path} is damaged or no reference map: {error}; save it again") from error
@@ -178,7 +183,7 @@ def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
         )
     return vectors, codes, record
 
-
+# %% ../../nbs/scgpt/mapping.ipynb #a4976ac0
 def mapped(file: Path, name: str, dtype) -> np.ndarray:
     "One tensor of a safetensors file as a read-only memory map; the library checks the file first."
     from safetensors import safe_open
@@ -192,7 +197,7 @@ def mapped(file: Path, name: str, dtype) -> np.ndarray:
         raise AssetError(f"{file}: {name} is {entry['dtype']}")
     return np.memmap(file, dtype, "r", 8 + size + entry["data_offsets"][0], shape)
 
-# %% ../../nbs/scgpt/mapping.ipynb #3bf319f9
+# %% ../../nbs/scgpt/mapping.ipynb #11b6cca2
 class Votes(NamedTuple):
     "What the neighbours say of each query cell; NaN and -1 for cells without an embedding."
 
@@ -202,7 +207,92 @@ class Votes(NamedTuple):
     near: np.ndarray  # [cells], squared distance to the nearest reference cell
     far: np.ndarray  # [cells], to the k-th
 
+# %% ../../nbs/scgpt/mapping.ipynb #c150ffe4
+def transfer(
+    reference: ReferenceMap,
+    query: AnnData,  # cells with the embedding, to be named
+    *,
+    copy: bool = False,  # return a copy, and leave the data as they are
+) -> AnnData | None:
+    """
+    Write obs['<label>_transferred'] (categorical), obs['<label>_confidence'] (share of the votes) and
+    uns['<label>_transferred'].
 
+    Returns None, or with copy=True the copy. 'unknown': below the thresholds, or no embedding (confidence NaN).
+    """
+    query = query.to_memory(copy=True) if copy else query
+    votes = reference.votes(query)
+    known, unmapped = reference.is_known(votes), int((votes.code < 0).sum())
+    if unmapped:
+        warn(f"{unmapped} of {query.n_obs} cells have no embedding and are 'unknown'")
+    labels = np.where(known, reference.classes[votes.code], "unknown")
+    query.obs[f"{reference.label}_transferred"] = pd.Categorical(
+        labels, [*reference.classes] + ["unknown"] * ("unknown" not in reference.classes)
+    )
+    query.obs[f"{reference.label}_confidence"] = votes.confidence
+    query.uns[f"{reference.label}_transferred"] = {
+        "params": reference.settings(),
+        "n_unknown": int((~known).sum()),
+        "n_without_embedding": unmapped,
+    }
+    return query if copy else None
+
+# %% ../../nbs/scgpt/mapping.ipynb #0edd4bec
+def calibration_groups(reference: ReferenceMap, by: str | None) -> np.ndarray | None:
+    "obs[by] of the reference cells that are kept."
+    if by is None:
+        if reference.k >= len(reference.vectors):
+            raise DataError(
+                f"k={reference.k} and the reference has {len(reference.vectors)} cells: "
+                "none is left to judge a held-out one; lower k"
+            )
+        return None
+    if reference.ref is None or by not in reference.ref.obs:
+        raise DataError(
+            f"obs of the reference has no column {by!r}"
+            + (": a loaded map has no obs, calibrate before saving" if reference.ref is None else "")
+        )
+    kept = vectors_of(reference.ref, reference.use_rep, "reference")[1] & (
+        label_codes(reference.ref.obs, reference.label, "reference")[0] >= 0
+    )
+    return column_of(reference.ref.obs[kept], by, "by")
+
+
+def calibrate(
+    reference: ReferenceMap,
+    accuracy: float = 0.95,  # share of named cells that should be right
+    far: float = 0.01,  # share of cells to be called too far
+    by: str | None = None,  # column whose groups (donors) are held out together
+    *,
+    n_cells: int = 5000,  # at most so many cells are held out
+    seed: int = 0,  # seed of every random draw
+) -> pd.DataFrame:
+    """
+    Set min_confidence and max_distance on held-out reference cells; returns the accuracy at each confidence.
+
+    by: a column of the reference's obs whose groups are held out together, such as donor; None: each cell by
+    itreference. n_cells:
+    how many reference cells, drawn by `seed`, are held out in turn.
+    """
+    if not 0 < accuracy <= 1 or not 0 <= far < 1:
+        raise OptionError(
+            f"accuracy={accuracy!r} must be above 0 and at most 1, far={far!r} at least 0 and below 1: "
+            "shares of the held-out cells"
+        )
+    check_number("n_cells", n_cells, 1)
+    n = len(reference.vectors)
+    chosen = np.sort(keyed_generator(seed, "calibration").choice(n, min(n, n_cells), replace=False))
+    distances, positions = held_out_neighbours(
+        reference.vectors, chosen, reference.k, calibration_groups(reference, by)
+    )
+    shares = vote_shares(reference.codes[positions], reference.proportions, reference.vote)
+    code = winners(shares, reference.codes[positions], distances, reference.ties)
+    table = confidence_table(shares.max(1), code == reference.codes[chosen])
+    reference.min_confidence = lowest_threshold(table, accuracy)
+    reference.max_distance = float(np.quantile(distances[:, -1], 1 - far)) if far else np.inf
+    return table
+
+# %% ../../nbs/scgpt/mapping.ipynb #3bf319f9
 class ReferenceMap:
     """
     Annotated cells whose labels can be given to other cells of the same embedding.
@@ -214,9 +304,12 @@ class ReferenceMap:
     min_confidence, or farther than max_distance (squared Euclidean, k-th neighbour), are 'unknown'.
     """
 
+    transfer = transfer
+    calibrate = calibrate
+
     def __init__(
         self,
-        ref,
+        ref: AnnData,  # annotated cells with the embedding
         use_rep: str = "X_scGPT",  # embedding in obsm of both
         label: str = "cell_type",  # column of the reference with the labels
         k: int = 10,  # neighbours that vote
@@ -275,7 +368,7 @@ class ReferenceMap:
         "What a result depends on besides the cells."
         return {name: getattr(self, name) for name in SAVED} | {"search": self.search, "n_reference": len(self.vectors)}
 
-    def neighbours(self, query) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def neighbours(self, query: AnnData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(squared distances, positions among the reference cells that were kept) [mapped cells, k], and which cells
         were mapped."""
         values, finite = vectors_of(query, self.use_rep, "query")
@@ -287,7 +380,7 @@ class ReferenceMap:
         find = nearest if self.search == "exact" else nearest_faiss
         return *find(self.vectors, values[finite], self.k), finite
 
-    def votes(self, query) -> Votes:
+    def votes(self, query: AnnData) -> Votes:
         "The votes on each cell of the query, thresholds aside."
         distances, positions, finite = self.neighbours(query)
         shares, code = np.full((query.n_obs, len(self.classes)), np.nan), np.full(query.n_obs, -1)
@@ -298,87 +391,18 @@ class ReferenceMap:
         near[finite], far[finite] = distances[:, 0], distances[:, -1]
         return Votes(shares, code, confidence, near, far)
 
-    def transfer(self, query, *, copy: bool = False):
-        """
-        Write obs['<label>_transferred'] (categorical), obs['<label>_confidence'] (share of the votes) and
-        uns['<label>_transferred'].
-
-        Returns None, or with copy=True the copy. 'unknown': below the thresholds, or no embedding (confidence NaN).
-        """
-        query = query.to_memory(copy=True) if copy else query
-        votes = self.votes(query)
-        known, unmapped = self.is_known(votes), int((votes.code < 0).sum())
-        if unmapped:
-            warn(f"{unmapped} of {query.n_obs} cells have no embedding and are 'unknown'")
-        labels = np.where(known, self.classes[votes.code], "unknown")
-        query.obs[f"{self.label}_transferred"] = pd.Categorical(
-            labels, [*self.classes] + ["unknown"] * ("unknown" not in self.classes)
-        )
-        query.obs[f"{self.label}_confidence"] = votes.confidence
-        query.uns[f"{self.label}_transferred"] = {
-            "params": self.settings(),
-            "n_unknown": int((~known).sum()),
-            "n_without_embedding": unmapped,
-        }
-        return query if copy else None
-
     def is_known(self, votes: Votes) -> np.ndarray:
         "Whether each cell passes both thresholds."
         return (votes.confidence >= self.min_confidence - 1e-9) & (votes.far <= self.max_distance)
 
-    def calibrate(
-        self,
-        accuracy: float = 0.95,  # share of named cells that should be right
-        far: float = 0.01,  # share of cells to be called too far
-        by: str | None = None,  # column whose groups (donors) are held out together
-        *,
-        n_cells: int = 5000,  # at most so many cells are held out
-        seed: int = 0,  # seed of every random draw
-    ) -> pd.DataFrame:
-        """
-        Set min_confidence and max_distance on held-out reference cells; returns the accuracy at each confidence.
-
-        by: a column of the reference's obs whose groups are held out together, such as donor; None: each cell by
-        itself. n_cells:
-        how many reference cells, drawn by `seed`, are held out in turn.
-        """
-        if not 0 < accuracy <= 1 or not 0 <= far < 1:
-            raise OptionError(
-                f"accuracy={accuracy!r} must be above 0 and at most 1, far={far!r} at least 0 and below 1: "
-                "shares of the held-out cells"
-            )
-        check_number("n_cells", n_cells, 1)
-        n = len(self.vectors)
-        chosen = np.sort(keyed_generator(seed, "calibration").choice(n, min(n, n_cells), replace=False))
-        distances, positions = held_out_neighbours(self.vectors, chosen, self.k, self._groups(by))
-        shares = vote_shares(self.codes[positions], self.proportions, self.vote)
-        code = winners(shares, self.codes[positions], distances, self.ties)
-        table = confidence_table(shares.max(1), code == self.codes[chosen])
-        self.min_confidence = lowest_threshold(table, accuracy)
-        self.max_distance = float(np.quantile(distances[:, -1], 1 - far)) if far else np.inf
-        return table
-
-    def _groups(self, by: str | None) -> np.ndarray | None:
-        "obs[by] of the reference cells that are kept."
-        if by is None:
-            if self.k >= len(self.vectors):
-                raise DataError(
-                    f"k={self.k} and the reference has {len(self.vectors)} cells: "
-                    "none is left to judge a held-out one; lower k"
-                )
-            return None
-        if self.ref is None or by not in self.ref.obs:
-            raise DataError(
-                f"obs of the reference has no column {by!r}"
-                + (": a loaded map has no obs, calibrate before saving" if self.ref is None else "")
-            )
-        kept = vectors_of(self.ref, self.use_rep, "reference")[1] & (
-            label_codes(self.ref.obs, self.label, "reference")[0] >= 0
-        )
-        return column_of(self.ref.obs[kept], by, "by")
-
     def evaluate(
-        self, query, label: str | None = None, *, layer: str | None = None, baselines: bool = True, seed: int = 0
+        self,
+        query: AnnData,  # cells with the embedding and labels
+        label: str | None = None,  # column of the query to judge by; that of the reference where none is given
+        *,
+        layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+        baselines: bool = True,  # the same map on HVG + PCA, and the commonest label
+        seed: int = 0,  # seed of every random draw
     ) -> Scores:
         """Score the transfer against obs[label] of the query (None: the same column), beside the same map on HVG +
         PCA; see `evaluate`."""
@@ -453,7 +477,7 @@ def baseline_map(reference: ReferenceMap, query, layer: str | None, seed: int):
     ref, cells = (anndata.AnnData(obs=adata.obs, obsm={"X_pca": values}) for adata, values in pairs)
     return ReferenceMap(ref, "X_pca", reference.label, reference.k, vote=reference.vote, ties=reference.ties), cells
 
-
+# %% ../../nbs/scgpt/mapping.ipynb #338023e7
 def score_map(reference: ReferenceMap, query, truth: np.ndarray) -> tuple[dict, dict]:
     "The scores of one map on the cells of the query, and its tables by label."
     votes, known = reference.votes(query), None
@@ -472,7 +496,7 @@ def score_map(reference: ReferenceMap, query, truth: np.ndarray) -> tuple[dict, 
         )
     return metrics, details
 
-
+# %% ../../nbs/scgpt/mapping.ipynb #75bd731a
 def evaluate(reference: ReferenceMap, query, label: str, layer: str | None, baselines: bool, seed: int) -> Scores:
     "See `ReferenceMap.evaluate`."
     codes, names = label_codes(query.obs, label, "query")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..assets import LoadReport, load_state
+from ..assets import LoadReport, check_layers, check_sizes, load_state
 from ..core import AssetError, OptionError, one_of
 from .attention import lean_attention
 
@@ -125,7 +125,7 @@ class Attention(nn.Module):
         d_head = x.shape[-1] // self.n_heads
         return y.view(*x.shape[:2], -1, self.n_heads, d_head).permute(2, 0, 3, 1, 4)
 
-    def split(self, x: torch.Tensor, queries: int | None = None):
+    def split(self, x: torch.Tensor, queries: int | None = None) -> tuple[torch.Tensor, ...]:
         "Queries (of the first `queries` positions), keys and values [b, heads, L, d / heads]."
         if queries is None:
             return self.heads(x, slice(None))
@@ -171,7 +171,7 @@ class Layer(nn.Module):
         inner = self.dropout(F.relu(self.linear1(x)))
         return self.norm2(x + self.dropout(self.linear2(inner)))
 
-
+# %% ../../nbs/scgpt/model.ipynb #181f7be2
 class Encoder(nn.Module):
     """The stack of layers: x [b, L, d] -> [b, L, d], or only the first `queries` positions. `mask` [b, L] is True at
     real tokens."""
@@ -252,7 +252,7 @@ class FromCellDecoder(nn.Module):
 class Classifier(nn.Module):
     "Cells [b, d] -> logits [b, n]: (linear, activation, norm) repeated, then linear."
 
-    def __init__(self, d_model: int, n: int, n_layers: int, activation=nn.ReLU):
+    def __init__(self, d_model: int, n: int, n_layers: int, activation: type[nn.Module] = nn.ReLU):
         super().__init__()
         self._decoder = nn.ModuleList()
         for _ in range(n_layers - 1):
@@ -270,12 +270,12 @@ class ReverseGradient(torch.autograd.Function):
     "The identity, whose gradient has the other sign (Ganin and Lempitsky 2015)."
 
     @staticmethod
-    def forward(context, x):
+    def forward(context: object, x: torch.Tensor) -> torch.Tensor:
         "x itself."
         return x.view_as(x)
 
     @staticmethod
-    def backward(context, gradient):
+    def backward(context: object, gradient: torch.Tensor) -> torch.Tensor:
         "The gradient, negated."
         return -gradient
 
@@ -285,7 +285,7 @@ POOLS = ("cls", "mean", "weighted")
 
 def pool_cells(
     states: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, pool: str = "cls", original: bool = False
-):
+) -> torch.Tensor:
     "States [b, L, d], values [b, L], mask of real tokens [b, L] -> cells [b, d] by 'cls', 'mean' or 'weighted'."
     one_of("pool", pool, POOLS)
     if pool == "cls":
@@ -324,14 +324,22 @@ class ScGPTModel(nn.Module):
         x = gene_vectors if values is None else gene_vectors + self.value_encoder(values.to(gene_vectors.dtype))
         return x if self.bn is None else self.bn(x.transpose(1, 2)).transpose(1, 2)
 
-    def encode(self, genes, values, mask=None, cell_only: bool = False) -> torch.Tensor:
+    def encode(
+        self,
+        genes: torch.Tensor,
+        values: torch.Tensor | None,
+        mask: torch.Tensor | None = None,
+        cell_only: bool = False,
+    ) -> torch.Tensor:
         """States [b, L, d] of all positions, or with `cell_only` those of <cls> [b, 1, d]. mask=None: every token is
         real."""
         return self.transformer_encoder(
             self.inputs(self.encoder(genes), values), mask, queries=1 if cell_only else None
         )
 
-    def attention(self, genes, values, mask=None, layer: int = -1) -> torch.Tensor:
+    def attention(
+        self, genes: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None, layer: int = -1
+    ) -> torch.Tensor:
         "Attention [b, heads, L, L] of one layer."
         return self.transformer_encoder.attention(self.inputs(self.encoder(genes), values), mask, layer)
 
@@ -346,7 +354,14 @@ class ScGPTModel(nn.Module):
         vectors = self.batch_encoder(batch)
         return torch.cat([x, vectors if x.ndim == 2 else vectors.unsqueeze(1).expand(*x.shape[:2], -1)], dim=-1)
 
-    def forward(self, genes, values, mask=None, batch=None, pool: str = "cls") -> dict[str, torch.Tensor]:
+    def forward(
+        self,
+        genes: torch.Tensor,
+        values: torch.Tensor | None,
+        mask: torch.Tensor | None = None,
+        batch: torch.Tensor | None = None,
+        pool: str = "cls",
+    ) -> dict[str, torch.Tensor]:
         """All outputs: states, cell, and of each head expression, seen, from_cell, from_cell_seen, classes,
         adversary (if it is there)."""
         vectors = self.encoder(genes)
@@ -364,7 +379,14 @@ class ScGPTModel(nn.Module):
             out["adversary"] = self.grad_reverse_discriminator(ReverseGradient.apply(cell))
         return {name: value for name, value in out.items() if value is not None}
 
-    def generate(self, cell: torch.Tensor, genes, values=None, mask=None, batch=None) -> torch.Tensor:
+    def generate(
+        self,
+        cell: torch.Tensor,
+        genes: torch.Tensor,
+        values: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         "Expression [b, L] of genes [b, L] in cells [b, d]: `cell` takes the place of <cls> at position 0."
         x = self.inputs(self.encoder(genes), values)
         x = torch.cat([cell.unsqueeze(1), x[:, 1:]], dim=1)
@@ -421,6 +443,24 @@ def heads_of(tensors: Mapping[str, torch.Tensor]) -> dict:
         "batch_norm": has("bn."),
     }
 
+# %% ../../nbs/scgpt/model.ipynb #4a02b79a
+def check_scgpt_sizes(config: ScGPTConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    "AssetError unless the sizes are those of the tensors (under our names)."
+    layers, d = "transformer_encoder.layers.", config.d_model
+    wanted = {
+        "encoder.embedding.weight": (config.n_tokens, d),
+        f"{layers}0.self_attn.in_proj_weight": (3 * d, d),
+        f"{layers}0.linear1.weight": (config.d_hid, d),
+    }
+    check_sizes(wanted, tensors, "args.json")
+    check_layers(config.n_layers, tensors, layers, "args.json")
+    if config.n_cls:
+        inner = {name.split(".")[2] for name in tensors if name.startswith("cls_decoder._decoder.")}
+        if config.n_layers_cls > 2 * len(inner) + 2:
+            raise AssetError(
+                f"args.json speaks of n_layers_cls {config.n_layers_cls:,}, and the weights have fewer; fetch both"
+            )
+
 # %% ../../nbs/scgpt/model.ipynb #e8b27052
 def load_model(
     tensors: Mapping[str, torch.Tensor], args: Mapping, n_tokens: int, pad_id: int
@@ -438,6 +478,8 @@ def load_model(
             f"embedding {table.shape[0]:,} rows: they do not belong together; use the vocab.json that "
             "came with the checkpoint"
         )
-    model = ScGPTModel(ScGPTConfig.from_args(args, n_tokens, pad_id, **heads_of(tensors)))
+    config = ScGPTConfig.from_args(args, n_tokens, pad_id, **heads_of(tensors))
+    check_scgpt_sizes(config, {our_name(name): tensor for name, tensor in tensors.items()})
+    model = ScGPTModel(config)
     report = load_state(model, tensors, rename=our_name, ignore=UNUSED)
     return model.eval(), report

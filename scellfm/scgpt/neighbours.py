@@ -13,7 +13,7 @@ import torch
 from ..core import DataError, optional, progress
 
 # %% auto #0
-__all__ = ['nearest_of_few', 'nearest', 'nearest_faiss']
+__all__ = []
 
 # %% ../../nbs/scgpt/neighbours.ipynb #73610a6c
 BLOCK = 16384  # reference cells at a time
@@ -94,7 +94,7 @@ def nearest_of_few(rows, queries: np.ndarray, k: int, block: int = BLOCK) -> tup
             exact[i], kept[i] = distances, positions
     return exact.astype(np.float32), kept
 
-
+# %% ../../nbs/scgpt/neighbours.ipynb #d95b7354
 def nearest(rows, queries: np.ndarray, k: int, *, block: int = BLOCK) -> tuple[np.ndarray, np.ndarray]:
     """
     The k nearest `rows` [n, d] of each query [m, d]: (squared Euclidean distances float32, positions int64), both [m,
@@ -134,7 +134,7 @@ def count_votes(codes: np.ndarray, n_classes: int) -> np.ndarray:
     rows = np.arange(len(codes))[:, None] * n_classes
     return np.bincount((rows + codes).ravel(), minlength=len(codes) * n_classes).reshape(len(codes), n_classes)
 
-
+# %% ../../nbs/scgpt/neighbours.ipynb #e89a7303
 def vote_shares(codes: np.ndarray, proportions: np.ndarray, vote: str = "majority") -> np.ndarray:
     """The share of each label in the votes of the neighbours `codes` [cells, k]: float64 [cells, classes], rows sum
     to 1."""
@@ -143,7 +143,7 @@ def vote_shares(codes: np.ndarray, proportions: np.ndarray, vote: str = "majorit
         votes = np.maximum(votes - 0.01 * k, 0) / proportions
     return votes / votes.sum(1, keepdims=True)
 
-
+# %% ../../nbs/scgpt/neighbours.ipynb #80c691ac
 def winners(shares: np.ndarray, codes: np.ndarray, distances: np.ndarray, ties: str = "first") -> np.ndarray:
     "The label with most votes [cells]; among equals the first in order, or the one whose voters are nearest in sum."
     top = shares.max(1, keepdims=True)

@@ -37,7 +37,7 @@ class PerturbationConfig:
     activation: str | None = None  # name of a torch.nn activation on coefficient and bias
     adaptive_bias: bool = False  # the bias in units of the cell's mean seen value
 
-
+# %% ../../nbs/scgpt/perturbation.ipynb #4a4ad1db
 class AffineDecoder(nn.Module):
     "States [b, L, d] and values [b, L] -> predicted values [b, L]."
 
@@ -73,12 +73,16 @@ class PerturbationModel(nn.Module):
         self.cls_decoder = Classifier(c.d_model, c.n_cls, c.n_layers_cls) if c.n_cls else None
         self.mvc_decoder = FromCellDecoder(c.d_model, c.d_model) if c.mvc else None
 
-    def encode(self, genes, values, flags, mask=None) -> torch.Tensor:
+    def encode(
+        self, genes: torch.Tensor, values: torch.Tensor, flags: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         "States [b, L, d]."
         x = self.encoder(genes) + self.value_encoder(values) + self.pert_encoder(flags)
         return self.transformer_encoder(x, mask)
 
-    def forward(self, genes, values, flags, mask=None) -> dict[str, torch.Tensor]:
+    def forward(
+        self, genes: torch.Tensor, values: torch.Tensor, flags: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         "All outputs: states, cell, expression, and where there is the head classes and from_cell."
         states = self.encode(genes, values, flags, mask)
         real = torch.ones_like(genes, dtype=torch.bool) if mask is None else mask

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['BinnedCells', 'tokenize']
+__all__ = ['BinnedCells']
 
 # %% ../../nbs/scgpt/tokenizer.ipynb #ddd20010
 OVERLONG = ("sample", "top", "first")
@@ -102,7 +102,9 @@ class BinnedCells:
         "Genes and values side by side with the offsets of the cells, as `inference.Sequences` reads them."
         return [((self.genes, self.values), self.offsets)]
 
-    def batch(self, positions, pad_id: int, pad_value: float = -2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def batch(
+        self, positions: Sequence[int] | np.ndarray, pad_id: int, pad_value: float = -2
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "Genes [b, L] (int64), values [b, L] (float32) and the mask of real tokens [b, L] (bool) of some cells."
         return Sequences(self).batch(positions, pad_id, pad_value=pad_value)
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/scgpt/training.ipynb #4461c415
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,31 +15,32 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+# %% auto #0
+__all__ = ['continue_pretraining']
+
+# %% ../../nbs/scgpt/training.ipynb #c1ea7501
 from ..assets import load_state
 from ..baselines import count_classifiers, is_logged
-from ..core import DataError, OptionError, keyed_generator, keyed_seed, warn
+from ..core import DataError, OptionError, keyed_generator, keyed_seed, plain_arguments, warn
 from ..crossfit.baselines import baseline_predictions
 from ..crossfit.labels import check_class_folds, classes_of
-from ..crossfit.membership import by_name
+from ..crossfit.membership import by_name, by_occurrence
 from ..crossfit.predictions import FoldPredictions
 from ..crossfit.tables import class_score_table, row_names
 from ..data.reading import count_matrix, genes_of, read
-from ..data.splits import Split, cell_keys, check_leakage, check_split, column_of, hold_out
+from ..data.splits import Split, check_leakage, check_split, column_of, hold_out
 from .checkpoint import ScGPTCheckpoint
 from .embedding import over_cells
 from .model import ScGPTModel
 from .tokenizer import BinnedCells, survey, tokenize
 from ..scores.table import Scores
-from ..store import fingerprint
+from ..store.identity import run_inputs
 from ..training import History, Rows, fit
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-# %% auto #0
-__all__ = ['PARTS', 'MODEL', 'learner', 'with_head', 'start_at_mean', 'binned_cells', 'HiddenGenes', 'check_shares',
-           'pretraining_loss', 'mean_parts', 'known_values', 'guessers', 'class_probabilities', 'annotation_scores',
-           'learning_cells', 'report_losses', 'continue_pretraining']
+    from scellfm.data.genes import MatchOptions
 
 # %% ../../nbs/scgpt/training.ipynb #8812c123
 def learner(gpt: ScGPTCheckpoint, classes: list[str], seed: int, decoders: bool = True) -> ScGPTCheckpoint:
@@ -53,7 +55,7 @@ def learner(gpt: ScGPTCheckpoint, classes: list[str], seed: int, decoders: bool 
         )
     return with_head(gpt, replace(config, decoder=True, mvc=True, n_cls=len(classes)), classes, seed)
 
-
+# %% ../../nbs/scgpt/training.ipynb #4bb9470c
 def with_head(gpt: ScGPTCheckpoint, config, classes: list[str], seed: int) -> ScGPTCheckpoint:
     "A copy of `gpt` (float32) of another `config`: its tensors where it has them, new heads where it has not."
     had = gpt.model.config
@@ -110,14 +112,15 @@ def binned_cells(gpt: ScGPTCheckpoint, adata, *, layer, names: dict, seed: int) 
     return BinnedCells(genes, values, np.append(0, np.cumsum(lengths))), index
 
 # %% ../../nbs/scgpt/training.ipynb #3e27a4a7
-class HiddenGenes:
+class MaskedGenes:
     "Cells of which some genes are hidden, as batches for the training loop; `codes` are the cells' classes or None."
 
     def __init__(
         self, gpt: ScGPTCheckpoint, cells: BinnedCells, names, *, shares: tuple, max_length: int, seed: int, codes=None
     ):
-        self.cells, self.names, self.codes = cells, cell_keys(names), codes
+        self.cells, self.names, self.codes = cells, by_occurrence(names), codes
         self.pad_id, self.pad_value = gpt.vocabulary.pad, gpt.model.config.pad_value
+        self.tokens = gpt.vocabulary.tokens
         self.mask_value = float(gpt.args.get("mask_value", -1))
         self.shares, self.max_length, self.seed = shares, max_length, seed
 
@@ -132,6 +135,21 @@ class HiddenGenes:
         hidden = generator.random(len(genes)) < share
         hidden[0] = False
         return genes, values, hidden
+
+    def identity(self, part: Split, **more) -> dict:
+        "What a training on a part of these cells is made from, by fingerprint."
+        hiding = dict(shares=list(self.shares), max_length=self.max_length, mask_value=self.mask_value)
+        tokens = [(self.cells.genes, self.cells.values, self.cells.offsets)]
+        return run_inputs(
+            tokenizer=self.tokens,
+            cells=tokens,
+            names=self.names,
+            train=part.train,
+            valid=part.valid,
+            test=part.test,
+            **hiding,
+            **more,
+        )
 
     def rows(self, which: np.ndarray) -> Rows:
         "The cells at these positions, as the training loop takes them."
@@ -198,7 +216,9 @@ def known_values(cells: BinnedCells, rows: np.ndarray) -> tuple[np.ndarray, np.n
     return cells.genes[places], cells.values[places].astype(np.float64)
 
 
-def guessers(hiding: HiddenGenes, train: np.ndarray, judged: np.ndarray, n_classes: int) -> dict[str, np.ndarray]:
+def baseline_losses(
+    hiding: MaskedGenes, train: np.ndarray, judged: np.ndarray, n_classes: int
+) -> dict[str, np.ndarray]:
     "The parts of the loss of guessing by one mean and by the means of genes, at the places hidden in epoch 0."
     genes, values = known_values(hiding.cells, train)
     size = int(hiding.cells.genes.max()) + 1
@@ -284,13 +304,13 @@ def learning_cells(adata, cells: BinnedCells, split: Split | None, held_out: flo
     return Split(parts[0], nobody, parts[1], split.by, split.n)
 
 # %% ../../nbs/scgpt/training.ipynb #5d8fc8e5
-def report_losses(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, batch_size: int) -> None:
+def report_losses(model: ScGPTCheckpoint, hiding: MaskedGenes, part: Split, batch_size: int) -> None:
     "Set model.losses and the baselines of its history; warn where the network guesses no better than gene means."
     judged = part.test if len(part.test) else part.train
     n_classes = model.model.config.n_cls
     rows = dict(zip(row_names(MODEL), (part.test, part.train)))
     found = {name: mean_parts(model, hiding.rows(which), batch_size) for name, which in rows.items() if len(which)}
-    simple = guessers(hiding, part.train, judged, n_classes)
+    simple = baseline_losses(hiding, part.train, judged, n_classes)
     columns = list(PARTS[: 2 + bool(n_classes)])
     model.losses = Scores(
         pd.DataFrame(found | simple, index=columns).T,
@@ -306,9 +326,8 @@ def report_losses(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, batc
         )
 
 # %% ../../nbs/scgpt/training.ipynb #0f8f0383
-def learn(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, labels, *, folder, **recipe) -> History:
+def learn(model: ScGPTCheckpoint, hiding: MaskedGenes, part: Split, labels, *, folder, **recipe) -> History:
     "Train the model on the hidden values of the training cells; its history."
-    cells = hiding.cells
     rows, judged = hiding.rows(part.train), hiding.rows(part.test)
     return fit(
         model.model,
@@ -320,14 +339,11 @@ def learn(model: ScGPTCheckpoint, hiding: HiddenGenes, part: Split, labels, *, f
         folder=folder,
         valid={"valid": judged} if judged.n else None,
         desc="continual pretraining",
-        inputs={
-            "cells": fingerprint(cells.genes, cells.values, part.train, part.test, labels),
-            "hiding": str((hiding.shares, hiding.max_length)),
-        },
+        inputs={} if folder is None else hiding.identity(part, labels=labels),
         **recipe,
     )
 
-
+# %% ../../nbs/scgpt/training.ipynb #f79bba87
 def predictions_of(part: Split, values: np.ndarray) -> FoldPredictions:
     "The class probabilities [cells, classes] of all cells as predictions of held-out and of training cells."
     own = FoldPredictions(len(values))
@@ -336,6 +352,7 @@ def predictions_of(part: Split, values: np.ndarray) -> FoldPredictions:
     return own
 
 # %% ../../nbs/scgpt/training.ipynb #e01d1a6e
+@plain_arguments
 def continue_pretraining(
     gpt: ScGPTCheckpoint,  # stays as it is
     adata: AnnData | str | Path,  # raw or log-normalised counts
@@ -343,21 +360,20 @@ def continue_pretraining(
     label: str | None = None,  # column of obs with cell types; None: the first two losses alone
     split: Split | None = None,  # its valid cells (or else its test cells) judge; hold_out(adata, by="donor")
     held_out: float = 0.1,  # share of cells to judge by, when no split is given
-    epochs: int = 10,
-    learning_rate: float = 1e-4,
-    batch_size: int = 32,
-    mask_share: float | tuple = (0.25, 0.5, 0.75),
-    warmup: float = 0.1,
-    schedule: str = "cosine",
-    weight_decay: float = 0.0,
-    max_length: int = 1200,
-    seed: int = 0,
-    layer: str | None = None,
-    column: str | None = None,  # how genes are named, with mapping and symbols: see ScGPT.embed
-    mapping=None,
-    symbols=None,
+    epochs: int = 10,  # passes over the training cells
+    learning_rate: float = 1e-4,  # largest step size
+    batch_size: int = 32,  # cells of one step
+    mask_share: float | tuple[float, ...] = (0.25, 0.5, 0.75),  # share of genes to hide, or shares to draw from
+    warmup: float = 0.1,  # share of the steps, or a number of steps
+    schedule: str = "cosine",  # of the step size: see scellfm.training.Recipe
+    weight_decay: float = 0.0,  # decay of matrices
+    max_length: int = 1200,  # most tokens of a cell
+    seed: int = 0,  # seed of every random draw
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    gene_column: str | None = None,  # column of var that names the genes
+    match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals of the scores
-    folder=None,  # a checkpoint lies here, and the same call goes on from it
+    folder: str | Path | None = None,  # a checkpoint lies here, and the same call goes on from it
     **recipe,  # further fields of scellfm.training.Recipe (stop="valid_loss", patience, ...), and save_every
 ) -> ScGPTCheckpoint:
     """A new model, trained further on these cells by the published recipe (Cui et al. 2024, scGPT_CP).
@@ -370,9 +386,7 @@ def continue_pretraining(
     shares = check_shares(mask_share)
     labels = None if label is None else column_of(adata.obs, label, "label")
     classes, codes = (np.array([]), None) if label is None else classes_of(labels, label)
-    cells, index = binned_cells(
-        gpt, adata, layer=layer, names=dict(column=column, mapping=mapping, symbols=symbols), seed=seed
-    )
+    cells, index = binned_cells(gpt, adata, layer=layer, names=dict(gene_column=gene_column, match=match), seed=seed)
     part = learning_cells(adata, cells, split, held_out, seed)
     groups = column_of(adata.obs, part.by, "split.by") if part.by else None
     check_leakage(part, np.arange(adata.n_obs) if groups is None else groups)
@@ -381,7 +395,7 @@ def continue_pretraining(
     model = learner(gpt, classes.tolist(), seed)
     if gpt.load_report is None:  # not a checkpoint
         start_at_mean(model.model, float(known_values(cells, part.train)[1].mean()), gpt.n_bins)
-    hiding = HiddenGenes(model, cells, adata.obs_names, shares=shares, max_length=max_length, seed=seed, codes=codes)
+    hiding = MaskedGenes(model, cells, adata.obs_names, shares=shares, max_length=max_length, seed=seed, codes=codes)
     options = dict(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, warmup=warmup, schedule=schedule)
     options |= dict(weight_decay=weight_decay, seed=seed, dtype=str(gpt.dtype).removeprefix("torch."), **recipe)
     model.history = learn(model, hiding, part, labels, folder=folder, **options)

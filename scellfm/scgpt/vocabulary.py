@@ -14,14 +14,14 @@ import numpy as np
 
 from ..assets import read_dictionary
 from ..core import AssetError, DataError
-from ..data.genes import GeneMatch, gene_ids, match_genes, plain_id, species_of
+from ..data.genes import GeneMatch, MatchOptions, gene_ids, match_genes, match_options, plain_id, species_of
 from ..store import atomic_write
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SPECIALS', 'tokens_in_order', 'Vocabulary']
+__all__ = ['Vocabulary']
 
 # %% ../../nbs/scgpt/vocabulary.ipynb #5dae6681
 SPECIALS = ("<pad>", "<cls>", "<eoc>")
@@ -100,16 +100,17 @@ class Vocabulary:
         self,
         adata: AnnData,
         *,
-        column: str | None = None,
-        mapping: Mapping[str, str] | None = None,
-        symbols: Mapping[str, str] | None = None,
-        counts: np.ndarray | None = None,
+        gene_column: str | None = None,  # column of var that names the genes
+        match: MatchOptions | Mapping | None = None,  # column, mapping, symbols, orthologs: see data.genes
+        counts: np.ndarray | None = None,  # total of each gene, for the share that is kept
     ) -> GeneMatch:
         """Find every gene of `adata`: index[i] is the number of gene i or -1, `report` says how many, and from which
         names.
 
         DataError: under 10 % are known, another species, Ensembl ids without a table. Warns under 50 %."""
-        table = dict(mapping or {}) | {ensembl: symbol for symbol, ensembl in (symbols or {}).items()}
+        options = match_options(match)
+        column = options.column or gene_column
+        table = dict(options.mapping or {}) | {ensembl: symbol for symbol, ensembl in (options.symbols or {}).items()}
         known = {token.upper() for token in self.tokens}
         known |= {name.upper() for name, symbol in table.items() if symbol.upper() in known}
         names, source = (gene_ids(adata, column), column) if column else best_names(adata, known)
@@ -117,13 +118,14 @@ class Vocabulary:
         if len(human) > len(names) / 2 and sum(plain_id(name) in known for name in human) < len(human) / 10:
             raise DataError(
                 f"the genes are Ensembl ids (e.g. {human[:2]}, from {source}) and scGPT's vocabulary is "
-                "of symbols: name the column of var that holds symbols (column=), or pass a table: "
-                "mapping={Ensembl id: symbol} or symbols={symbol: Ensembl id}"
+                "of symbols: name the column of var that holds symbols (gene_column=), or pass a table: "
+                "match={'mapping': {Ensembl id: symbol}} or match={'symbols': {symbol: Ensembl id}}"
             )
         if source == "var_names" and "ensembl_id" in adata.var:  # which match_genes would prefer
-            found = match_genes(names, self.tokens, mapping=table or None, counts=counts)
+            ask = MatchOptions(None, table or None, None, options.orthologs)
+            found = match_genes(names, self.tokens, match=ask, counts=counts)
         else:
-            chosen = None if source == "var_names" else source
-            found = match_genes(adata, self.tokens, mapping=table or None, counts=counts, column=chosen)
+            ask = MatchOptions(None if source == "var_names" else source, table or None, None, options.orthologs)
+            found = match_genes(adata, self.tokens, match=ask, counts=counts)
         found.report["names_from"] = source
         return found

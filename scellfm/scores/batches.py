@@ -79,7 +79,7 @@ def neighbour_graph(values: np.ndarray, n_neighbors: int = 15) -> sparse.csr_mat
     sc.pp.neighbors(cells, min(n_neighbors, len(values) - 1), use_rep="X", transformer="sklearn", random_state=0)
     return sparse.csr_matrix(cells.obsp["connectivities"])
 
-
+# %% ../../nbs/scores/batches.ipynb #802ecce2
 def best_clustering(graph: sparse.csr_matrix, labels: np.ndarray) -> tuple[np.ndarray, pd.DataFrame]:
     "The Leiden clusters [cells] with the best NMI over `RESOLUTIONS` (the first of equals), and the scores of each."
     import anndata
@@ -291,6 +291,11 @@ def integration(
             f"batch={batch!r} and label={label!r}: what should mix and what should stay apart are two columns"
         )
     batches = None if batch is None else groups_of(adata, batch, "batches")
+    if label is None:
+        warn(
+            "no label is given: whether cell types stay apart, and whether batches mix within them, cannot be told; "
+            "pcr alone is scored. Name the column of cell types: label='cell_type'"
+        )
     warn_if_one(labels, label, "how well types are kept")
     warn_if_one(batches, batch, "how well batches mix")
     batches = None if batches is None or len(set(batches)) == 1 else batches
@@ -303,7 +308,7 @@ def integration(
     }
     return table_of(results, adata, reps, {"batch": batch, "label": label, "layer": layer, "seed": seed})
 
-
+# %% ../../nbs/scores/batches.ipynb #d60c7ad1
 def table_of(results: dict, adata: AnnData, reps: list[str], settings: dict) -> Scores:
     "The Scores of (scores, details) by method."
     table = pd.DataFrame({name: scores for name, (scores, _) in results.items()}).T[list(METRICS)]

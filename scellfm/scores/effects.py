@@ -74,7 +74,7 @@ def group_sums(matrix, codes: np.ndarray, n_groups: int) -> tuple[np.ndarray, np
             squares[groups] += (pick @ squared).toarray()
     return sums, squares
 
-
+# %% ../../nbs/scores/effects.ipynb #ca2d3fcb
 def check_scale(matrix, what: str) -> None:
     "DataError for counts, NaN or infinity among the values of the first rows."
     block = matrix[:BLOCK]
@@ -97,7 +97,7 @@ def welch(mean, variance, n, other_mean, other_variance, other_n) -> tuple[np.nd
         freedom = (first + second) ** 2 / (first**2 / (n - 1) + second**2 / (other_n - 1))
     return t, freedom
 
-
+# %% ../../nbs/scores/effects.ipynb #7350e505
 def specific_weights(t: np.ndarray) -> np.ndarray:
     "Weights [conditions, genes] that sum to 1: |t| scaled to 0..1 and squared; NaN where nothing can be told."
     size = np.where(np.isfinite(t), np.abs(t), 0.0)
@@ -106,7 +106,7 @@ def specific_weights(t: np.ndarray) -> np.ndarray:
         weights = ((size - low) / (high - low)) ** 2
         return weights / weights.sum(1, keepdims=True)
 
-
+# %% ../../nbs/scores/effects.ipynb #0c175111
 def adjusted(p: np.ndarray) -> np.ndarray:
     "Benjamini-Hochberg over the genes of each row; NaN counts as 1."
     p = np.where(np.isfinite(p), p, 1.0)
@@ -220,7 +220,7 @@ def measure_effects(
     control, *halves = (Moments.of(*(x[-1:] for x in part)) for part in (both, *parts))
     return Effects(conditions, adata.var_names, whole, first, second, control, tuple(rest), tuple(halves))
 
-
+# %% ../../nbs/scores/effects.ipynb #02d2b847
 def labels_of(adata: AnnData, condition: str) -> np.ndarray:
     "The labels of the cells; DataError for a missing column or value, and for duplicated genes."
     if condition not in adata.obs:

@@ -25,7 +25,7 @@ def pearson(first: np.ndarray, second: np.ndarray) -> float:
     "Correlation of two vectors; 0 where it is not defined, as in the original."
     return float(np.nan_to_num(row_pearson(first[None], second[None])[0])) if len(first) else 0.0
 
-
+# %% ../../nbs/scores/gears.ipynb #30c334da
 def three_numbers(p, t, m, genes, suffix: str) -> dict:
     "Correlation of changes, correlation, and mean squared error on some genes."
     return {
@@ -34,12 +34,12 @@ def three_numbers(p, t, m, genes, suffix: str) -> dict:
         f"mse_{suffix}": float(((p - t)[genes] ** 2).mean()),
     }
 
-
+# %% ../../nbs/scores/gears.ipynb #1a67f95a
 def directions(p, t, m) -> np.ndarray:
     "0 where prediction and measurement move to one side of control, 1 where one does not move, 2 otherwise."
     return np.abs(np.sign(p - m) - np.sign(t - m))
 
-
+# %% ../../nbs/scores/gears.ipynb #5ccd2d21
 def in_range(p: np.ndarray, cells: np.ndarray, suffix: str = "") -> dict:
     "The share of genes whose prediction lies in a range of the measured cells [cells, genes]."
     ranges = {"": (0, 1), "_45_55": (0.45, 0.55), "_40_60": (0.4, 0.6), "_25_75": (0.25, 0.75)}
@@ -49,7 +49,7 @@ def in_range(p: np.ndarray, cells: np.ndarray, suffix: str = "") -> dict:
         out[f"frac_in_range{name}{suffix}"] = float(((p >= bottom) & (p <= top)).mean()) if len(p) else np.nan
     return out
 
-
+# %% ../../nbs/scores/gears.ipynb #dd87f8a6
 def sigmas(p: np.ndarray, t: np.ndarray, cells: np.ndarray, suffix: str = "") -> dict:
     "How many standard deviations of the measured cells the prediction is off, over genes that vary."
     spread = cells.std(0)
@@ -72,7 +72,7 @@ def metrics_of(p, t, m, cells, ranked, sets, variable) -> dict:
         "pearson_de": pearson(p[top], t[top]),
     }
 
-
+# %% ../../nbs/scores/gears.ipynb #6e7f7d70
 def deeper_of(p, t, m, cells, ranked, sets, variable) -> dict:
     "`deeper_analysis`: directions, ranges, fold changes, and the first 20 to 200 ranked genes."
     move = directions(p, t, m)
@@ -90,7 +90,7 @@ def deeper_of(p, t, m, cells, ranked, sets, variable) -> dict:
         out |= three_numbers(p, t, m, ranked[:k], f"top{k}_de")
     return out
 
-
+# %% ../../nbs/scores/gears.ipynb #4e60e2ae
 def fold_change_gaps(p, t, m) -> dict:
     "The mean difference of fold changes against control, for genes by their measured fold change."
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -111,7 +111,7 @@ def shares_of_directions(move: np.ndarray, suffix: str) -> dict:
     names = ("frac_correct_direction", "frac_0/1_direction", "frac_opposite_direction")
     return {f"{name}_{suffix}": float((move == i).mean()) for i, name in enumerate(names)}
 
-
+# %% ../../nbs/scores/gears.ipynb #2544e8b5
 def set_analysis(kind: str, p, t, m, cells, sets) -> dict:
     "Directions, ranges and correlations on the first 20 ranked genes within a set."
     top, move = sets[f"top_{kind}_de_20"], directions(p, t, m)
@@ -122,7 +122,7 @@ def set_analysis(kind: str, p, t, m, cells, sets) -> dict:
     out |= in_range(p[top], cells[:, top], f"_{kind}") | sigmas(p[top], t[top], cells[:, top], f"_{kind}")
     return out | three_numbers(p, t, m, top, f"top20_de_{kind}")
 
-
+# %% ../../nbs/scores/gears.ipynb #ff1c44d1
 def non_dropout_of(p, t, m, cells, ranked, sets, variable) -> dict:
     "`non_dropout_analysis`."
     return set_analysis("non_dropout", p, t, m, cells, sets)
@@ -150,13 +150,13 @@ def gene_sets(uns: Mapping, condition: str, index: pd.Index) -> tuple[np.ndarray
     sets = {name: list_of(uns.get(name, {}), condition) for name in LISTS}
     return positions(ranked, index), {n: positions(found, index) for n, found in sets.items() if found is not None}
 
-
+# %% ../../nbs/scores/gears.ipynb #708b420c
 def list_of(lists: Mapping, condition: str):
     "The last list of a condition, named by it or as cell type, condition and dose."
     keys = [key for key in lists if key == condition or str(key).rsplit("_", 1)[0].endswith(f"_{condition}")]
     return np.asarray(lists[keys[-1]]) if keys else None
 
-
+# %% ../../nbs/scores/gears.ipynb #1be0bf3d
 def positions(found: np.ndarray, index: pd.Index) -> np.ndarray:
     "Genes as positions; DataError for one that is not in the data."
     at = found.astype(np.int64) if found.dtype.kind in "iuf" else index.get_indexer(found.astype(str))
@@ -210,8 +210,8 @@ def gears_scores(
         rows[name] = {key: value for make in makers for key, value in make(*arguments).items()}
     return pd.DataFrame(rows).T.rename_axis("condition")
 
-
-def mean_of(values) -> np.ndarray:
+# %% ../../nbs/scores/gears.ipynb #1d1ae6d1
+def mean_of(values: np.ndarray) -> np.ndarray:
     "The mean over rows of a matrix, sparse or not, float64."
     return np.asarray(values.mean(0, dtype=np.float64)).ravel()
 

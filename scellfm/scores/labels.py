@@ -54,7 +54,7 @@ def check_classes(classes: Sequence | np.ndarray) -> np.ndarray:
         )
     return classes
 
-
+# %% ../../nbs/scores/labels.ipynb #d68d574f
 def check_truth(truth: Sequence | np.ndarray, classes: np.ndarray) -> np.ndarray:
     "True labels as positions in `classes` (int64); DataError for labels that are missing or unknown, or all the same."
     truth = np.asarray(truth)
@@ -99,7 +99,7 @@ def divide(top: np.ndarray | float, bottom: np.ndarray | float) -> np.ndarray:
     top, bottom = np.asarray(top, float), np.asarray(bottom, float)
     return np.divide(top, bottom, out=np.full(np.broadcast(top, bottom).shape, np.nan), where=bottom != 0)
 
-
+# %% ../../nbs/scores/labels.ipynb #b043073b
 def class_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
     "Precision (0 for a class never predicted), recall (NaN for an absent class), F1 (NaN where there is neither)."
     right, present, called = np.diag(confusion), confusion.sum(1), confusion.sum(0)
@@ -111,7 +111,7 @@ def class_scores(confusion: np.ndarray) -> dict[str, np.ndarray]:
         "support": present,
     }
 
-
+# %% ../../nbs/scores/labels.ipynb #88292d4d
 def count_scores(confusion: np.ndarray) -> dict[str, float]:
     "accuracy, balanced_accuracy and macro_f1 of a confusion matrix [true class, called class]."
     each = class_scores(confusion)

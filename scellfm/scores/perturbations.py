@@ -53,7 +53,7 @@ def predicted_means(
         )
     return table[effects.genes].astype(float)
 
-
+# %% ../../nbs/scores/perturbations.ipynb #26851fd6
 def under_labels(table: pd.DataFrame, effects: Effects, control: str) -> pd.DataFrame:
     "Predictions under published labels: a perturbation's row stands for each of its labels without a row of its own."
     meant = {
@@ -65,7 +65,7 @@ def under_labels(table: pd.DataFrame, effects: Effects, control: str) -> pd.Data
     kept = table[table.index.isin(found)]
     return pd.concat([kept, *rows, rest])
 
-
+# %% ../../nbs/scores/perturbations.ipynb #a8d1c64f
 def merged(table: pd.DataFrame, what: str) -> pd.DataFrame:
     "One row per perturbation; DataError where two labels of one perturbation have different predictions."
     twice = table.index[table.index.duplicated()].unique()
@@ -95,7 +95,7 @@ def scored_names(tables: Mapping[str, pd.DataFrame], effects: Effects) -> list[s
         )
     return found
 
-
+# %% ../../nbs/scores/perturbations.ipynb #4aa26d90
 def training_mean(train, effects: Effects, scored: list[str], control: str, published: bool) -> tuple[np.ndarray, str]:
     "u [genes], the mean of the training perturbations' means, and what it was taken over; [scored, genes] for folds."
     if isinstance(train, (list, tuple)) and train and all(hasattr(fold, "test") for fold in train):
@@ -147,14 +147,14 @@ def resamples(n: int, seed: int) -> np.ndarray:
     draws = keyed_generator(seed, "resampled perturbations", n).multinomial(n, np.full(n, 1 / n), size=DRAWS)
     return np.vstack([np.ones(n), draws])
 
-
+# %% ../../nbs/scores/perturbations.ipynb #cc9f0154
 def weighted_means(values: np.ndarray, draws: np.ndarray) -> np.ndarray:
     "The mean of the finite values under each resample [DRAWS + 1]; NaN where none is finite."
     finite = np.isfinite(values)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (draws @ np.where(finite, values, 0.0)) / (draws @ finite.astype(float))
 
-
+# %% ../../nbs/scores/perturbations.ipynb #8e6ab052
 def bounds(means: np.ndarray) -> tuple[float, float, float]:
     "The mean and its 95 % interval; no interval from fewer than 2 different resamples."
     finite = means[1:][np.isfinite(means[1:])]
@@ -163,7 +163,7 @@ def bounds(means: np.ndarray) -> tuple[float, float, float]:
     low, high = np.percentile(finite, [2.5, 97.5])
     return float(means[0]), float(low), float(high)
 
-
+# %% ../../nbs/scores/perturbations.ipynb #c67a3b04
 def share_means(model, floor, ceiling, draws: np.ndarray, smaller: bool = True) -> np.ndarray:
     "(model - floor) / (ceiling - floor) of the means under each resample; NaN where the ceiling is not the better."
     keep = np.isfinite(model) & np.isfinite(floor) & np.isfinite(ceiling)
@@ -305,7 +305,7 @@ class ScoreRun:
             "by_condition_half": half.rename_axis("perturbation"),
         }
 
-
+# %% ../../nbs/scores/perturbations.ipynb #79f98e0b
 def variance_ratio(target: Target, x: np.ndarray) -> float:
     "The variance of predictions over perturbations, summed over genes, as a share of the truth's."
     usable = np.isfinite(x).all(1)
@@ -313,7 +313,7 @@ def variance_ratio(target: Target, x: np.ndarray) -> float:
         return np.nan
     return float(x[usable].var(0).sum() / max(target.mean[usable].var(0).sum(), 1e-300))
 
-
+# %% ../../nbs/scores/perturbations.ipynb #c1706c5a
 def strata(target: Target) -> dict[str, list[str]]:
     "Thirds of the perturbations by the size of their measured effect; none below six perturbations."
     size = np.linalg.norm(target.mean - target.control, axis=1)
@@ -395,12 +395,12 @@ def challenge_scores(adata: AnnData, predictions: Mapping, condition: str, contr
 
 # %% ../../nbs/scores/perturbations.ipynb #e01224d1
 def perturbation(
-    truth=None,
-    prediction=None,
-    control="ctrl",
+    truth: AnnData | np.ndarray | None = None,
+    prediction: pd.DataFrame | AnnData | Mapping[str, pd.DataFrame | AnnData] | np.ndarray | None = None,
+    control: str | np.ndarray = "ctrl",
     *older,
     metrics: str | Sequence[str] = "default",
-    train=None,
+    train: Sequence | Mapping | None = None,
     subgroups: Mapping[str, Sequence[str]] | None = None,
     condition: str = "condition",
     de_genes: Mapping[str, Sequence[str]] | None = None,
@@ -447,8 +447,10 @@ def perturbation(
         add_distances(details, adata, measured, predictions, names, condition, control, original, seed)
     return assembled(details, run, columns, groups, seed, over)
 
-
-def of_matrices(first, second, third, *older, **arrays) -> Scores:
+# %% ../../nbs/scores/perturbations.ipynb #5f5f89ea
+def of_matrices(
+    first: np.ndarray | None, second: np.ndarray | None, third: np.ndarray | str | None, *older, **arrays
+) -> Scores:
     "The call with matrices [cells, genes]: scGPT's four correlations."
     names = ("predicted", "observed", "control", "conditions", "genes")
     given = {name: value for name, value in zip(names, (first, second, third, *older)) if value is not None}
@@ -475,7 +477,7 @@ def columns_of(metrics: str | Sequence[str]) -> list[str]:
         one_of("metrics", name, ["default", "all", "vcc2026", *known])
     return wanted
 
-
+# %% ../../nbs/scores/perturbations.ipynb #95a5b04f
 def positions_of(de_genes, effects: Effects, control: str, published: bool) -> dict | None:
     "Ranked genes of each perturbation as positions, the genes that are not ranked last; DataError for unknown genes."
     if de_genes is None:
@@ -491,7 +493,7 @@ def positions_of(de_genes, effects: Effects, control: str, published: bool) -> d
         out[name] = np.r_[at, np.setdiff1d(np.arange(len(effects.genes)), at)]
     return out
 
-
+# %% ../../nbs/scores/perturbations.ipynb #2dafd98e
 def canonical_groups(subgroups, names: list[str], control: str, published: bool) -> dict[str, list[str]]:
     "Subgroups with the scored perturbations in them, each once."
     known = set(names)
@@ -500,7 +502,7 @@ def canonical_groups(subgroups, names: list[str], control: str, published: bool)
         for group, members in (subgroups or {}).items()
     }
 
-
+# %% ../../nbs/scores/perturbations.ipynb #b9a6e9c1
 def all_details(run: ScoreRun, effects: Effects, tables: Mapping, average: np.ndarray) -> dict:
     "Tables and single numbers of every method, floors and ceilings included."
     floors, ceilings = references(effects, run.target.names, average)
@@ -511,7 +513,7 @@ def all_details(run: ScoreRun, effects: Effects, tables: Mapping, average: np.nd
         details[name] = run.tables(x, METRICS, ceiling=name in ceilings) | {"numbers": numbers}
     return details
 
-
+# %% ../../nbs/scores/perturbations.ipynb #381d38e0
 def add_distances(details, adata, measured, predictions, names, condition, control, published, seed) -> None:
     "Energy distances for methods that predicted cells; NaN for the others."
     for name, detail in details.items():
@@ -548,12 +550,12 @@ def assembled(
     collapsed = [
         n for n in details if "ceiling" not in n and n not in (TRAINING_MEAN, NO_CHANGE) and collapse(details[n])
     ]
-    title += f"; one prediction for all perturbations: {', '.join(collapsed)}" if collapsed else ""
+    title += f"; one prediction for all perturbations: {named(collapsed)}" if collapsed else ""
     partial = {
         n: int(detail["by_condition"]["mse"].notna().sum()) for n, detail in details.items() if "ceiling" not in n
     }
     few = [f"{name} ({n} of {len(names)})" for name, n in partial.items() if n < len(names)]
-    title += f"; not all perturbations predicted by: {', '.join(few)}" if few else ""
+    title += f"; not all perturbations predicted by: {named(few)}" if few else ""
     origin = {
         "dynamic_range": ranges,
         "subgroups": {**groups, **strata(run.target)},
@@ -562,6 +564,12 @@ def assembled(
         "variance_ratio": {name: detail["numbers"]["variance_ratio"] for name, detail in details.items()},
     }
     return PerturbationScores(*tables, details=details, title=title, origin=origin)
+
+# %% ../../nbs/scores/perturbations.ipynb #2c489545
+def named(methods: Sequence[str], most: int = 5) -> str:
+    "The first methods by name, and how many there are more."
+    more = f" and {len(methods) - most} more" if len(methods) > most else ""
+    return ", ".join(methods[:most]) + more
 
 
 def collapse(detail: dict) -> bool:

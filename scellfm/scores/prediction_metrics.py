@@ -57,7 +57,7 @@ class Target:
         "The control mean that is subtracted from a prediction [genes]."
         return self.control if self.guess_control is None else self.guess_control
 
-
+# %% ../../nbs/scores/prediction_metrics.ipynb #35a4d465
 def first_detected(ranked: np.ndarray, detected: np.ndarray, k: int) -> np.ndarray:
     "The first k ranked genes of each row that are detected; -1 fills up."
     out = np.full((len(ranked), k), -1)
@@ -66,7 +66,7 @@ def first_detected(ranked: np.ndarray, detected: np.ndarray, k: int) -> np.ndarr
         out[i, : len(kept)] = kept
     return out
 
-
+# %% ../../nbs/scores/prediction_metrics.ipynb #f83f387e
 def target_of(
     effects: Effects, names: list[str], average: np.ndarray, k: int = 20, ranking: dict | None = None
 ) -> Target:
@@ -90,7 +90,7 @@ def target_of(
         whole.n[rows],
     )
 
-
+# %% ../../nbs/scores/prediction_metrics.ipynb #3457edcd
 def singles_of(effects: Effects, part: Moments) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
     "Mean, variance and number of cells of every perturbation of one gene."
     genes = [[gene for gene in name.split("+") if gene not in ("ctrl", "control")] for name in effects.conditions]
@@ -127,7 +127,7 @@ def weighted_r2(target: Target, x: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(spread > 0, 1 - residual / spread, np.nan)
 
-
+# %% ../../nbs/scores/prediction_metrics.ipynb #902e2d8a
 def nearest_rank(target: Target, x: np.ndarray) -> np.ndarray:
     "NIR: the share of the other perturbations' truths that are strictly farther from x than its own truth is."
     from scipy.spatial.distance import cdist
@@ -142,7 +142,7 @@ def nearest_rank(target: Target, x: np.ndarray) -> np.ndarray:
         out[usable] = (distance > own).sum(1) / (usable.sum() - 1)
     return out
 
-
+# %% ../../nbs/scores/prediction_metrics.ipynb #8ddd1e29
 def recalled(target: Target, x: np.ndarray) -> np.ndarray:
     "The share of the top DE genes that are among the largest predicted changes; NaN for no change at all."
     change, k = np.abs(x - target.predicted_from), target.top.shape[1]
@@ -150,7 +150,7 @@ def recalled(target: Target, x: np.ndarray) -> np.ndarray:
     hits = np.array([len(np.intersect1d(a, b)) / k for a, b in zip(guess, target.top)])
     return np.where((change > 0).any(1) & np.isfinite(change).all(1), hits, np.nan)
 
-
+# %% ../../nbs/scores/prediction_metrics.ipynb #7e2e348b
 def right_direction(target: Target, x: np.ndarray) -> np.ndarray:
     "The share of the top DE genes whose predicted change has the sign of the measured one; no change is not right."
     moved = at(x - target.predicted_from, target.top)

@@ -36,7 +36,7 @@ def profile_scores(predicted: np.ndarray, observed: np.ndarray, control: np.ndar
     }
 
 # %% ../../nbs/scores/profiles.ipynb #8cff12e3
-def table_of(values, name: str, genes: Sequence[str]) -> np.ndarray:
+def table_of(values: np.ndarray, name: str, genes: Sequence[str]) -> np.ndarray:
     "A matrix [cells, genes] of finite numbers; DataError otherwise."
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or values.shape[1] != len(genes) or not len(values):
@@ -51,7 +51,7 @@ def table_of(values, name: str, genes: Sequence[str]) -> np.ndarray:
         )
     return values
 
-
+# %% ../../nbs/scores/profiles.ipynb #2c6b13a5
 def changed_genes(condition: str, given: Mapping | None, move: np.ndarray, genes: pd.Index, n_top: int) -> np.ndarray:
     "Positions of a condition's most changed genes: the first n_top of its list, or the largest |move|."
     if given is None:
@@ -70,9 +70,9 @@ def changed_genes(condition: str, given: Mapping | None, move: np.ndarray, genes
 
 # %% ../../nbs/scores/profiles.ipynb #4f4725f9
 def perturbation(
-    predicted,
-    observed,
-    control,
+    predicted: np.ndarray,
+    observed: np.ndarray,
+    control: np.ndarray,
     conditions: Sequence[str],
     genes: Sequence[str],
     *,

@@ -46,7 +46,7 @@ def plot_shares(scores: PerturbationScores, metrics: Sequence[str] | None = None
     table, blind = drawn_shares(scores, metrics)
     return styled(7.0, 1.1 + 0.26 * len(table))(draw_shares)(table, blind, ax=ax)
 
-
+# %% ../../nbs/scores/shares.ipynb #47623f62
 def draw_shares(table: pd.DataFrame, blind: list[str], *, ax: Axes) -> None:
     "The dots; a value beyond the edges is an arrow at the edge."
     from scellfm.plotting import look

@@ -42,7 +42,7 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     return plain_number(value)
 
-
+# %% ../../nbs/scores/table.ipynb #f8f11dfd
 def plain_number(value: Any) -> int | float | bool | str | None:
     "An int, a finite float, a bool, a text, or None; anything that is none of these as text."
     if value is None or value is pd.NA or isinstance(value, (str, bool)):
@@ -124,7 +124,7 @@ def is_constant(method: str, detail: object) -> bool:
     told = detail.get("constant") if isinstance(detail, dict) else getattr(detail, "constant", None)
     return str(method) in CONSTANT if told is None else bool(told)
 
-
+# %% ../../nbs/scores/table.ipynb #1386e4ed
 @patch
 def best(self: Scores, metric: str) -> list[str]:
     "The methods with the best value of a metric as it is shown; rows on training cells and ceilings are left out."
@@ -137,7 +137,7 @@ def best(self: Scores, metric: str) -> list[str]:
     top = values.min() if smaller_is_better(metric) else values.max()
     return [method for method, value in values.items() if short(value) == short(top)]
 
-
+# %% ../../nbs/scores/table.ipynb #d9b5bc8f
 @patch
 def _cells(self: Scores) -> Iterator[tuple[str, list[tuple[str, str, bool]]]]:
     "Yield (method, [(value, interval, is it the best)]) for each row."
@@ -207,7 +207,7 @@ def safe_text(value: Any) -> Any:
         return f"'{value}"
     return value
 
-
+# %% ../../nbs/scores/table.ipynb #01b3b943
 def safe_table(table: pd.DataFrame) -> pd.DataFrame:
     "The table for a CSV file: names of rows and columns and all texts by `safe_text`."
     columns = [

@@ -29,7 +29,7 @@ def by_cell_and_rank(table: Shifts) -> np.ndarray:
         return np.argsort((table.cell * int(ranks) + table.rank.astype(np.int64)) * genes + table.gene)
     return np.lexsort((table.gene, table.rank, table.cell))
 
-
+# %% ../../nbs/statistics/screen.ipynb #91e701c7
 def matched_residuals(table: Shifts) -> np.ndarray:
     """Each shift minus the mean shift of the WINDOW genes nearest in rank in the same cell; NaN where a cell has one
     gene. Same order as the table."""
@@ -315,7 +315,7 @@ COLUMNS = (
     "status",
 )
 
-
+# %% ../../nbs/statistics/screen.ipynb #6bda2b4d
 def screen_test(shifts: pd.DataFrame, *, log2fc: Mapping | pd.Series | None = None) -> pd.DataFrame:
     """Is each gene an outlier among genes like it, beyond its donors' spread? One row per gene, most significant first,
     genes with too few cells last.

@@ -65,7 +65,7 @@ class Shifts:
     shift: np.ndarray  # float64, [n]
     n_donors: int  # 0: no donors known
 
-
+# %% ../../nbs/statistics/table.ipynb #a6e0397e
 def check_shifts(shifts: pd.DataFrame) -> Shifts:
     """Check a table (columns gene, cell, rank, shift and, if known, donor) and number it; DataError says what is
     wrong and the fix."""

@@ -124,7 +124,7 @@ def bootstrap_weights(known: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
             weights[1:, group] = rng.multinomial(group.sum(), np.full(group.sum(), 1 / group.sum()), n_boot)
     return weights
 
-
+# %% ../../nbs/statistics/targets.ipynb #d4c4cd3d
 def score_ranking(value: np.ndarray, known: np.ndarray, weights: np.ndarray) -> dict[str, float]:
     "AUROC and average precision of one ranking with their 95 % bounds; NaN with fewer than five known genes."
     if known.sum() < MIN_KNOWN or known.all():

@@ -10,11 +10,16 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import DataError, OptionError, check_number, progress
+from ..core import DataError, OptionError, StoreError, check_number, progress
+from .records import parts_fit
 from .shards import Store
+
+if TYPE_CHECKING:
+    import tqdm
 
 # %% ../../nbs/store/blocks.ipynb #d1185885
 ONE, RECORD = "rows", "record"  # names in a shard: of the only array, of what happened meanwhile
@@ -53,7 +58,8 @@ def each_block(
         kept = store is not None and store.done(shard)
         if kept:
             arrays = store.read(shard)
-            record.extend(json.loads(str(arrays.pop(RECORD, "[]"))))
+            with parts_fit(store.folder, StoreError):
+                record.extend(json.loads(str(arrays.pop(RECORD, "[]"))))
         else:
             before = len(record)
             arrays = _as_arrays(compute(rows))
@@ -94,7 +100,7 @@ def rows_in_blocks(
     settings: dict | None = None,  # how they are made
     block: int = 1024,
     desc: str | None = None,
-    bar=None,
+    bar: "tqdm.tqdm | None" = None,
     record: list | None = None,
 ) -> np.ndarray | dict[str, np.ndarray]:
     """The rows `compute` gives, in order: [n_rows, ...], computed in blocks that `folder` keeps, to go on after a stop.

@@ -40,7 +40,7 @@ def _array_parts(array: np.ndarray):
         for item in array.reshape(-1).tolist():
             yield from _parts(item)
 
-
+# %% ../../nbs/store/fingerprints.ipynb #6d1207e6
 def _sparse_parts(matrix):
     "The bytes of a sparse matrix in its canonical form: rows, sorted columns, no stored zeros."
     from scipy.sparse import csr_matrix
@@ -69,7 +69,7 @@ def _path_parts(path: Path):
     else:
         raise StoreError(f"{path} is among the inputs to fingerprint and does not exist; check the path")
 
-
+# %% ../../nbs/store/fingerprints.ipynb #70729cda
 def _scalar_parts(value):
     "Kind and value of a number, a text, bytes or None."
     if value is None or isinstance(value, (bool, np.bool_)):
@@ -83,7 +83,7 @@ def _scalar_parts(value):
     else:
         yield b"bytes" + bytes(value)
 
-
+# %% ../../nbs/store/fingerprints.ipynb #3d183b8e
 def _parts(value):
     "The pieces of bytes that stand for `value`, of whatever kind."
     if value is None or isinstance(value, (str, bytes, bytearray, int, float, np.bool_, np.integer, np.floating)):
@@ -137,7 +137,7 @@ def _adata_parts(adata):
     layers = {name: layer for name, layer in adata.layers.items() if name is not None}  # anndata 0.13 has X there too
     yield from _parts([adata.X, raw, layers, adata.obs, adata.var, dict(adata.obsm)])
 
-
+# %% ../../nbs/store/fingerprints.ipynb #fd6ef9dc
 def _library_parts(value):
     "The pieces for dataclasses and objects of scipy, pandas, anndata, torch, dask: told by looks, not imported."
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -162,7 +162,7 @@ def _library_parts(value):
             " paths, numbers, text, or lists and dicts of them"
         )
 
-
+# %% ../../nbs/store/fingerprints.ipynb #eeb5bc9f
 def fingerprint(*objects) -> str:
     "A name of 64 hexadecimal digits for the content of `objects`: the same in every session and on every machine."
     digest = hashlib.sha256()

@@ -114,7 +114,19 @@ DATASET = FolderKind(
 )
 SCREEN = FolderKind(
     "a screen",
-    {"screen.json": {"emb_layer": Maybe(Either((int, str))), "kind": str}},
+    {
+        "screen.json": {
+            "kind": str,
+            "emb_layer": Maybe(Either((int, str))),
+            "combine": Maybe(str),
+            "anchor": Maybe(str),
+            "targets": Maybe([str]),
+            "alt": Maybe(list),
+            "absent": Maybe({...: dict}),
+            "agreement": Maybe([dict]),
+            "models": Maybe([str]),
+        }
+    },
     ("shifts.parquet", "genes.parquet"),
 )
 REFERENCE_MAP = FolderKind(

@@ -37,7 +37,7 @@ class Between(NamedTuple):
     most: float = math.inf
     whole: bool = True
 
-
+# %% ../../nbs/store/records.ipynb #12a1854f
 class Either(NamedTuple):
     "A value that fits one of several patterns."
 

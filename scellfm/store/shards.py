@@ -45,7 +45,7 @@ def _describe(values: dict | None) -> dict:
         described[key] = value if readable else f"fingerprint {fingerprint(value)}"
     return described
 
-
+# %% ../../nbs/store/shards.ipynb #d192a9f4
 def _changes(old: dict, new: dict) -> str:
     "What differs between two dictionaries of descriptions, key by key."
     return ", ".join(
@@ -125,7 +125,7 @@ def _checked_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndar
     with archive.open(member) as file:
         return np.lib.format.read_array(file, allow_pickle=False)
 
-
+# %% ../../nbs/store/shards.ipynb #0b281c4f
 def _load_arrays(path: Path, entry: dict) -> dict[str, np.ndarray]:
     "Read a shard back, once its bytes are those that were written."
     if sha256(path) != entry["sha256"]:

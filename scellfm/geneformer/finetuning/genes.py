@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+# %% ../../../nbs/geneformer/finetuning/genes.ipynb #cc9e2b6c
 from ... import inference
-from ...assets import find, load_state, read_dictionary, read_tensors
-from ...core import AssetError, DataError, check_number, keyed_seed, warn
+from ...assets import find, load_state, read_tensors
+from ...core import AssetError, DataError, check_number, keyed_seed, plain_arguments, warn
 from ...crossfit.check import check_overfit, fewer_epochs, freeze_more, untried
 from ...crossfit.evidence import Evidence, evidence_of
 from ...crossfit.membership import by_name
@@ -28,7 +29,7 @@ from ...crossfit.tables import class_score_table, row_names
 from ...data.splits import Split
 from ...data.splits import folds as deal_folds
 from ..embedding import gene_means
-from .classifier import class_names, save_models, with_head
+from .classifier import check_outputs, class_names, save_models, with_head
 from .evaluation import MODEL
 from scellfm.geneformer.finetuning.genesets import (
     LEVELS,
@@ -38,14 +39,14 @@ from scellfm.geneformer.finetuning.genesets import (
     gene_levels,
     labelled_genes,
 )
-from .heads import choose_learners, weights_of
+from .heads import choose_learners, training_inputs, weights_of
 from .lora import merge_adapters
 from ..model import GeneformerModel, layer_index, mark_trained, translate
 from ..pretraining import IGNORED
 from ..quantize import refuse_quantized
 from ..reader import GeneformerReader
-from ...store import fingerprint
-from ...store.layouts import GENE_CLASSIFIER
+from ...store.layouts import BERT, GENE_CLASSIFIER, OF_GENES
+from ...store.records import parts_fit, read_record
 from ...training import Rows, fit
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #3e23290c
@@ -158,13 +159,17 @@ def train_gene_fold(
         dtype=str(gf.dtype).removeprefix("torch."),
         desc=f"gene classes, fold {k}",
         folder=None if folder is None else Path(folder) / f"fold{k}",
-        inputs={
-            "cells": fingerprint(sequences.lengths[which], cells.tokens),
-            "genes": fingerprint(label_of),
-            "frozen": freeze_layers,
-            "class_weights": str(class_weights),
-            "adapters": adapters,
-        },
+        inputs=training_inputs(
+            gf,
+            sequences,
+            Split(which, which[:0], which[:0], None, len(cells)),
+            folder,
+            genes=label_of,
+            classes=classes,
+            frozen=freeze_layers,
+            class_weights=class_weights,
+            adapters=adapters,
+        ),
         **recipe,
     )
     model = merge_adapters(model).requires_grad_(True)
@@ -177,7 +182,7 @@ def load_gene_model(folder: Path, tokenizer, device, dtype) -> GeneformerReader:
     "A BertForTokenClassification from a folder in the official layout, every tensor accounted for."
     from transformers import AutoModelForTokenClassification
 
-    config, tensors = read_dictionary(folder / "config.json"), translate(read_tensors(folder))
+    config, tensors = read_record(folder / "config.json", BERT), translate(read_tensors(folder))
     kind = (config.get("architectures") or ["unnamed"])[0]
     of_cells = kind == "BertForSequenceClassification"
     if of_cells or "classifier.weight" not in tensors or tensors["classifier.weight"].ndim != 2:
@@ -188,6 +193,17 @@ def load_gene_model(folder: Path, tokenizer, device, dtype) -> GeneformerReader:
     return with_head(
         AutoModelForTokenClassification, config, tensors, folder, tokenizer, device, dtype, ignore=("bert.pooler.",)
     )
+
+# %% ../../../nbs/geneformer/finetuning/genes.ipynb #5b3a06f7
+def judged_genes(record: dict, model: GeneformerReader, where: Path) -> pd.DataFrame:
+    "The table of genes in a record; AssetError where it does not fit the classes, the folds or the model's genes."
+    with parts_fit(where):
+        genes = pd.DataFrame(**record["genes"]).rename_axis("gene").astype({"fold": np.int64})
+        strange = [gene for gene in genes.index if gene not in model.tokenizer.token_dictionary]
+        odd = [name for name in genes["class"] if name not in record["classes"]]
+        if strange or odd or not genes["fold"].between(-1, record["folds"] - 1).all():
+            raise ValueError(f"genes {strange[:3]}, classes {odd[:3]}, folds up to {genes['fold'].max()}")
+    return genes
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #7c63e77d
 RECORD = "gene_classifier.json"
@@ -291,13 +307,11 @@ class GeneClassifier(Evidence):
             model = load_gene_model(folder, tokenizer, device, dtype)
             nothing_known = pd.DataFrame({"class": np.empty(0, object), "fold": np.empty(0, np.int64)})
             return cls([model], class_names(folder, model.model.config), nothing_known)
-        record = read_dictionary(folder / RECORD)
+        record = read_record(folder / RECORD, OF_GENES)
         models = [load_gene_model(folder / f"fold{k}", tokenizer, device, dtype) for k in range(record["folds"])]
+        check_outputs(models, len(record["classes"]), folder / RECORD)
         return cls(
-            models,
-            np.array(record["classes"]),
-            pd.DataFrame(**record["genes"]).rename_axis("gene"),
-            **evidence_of(record),
+            models, np.array(record["classes"]), judged_genes(record, models[0], folder / RECORD), **evidence_of(record)
         )
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #411560fb
@@ -336,6 +350,7 @@ def advice_for_genes(epochs: int, freeze_layers: int, n_layers: int) -> list[str
     return untried([fewer_epochs(epochs), freeze_more(freeze_layers, n_layers)], ["name more genes per class"])
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #46fe7ae6
+@plain_arguments
 def finetune_genes(
     gf: GeneformerModel,
     data,  # AnnData, TokenizedCells, or the path of a saved dataset

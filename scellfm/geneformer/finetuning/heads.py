@@ -21,7 +21,8 @@ from .lora import add_adapters, config_text, lora_config, merge_adapters
 from ..model import GeneformerModel, mark_trained
 from ..quantize import refuse_quantized
 from ..reader import GeneformerReader
-from ...store import fingerprint
+from ...store import block_rows
+from ...store.identity import run_inputs
 from ...training import Rows, fit
 
 # %% ../../../nbs/geneformer/finetuning/heads.ipynb #a8921a8e
@@ -113,6 +114,15 @@ def probabilities(gf: GeneformerModel, sequences, token_budget: int = 16384, blo
         one_batch, sequences, device=gf.device, pad_id=gf.tokenizer.pad, token_budget=token_budget, desc="classifying"
     ).numpy()
 
+# %% ../../../nbs/geneformer/finetuning/heads.ipynb #c1332ddd
+def training_inputs(gf: GeneformerModel, sequences, part: Split, folder, **more) -> dict:
+    "What a training of a fold is made from, by fingerprint; nothing is hashed without a folder."
+    if folder is None:
+        return {}
+    rows = np.concatenate([part.train, part.valid]).astype(np.int64)
+    blocks = (sequences.flat(rows[block]) for block in block_rows(max(len(rows), 1), 2**16) if len(rows))
+    return run_inputs(tokenizer=gf.tokenizer.identity, cells=blocks, train=part.train, valid=part.valid, **more)
+
 # %% ../../../nbs/geneformer/finetuning/heads.ipynb #042443ac
 def train_fold(
     gf: GeneformerModel,
@@ -146,12 +156,17 @@ def train_fold(
         dtype=str(gf.dtype).removeprefix("torch."),
         desc=f"fine-tuning, fold {k}",
         folder=None if folder is None else Path(folder) / f"fold{k}",
-        inputs={
-            "cells": fingerprint([(sequences.lengths[r], codes[r]) for r in (part.train, part.valid)]),
-            "frozen": freeze_layers,
-            "class_weights": str(class_weights),
-            "adapters": adapters,
-        },
+        inputs=training_inputs(
+            gf,
+            sequences,
+            part,
+            folder,
+            labels=codes,
+            classes=classes,
+            frozen=freeze_layers,
+            class_weights=class_weights,
+            adapters=adapters,
+        ),
         **recipe,
     )
     model = merge_adapters(model).requires_grad_(True)

@@ -10,43 +10,53 @@ __all__ = ['TRAINING', 'default_space', 'check_space', 'suggest', 'place_of', 'c
 import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from ...assets import read_dictionary
+# %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #5d4834ec
 from scellfm.core import (
     DataError,
     DivergedError,
     OptionError,
+    StoreError,
     check_number,
     keyed_seed,
     logger,
     one_of,
     optional,
+    plain_arguments,
     progress,
     warn,
 )
 from ...crossfit.labels import check_class_folds
 from ...data.splits import Folds, Split, hold_out
 from .classifier import CellClassifier, finetune_cells, prepare, train_and_judge
-from .heads import probabilities, train_fold
+from .heads import probabilities, train_fold, training_inputs
 from ..model import GeneformerModel
 from ...metrics import smaller_is_better
 from ...scores.labels import classification
 from ...scores.table import Scores
 from ...store import atomic_write, fingerprint
-from ...training import Recipe, model_tensors
+from ...store.records import Maybe, read_record
+from ...training import Recipe, identity_of
+
+if TYPE_CHECKING:
+    import optuna
+    from anndata import AnnData
+
+    from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
 
 # %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #0db949d6
-def default_space(n_layers: int, lora=None) -> dict:
+def default_space(n_layers: int, lora: object = None) -> dict:
     "Learning rate (as in the original), epochs and frozen layers; with adapters one layer at least is left to adapt."
     return {"learning_rate": (1e-6, 1e-3), "epochs": (1, 3), "freeze_layers": (0, n_layers - (lora is not None))}
 
-
+# %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #711bdd7c
 def check_space(space: Mapping) -> None:
     "OptionError for a name that `finetune` does not know, an empty list, or ends that make no range."
     known = (
@@ -71,8 +81,8 @@ def check_space(space: Mapping) -> None:
                 "or of numbers above 0"
             )
 
-
-def suggest(trial, space: Mapping) -> dict:
+# %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #e730750f
+def suggest(trial: "optuna.Trial", space: Mapping) -> dict:
     "The settings of an optuna trial; choices are proposed by their position, so that they may be of any kind."
     settings = {}
     for name, choice in space.items():
@@ -134,11 +144,11 @@ def with_defaults(fixed: Mapping, seed: int) -> dict:
 class Notes:
     "Scores of finished trials by what they were trials of, kept in a file if there is one."
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path | None):
         self.path = None if folder is None else Path(folder) / "trials.json"
-        self.found = read_dictionary(self.path) if self.path and self.path.exists() else {}
+        self.found = read_record(self.path, {...: Maybe(float)}, StoreError) if self.path and self.path.exists() else {}
 
-    def score(self, key: str, make) -> float:
+    def score(self, key: str, make: Callable[[], float]) -> float:
         "The noted score, or the one that `make()` gives, which is noted."
         if key not in self.found:
             self.found[key] = float(make())
@@ -148,7 +158,15 @@ class Notes:
         return self.found[key]
 
 # %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #8cd5992c
-def search_fold(score, space: Mapping, start: Mapping, trials: int, best_is_small: bool, seed: int, tick) -> list[dict]:
+def search_fold(
+    score: Callable[[dict], float],
+    space: Mapping,
+    start: Mapping,
+    trials: int,
+    best_is_small: bool,
+    seed: int,
+    tick: Callable[[], object],
+) -> list[dict]:
     "The trials of one fold in order, each {**settings, score, best}; `score(settings)` judges one."
     optuna = optional("optuna", "tuning")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -176,10 +194,14 @@ def search_fold(score, space: Mapping, start: Mapping, trials: int, best_is_smal
     return rows
 
 # %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #4dd40bc1
-def judge_of(gf: GeneformerModel, prepared, part: Split, k: int, options: dict, metric: str, notes: Notes):
+def judge_of(
+    gf: GeneformerModel, prepared: tuple, part: Split, k: int, options: dict, metric: str, notes: Notes
+) -> Callable[[dict], float]:
     "The function of settings that trains on the inner training cells of fold k and scores the inner test cells."
     codes, classes, cells = prepared[:3]
-    sequences, weights = gf.readable(cells), fingerprint(model_tensors(gf.model))
+    sequences = gf.readable(cells)
+    known = training_inputs(gf, sequences, part, notes.path, labels=codes, classes=classes, test=part.test)
+    known |= {} if notes.path is None else identity_of(gf.model)
 
     def train_and_score(asked: dict) -> float:
         try:
@@ -195,7 +217,7 @@ def judge_of(gf: GeneformerModel, prepared, part: Split, k: int, options: dict, 
     def score(settings: dict) -> float:
         asked = {**options, **settings}
         what = json.dumps({"fold": k, "metric": metric, **asked}, sort_keys=True, default=str)
-        key = fingerprint(what, weights, cells.tokens, cells.offsets, codes, part.train, part.test)
+        key = fingerprint(what, known)
         return notes.score(key, lambda: train_and_score(asked))
 
     return score
@@ -218,10 +240,11 @@ class Search:
     def _repr_html_(self) -> str:
         return pd.DataFrame(self.best).rename_axis("best of fold").to_html() + self.classifier._repr_html_()
 
-
+# %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #bc6f9509
+@plain_arguments
 def search(
     gf: GeneformerModel,
-    data,  # AnnData, TokenizedCells, or the path of a saved dataset
+    data: "AnnData | TokenizedCells | str | Path",  # cells, or the path of a saved dataset
     label: str,  # column of obs
     *,
     split: Split | Folds,  # scellfm.data.folds(adata, by="donor") or hold_out(...)
@@ -232,8 +255,8 @@ def search(
     seed: int = 0,
     layer: str | None = None,  # where the counts are; None is X
     n_boot: int = 200,  # resamples for the intervals of the held-out scores
-    folder=None,  # notes and checkpoints lie here, and the same call goes on from them
-    **fixed,  # further arguments of `finetune`, the same in all trials
+    folder: str | Path | None = None,  # notes and checkpoints lie here, and the same call goes on from them
+    **fixed: object,  # further arguments of `finetune`, the same in all trials
 ) -> Search:
     "Search settings of `finetune` inside each fold's training cells; train with the best, judge on the held-out ones."
     optional("optuna", "tuning")

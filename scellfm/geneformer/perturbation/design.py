@@ -156,7 +156,7 @@ def unique_names(names) -> np.ndarray:
     again = names.groupby(names).cumcount()
     return names.where(again == 0, names + "#" + again.astype(str)).to_numpy(dtype=object)
 
-
+# %% ../../../nbs/geneformer/perturbation/design.ipynb #c4d5172f
 def draw(rows: np.ndarray, names: np.ndarray, number: int | None, seed: int) -> np.ndarray:
     "At most `number` of `rows`, in their order, chosen by lots keyed by (seed, name)."
     if number is None or len(rows) <= number:
@@ -209,7 +209,7 @@ def cell_names(cells) -> np.ndarray:
     "Unique names of tokenized cells: the index of their obs."
     return unique_names(cells.obs.index)
 
-
+# %% ../../../nbs/geneformer/perturbation/design.ipynb #a4738b1f
 def rows_of_models(model_of, n_models: int, cells, data) -> np.ndarray:
     """For each tokenized cell the model that reads it; `model_of` has one entry per row of `data` (or per tokenized
     cell)."""
@@ -273,7 +273,7 @@ def resolve_combination(genes, combine: str | None, matched: int | None) -> str:
         raise OptionError(f"genes={genes!r}, combine='pairs': name at least two genes")
     return combine
 
-
+# %% ../../../nbs/geneformer/perturbation/design.ipynb #65731452
 def resolve_genes(tokenizer, kind: str, genes, anchor, combine: str = "joint") -> tuple[list, int | None]:
     "The sets of tokens, an array [sets, m] for each size (a None: every gene), and the anchor's (None: none), checked."
     one_of("kind", kind, KINDS)
@@ -295,7 +295,7 @@ def resolve_genes(tokenizer, kind: str, genes, anchor, combine: str = "joint") -
     pairs = [np.array(list(combinations(tokens, 2))).reshape(-1, 2)] if combine == "pairs" else []
     return [tokens[:, None], *pairs], None
 
-
+# %% ../../../nbs/geneformer/perturbation/design.ipynb #10320a19
 def resolve_quartiles(kind: str, quartiles: int | None) -> int:
     "By how many quartiles 'inhibit' and 'activate' move a gene (1 if not said); OptionError for other kinds."
     if quartiles is None:
@@ -337,7 +337,7 @@ class GeneChange:
             "quartiles": self.quartiles if self.kind in ("inhibit", "activate") else None,
         }
 
-
+# %% ../../../nbs/geneformer/perturbation/design.ipynb #4c736d15
 def resolve_change(tokenizer, kind: str, genes, combine=None, matched=None, anchor=None, quartiles=None) -> GeneChange:
     "The change that the arguments of a screen describe; OptionError where they do not go together."
     if isinstance(genes, str):

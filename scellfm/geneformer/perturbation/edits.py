@@ -91,7 +91,7 @@ def sources(edits: Edits) -> np.ndarray:
         return moved
     return np.concatenate([moved[:, : edits.max_length - first], np.full((k, first), n - 1)], axis=1)
 
-
+# %% ../../../nbs/geneformer/perturbation/edits.ipynb #342e3e3a
 def moved_to(stay: np.ndarray, positions: np.ndarray, targets: np.ndarray) -> np.ndarray:
     "Sources [k, n] of cells whose tokens `positions` [k, m] now stand at `targets`; the others keep their order."
     moved = np.empty((len(stay), stay.shape[1] + positions.shape[1]), dtype=np.int64)
@@ -106,13 +106,13 @@ def gene_span(length: int, special: bool) -> tuple[int, int]:
     "First and end position of the genes of a cell of `length` tokens (specials left out)."
     return (1, length - 1) if special else (0, length)
 
-
+# %% ../../../nbs/geneformer/perturbation/edits.ipynb #e7b29d09
 def positions_of(tokens: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     "The first position of each wanted token in a cell; -1 where it is absent."
     hits = tokens[None, :] == wanted[:, None]
     return np.where(hits.any(1), hits.argmax(1), -1)
 
-
+# %% ../../../nbs/geneformer/perturbation/edits.ipynb #51aacfeb
 def cell_edits(
     tokens: np.ndarray, kind: str, genes: np.ndarray | None, anchor: int | None, special: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -188,7 +188,7 @@ def make_edits(
     edits = edits[np.flatnonzero(edits.others > 0)]
     return with_targets(edits, quartiles) if kind in ("inhibit", "activate") else edits
 
-
+# %% ../../../nbs/geneformer/perturbation/edits.ipynb #23ab9d01
 def edit_labels(cells: Sequences, edits: Edits, names: np.ndarray) -> np.ndarray:
     "What each edit is called [k]: its genes joined by +; where all genes are meant its gene, or the anchor's partner."
     if edits.tokens is not None:
@@ -209,7 +209,7 @@ class Block:
     genes: torch.Tensor | None  # [t, H] vectors of every token, where genes are compared
     cells: torch.Tensor  # [c, H] embeddings
 
-
+# %% ../../../nbs/geneformer/perturbation/edits.ipynb #652e89dd
 def original_block(
     gf: GeneformerModel, cells: Sequences, cut: np.ndarray, index: int, pool: str, keep_genes: bool, token_budget: int
 ) -> Block:
@@ -374,7 +374,7 @@ def run_edits(
             bar.update(len(rows) if estimate is None else len(np.unique(edits.cell[rows])))
     return effects
 
-
+# %% ../../../nbs/geneformer/perturbation/edits.ipynb #ba0a4220
 def block_effects(
     gf, cells: Sequences, edits: Edits, index: int, pool: str, states, token_budget: int, bar=None, record=None
 ) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ...core import DataError, check_number, progress, tell, warn
+from ...core import DataError, check_number, plain_arguments, progress, tell, warn
 from ..embedding import embed_cells, summarize
 from ..model import GeneformerModel, layer_index, pooling
 from .controls import matched_controls
@@ -38,7 +38,8 @@ from scellfm.geneformer.perturbation.gradient import (
 )
 from .screen import ROUNDING, Screen
 from ...inference import Sequences
-from ...store import Store, fingerprint
+from ...store import Store, block_rows
+from ...store.identity import run_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -141,7 +142,7 @@ def has_genes(cells: Sequences, sets: list[np.ndarray]) -> np.ndarray:
     present[np.repeat(np.arange(len(cells)), cells.lengths)[mine], place[mine]] = True
     return np.array([present[:, np.searchsorted(wanted, one)].all(1).sum() for one in sets], dtype=np.int64)
 
-
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #62f5f273
 def absent_genes(runner: ScreenRunner, tasks: list[ScreenTask], jobs: list[Job], change: GeneChange) -> dict:
     "For each group the sets of genes that were asked for and not perturbed, and why: {group: {name: why}}."
     gf, found = runner.models[0], {}
@@ -261,11 +262,13 @@ def open_store(folder, models: list, cells, tasks: list[ScreenTask], settings: d
     folder."""
     if folder is None:
         return None
-    inputs = {
-        "weights": [fingerprint({name: value for name, value in gf.model.state_dict().items()}) for gf in models],
-        "cells": fingerprint(np.asarray(cells.lengths), *(np.asarray(cells[i]) for i in range(len(cells)))),
-        "tasks": fingerprint([[task.group, task.model, task.rows, task.states] for task in tasks]),
-    }
+    inputs = run_inputs(
+        weights=[gf.model.state_dict() for gf in models],
+        config=[gf.model.config for gf in models],
+        tokenizer=models[0].tokenizer.identity,
+        cells=(cells.flat(rows) for rows in block_rows(len(cells), 2**16)),
+        tasks=[[task.group, task.model, task.rows, task.states] for task in tasks],
+    )
     return Store(folder, inputs, settings)
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #a55859f1
@@ -316,7 +319,7 @@ def gene_facts(
         return facts
     return facts.assign(log2fc=fold_changes(gf, facts, data, design, layer))
 
-
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #c06631b6
 def fold_changes(gf: GeneformerModel, facts: pd.DataFrame, data, design: ScreenDesign, layer: str | None) -> pd.Series:
     "The log2 fold change, goal over start, of each row of `facts` (group, gene), among the cells of its group."
     from scellfm.data.reading import genes_of
@@ -337,10 +340,10 @@ def fold_changes(gf: GeneformerModel, facts: pd.DataFrame, data, design: ScreenD
     return result
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #9333b1f3
-def reading_models(model, data, model_of) -> tuple[list, np.ndarray | None, str | None]:
+def reading_models(model, data, model_of, layer: str | None = None) -> tuple[list, np.ndarray | None, str | None]:
     "The models of a Geneformer, a classifier or a list; which of them reads each row of `data`; the donor column."
     if hasattr(model, "readers"):
-        return model.readers(data)
+        return model.readers(data, layer)
     return [model] if isinstance(model, GeneformerModel) else list(model), model_of, None
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #bf13db14
@@ -383,6 +386,7 @@ def warn_of_rounding(shifts: pd.DataFrame, params: dict) -> None:
             )
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #7b30c006
+@plain_arguments
 def perturb(
     model: GeneformerModel | list[GeneformerModel],  # a Geneformer, a classifier (each cell by its fold), or a list
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of a saved dataset
@@ -418,7 +422,7 @@ def perturb(
     up by `quartiles`. gradient={'top': 100, 'check_cells': 20}: estimates all deletions, then computes the `top` genes
     of each group and all genes of some cells, by which the estimate is judged. A classifier reads each cell by the
     model that has not seen it. OptionError, DataError, StoreError."""
-    models, model_of, held_out_by = reading_models(model, data, model_of)
+    models, model_of, held_out_by = reading_models(model, data, model_of, layer)
     gf, alt = models[0], (alt,) if isinstance(alt, str) else tuple(alt or ())
     if max_cells is not None:
         check_number("max_cells", max_cells, 1)
@@ -437,7 +441,7 @@ def perturb(
     warn_of_absent(absent, gf.tokenizer)
     if dry_run:
         return cost(jobs)
-    store = open_store(folder, models, runner.cells, tasks, params)
+    store = open_store(folder, models, runner.cells, tasks, params | {"token_budget": token_budget})
     rows, more = compute(runner, jobs, gradient, names, seed, store)
     shifts = finish_rows(rows, obs, names, design, len(models))
     warn_of_rounding(shifts, params)

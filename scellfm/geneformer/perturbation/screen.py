@@ -16,7 +16,6 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ... import statistics
-from ...assets import read_dictionary
 from ...core import AssetError, OptionError, one_of
 from . import original_modes
 from .combinations import ROUNDING, combination_table, pair_rows
@@ -24,6 +23,7 @@ from ...scores.table import plain
 from ...statistics.screen import COLUMNS, MIN_GENES
 from ...store import atomic_write
 from ...store.layouts import SCREEN
+from ...store.records import read_record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def tested_first(table: pd.DataFrame) -> pd.DataFrame:
     table.attrs = attrs
     return table
 
-
+# %% ../../../nbs/geneformer/perturbation/screen.ipynb #ca84194c
 def without_rounding(table: pd.DataFrame) -> pd.DataFrame:
     "The table in which genes whose mean shift is rounding have no effect and no p, and do not count as tests."
     small = table["mean_shift"].abs() < ROUNDING
@@ -62,7 +62,7 @@ def without_rounding(table: pd.DataFrame) -> pd.DataFrame:
     table.loc[small, "status"] = f"rounding: the mean shift is below {ROUNDING:.2g}"
     return tested_first(table.assign(fdr=statistics.bh(table["p"])))
 
-
+# %% ../../../nbs/geneformer/perturbation/screen.ipynb #fcfd1092
 def without_comparison(table: pd.DataFrame, why: str) -> pd.DataFrame:
     "The table of genes that have no others to be compared with: mean shifts alone, largest first, and what to add."
     table = table.assign(**dict.fromkeys(COMPARED, np.nan), n_matched=0)
@@ -127,7 +127,7 @@ def one_instrument(shifts: pd.DataFrame) -> pd.DataFrame:
     estimates = {column: column.replace("estimate", "shift", 1) for column in shifts if column.startswith("estimate")}
     return shifts.drop(columns=list(estimates.values())).rename(columns=estimates)
 
-
+# %% ../../../nbs/geneformer/perturbation/screen.ipynb #00e874ca
 def mark_exact(table: pd.DataFrame, shifts: pd.DataFrame) -> pd.DataFrame:
     """The table of a gradient screen: mean_shift is exact, and NaN unless it was computed in all cells of the gene;
     estimated_shift is the mean estimate; exact says which genes were computed; status, what the test was made of."""
@@ -211,7 +211,7 @@ class Screen:
 @patch
 def __repr__(self: Screen) -> str:
     n_cells, n_donors = self.shifts["cell"].nunique(), self.shifts["donor"].nunique()
-    towards = f" from {self.params['start']!r} towards {self.params['goal']!r}" if self.params.get("goal") else ""
+    towards = f" from {self.params.get('start')!r} towards {self.params['goal']!r}" if self.params.get("goal") else ""
     exact = f" ({int(self.shifts['exact'].sum()):,} exact, the others estimated)" if self.estimated else ""
     return (
         f"Screen({self.params.get('kind', 'perturb')} of {self.shifts['gene'].nunique():,} genes in "
@@ -315,7 +315,7 @@ def load(cls: Screen, path: str | Path) -> Screen:
     if not (path / "screen.json").exists():
         raise AssetError(f"{path} is no saved screen (it has no screen.json); give the folder that Screen.save wrote")
     tables = (saved_table(path / f"{name}.parquet") for name in ("shifts", "genes"))
-    return cls(*tables, read_dictionary(path / "screen.json"))
+    return cls(*tables, read_record(path / "screen.json", SCREEN.records["screen.json"]))
 
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #82bc87c9
 @patch(cls_method=True)
@@ -359,7 +359,7 @@ def original_table(
         return original_modes.aggregate_data(shifts)
     return original_modes.aggregate_gene_shifts(shifts, effects)
 
-
+# %% ../../../nbs/geneformer/perturbation/screen.ipynb #b7e7f129
 def tested_table(screen: Screen, shifts: pd.DataFrame, log2fc: pd.Series) -> pd.DataFrame:
     "The matched test of one group, as what was perturbed asks for: all genes, pairs, or targets among genes like them."
     if screen.params.get("original"):
@@ -374,7 +374,7 @@ def tested_table(screen: Screen, shifts: pd.DataFrame, log2fc: pd.Series) -> pd.
     table = matched_table(shifts, log2fc, what_to_add(screen.params))
     return targets_first(table, screen.params["targets"]) if screen.params.get("targets") else table
 
-
+# %% ../../../nbs/geneformer/perturbation/screen.ipynb #d4b151d7
 def what_to_add(params: dict) -> str:
     "What would let a screen of few genes be compared with others ('': it is compared as it is)."
     if params.get("matched"):
@@ -410,7 +410,7 @@ def with_symbols(table: pd.DataFrame, symbols: pd.Series, group: str | None) -> 
     table.attrs = attrs
     return table
 
-
+# %% ../../../nbs/geneformer/perturbation/screen.ipynb #a0b8cc00
 def group_table(screen: Screen, method: str, group: str, null=None, effects=None) -> pd.DataFrame:
     "The table of one group of a screen by one of METHODS."
     shifts = screen.shifts[screen.shifts["group"].astype(str) == group]

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from ...core import AssetError, one_of, user_path
 from ...store import atomic_write
+from ...store.layouts import MEDIANS, NAMES, TOKENS
+from ...store.records import check_record
 
 # %% auto #0
 __all__ = ['FILES', 'WRITTEN', 'Dictionaries']
@@ -146,7 +148,12 @@ def choose_tokens(folder: Path, version: str | None) -> tuple[Path, str, dict]:
     choices = []
     for place in PLACES:
         for tail, path in dictionary_files(folder / place, "tokens").items():
-            tokens = read_dictionary(path)
+            tokens = check_record(read_dictionary(path), TOKENS, path)
+            if max(tokens.values(), default=0) > 10 * len(tokens) + 1000:
+                raise AssetError(
+                    f"{path} numbers its {len(tokens):,} tokens up to {max(tokens.values()):,}, and a model has a "
+                    "vector for every number; the file is damaged: fetch it again"
+                )
             if version is None or version == ("V2" if "<cls>" in tokens else "V1"):
                 choices.append((path, tail, tokens))
         if choices:
@@ -178,4 +185,6 @@ def read_dictionaries(folder: str | Path, version: str | None = None) -> Diction
         raise AssetError(
             f"{place} has a token dictionary and no gene_median*.json or .pkl; rank value encoding needs both"
         )
-    return Dictionaries(tokens, **{k: read_dictionary(p) if p else None for k, p in paths.items()})
+    patterns = {"medians": MEDIANS, "mapping": NAMES, "gene_names": NAMES}
+    found = {kind: check_record(read_dictionary(path), patterns[kind], path) for kind, path in paths.items() if path}
+    return Dictionaries(tokens, **{kind: found.get(kind) for kind in paths})

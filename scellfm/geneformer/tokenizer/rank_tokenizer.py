@@ -188,7 +188,7 @@ class RankTokenizer:
         found, settings = read_dictionaries(folder, version), {}
         if (Path(folder) / "rank_tokenizer.json").exists():
             settings = read_record(Path(folder) / "rank_tokenizer.json", TOKENIZER_SETTINGS)
-            settings = {key: value for key, value in settings.items() if key in TOKENIZER_SETTINGS}
+            settings = {name: settings[name] for name in TOKENIZER_SETTINGS if name in settings}
         settings |= {
             key: value for key, value in (("max_length", max_length), ("special", special)) if value is not None
         }
@@ -226,6 +226,11 @@ class RankTokenizer:
         settings |= {"gene_column": self.gene_column} if self.gene_column else {}
         with atomic_write(folder / "rank_tokenizer.json") as path:
             Path(path).write_text(json.dumps(settings), encoding="utf8")
+
+    @property
+    def identity(self) -> tuple:
+        "All that tokens come from: dictionaries and medians, the longest sequence, the frame, the column of names."
+        return self.dictionaries, self.max_length, self.special, self.gene_column
 
     def match(
         self,

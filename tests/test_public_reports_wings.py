@@ -1,0 +1,251 @@
+"""What users bring to the two wings: named right or refused, and every remedy that a message names is tried."""
+
+import re
+import warnings
+from functools import reduce
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sparse
+
+import scellfm
+from scellfm.core import AssetError, DataError, OptionError, ScellfmWarning
+from scellfm.data import folds
+from scellfm.geneformer import CellClassifier, GeneClassifier, Geneformer, RankTokenizer, TaskClassifier
+from scellfm.scgpt import CellClassifier as ScGPTClassifier
+from scellfm.scgpt import ReferenceMap, ScGPT
+
+pytestmark = pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")
+QUICK = dict(epochs=1, n_boot=5)
+
+
+def cells(n=40, g=60, seed=0) -> anndata.AnnData:
+    "Cells of two states by four donors, with symbols as names and Ensembl ids in a column of another name."
+    counts = sparse.csr_matrix(np.random.default_rng(seed).poisson(1.0, (n, g)).astype(np.float32))
+    obs = pd.DataFrame({"state": ["ill", "well"] * (n // 2), "donor": [f"d{i // 10}" for i in range(n)]})
+    obs.index = [f"cell{i}" for i in range(n)]
+    var = pd.DataFrame({"id": [f"ENSG{i:011d}" for i in range(g)]}, index=[f"GENE{i}" for i in range(g)])
+    return anndata.AnnData(counts, obs=obs, var=var)
+
+
+@pytest.fixture(scope="module")
+def gf():
+    return Geneformer.from_config("tiny", RankTokenizer.fit(cells()), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    return ScGPT.from_config("tiny", cells(), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def saved(gf, gpt, tmp_path_factory):
+    "A folder of each kind."
+    place = tmp_path_factory.mktemp("saved")
+    adata = cells()
+    split = folds(adata, by="donor", k=2)
+    gf.save_pretrained(place / "geneformer")
+    gpt.save_pretrained(place / "scgpt")
+    gf.finetune(adata, label="state", split=split, **QUICK).save_pretrained(place / "cells")
+    gf.finetune(adata, label=["state", "donor"], split=folds(adata, k=2), **QUICK).save_pretrained(place / "tasks")
+    gpt.finetune(adata, label="state", split=split, **QUICK).save_pretrained(place / "annotator")
+    gpt.embed(adata)
+    ReferenceMap(adata, label="state", k=3).save(place / "map")
+    gf.tokenizer(adata, columns=("state", "donor")).save(place / "cells.dataset")
+    return place
+
+
+OPENERS = {
+    "geneformer": Geneformer.from_pretrained,
+    "scgpt": ScGPT.from_pretrained,
+    "cells": CellClassifier.from_pretrained,
+    "tasks": TaskClassifier.from_pretrained,
+    "annotator": ScGPTClassifier.from_pretrained,
+}
+
+
+@pytest.mark.parametrize("kind", ["geneformer", "scgpt", "cells", "tasks", "annotator", "map"])
+@pytest.mark.parametrize("opener", ["geneformer", "scgpt", "cells", "tasks", "annotator"])
+def test_a_folder_of_another_kind_is_named_with_what_opens_it(saved, kind, opener):
+    if (opener, kind) in {(kind, kind), ("cells", "geneformer")}:  # a model without a head has a sentence of its own
+        return
+    with pytest.raises(AssetError) as caught:
+        OPENERS[opener](saved / kind)
+    named = re.search(r"open it with (scellfm[\w.]+)", str(caught.value))
+    assert named, str(caught.value)
+    opened = reduce(getattr, named[1].split(".")[1:], scellfm)(saved / kind)
+    assert opened is not None
+
+
+def test_a_model_without_a_head_is_no_classifier(saved):
+    for kind in (CellClassifier, GeneClassifier):
+        with pytest.raises(AssetError, match="load it with Geneformer.from_pretrained"):
+            kind.from_pretrained(saved / "geneformer")
+    assert Geneformer.from_pretrained(saved / "geneformer")
+
+
+def test_one_of_several_files_of_weights_can_be_named(saved, tmp_path):
+    from shutil import copy, copytree
+
+    for kind, load in (("geneformer", Geneformer), ("scgpt", ScGPT)):
+        folder = copytree(saved / kind, tmp_path / kind)
+        (folder / "best_model.pt").unlink(missing_ok=True)
+        (folder / "model.safetensors").rename(folder / "model_e1.safetensors")
+        copy(folder / "model_e1.safetensors", folder / "model_e2.safetensors")
+        with pytest.raises(AssetError, match="several files of weights") as caught:
+            load.from_pretrained(folder)
+        named = str(caught.value).rpartition("such as ")[2]
+        assert repr(load.from_pretrained(named)) == repr(load.from_pretrained(saved / kind))
+
+
+def test_a_lost_file_is_named_and_putting_it_back_helps(saved, tmp_path):
+    from shutil import copy, copytree
+
+    folder = copytree(saved / "scgpt", tmp_path / "scgpt")
+    (folder / "args.json").unlink()
+    with pytest.raises(AssetError, match=r"args.json is missing .*copy it there"):
+        ScGPT.from_pretrained(folder)
+    copy(saved / "scgpt" / "args.json", folder)
+    assert ScGPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("wrong", [cells(), ["GENE1"], 3, None])
+def test_a_tokenizer_that_is_none_is_refused_and_the_remedy_works(wrong):
+    with pytest.raises(OptionError, match="needs a RankTokenizer") as caught:
+        Geneformer.from_config("tiny", wrong)
+    if isinstance(wrong, anndata.AnnData):
+        assert "RankTokenizer.fit(adata)" in str(caught.value)
+        assert Geneformer.from_config("tiny", RankTokenizer.fit(wrong))
+
+
+def test_the_folder_of_a_tokenizer_does_for_the_tokenizer(gf, tmp_path):
+    gf.tokenizer.save_pretrained(tmp_path)
+    assert repr(Geneformer.from_config("tiny", tmp_path, device="cpu")) == repr(gf)
+
+
+@pytest.mark.parametrize("wrong", ["cells.h5ad", 3, None])
+def test_genes_that_are_none_are_refused_and_the_remedy_works(wrong):
+    with pytest.raises(OptionError, match="give an AnnData, a list of gene names"):
+        ScGPT.from_config("tiny", wrong)
+    assert ScGPT.from_config("tiny", ["CD3D", "MS4A1"])
+
+
+@pytest.mark.parametrize("wing", ["gf", "gpt"])
+def test_a_missing_split_and_no_cells_are_said(request, wing):
+    model, adata = request.getfixturevalue(wing), cells()
+    with pytest.raises(OptionError, match=r"split is missing.*scellfm\.data\.folds\(adata, by='donor'\)"):
+        model.finetune(adata, label="state")
+    split = scellfm.data.folds(adata, by="donor")
+    with pytest.raises(DataError, match="no cells.*filters"):
+        model.finetune(adata[:0].copy(), label="state", split=split)
+    assert model.finetune(adata, label="state", split=split, **QUICK).scores is not None
+
+
+@pytest.mark.parametrize("wing", ["gf", "gpt"])
+def test_cells_that_are_all_the_same_get_an_error_of_ours(request, wing):
+    model, adata = request.getfixturevalue(wing), cells()
+    adata.X = sparse.csr_matrix(np.tile(adata.X[0].toarray(), (adata.n_obs, 1)))
+    with pytest.raises(DataError, match="no gene varies"):
+        model.finetune(adata, label="state", split=folds(adata, by="donor", k=2), **QUICK)
+
+
+def test_a_dictionary_of_data_sets_points_to_its_parts(gf, saved, tmp_path):
+    from shutil import copytree
+
+    copytree(saved / "cells.dataset", tmp_path / "both" / "train")
+    (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    for ask in (gf.embed, gf.pretrain, lambda path: gf.finetune(path, label="state", split=folds(cells(), k=2))):
+        with pytest.raises(DataError, match="several data sets"):
+            ask(tmp_path / "both")
+    with pytest.raises(DataError) as caught:
+        gf.embed(tmp_path / "both")
+    assert gf.embed(str(caught.value).rpartition(": ")[2]).shape == (40, 64)
+
+
+@pytest.mark.parametrize("wing", ["gf", "gpt"])
+def test_embed_takes_the_path_of_a_file_of_cells(request, wing, tmp_path):
+    model, adata = request.getfixturevalue(wing), cells()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    read = model.embed(tmp_path / "cells.h5ad")
+    assert model.embed(adata) is None
+    key = {"gf": "X_geneformer", "gpt": "X_scGPT"}[wing]
+    assert np.array_equal(read.obsm[key], adata.obsm[key]) and read.obs_names.equals(adata.obs_names)
+    assert read.uns[key]["params"]["counts"] == "X"
+
+
+def test_every_task_of_geneformer_takes_the_path_of_a_file_of_cells(gf, tmp_path):
+    adata = cells()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    split = folds(adata, by="donor", k=2)
+    by_path = gf.finetune(tmp_path / "cells.h5ad", label="state", split=split, **QUICK)
+    in_memory = gf.finetune(adata, label="state", split=split, **QUICK)
+    assert by_path.scores.table.equals(in_memory.scores.table)
+    predicted = by_path.predict(tmp_path / "cells.h5ad")
+    in_memory.predict(adata)
+    assert predicted.obs["state_predicted"].equals(adata.obs["state_predicted"])
+    assert gf.embed_genes(tmp_path / "cells.h5ad").varm["X_geneformer"].shape == (60, 64)
+
+
+@pytest.mark.parametrize("wing", ["gf", "gpt"])
+def test_genes_under_other_names_are_found_as_the_message_says(request, wing):
+    model, adata, other = request.getfixturevalue(wing), cells(), cells()
+    other.var_names = [f"ENSG{i:011d}" for i in range(60)]
+    del other.var["id"]
+    table = dict(zip(other.var_names, adata.var_names))
+    with pytest.raises(DataError, match=r"match=\{") as caught:
+        model.embed(other)
+    assert "mapping" in str(caught.value)
+    model.embed(adata)
+    if wing == "gf":
+        assert "gf.tokenizer(adata, match=" in str(caught.value)
+        found = model.embed(model.tokenizer(other, match={"mapping": table}))
+        assert np.array_equal(found, adata.obsm["X_geneformer"])
+    else:
+        model.embed(other, match={"mapping": table})
+        assert np.array_equal(other.obsm["X_scGPT"], adata.obsm["X_scGPT"])
+        adata.var["symbol of ours"], adata.var_names = adata.var_names, [f"row{i}" for i in range(60)]
+        again = model.embed(adata, gene_column="symbol of ours", copy=True)
+        assert np.array_equal(again.obsm["X_scGPT"], other.obsm["X_scGPT"])
+
+
+@pytest.mark.parametrize("wing", ["gf", "gpt"])
+def test_cells_of_one_name_are_accepted_everywhere(request, wing):
+    model, adata = request.getfixturevalue(wing), cells()
+    adata.obs_names = ["twin", "twin", *adata.obs_names[2:]]
+    split = folds(adata, by="donor", k=2)
+    model.embed(adata)
+    clf = model.finetune(adata, label="state", split=split, **QUICK)
+    assert len(clf.probabilities(adata)) == 40
+    train = model.pretrain if wing == "gf" else model.continue_pretraining
+    assert train(adata, epochs=1) is not None
+
+
+def test_integration_without_labels_says_what_it_cannot_tell(gpt):
+    adata = cells()
+    gpt.embed(adata)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ScellfmWarning)
+        scellfm.scores.integration(adata, reps=["X_scGPT"], batch="donor")
+    said = " ".join(str(w.message) for w in caught)
+    assert "no label is given" in said and "label='cell_type'" in said
+
+
+def test_logarithms_that_scgpt_takes_are_refused_with_the_argument_that_helps(gpt):
+    adata = cells()
+    gpt.embed(adata)
+    adata.X = adata.X.astype(np.float32).log1p() * 1.3
+    ask = {
+        "integration": lambda **more: scellfm.scores.integration(adata, ["X_scGPT"], "donor", "state", **more),
+        "umaps": lambda **more: scellfm.scores.umaps(adata, ["X_scGPT"], "donor", "state", **more),
+        "evaluate": lambda **more: ReferenceMap(adata[:20].copy(), label="state", k=3).evaluate(
+            adata[20:].copy(), **more
+        ),
+    }
+    for name, do in ask.items():
+        try:
+            do()
+        except DataError as error:
+            assert "baselines=False" in str(error), name
+        assert do(baselines=False) is not None
