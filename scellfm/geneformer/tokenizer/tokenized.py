@@ -328,7 +328,7 @@ def data_files(folder: Path) -> list[Path]:
             f"{folder / 'state.json'} names no data files (_data_files); the data set is not whole, save it again"
         )
     for name in names:
-        if not name or Path(name).name != name or "\\" in name or "\0" in name:
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
             raise DataError(f"{folder / 'state.json'} names the file {name!r}, which is none of this folder; not read")
     if state.get("_indices_data_files"):
         raise DataError(f"{folder} has an index of rows beside its data; save it again with datasets (flatten_indices)")
