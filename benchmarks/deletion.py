@@ -7,19 +7,10 @@ Both sides make the same edits in batches of the same size, in turns, in one pro
 ratio, the peak memory of each side in a process of its own, and the largest difference of the shifts.
 overexpression.py is the same with --kind overexpress."""
 
-import os
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"
-os.environ["SCELLFM_PROGRESS"] = "0"
-
 import argparse
-import json
-import subprocess
 import sys
-import time
-from pathlib import Path
 
+import harness  # first: it sets the number of threads
 import numpy as np
 import pandas as pd
 import torch
@@ -70,67 +61,37 @@ def masked_lm(gf: Geneformer, cells: TokenizedCells, kind: str) -> np.ndarray:
 SIDES = {"scellfm": ours, "BertForMaskedLM": masked_lm}
 
 
-def peak_memory() -> float:
-    "Peak memory of this process so far, MB (of this program alone: ru_maxrss would include its parent's)."
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
-def memory(side: str, args) -> float:
-    "MB by which the peak memory of one side grows while it runs, in a process of its own."
-    command = [
-        sys.executable,
-        __file__,
-        "--side",
-        side,
-        "--kind",
-        args.kind,
-        "--cells",
-        str(args.cells),
-        "--genes",
-        str(args.genes),
-    ]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["mb"]
-
-
-def main(kind: str = "delete"):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(kind: str = "delete") -> int:
+    parser = harness.parser(__doc__, quick="100 genes, 3 pairs")
     parser.add_argument("--kind", choices=("delete", "overexpress"), default=kind)
     parser.add_argument("--cells", type=int, default=1)
     parser.add_argument("--genes", type=int, default=300)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="100 genes, 3 pairs")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
         args.genes, args.pairs = 100, 3
     gf, cells = problem(args)
     if args.side:
-        before = peak_memory()
-        SIDES[args.side](gf, cells, args.kind)
-        print(json.dumps({"mb": peak_memory() - before}))
-        return
+        return harness.print_growth(lambda: SIDES[args.side](gf, cells, args.kind))
     small = cells[:1]
     for side in SIDES.values():  # warm up
         side(gf, TokenizedCells(small.tokens[:20], np.array([0, 20]), small.obs, small.cell_index), args.kind)
-    seconds, results = {name: [] for name in SIDES}, {}
-    for _ in range(args.pairs):
-        for name, side in SIDES.items():
-            start = time.perf_counter()
-            results[name] = side(gf, cells, args.kind)
-            seconds[name].append(time.perf_counter() - start)
-    ratio = np.median(np.array(seconds["BertForMaskedLM"]) / np.array(seconds["scellfm"]))
-    difference = np.abs(results["scellfm"] - results["BertForMaskedLM"]).max()
-    for name, times in seconds.items():
-        rate = len(results[name]) / np.median(times)
-        print(f"{name:16s} {np.median(times):8.2f} s  {rate:8.1f} edits/s  peak memory +{memory(name, args):,.0f} MB")
+    sides = {name: lambda side=side: side(gf, cells, args.kind) for name, side in SIDES.items()}
+    pairs, size = harness.Pairs(sides, args.pairs), ("--cells", args.cells, "--genes", args.genes)
+    for name, found in pairs.results.items():
+        memory = harness.growth_of(__file__, "--side", name, "--kind", args.kind, *size)
+        rate = len(found) / pairs.median(name)
+        print(f"{name:16s} {pairs.median(name):8.2f} s  {rate:8.1f} edits/s  peak memory +{memory:,.0f} MB")
+    ours, theirs = (pairs.results[name] for name in SIDES)
     print(
-        f"ratio {ratio:.2f} (floor {FLOOR}), median of {args.pairs} pairs; {args.kind}, "
-        f"{args.cells} cells of {args.genes} genes; "
-        f"shifts up to {np.abs(results['scellfm']).max():.1e}, largest difference {difference:.1e} (limit 1e-5)"
+        f"{args.kind}, {args.cells} cells of {args.genes} genes, median of {args.pairs} pairs; "
+        f"shifts up to {np.abs(ours).max():.1e}"
     )
-    sys.exit(0 if ratio >= FLOOR and difference <= 1e-5 else 1)
+    return harness.verdict(
+        ("ratio", pairs.ratio("scellfm", "BertForMaskedLM"), "floor", FLOOR),
+        ("largest difference of the shifts", np.abs(ours - theirs).max(), "ceiling", 1e-5),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

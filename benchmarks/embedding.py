@@ -9,20 +9,11 @@ memory of each
 side in a process of its own, and the largest difference of the embeddings.
 """
 
-import os
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"
-os.environ["SCELLFM_PROGRESS"] = "0"
-
 import argparse
 import copy
-import json
-import subprocess
 import sys
-import time
-from pathlib import Path
 
+import harness  # first: it sets the number of threads
 import numpy as np
 import pandas as pd
 import torch
@@ -73,54 +64,31 @@ def random_batches(gf: Geneformer, cells: TokenizedCells) -> np.ndarray:
 SIDES = {"scellfm": ours, "random batches": random_batches}
 
 
-def peak_memory() -> float:
-    "Peak memory of this process so far, MB (of this program alone: ru_maxrss would include its parent's)."
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
-def memory(side: str, args) -> float:
-    "MB by which the peak memory of one side grows while it runs, in a process of its own."
-    command = [sys.executable, __file__, "--side", side, "--cells", str(args.cells), "--scale", str(args.scale)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["mb"]
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = harness.parser(__doc__, quick="64 cells of a quarter of the length, 3 pairs")
     parser.add_argument("--cells", type=int, default=128)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the lengths")
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="64 cells of a quarter of the length, 3 pairs")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
         args.cells, args.scale, args.pairs = 64, 0.25, 3
     gf, cells = problem(args)
     if args.side:
-        before = peak_memory()
-        SIDES[args.side](gf, cells)
-        print(json.dumps({"mb": peak_memory() - before}))
-        return
+        return harness.print_growth(lambda: SIDES[args.side](gf, cells))
     for side in SIDES.values():  # warm up
         side(gf, cells[:2])
-    seconds, results = {name: [] for name in SIDES}, {}
-    for _ in range(args.pairs):
-        for name, side in SIDES.items():
-            start = time.perf_counter()
-            results[name] = side(gf, cells)
-            seconds[name].append(time.perf_counter() - start)
-    ratio = np.median(np.array(seconds["random batches"]) / np.array(seconds["scellfm"]))
-    difference = np.abs(results["scellfm"] - results["random batches"]).max()
-    for name, times in seconds.items():
-        rate = len(cells) / np.median(times)
-        print(f"{name:16s} {np.median(times):8.2f} s  {rate:8.1f} cells/s  peak memory +{memory(name, args):,.0f} MB")
-    print(
-        f"ratio {ratio:.2f} (floor {FLOOR}), median of {args.pairs} pairs; {args.cells} cells, mean length "
-        f"{cells.lengths.mean():.0f}; "
-        f"largest difference of the embeddings {difference:.1e} (limit 1e-5)"
+    pairs = harness.Pairs({name: lambda side=side: side(gf, cells) for name, side in SIDES.items()}, args.pairs)
+    for name in SIDES:
+        memory = harness.growth_of(__file__, "--side", name, "--cells", args.cells, "--scale", args.scale)
+        rate = len(cells) / pairs.median(name)
+        print(f"{name:16s} {pairs.median(name):8.2f} s  {rate:8.1f} cells/s  peak memory +{memory:,.0f} MB")
+    print(f"{args.cells} cells, mean length {cells.lengths.mean():.0f}, median of {args.pairs} pairs")
+    difference = np.abs(pairs.results["scellfm"] - pairs.results["random batches"]).max()
+    return harness.verdict(
+        ("ratio", pairs.ratio("scellfm", "random batches"), "floor", FLOOR),
+        ("largest difference of the embeddings", difference, "ceiling", 1e-5),
     )
-    sys.exit(0 if ratio >= FLOOR and difference <= 1e-5 else 1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

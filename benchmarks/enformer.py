@@ -10,19 +10,15 @@ seconds are those of the processor, which other programs do not lengthen. `--gpu
 windows per second in float32, TF32 and bfloat16 on a CUDA card.
 """
 
-import os
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"
-os.environ["SCELLFM_PROGRESS"] = "0"
-
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import harness  # first: it sets the number of threads
 import numpy as np
 import torch
 
@@ -79,12 +75,6 @@ def theirs(enformer: Enformer, codes) -> np.ndarray:
 SIDES = {"scellfm": ours, "enformer-pytorch": theirs}
 
 
-def peak_memory() -> float:
-    "Peak memory of this process so far, MB (of this program alone: ru_maxrss would include its parent's)."
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
 def one_side(args) -> None:
     "One run of one side in this process: seconds, peak memory, and its output in a file."
     torch.set_num_threads(1)
@@ -96,7 +86,7 @@ def one_side(args) -> None:
     output = SIDES[args.side](enformer, codes)
     seconds = time.process_time() - start
     np.save(args.out, output)
-    print(json.dumps({"seconds": seconds, "mb": peak_memory()}))
+    print(json.dumps({"seconds": seconds, "mb": harness.peak_memory()}))
 
 
 def run(args, side: str, length: int, dtype: str = "float32") -> tuple[dict, np.ndarray]:
@@ -147,12 +137,10 @@ def gpu(args) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, quick="a quarter of the window, 3 pairs")
     parser.add_argument("--length", type=int, default=196_608)
-    parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--true-size", action="store_true")
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="a quarter of the window, 3 pairs")
     parser.add_argument("--folder", default=os.environ.get("TMPDIR", "."))
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
@@ -184,12 +172,12 @@ def main():
         print(f"bfloat16 against float32: correlation {correlation:.5f}, difference {apart(rounded, output):.1e}")
         memory = max(full["mb"], half["mb"])
     ratio = np.median(ratios)
-    print(
-        f"ratio {ratio:.2f} (floor 1), {len(ratios)} pairs; difference {difference:.1e} (limit {NEAR:.0e}); peak"
-        f" {memory:,.0f} MB (limit {MEMORY:,})"
+    return harness.verdict(
+        (f"ratio over {len(ratios)} pairs", ratio, "floor", 1),
+        ("difference", difference, "ceiling", NEAR),
+        ("peak memory in MB", memory, "ceiling", MEMORY),
     )
-    sys.exit(0 if ratio >= 1 and difference <= NEAR and memory <= MEMORY else 1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,10 +9,10 @@ correlation of the estimates with the exact shifts (median over cells). Random w
 positions have nothing in common."""
 
 import sys
-import time
 
+import harness  # first: it sets the number of threads
 import torch
-from deletion import argparse, np, perturb, problem
+from deletion import np, perturb, problem
 
 from scellfm.geneformer.embedding import embed_cells
 from scellfm.geneformer.perturbation.edits import make_edits
@@ -24,12 +24,10 @@ FLOOR = (
 ASKED = dict(state="state", start="ill", goal="well")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = harness.parser(__doc__, pairs=3, quick="4 cells of 100 genes, 1 pair")
     parser.add_argument("--cells", type=int, default=6)
     parser.add_argument("--genes", type=int, default=300)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="4 cells of 100 genes, 1 pair")
     args = parser.parse_args()
     if args.quick:
         args.cells, args.genes, args.pairs = 4, 100, 1
@@ -40,38 +38,34 @@ def main():
         pool = np.arange(args.genes * 3 // 2) + 2 + (i % 2) * args.genes * 3 // 4
         cells.tokens[i * args.genes : (i + 1) * args.genes] = random.permutation(pool)[: args.genes]
     cells.obs["state"] = ["ill", "well"] * (args.cells // 2)
-    seconds, results = {"exact": [], "estimates": [], "gradient screen": []}, {}
-    settings = {"exact": {}, "gradient screen": dict(gradient={"top": 20, "check_cells": 2})}
-    for _ in range(args.pairs):
-        for name in settings:
-            start = time.perf_counter()
-            results[name] = perturb(gf, cells, **ASKED, **settings[name])
-            seconds[name].append(time.perf_counter() - start)
-        seconds["estimates"].append(estimate_alone(gf, cells))
-    middle = {name: np.median(times) for name, times in seconds.items()}
+    sides = {
+        "exact": lambda: perturb(gf, cells, **ASKED),
+        "gradient screen": lambda: perturb(gf, cells, **ASKED, gradient={"top": 20, "check_cells": 2}),
+        "estimates": lambda: estimate_alone(gf, cells),
+    }
+    pairs = harness.Pairs(sides, args.pairs)
+    results = pairs.results
     exact, estimated = results["exact"].shifts, results["gradient screen"].shifts
     within = [
         np.corrcoef(exact["shift"][rows], estimated["estimate"][rows])[0, 1]
         for rows in exact.groupby("cell").indices.values()
     ]
-    for name, value in middle.items():
-        print(f"{name:16s} {value:8.2f} s  {middle['exact'] / value:6.1f} times as fast as exact")
+    for name in sides:
+        print(f"{name:16s} {pairs.median(name):8.2f} s  {pairs.ratio(name, 'exact'):6.1f} times as fast as exact")
     print(
         f"{len(exact):,} deletions in {args.cells // 2} cells of {args.genes} genes; correlation of estimate and exact "
-        f"{np.median(within):.3f}; estimates alone: floor {floor:.1f} times"
+        f"{np.median(within):.3f}"
     )
-    sys.exit(0 if middle["exact"] / middle["estimates"] >= floor else 1)
+    return harness.verdict(("ratio of the estimates alone", pairs.ratio("estimates", "exact"), "floor", floor))
 
 
-def estimate_alone(gf, cells) -> float:
-    "Seconds to estimate all deletions of the cells of the start state."
-    start = time.perf_counter()
+def estimate_alone(gf, cells) -> None:
+    "Estimate all deletions of the cells of the start state."
     ill = gf.readable(cells[np.arange(0, len(cells), 2)])
     goal = torch.from_numpy(embed_cells(gf, cells[np.arange(1, len(cells), 2)], gf.n_layers - 1, "cell").mean(0))[None]
     edits = make_edits(ill, "delete", None, None, False, gf.max_length)
     estimate_block(gf, ill, edits, gf.n_layers - 1, "cell", goal, 16384)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

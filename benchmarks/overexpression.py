@@ -3,7 +3,9 @@
 python benchmarks/overexpression.py [--cells 1] [--genes 300] [--pairs 5] [--quick]
 """
 
+import sys
+
 from deletion import main
 
 if __name__ == "__main__":
-    main("overexpress")
+    sys.exit(main("overexpress"))

@@ -6,18 +6,10 @@ Both sides encode the same synthetic counts (about 9 % of the genes of a cell ar
 turns, in one process. Printed: median seconds, the ratio, the peak memory of each side in a process of its own, and
 the largest difference of the tokens (0 = identical)."""
 
-import os
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ[name] = "1"
-
 import argparse
-import json
-import subprocess
 import sys
-import time
-from pathlib import Path
 
+import harness  # first: it sets the number of threads
 import numpy as np
 from scipy import sparse
 
@@ -65,64 +57,38 @@ def problem(args) -> tuple:
     return synthetic_counts(args.cells, args.genes), synthetic_medians(args.genes), np.arange(args.genes) + 2, 2048
 
 
-def peak(reset: bool = False) -> float:
-    "Peak memory of this process so far, MB (Linux); `reset` starts a new count."
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
-def memory(side: str, args) -> float:
-    "MB by which the peak memory of one side grows while it runs, in a process of its own."
-    command = [sys.executable, __file__, "--side", side, "--cells", str(args.cells), "--genes", str(args.genes)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["mb"]
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = harness.parser(__doc__, quick="500 cells, 3 pairs")
     parser.add_argument("--cells", type=int, default=4000)
     parser.add_argument("--genes", type=int, default=20_000)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="500 cells, 3 pairs")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
         args.cells, args.pairs = 500, 3
-    given = problem(args)
+    x, *rest = problem(args)
+    for side in SIDES if args.side is None else [args.side]:  # loads the compiled loops
+        SIDES[side](x[:10], *rest)
     if args.side:
-        SIDES[args.side](given[0][:10], *given[1:])
-        before = peak(reset=True)
-        SIDES[args.side](*given)
-        print(json.dumps({"mb": peak() - before}))
-        return
-    seconds, cpu, results = {side: [] for side in SIDES}, {side: [] for side in SIDES}, {}
-    for side in SIDES:
-        SIDES[side](given[0][:10], *given[1:])
-    for _ in range(args.pairs):
-        for side, run in SIDES.items():
-            wall, busy = time.perf_counter(), time.process_time()
-            results[side] = run(*given)
-            seconds[side].append(time.perf_counter() - wall)
-            cpu[side].append(time.process_time() - busy)
-    x = given[0]
+        return harness.print_growth(lambda: SIDES[args.side](x, *rest))
+    pairs = harness.Pairs({name: lambda side=side: side(x, *rest) for name, side in SIDES.items()}, args.pairs)
     print(
         f"{x.shape[0]:,} cells x {x.shape[1]:,} genes, {x.nnz / x.shape[0]:,.0f} genes per cell, one thread, "
         f"median of {args.pairs} pairs"
     )
     for side in SIDES:
-        wall, busy = np.median(seconds[side]), np.median(cpu[side])
+        wall, busy = pairs.median(side), pairs.median(side, "cpu")
+        memory = harness.growth_of(__file__, "--side", side, "--cells", args.cells, "--genes", args.genes)
         print(
             f"{side:14s} {wall:7.3f} s wall, {busy:7.3f} s CPU, {x.shape[0] / busy:8,.0f} cells per CPU s, "
-            f"peak memory above its input {memory(side, args):5.0f} MB"
+            f"peak memory above its input {memory:5.0f} MB"
         )
-    print(
-        f"ratio {np.median(np.array(seconds['argsort loop']) / seconds['scellfm']):.1f}x wall, "
-        f"{np.median(np.array(cpu['argsort loop']) / cpu['scellfm']):.1f}x CPU (floor 5x)"
+    a, b = (pairs.results[side].astype(np.int64) for side in SIDES)
+    return harness.verdict(
+        ("ratio on the wall", pairs.ratio("scellfm", "argsort loop"), "floor", 5),
+        ("ratio of CPU", pairs.ratio("scellfm", "argsort loop", "cpu"), "floor", 5),
+        ("largest difference of tokens", np.abs(a - b).max() if a.shape == b.shape else np.inf, "ceiling", 0),
     )
-    a, b = (results[side].astype(np.int64) for side in SIDES)
-    print(f"largest difference of tokens: {np.abs(a - b).max() if a.shape == b.shape else 'another number of tokens'}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

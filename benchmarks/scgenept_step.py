@@ -3,9 +3,9 @@
     python benchmarks/scgenept_step.py [--repeats 3] [--genes 1536] [--batch 2]
 
 512 dimensions, 8 heads, 12 layers, 1,536 genes, 2 cells, dropout 0.2, forward and backward. The ways take turns in
-processes of their own;
-printed are medians of processor seconds, ratios, and the peak of memory above import. Promises: 1.2 times as fast with half the peak, and
-twice as fast with dropout of attention weights off, which is the user's choice."""
+processes of their own; printed are medians of processor seconds, their ratios, and the peak of memory above import.
+Promises: 1.2 times as fast with half the peak, and twice as fast with dropout of attention weights off, which is the
+user's choice."""
 
 import os
 

@@ -7,14 +7,12 @@ Time is the processor's, which on an idle machine is the clock's (one thread).
     python benchmarks/scgpt_embedding.py [--quick]
 """
 
-import argparse
-import resource
 import statistics
 import sys
-import time
 import warnings
 
 import anndata
+import harness
 import numpy as np
 import torch
 from scipy import sparse
@@ -59,17 +57,8 @@ def reference(gpt: ScGPT, encoder: nn.TransformerEncoder, batches: list) -> np.n
     return torch.cat(vectors).numpy()
 
 
-def seconds(function) -> tuple[float, np.ndarray]:
-    "Processor time and result."
-    start = time.process_time()
-    result = function()
-    return time.process_time() - start, result
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one pair instead of five")
-    quick = parser.parse_args().quick
+    options = harness.parser(__doc__, quick="one pair instead of five").parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     adata = simulated_cells()
@@ -80,13 +69,13 @@ def main() -> int:
     batches = [cells.batch(range(i, min(i + BATCH, len(cells))), vocabulary.pad) for i in range(0, len(cells), BATCH)]
     ours, theirs, peak = [], [], None
     encoder = None
-    for pair in range(1 if quick else 5):
-        spent, vectors = seconds(lambda: gpt.embed(adata, max_length=MAX_LENGTH, copy=True).obsm["X_scGPT"])
+    for pair in range(1 if options.quick else options.pairs):
+        _, spent, vectors = harness.timed(lambda: gpt.embed(adata, max_length=MAX_LENGTH, copy=True).obsm["X_scGPT"])
         ours.append(spent)
         if peak is None:  # before the reference has run
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            peak = harness.peak_memory() / 1024
             encoder = torch_encoder(gpt)
-        spent, expected = seconds(lambda: reference(gpt, encoder, batches))
+        _, spent, expected = harness.timed(lambda: reference(gpt, encoder, batches))
         theirs.append(spent)
         print(
             f"pair {pair + 1}: scellfm {ours[-1]:.1f} s, torch {theirs[-1]:.1f} s, ratio {theirs[-1] / ours[-1]:.2f}",
@@ -94,11 +83,12 @@ def main() -> int:
         )
     cosine = float((vectors * expected).sum(1).min())
     ratio = statistics.median(b / a for a, b in zip(ours, theirs))
-    print(
-        f"scGPT embedding: {ratio:.2f}x torch's fast path (floor 2x), {min(ours) / N_CELLS:.2f} s per cell; "
-        f"least cosine {cosine:.7f} (floor 0.99999); peak memory {peak:.2f} GB (ceiling 3 GB)"
+    print(f"{min(ours) / N_CELLS:.2f} s per cell")
+    return harness.verdict(
+        ("ratio to torch's fast path", ratio, "floor", 2),
+        ("least cosine", cosine, "floor", 0.99999),
+        ("peak memory in GB", peak, "ceiling", 3),
     )
-    return int(not (ratio >= 2 and cosine > 0.99999 and peak < 3))
 
 
 if __name__ == "__main__":

@@ -9,12 +9,6 @@ with a stable double precision argsort and yields it to Dataset.from_generator, 
 lists ("lists", the usual form) or numpy arrays ("arrays", which datasets takes in twice as fast). Memory is the
 growth of the peak over the imports in a process of its own, for the whole file and for half of it."""
 
-import os
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "ARROW_NUM_THREADS"):
-    os.environ[name] = "1"
-os.environ["SCELLFM_PROGRESS"] = "0"
-
 import argparse
 import json
 import shutil
@@ -24,18 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import harness  # first: it sets the number of threads
 import numpy as np
 
 FLOOR, CEILING = 8.0, 400  # times as fast as the usual form; MB
 SIDES = ("scellfm", "from_generator, lists", "from_generator, arrays")
-
-
-def peak(reset: bool = False) -> float:
-    "Peak memory of this process so far, MB (Linux); `reset` starts a new count."
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def write_file(path: Path, n_cells: int, n_genes: int) -> None:
@@ -117,9 +104,9 @@ def child(task: str, path: Path, out: str) -> None:
     if task == "write":
         return write_file(path, *map(int, out.split("x")))
     load_all()
-    before = peak(reset=True)
+    before = harness.peak_memory(reset=True)
     run(task, path, Path(out))
-    print(peak() - before)
+    print(harness.peak_memory() - before)
 
 
 def start(task: str, path: Path, out) -> str:
@@ -143,11 +130,9 @@ def compare(ours: Path, theirs: Path) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, quick="4,000 cells, 1 pair")
     parser.add_argument("--cells", type=int, default=20_000)
     parser.add_argument("--genes", type=int, default=20_000)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="4,000 cells, 1 pair")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -189,8 +174,12 @@ def main():
         print(f"half the file: peak above import {half:.0f} MB (ceiling {CEILING} MB)")
         difference = compare(outs["scellfm"], outs[SIDES[1]])
         print(f"largest difference of tokens: {difference}")
-    sys.exit(0 if ratios[SIDES[1]][0] >= FLOOR and max(memory["scellfm"], half) < CEILING and difference == "0" else 1)
+    return harness.verdict(
+        (f"ratio to {SIDES[1]}", ratios[SIDES[1]][0], "floor", FLOOR),
+        ("peak above import in MB", max(memory["scellfm"], half), "ceiling", CEILING),
+        ("largest difference of tokens", float(difference) if difference.isdigit() else np.inf, "ceiling", 0),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['STATES', 'PRETRAIN_EPOCHS', 'COLUMNS', 'FILES', 'EXPLANATION', 'two_states', 'Demo', 'journey', 'figures',
-           'write_report', 'one_thread', 'run_demo']
+__all__ = ['PRETRAIN_EPOCHS', 'COLUMNS', 'FILES', 'EXPLANATION', 'Demo', 'run_demo']
 
 # %% ../nbs/demo.ipynb #d7200899
 STATES = {
@@ -127,7 +126,7 @@ def figures(model, classifier, screen, table: pd.DataFrame) -> dict[str, tuple]:
         ),
     }
 
-
+# %% ../nbs/demo.ipynb #45d6b232
 def write_report(folder: Path, adata: AnnData, model, classifier, screen, table: pd.DataFrame, report) -> None:
     "table.csv, the figures, report.html and report.json."
     from matplotlib import pyplot

@@ -153,12 +153,12 @@ ERRORS = {
     "symbols": (
         lambda g, c, s, d: g.embed(cells(genes=[f"SYM{i}" for i in range(40)])),
         DataError,
-        ["0 of 40", "'SYM0'", "symbols="],
+        ["0 of 40", "'SYM0'", "match={'symbols':"],
     ),
     "mouse": (
         lambda g, c, s, d: g.pretrain(cells(genes=[f"ENSMUSG{i:011d}" for i in range(40)])),
         DataError,
-        ["mouse (40)", "mapping="],
+        ["mouse (40)", "match={'orthologs':"],
     ),
     "two species": (
         lambda g, c, s, d: c.predict(cells(genes=[*GENES[:30], *[f"ENSMUSG{i:011d}" for i in range(10)]])),
@@ -222,12 +222,12 @@ ERRORS = {
     "no length": (
         lambda g, c, s, d: RankTokenizer.fit(cells(), max_length=0),
         OptionError,
-        ["max_length=0", "at least 1"],
+        ["max_length=0", "from 1 to"],
     ),
     "no room for a gene": (
         lambda g, c, s, d: RankTokenizer.fit(cells(), special=True, max_length=2),
         OptionError,
-        ["max_length=2", "at least 3"],
+        ["max_length=2", "from 3 to"],
     ),
     "nobody to hold out": (
         lambda g, c, s, d: g.finetune(cells(), label="type"),

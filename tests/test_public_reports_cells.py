@@ -10,7 +10,7 @@ from scipy import sparse
 
 from scellfm.core import DataError, OptionError, ScellfmWarning
 from scellfm.data import folds, hold_out
-from scellfm.data.splits import Split, cell_keys
+from scellfm.data.splits import Split, by_occurrence
 from scellfm.geneformer import RankTokenizer
 
 GENES = [f"ENSG{i:011d}" for i in range(30)]
@@ -28,7 +28,7 @@ def cells(n=120, names=None):
 
 
 def test_each_occurrence_of_a_name_is_a_cell_of_its_own():
-    assert list(cell_keys(["a", "b", "a", "a"])) == ["a", "b", "a\x1f1", "a\x1f2"]
+    assert list(by_occurrence(["a", "b", "a", "a"])) == ["a", "b", "a\x1f1", "a\x1f2"]
     from scellfm.crossfit.membership import TrainedOn, keys_of
 
     names = pd.Index(["a", "b", "a", "c"])

@@ -397,7 +397,7 @@ BAD = {
     ),
     "mouse": (lambda a: renamed(a, [f"ENSMUSG{i:011d}" for i in range(60)]), {}, DataError, "another species: mouse"),
     "zeros": (lambda a: anndata.AnnData(a.X * 0, obs=a.obs, var=a.var), {}, DataError, "X holds only zeros"),
-    "column": (lambda a: a, {"column": "symbol"}, DataError, "adata.var has no column 'symbol'"),
+    "column": (lambda a: a, {"gene_column": "symbol"}, DataError, "adata.var has no column 'symbol'"),
     "pool": (lambda a: a, {"pool": "avg"}, OptionError, "pool='avg' is not known"),
     "length": (lambda a: a, {"max_length": 1}, OptionError, "max_length=1: a cell is <cls> and at least one gene"),
     "overlong": (lambda a: a, {"overlong": "random"}, OptionError, "overlong='random' is not known"),

@@ -223,7 +223,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(gpt, kind, message):
 
 def test_a_folder_whose_parts_are_missing_is_refused(tmp_path):
     (tmp_path / "args.json").write_text('{"embsize": 8}')
-    with pytest.raises(AssetError, match="vocab.json does not exist"):
+    with pytest.raises(AssetError, match="vocab.json is missing"):
         ScGPT.from_pretrained(tmp_path)
     (tmp_path / "vocab.json").write_text('{"B2M": 0}')
     with pytest.raises(AssetError, match="no weights"):

@@ -301,8 +301,8 @@ def gaps(tree: ast.Module) -> list[str]:
 
 
 TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
-UNTYPED = 424  # public functions that lack a type or a docstring: this number only falls, to 0
-SHORT_CELLS = 0.69  # share of exported cells with at most 25 lines: this number only rises, to 0.9
+UNTYPED = 165  # public functions that lack a type or a docstring: this number only falls, to 0
+SHORT_CELLS = 0.79  # share of exported cells with at most 25 lines: this number only rises, to 0.9
 
 
 def test_functions_are_short():

@@ -34,7 +34,7 @@ def open_map(folder: Path, settings: dict, calibrate: bool):
         )
     return ReferenceMap.load(folder, **{name: value for name, value in new.items() if name == "search"})
 
-
+# %% ../../nbs/commands/references.ipynb #76e7e299
 def reference_map(ref: str, model, settings: dict, calibrate: bool, of: str | None):
     "The map of the reference: opened where it is saved, else made, and calibrated if asked for."
     from scellfm.scgpt import ReferenceMap

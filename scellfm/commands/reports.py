@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from scellfm.report import Report
 
 # %% auto #0
-__all__ = ['INPUTS', 'begin', 'add_picture', 'add_confusion', 'beside', 'judged_parts', 'add_classifier', 'why_untested',
-           'add_screen', 'add_map']
+__all__ = []
 
 # %% ../../nbs/commands/reports.ipynb #7ec68ff4
 INPUTS = ("cells", "model", "tokenizer", "classes", "ref", "query")
@@ -43,7 +42,7 @@ def add_picture(report: Report, axes, caption: str, heading: str = "") -> None:
     report.add_figure(axes, caption, heading)
     pyplot.close(axes.figure)
 
-
+# %% ../../nbs/commands/reports.ipynb #df27b799
 def add_confusion(report: Report, confusion: pd.DataFrame, caption: str) -> None:
     "Who is taken for whom: true classes in rows, what they were called in columns."
     from scellfm import plotting
@@ -56,12 +55,12 @@ def beside(scores) -> str:
     others = [method for method in scores.table.index[1:] if not is_aside(method)]
     return ", beside simple methods" if others else ""
 
-
+# %% ../../nbs/commands/reports.ipynb #24c9833a
 def judged_parts(classifier) -> dict:
     "The classifiers that have scores of their own: those of each label by its name, or the one under ''."
     return getattr(classifier, "tasks", None) or {"": classifier}
 
-
+# %% ../../nbs/commands/reports.ipynb #d2b0d2af
 def add_classifier(report: Report, classifier) -> None:
     "Scores, overfitting check, confusion (of each label) and losses of any classifier."
     for label, part in judged_parts(classifier).items():
@@ -97,7 +96,7 @@ def why_untested(table: pd.DataFrame) -> str:
     told = "; ".join(f"{group}: {reason}" if group else reason for group, reason in why)
     return f"Exploratory, without p-values: {told}. " if told else ""
 
-
+# %% ../../nbs/commands/reports.ipynb #02bfc819
 def add_screen(report: Report, screen, table: pd.DataFrame, rows: int = 50) -> None:
     "The pictures of a Screen and the first rows of its table, down to the genes that could not be perturbed."
     import numpy as np

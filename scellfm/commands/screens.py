@@ -8,7 +8,6 @@ __all__ = ['perturb']
 # %% ../../nbs/commands/screens.ipynb #e834f30d
 from scellfm.commands.inputs import (
     cells_from,
-    dictionaries_in,
     is_classifier,
     load_geneformer,
     output_folder,
@@ -30,7 +29,7 @@ def perturbed(model: str, cells, settings: dict):
     if is_classifier(model) and "subfolder" not in settings:
         from scellfm.geneformer import CellClassifier
 
-        where = dictionaries_in(settings_of(settings, CLASSIFIER))
+        where = settings_of(settings, CLASSIFIER)
         return CellClassifier.from_pretrained(model, **where).perturb(cells, **ask)
     return load_geneformer(model, **settings_of(settings, LOAD)).perturb(cells, **ask)
 

@@ -14,16 +14,16 @@ import numpy as np
 import pandas as pd
 
 from ..core import AssetError, DataError, keyed_seed, warn
-from ..data.splits import Folds, Split, check_leakage, column_of
+from ..data.splits import Folds, Split, by_occurrence, check_leakage, column_of
 
 if TYPE_CHECKING:
     from anndata import AnnData
     from scipy.sparse import csr_matrix
 
 # %% auto #0
-__all__ = ['NEW', 'TRAINED', 'TrainedOn', 'keys_of', 'by_occurrence', 'scrambled', 'row_sums', 'gene_columns', 'matrix_contents',
-           'count_contents', 'token_contents', 'cell_contents', 'record_file', 'save_membership', 'load_membership',
-           'warn_of_trained', 'check_cells', 'resolve_folds', 'by_name']
+__all__ = ['NEW', 'TRAINED', 'TrainedOn', 'keys_of', 'scrambled', 'row_sums', 'gene_columns', 'matrix_contents', 'count_contents',
+           'token_contents', 'cell_contents', 'record_file', 'save_membership', 'load_membership', 'warn_of_trained',
+           'check_cells', 'resolve_folds', 'by_name']
 
 # %% ../../nbs/crossfit/membership.ipynb #5e4d9396
 NEW, TRAINED = -1, -2  # no model was trained on the row; all models were
@@ -92,13 +92,6 @@ class TrainedOn:
 def keys_of(names: Sequence[str] | pd.Index | np.ndarray, kind: str = "cell") -> np.ndarray:
     "64-bit keys of the names of rows; a name that repeats is told apart by how often it came before."
     return np.array([keyed_seed(0, kind, name) for name in by_occurrence(names)], dtype=np.uint64)
-
-
-def by_occurrence(names: Sequence[str] | pd.Index | np.ndarray) -> np.ndarray:
-    "The names as text, the second and later rows of one name with their number behind it: no two are the same."
-    names = pd.Series(np.asarray(names, dtype=object)).astype(str)
-    number = names.groupby(names, sort=False).cumcount()
-    return np.where(number > 0, names + "\x1f" + number.astype(str), names).astype(object)
 
 # %% ../../nbs/crossfit/membership.ipynb #65d38f1d
 def scrambled(values: np.ndarray) -> np.ndarray:

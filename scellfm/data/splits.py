@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
@@ -136,6 +136,15 @@ def column_of(obs: pd.DataFrame, name: str, use: str) -> np.ndarray:
         )
     return values
 
+# %% ../../nbs/data/splits.ipynb #55e0f449
+def by_occurrence(names: Sequence[str] | pd.Index | np.ndarray) -> np.ndarray:
+    "The names as text, the second and later rows of one name with their number behind it: no two are the same."
+    import pandas as pd
+
+    names = pd.Series(np.asarray(names, dtype=object)).astype(str)
+    number = names.groupby(names, sort=False).cumcount()
+    return np.where(number > 0, names + "\x1f" + number.astype(str), names).astype(object)
+
 # %% ../../nbs/data/splits.ipynb #b0ed4b80
 def labels_of(obs: pd.DataFrame, stratify: str | None) -> np.ndarray:
     "The labels whose composition the parts shall share, as numbers 0..n_labels-1 in order of name, and the names."
@@ -167,15 +176,6 @@ def whole_numbers(wanted: np.ndarray, total: int) -> np.ndarray:
     sizes = np.floor(wanted).astype(np.int64)
     sizes[np.argsort(sizes - wanted, kind="stable")[: total - sizes.sum()]] += 1
     return sizes
-
-# %% ../../nbs/data/splits.ipynb #86e3f172
-def cell_keys(names: Iterable[str]) -> np.ndarray:
-    "One text for each cell, no two the same: its name, and behind it how many cells of this name came before (if any)."
-    import pandas as pd
-
-    names = pd.Series([str(name) for name in names], dtype=object)
-    before = names.groupby(names, sort=False).cumcount().to_numpy()
-    return np.array([f"{name}\x1f{n}" if n else name for name, n in zip(names, before)], dtype=object)
 
 # %% ../../nbs/data/splits.ipynb #2bb36e0c
 def deal_cells(names, labels: np.ndarray, codes: np.ndarray, fractions: np.ndarray, seed: int) -> np.ndarray:
@@ -272,7 +272,7 @@ def deal(adata, by: str | None, fractions: np.ndarray, stratify: str | None, see
     if by is not None:
         part, counts[by] = deal_by(obs, by, codes, fractions, seed)
     else:
-        part = deal_cells(cell_keys(obs.index), labels, codes, fractions, seed)
+        part = deal_cells(by_occurrence(obs.index), labels, codes, fractions, seed)
     counts["cells"] = np.bincount(part, minlength=len(fractions))
     for i, label in enumerate(labels if stratify is not None else ()):
         counts[str(label)] = np.bincount(part[codes == i], minlength=len(fractions))

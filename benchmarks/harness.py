@@ -1,0 +1,90 @@
+"""What the benchmarks share: one thread, sides in turns, medians of pairs, peak memory, a verdict with its exit code.
+
+A benchmark imports this first: numerical libraries read the number of threads when they are loaded.
+"""
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "ARROW_NUM_THREADS"):
+    os.environ[_name] = "1"
+os.environ["SCELLFM_PROGRESS"] = "0"
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def parser(description: str, *, pairs: int | None = 5, quick: str = "a small problem") -> argparse.ArgumentParser:
+    "A parser with the options that all benchmarks have: --pairs (where there are any) and --quick."
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if pairs is not None:
+        made.add_argument("--pairs", type=int, default=pairs, help="how often the sides take turns")
+    made.add_argument("--quick", action="store_true", help=quick)
+    return made
+
+
+def timed(function: Callable) -> tuple[float, float, object]:
+    "(seconds on the wall, seconds of this process's processors, what the function returned)."
+    wall, busy = time.perf_counter(), time.process_time()
+    result = function()
+    return time.perf_counter() - wall, time.process_time() - busy, result
+
+
+class Pairs:
+    "Seconds of sides that took turns: `wall` and `cpu` by side, one per pair; `results` are the last of each."
+
+    def __init__(self, sides: dict[str, Callable], n: int):
+        self.wall, self.cpu, self.results = ({side: [] for side in sides} for _ in range(3))
+        for _ in range(n):
+            for side, run in sides.items():
+                wall, busy, self.results[side] = timed(run)
+                self.wall[side].append(wall)
+                self.cpu[side].append(busy)
+
+    def median(self, side: str, clock: str = "wall") -> float:
+        "The median seconds of a side."
+        return statistics.median(getattr(self, clock)[side])
+
+    def ratio(self, ours: str, theirs: str, clock: str = "wall") -> float:
+        "How many times as fast `ours` is: the median over the pairs."
+        times = getattr(self, clock)
+        return statistics.median(b / a for a, b in zip(times[ours], times[theirs]))
+
+
+def peak_memory(reset: bool = False) -> float:
+    "Peak memory of this program so far, MB (ru_maxrss would include its parent's); `reset` begins a new count."
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def print_growth(function: Callable) -> None:
+    "Run a side and print by how many MB the peak memory grew: what a process of its own does for `growth_of`."
+    before = peak_memory(reset=True)
+    function()
+    print(json.dumps({"mb": peak_memory() - before}))
+
+
+def growth_of(script: str, *arguments: object) -> float:
+    "MB by which the peak memory of one side grows in a process of its own, that calls `print_growth`."
+    command = [sys.executable, script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])["mb"]
+
+
+def verdict(*checks: tuple[str, float, str, float], more: str = "") -> int:
+    "Print each check (name, value, 'floor' or 'ceiling', limit) and return the exit code: 1 where one is not met."
+    kept = [value >= limit if kind == "floor" else value <= limit for _, value, kind, limit in checks]
+    for (name, value, kind, limit), good in zip(checks, kept):
+        print(f"{name} {value:.3g} ({kind} {limit:g}){'' if good else ': NOT MET'}")
+    if more:
+        print(more)
+    return int(not all(kept))
