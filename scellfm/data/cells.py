@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['LEAK', 'BLOCK', 'Design', 'simulate_genes', 'simulate_obs', 'Rates', 'draw_rates', 'response', 'draw_counts',
-           'log_likelihood', 'activities', 'prior_log_odds', 'case_log_odds', 'ceiling', 'assemble', 'simulate_cells']
+__all__ = ['Design', 'simulate_cells']
 
 # %% ../../nbs/data/cells.ipynb #648f134f
 @dataclass(frozen=True)
@@ -253,7 +252,7 @@ def prior_log_odds(design: Design) -> float:
     with np.errstate(divide="ignore"):
         return float(np.log(design.case_fraction) - np.log1p(-design.case_fraction))
 
-
+# %% ../../nbs/data/cells.ipynb #0e1e6609
 def case_log_odds(design: Design, genes: pd.DataFrame, rates: Rates, counts, nodes: int = 64) -> np.ndarray:
     "Log odds of case against control given a cell's counts and all true rates, [cells]."
     from scipy.special import logsumexp

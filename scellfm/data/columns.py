@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['OLD_INDEX', 'is_records', 'words', 'index_column', 'column_names', 'texts_of', 'n_rows', 'row_names',
-           'old_categories', 'plain_texts', 'from_codes', 'read_column', 'read_table']
+__all__ = []
 
 # %% ../../nbs/data/columns.ipynb #bfb3ebee
 OLD_INDEX = ("index", "_index", "obs_names", "var_names")  # names of the rows' column in an array of records
@@ -31,7 +30,7 @@ def words(value) -> str:
     "A text from a file, whether it was stored as bytes or as text."
     return value.decode("utf8", "replace") if isinstance(value, bytes) else str(value)
 
-
+# %% ../../nbs/data/columns.ipynb #3f2d8ee1
 def index_column(table) -> str:
     "The column that holds the names of the rows; DataError if there is none."
     if is_records(table):
@@ -46,7 +45,7 @@ def index_column(table) -> str:
         )
     return found
 
-
+# %% ../../nbs/data/columns.ipynb #c097c898
 def column_names(table) -> list[str]:
     "The columns of a table, in order, without the names of its rows."
     index = index_column(table)
@@ -94,7 +93,7 @@ def plain_texts(values):
         )
     return values
 
-
+# %% ../../nbs/data/columns.ipynb #4dd606e4
 def from_codes(codes, categories, name: str, ordered: bool) -> pd.Categorical:
     "A column of categories; DataError where a code has no name."
     import pandas as pd
@@ -133,7 +132,7 @@ def read_column(table, name: str) -> pd.Series:
         )
     return pd.Series(values)
 
-
+# %% ../../nbs/data/columns.ipynb #7774271a
 def read_table(table) -> pd.DataFrame:
     "All columns of a table on disk, under the names of its rows."
     import pandas as pd

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['recover_counts', 'evidence', 'demo']
+__all__ = ['demo']
 
 # %% ../../nbs/data/demonstration.ipynb #09d0198a
 def recover_counts(logged: sparse.spmatrix) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['NUMBER', 'SPECIES', 'GENOME', 'STABLE_ID', 'RODENT_SYMBOL', 'VERSION', 'MONTH', 'EXCEL_DATE', 'ROUTES', 'plain_names',
-           'gene_ids', 'GeneTable', 'species_of', 'cased_id', 'plain_id', 'Lookup', 'GeneMatch', 'MatchOptions',
-           'match_options', 'match_genes']
+__all__ = ['NUMBER', 'plain_names', 'gene_ids', 'GeneTable', 'GeneMatch', 'MatchOptions', 'match_options', 'match_genes']
 
 # %% ../../nbs/data/genes.ipynb #a6e95ec3
 NUMBER = re.compile(r"^\d+(\.0*)?$")
@@ -226,7 +224,7 @@ def other_species(told: Counter, names: list[str], foreign: np.ndarray, vocabula
         f"Pass {table}{cased if set(told) == RODENT else ''}"
     )
 
-
+# %% ../../nbs/data/genes.ipynb #504aa11f
 def refuse_other_species(
     names: list[str], settled: np.ndarray, translated: np.ndarray, vocabulary: list[str]
 ) -> np.ndarray:
@@ -279,7 +277,7 @@ def refuse_unknown(names: list[str], report: dict, columns: list[str], vocabular
     if share < 0.5:
         warn(f"only {found}; dropped are e.g. {report['dropped'][:5]}. {describe_unknown(names, columns)}")
 
-
+# %% ../../nbs/data/genes.ipynb #2334c41c
 def warn_of_names(names: list[str]) -> None:
     "Warn of spreadsheet dates and of names in lower case."
     dates = [name for name in names if EXCEL_DATE.match(name)]

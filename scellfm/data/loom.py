@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['NAMES', 'loom_table', 'loom_matrix', 'loom_blocks', 'loom_tables', 'read_loom']
+__all__ = []
 
 # %% ../../nbs/data/loom.ipynb #ebe5f82c
 NAMES = {"row_attrs": ("Gene", "var_names"), "col_attrs": ("CellID", "obs_names")}

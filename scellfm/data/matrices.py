@@ -13,9 +13,7 @@ from scipy import sparse
 from ..core import DataError
 
 # %% auto #0
-__all__ = ['WINDOW', 'offsets_fault', 'indices_fault', 'damaged', 'sparse_fault', 'check_sparse', 'plain_numbers',
-           'canonical_csr', 'row_sums', 'stored_form', 'stored_offsets', 'stored_part', 'csr_rows', 'csc_windows',
-           'check_shape', 'slices']
+__all__ = []
 
 # %% ../../nbs/data/matrices.ipynb #22bc50d5
 def offsets_fault(indptr: np.ndarray, rows: int, entries: int, spare: bool = False) -> str | None:
@@ -65,7 +63,7 @@ def sparse_fault(matrix) -> str | None:
         return fault or indices_fault(matrix.indices, minor)
     return None
 
-
+# %% ../../nbs/data/matrices.ipynb #05d6f25d
 def check_sparse(matrix, where: str = "the matrix") -> None:
     "DataError unless every index of a scipy matrix lies inside it; dense matrices pass."
     fault = sparse_fault(matrix) if sparse.issparse(matrix) else None
@@ -82,7 +80,7 @@ def plain_numbers(values):
     kind = np.dtype({"b1": "u1", "f2": "f4"}.get(values.dtype.str[1:], values.dtype)).newbyteorder("=")
     return values if values.dtype == kind else values.astype(kind)
 
-
+# %% ../../nbs/data/matrices.ipynb #b52ea392
 def canonical_csr(block, copy: bool = True) -> sparse.csr_matrix:
     "A sorted, summed, zero-free `csr_matrix` of `block` (sparse, dense or dask), which stays as it is."
     if hasattr(block, "compute"):  # dask
@@ -162,7 +160,7 @@ def csr_rows(group, shape: tuple[int, int], rows: int, where: str) -> Iterator[t
         entries = stored_part(group, int(part[0]), int(part[-1]), shape[1], where)
         yield start, sparse.csr_matrix((*entries, part - part[0]), shape=(len(part) - 1, shape[1]))
 
-
+# %% ../../nbs/data/matrices.ipynb #9c5ac061
 def csc_windows(group, shape: tuple[int, int], where: str) -> Iterator[tuple[int, sparse.csr_matrix]]:
     "Read a CSC matrix on disk in row windows of at most WINDOW entries (or one row): (first row, CSR of the window)."
     n_rows, n_genes = shape
@@ -197,7 +195,7 @@ def check_shape(shape, expected, where: str) -> None:
             f"{expected[1]:,} genes",
         )
 
-
+# %% ../../nbs/data/matrices.ipynb #47e37357
 def slices(counts, rows: int, where: str = "the matrix", expected=None) -> Iterator[tuple[int, object]]:
     "Cut `counts`, however stored, into (start, block of at most `rows` rows); DataError where its indices are damaged."
     counts = getattr(counts, "group", counts)  # a matrix of a backed AnnData

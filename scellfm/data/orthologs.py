@@ -36,7 +36,7 @@ def read_pairs(path: str | Path) -> pd.DataFrame:
             raise DataError(f"{path} has one column ({list(table.columns)}); a table of orthologs has one per species")
     return table
 
-
+# %% ../../nbs/data/orthologs.ipynb #226e7fbe
 def as_table(orthologs: Orthologs) -> pd.DataFrame:
     "Orthologs in any form as a table of texts with a column for each species; DataError if it is none."
     import pandas as pd
@@ -59,7 +59,7 @@ def texts(values: Iterable) -> list[str]:
     "A column as texts; '' where a value is missing."
     return ["" if value is None or value != value else str(value).strip() for value in values]
 
-
+# %% ../../nbs/data/orthologs.ipynb #79f30636
 def ortholog_pairs(
     orthologs: Orthologs, namings: Sequence[list[str]], known: set[str], plain: Callable[[str], str]
 ) -> tuple[dict[str, set[str]], list[str]]:
@@ -90,7 +90,7 @@ def tell_lost(lost: dict, n: int, joined: int) -> None:
         f"(e.g. {lost['without']}) and {lost['n_several']:,} have several (e.g. {lost['several']}): they are left out"
     )
 
-
+# %% ../../nbs/data/orthologs.ipynb #8a7105da
 def translate(
     ids: list[str], naming: list[str], pairs: dict[str, set[str]], stay: list[bool], plain: Callable[[str], str]
 ) -> tuple[list[str], np.ndarray, dict]:

@@ -17,9 +17,7 @@ from pathlib import Path
 from ..core import DataError, ScellfmError, optional, user_path
 
 # %% auto #0
-__all__ = ['FILTERS', 'BELIEVED', 'SCANNED', 'HEAP', 'existing', 'unreadable', 'damage_named', 'check_filters', 'check_size',
-           'check_dataset', 'heap_ends', 'check_heaps', 'check_hdf5', 'open_hdf5', 'descriptions', 'described',
-           'codec_words', 'check_claims', 'refuse_pickled', 'open_store']
+__all__ = []
 
 # %% ../../nbs/data/paths.ipynb #6bc156a1
 def existing(path: str | Path) -> Path:
@@ -126,6 +124,8 @@ def check_dataset(dataset, path: Path) -> None:
 
 # %% ../../nbs/data/paths.ipynb #e620eea2
 SCANNED = 2**25  # bytes: files up to this size are searched for heaps
+
+
 HEAP = b"GCOL\x01\0\0\0"
 
 
@@ -140,7 +140,7 @@ def heap_ends(heap: bytes) -> bool:
         at += step
     return True
 
-
+# %% ../../nbs/data/paths.ipynb #d65b9615
 def check_heaps(path: Path) -> None:
     "DataError where a heap of an HDF5 file of moderate size has no end."
     if not 0 < path.stat().st_size <= SCANNED:
@@ -176,7 +176,7 @@ def check_hdf5(file, path: Path) -> None:
                 seen.add(place)
                 groups.append(found)
 
-
+# %% ../../nbs/data/paths.ipynb #921b93a2
 @contextmanager
 def open_hdf5(path: Path, checked: bool = False) -> Iterator:
     "An HDF5 file, open for reading and checked, if it was not before; DataError if it is damaged."
@@ -216,7 +216,7 @@ def described(file: Path):
             f"{file} is damaged and no description of a zarr array ({error}); copy the store again"
         ) from error
 
-
+# %% ../../nbs/data/paths.ipynb #01c9ea2a
 def codec_words(told, key: str = "") -> Iterator[str]:
     "All texts in the description of an array that may name a codec; attributes, the user's words, are passed over."
     if isinstance(told, dict):

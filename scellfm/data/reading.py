@@ -19,7 +19,7 @@ from ..core import DataError, OptionError, logger, optional, warn
 from .columns import n_rows, read_table
 from .genes import GeneTable
 from .loom import loom_tables, read_loom
-from .matrices import canonical_csr, check_sparse, slices
+from .matrices import canonical_csr, check_sparse, row_sums, slices
 from .paths import damage_named, existing, open_store
 from .tenx import hdf5_kind, read_folder, read_h5
 
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'counts_of', 'check_matrices', 'places', 'is_raw', 'var_key', 'expected_shape', 'matrix_key',
-           'open_counts', 'file_kind', 'genes_of', 'path_blocks', 'count_blocks', 'count_matrix', 'Fault',
-           'CountFaults', 'judge', 'remedy', 'warn_of_oddities', 'check_counts', 'parse', 'check_options', 'read']
+__all__ = ['genes_of', 'path_blocks', 'count_blocks', 'count_matrix', 'Fault', 'CountFaults', 'check_counts', 'check_options',
+           'read']
 
 # %% ../../nbs/data/reading.ipynb #ac72911d
 def counts_of(adata: AnnData, layer: str | None = None) -> Any:
@@ -162,7 +161,7 @@ def path_blocks(
         for start, block in slices(stored, rows, f"{path}: {key}", expected):
             yield start, canonical_csr(block, copy=False)
 
-
+# %% ../../nbs/data/reading.ipynb #f43b2397
 def count_blocks(
     adata_or_path: AnnData | str | Path,
     layer: str | None = None,  # None: X, "raw": adata.raw.X, else a layer
@@ -212,6 +211,35 @@ class Fault:
             self.gene, self.value = int(block.indices[at]), block.data[at].item()
         self.n += found.size
 
+# %% ../../nbs/data/reading.ipynb #1ba0e269
+@dataclass
+class Depth:
+    "How many of the cells counted so far are poor."
+
+    few_counts: int = 20  # below which a cell is poor in counts
+    few_genes: int = 10  # and in genes
+    n_cells: int = 0
+    n_few_counts: int = 0
+    n_few_genes: int = 0
+
+    def add(self, block: sparse.csr_matrix, totals: np.ndarray | None = None) -> None:
+        "Count the cells of one block; `totals` are their sums of counts."
+        self.n_cells += block.shape[0]
+        self.n_few_counts += int(((row_sums(block) if totals is None else totals) < self.few_counts).sum())
+        self.n_few_genes += int((np.diff(block.indptr) < self.few_genes).sum())
+
+    def warn(self) -> None:
+        "Warn where half of 100 cells or more are poor."
+        for n, least, what in (
+            (self.n_few_counts, self.few_counts, "counts"),
+            (self.n_few_genes, self.few_genes, "genes"),
+        ):
+            if self.n_cells >= 100 and n > self.n_cells / 2:
+                warn(
+                    f"{n:,} of {self.n_cells:,} cells have fewer than {least} {what}: the models were trained on cells "
+                    "with thousands of counts of all genes; check the filters"
+                )
+
 # %% ../../nbs/data/reading.ipynb #9a8f5db6
 @dataclass
 class CountFaults:
@@ -223,6 +251,7 @@ class CountFaults:
     inexact: Fault = field(default_factory=Fault)
     total: float = 0.0
     largest: float = 0.0
+    depth: Depth = field(default_factory=Depth)
 
     def add(self, start: int, block: sparse.csr_matrix) -> CountFaults:
         "Judge one block of `count_blocks`."
@@ -250,6 +279,7 @@ def judge(adata: AnnData, layer: str | None = None) -> CountFaults:
     faults = CountFaults()
     for start, block in count_blocks(adata, layer):
         faults.add(start, block)
+        faults.depth.add(block)
     return faults
 
 
@@ -262,23 +292,30 @@ def remedy(adata: AnnData, layer: str | None) -> str:
     return "No layer and no raw of this AnnData holds integers: go back to the file with the raw counts."
 
 # %% ../../nbs/data/reading.ipynb #1f0b7ccf
+def warn_of_scale(adata: AnnData, layer: str | None, largest: float) -> None:
+    "Warn of integers in X, up to `largest`, that may be rounded logarithms."
+    if layer is None and "log1p" in adata.uns:
+        warn("X holds integers, yet uns['log1p'] says that it was log-transformed; make sure that X holds raw counts")
+    if layer is not None or largest > 20:
+        return
+    others = ((name, judge(adata, name)) for name in places(adata))
+    larger = [(name, other.largest) for name, other in others if other.counts and other.largest > largest]
+    for name, found in larger[:1]:
+        warn(
+            f"X holds integers up to {largest:g} and layer={name!r} integers up to {found:g}: if X was transformed and "
+            f"rounded, pass layer={name!r}"
+        )
+
+# %% ../../nbs/data/reading.ipynb #121b7222
 def warn_of_oddities(adata: AnnData, layer: str | None, faults: CountFaults, inexact: str) -> None:
-    "Warn of counts that float32 cannot hold, of integers that may be rounded logarithms, and of repeated cell names."
+    "Warn of counts that float32 cannot hold, of what may be logarithms, of poor cells, and of repeated cell names."
     if faults.inexact.n:
         warn(
             f"{faults.inexact.n} counts above 2**24 are in float32, which cannot hold them exactly; the "
             f"first: {inexact}. Store them as float64 or int64"
         )
-    if layer is None and "log1p" in adata.uns:
-        warn("X holds integers, yet uns['log1p'] says that it was log-transformed; make sure that X holds raw counts")
-    if layer is None and faults.largest <= 20:
-        others = ((name, judge(adata, name)) for name in places(adata))
-        larger = [(name, other.largest) for name, other in others if other.counts and other.largest > faults.largest]
-        for name, largest in larger[:1]:
-            warn(
-                f"X holds integers up to {faults.largest:g} and layer={name!r} integers up to {largest:g}: if X was "
-                f"transformed and rounded, pass layer={name!r}"
-            )
+    warn_of_scale(adata, layer, faults.largest)
+    faults.depth.warn()
     if not adata.obs_names.is_unique:
         name = str(adata.obs_names[adata.obs_names.duplicated()][0])
         warn(f"cell names repeat, e.g. {name!r}, so they name no cell: call adata.obs_names_make_unique()")
@@ -328,7 +365,7 @@ def parse(path: Path, kind: str, backed: bool, prefix: str | None = None, genome
     return anndata.io.read_zarr(path)
 
 # %% ../../nbs/data/reading.ipynb #031dbb4b
-def check_options(path: Path, kind: str, backed: bool, prefix, genome) -> None:
+def check_options(path: Path, kind: str, backed: bool, prefix: str | None, genome: str | None) -> None:
     "OptionError or DataError where an argument of `read` does not go with the kind of file."
     if backed and kind != "h5ad":
         raise DataError(f"backed=True needs an h5ad file and {path} is {kind}; read it and write it as h5ad first")
@@ -336,7 +373,7 @@ def check_options(path: Path, kind: str, backed: bool, prefix, genome) -> None:
         if value is not None and kind != wanted:
             raise OptionError(f"{name}={value!r} is for files of the kind {wanted}, and {path} is {kind}; leave it out")
 
-
+# %% ../../nbs/data/reading.ipynb #337df2b3
 def read(path: str | Path, *, backed: bool = False, prefix: str | None = None, genome: str | None = None) -> AnnData:
     """Read cells from h5ad, 10x h5, a 10x mtx folder, loom or zarr; `backed=True` leaves the X of an h5ad on disk.
 

@@ -17,11 +17,10 @@ from ..core import DataError, OptionError, check_number, keyed_generator, keyed_
 
 if TYPE_CHECKING:
     import pandas as pd
+    from anndata import AnnData
 
 # %% auto #0
-__all__ = ['PARTS', 'LOOKS_MISSING', 'Split', 'Folds', 'check_split', 'known_labels', 'column_of', 'labels_of', 'check_fractions',
-           'whole_numbers', 'deal_cells', 'all_deals', 'greedy_deals', 'deal_groups', 'deal_by', 'deal', 'hold_out',
-           'folds', 'check_leakage']
+__all__ = ['PARTS', 'Split', 'Folds', 'check_split', 'hold_out', 'folds', 'check_leakage']
 
 # %% ../../nbs/data/splits.ipynb #8cd931d0
 PARTS = ("train", "valid", "test")
@@ -37,6 +36,17 @@ class Split:
     by: str | None  # the column whose groups stay whole; None: each cell for itself
     n: int
     table: pd.DataFrame | None = field(default=None, compare=False)  # cells, groups, labels in each part
+
+    def __post_init__(self):
+        "Positions are whole numbers of cells that there are: DataError."
+        for part in PARTS:
+            rows = np.asarray(getattr(self, part))
+            if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
+                raise DataError(f"{part} holds {rows.dtype} of shape {rows.shape}; a split holds positions of cells")
+            odd = rows[(rows < 0) | (rows >= self.n)]
+            if len(odd):
+                raise DataError(f"{part} names the cell {odd[0]} of {self.n:,} cells (0 to {self.n - 1:,})")
+            setattr(self, part, rows.astype(np.int64))
 
     def folds(self) -> list[Split]:
         "This split alone, as a list: what takes Folds takes a Split."
@@ -82,7 +92,7 @@ class Folds:
         return title + pd.DataFrame(rows).T.to_html()
 
 # %% ../../nbs/data/splits.ipynb #63d7a9fe
-def check_split(split, one: bool = False) -> None:
+def check_split(split: object, one: bool = False) -> None:
     "OptionError for what is neither a Split nor Folds; with `one`, Folds are refused too."
     if not isinstance(split, Split if one else (Split, Folds)):
         wanted = (
@@ -271,15 +281,15 @@ def deal(adata, by: str | None, fractions: np.ndarray, stratify: str | None, see
 # %% ../../nbs/data/splits.ipynb #aeeb0940
 @plain_arguments
 def hold_out(
-    adata,  # AnnData, tokenized cells, or a table of obs
+    adata: AnnData | pd.DataFrame,  # cells (tokenized ones too), or their table of obs
     by: str | None = None,  # the column whose groups stay whole; None: each cell for itself
-    fractions=(0.8, 0.1, 0.1),  # of train, valid and test; valid or test may be 0
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),  # of train, valid and test; valid or test may be 0
     stratify: str | None = None,  # the column whose composition the parts shall share
     seed: int = 0,  # seed of every random draw
 ) -> Split:
     """Deal cells into train, valid and test; the result depends on the seed and the names of cells or groups alone.
 
-    DataError: missing column or value, single class, fewer groups or cells of a label than parts, repeated names.
+    DataError: missing column or value, single class, fewer groups or cells of a label than parts.
     OptionError: fractions that do not sum to 1.
     """
     part, table = deal(adata, by, check_fractions(fractions), stratify, seed)
@@ -296,7 +306,7 @@ def hold_out(
 # %% ../../nbs/data/splits.ipynb #ae156ff9
 @plain_arguments
 def folds(
-    adata,  # AnnData, tokenized cells, or a table of obs
+    adata: AnnData | pd.DataFrame,  # cells (tokenized ones too), or their table of obs
     by: str | None = None,  # column of obs whose groups (donors) are never cut
     k: int = 5,  # folds
     stratify: str | None = None,  # column of obs whose composition the parts share
@@ -326,7 +336,7 @@ def folds(
     return Folds(splits, by)
 
 # %% ../../nbs/data/splits.ipynb #bcb7e515
-def check_leakage(split: Split | Folds, groups) -> None:
+def check_leakage(split: Split | Folds, groups: Sequence | np.ndarray | pd.Series) -> None:
     "DataError naming a group (or row) that is in two parts; `groups` [n]: the donor, study, ... of each row."
     import pandas as pd
 

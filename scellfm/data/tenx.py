@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['EXPRESSION', 'prefixes', 'part', 'lines', 'check_claims', 'gene_table', 'only_genes', 'read_sample', 'together',
-           'read_folder', 'hdf5_kind', 'texts', 'read_group', 'features', 'chosen_group', 'read_h5']
+__all__ = []
 
 # %% ../../nbs/data/tenx.ipynb #f8fbd458
 def prefixes(folder: Path) -> list[str]:
@@ -64,7 +63,7 @@ def check_claims(path: Path, genes: int, cells: int) -> None:
     if claimed[-1] > max(genes * cells, most):
         raise ValueError(f"{path.name} claims {claimed[-1]:,} entries and is too small for them")
 
-
+# %% ../../nbs/data/tenx.ipynb #06682327
 def gene_table(rows: list[list[str]]):
     "The table of genes, as scanpy makes it: symbols as names, gene_ids, feature_types; one column gives the names."
     import pandas as pd
@@ -124,7 +123,7 @@ def together(samples: dict[str, AnnData], folder: Path) -> AnnData:
     whole.obs["sample"] = whole.obs["sample"].astype("category")
     return whole
 
-
+# %% ../../nbs/data/tenx.ipynb #1649fee5
 def read_folder(folder: Path, prefix: str | None = None) -> AnnData:
     "A 10x folder: its only sample, that with `prefix`, or every one (prefix='all'); DataError where there are several."
     there = prefixes(folder)
@@ -176,7 +175,7 @@ def read_group(group, where: str) -> tuple[sparse.csr_matrix, np.ndarray]:
     check_sparse(matrix, where)
     return sparse.csr_matrix((matrix.data, matrix.indices, matrix.indptr), shape=matrix.shape), barcodes
 
-
+# %% ../../nbs/data/tenx.ipynb #fd49ff7b
 def features(group) -> dict:
     "The columns of the table of genes of a 10x h5 file, under scanpy's names."
     listed = group["features"] if "features" in group else group
@@ -205,7 +204,7 @@ def chosen_group(file, path: Path, genome: str | None) -> str:
         )
     return genome or groups[0]
 
-
+# %% ../../nbs/data/tenx.ipynb #b61217ca
 def read_h5(path: Path, genome: str | None = None) -> AnnData:
     "The cells of a 10x h5 file of any version; `genome` chooses where there are several."
     import anndata

@@ -14,7 +14,7 @@ import torch
 from scipy import sparse
 
 from ..core import DataError, OptionError, one_of
-from ..data.reading import CountFaults, count_blocks
+from ..data.reading import CountFaults, count_blocks, warn_of_scale
 from ..inference import Sequences
 from .binning import KeyedDraws, OriginalDraws, bin_values
 from .vocabulary import Vocabulary
@@ -132,6 +132,7 @@ def survey(data: AnnData | str, obs_names, genes, layer: str | None = None) -> t
     faults, totals = CountFaults(), np.zeros(len(genes))
     for start, block in count_blocks(data, layer):
         faults.add(start, block)
+        faults.depth.add(block)
         totals += np.asarray(block.sum(0, dtype=np.float64)).ravel()
     where = "X" if layer is None else f"layer {layer!r}"
     kinds = (
@@ -148,6 +149,10 @@ def survey(data: AnnData | str, obs_names, genes, layer: str | None = None) -> t
         raise DataError(
             f"{where} holds only zeros ({len(obs_names):,} cells x {len(genes):,} genes): there is nothing to read"
         )
+    if not faults.fraction.n:
+        faults.depth.warn()
+        if hasattr(data, "uns"):
+            warn_of_scale(data, layer, faults.largest)
     return totals, not faults.fraction.n
 
 # %% ../../nbs/scgpt/tokenizer.ipynb #65723997

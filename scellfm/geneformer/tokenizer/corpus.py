@@ -5,15 +5,15 @@
 # %% ../../../nbs/geneformer/tokenizer/corpus.ipynb #3f086859
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from ...core import DataError
-from .tokenized import read_stream, read_table
+from ...core import DataError, user_path
+from .tokenized import no_dataset, obs_of, read_origin, read_table
 from ...store.writers import is_leftover
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ def dataset_folders(paths) -> list[Path]:
     "The saved data sets that a path or a list of paths names: themselves, or those inside a folder, sorted by name."
     found = []
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        path = Path(path)
+        path = user_path(path)
+        if path.is_dir() and (path / "dataset_dict.json").exists():
+            raise DataError(no_dataset(path))  # its parts are for training and for tests
         children = path.iterdir() if path.is_dir() else []
         inside = sorted(p for p in children if (p / "state.json").exists() and not is_leftover(p))
         if not inside and not (path / "state.json").exists():
@@ -97,7 +99,7 @@ class CellNames:
         "The positions `rows` in the order of their names."
         return rows[np.argsort(self.place[rows], kind="stable")]
 
-
+# %% ../../../nbs/geneformer/tokenizer/corpus.ipynb #099f6419
 def runs(same: np.ndarray) -> np.ndarray:
     "For each place how many `True` end there in a row: [F T T F T] gives [0 1 2 0 1]."
     at = np.arange(len(same))
@@ -107,7 +109,7 @@ def runs(same: np.ndarray) -> np.ndarray:
 class Corpus:
     "The tokenized cells of saved data sets, left on disk. `corpus[3]` is one cell's token ids; `blocks` all of them."
 
-    def __init__(self, paths):
+    def __init__(self, paths: str | Path | Sequence[str | Path]):
         """`paths`: a data set, a folder of data sets, or a list of these. DataError where they are none or do not go
         together."""
         self.folders = dataset_folders(paths)
@@ -143,7 +145,7 @@ class Corpus:
             if name not in ("input_ids", "length", "counts")
             and all(name in table.column_names for table in self.tables)
         ]
-        parts = [table.select(shared).to_pandas() for table in self.tables]
+        parts = [obs_of(table, shared) for table in self.tables]
         return pd.concat(parts, ignore_index=True).set_axis(pd.Index(list(self.names), dtype=str))
 
     def __repr__(self) -> str:
@@ -152,8 +154,8 @@ class Corpus:
             f"{', '.join(folder.name for folder in self.folders[:3])}{', ...' * (len(self.folders) > 3)})"
         )
 
-
-def stretch(chunk) -> tuple[np.ndarray, np.ndarray]:
+# %% ../../../nbs/geneformer/tokenizer/corpus.ipynb #e823e060
+def stretch(chunk: pyarrow.ListArray) -> tuple[np.ndarray, np.ndarray]:
     "(tokens, offsets of the cells in them) of one batch of a list column, as views of the mapped file."
     if chunk.null_count or chunk.values.null_count:
         raise DataError("a data set holds cells without tokens (null) in input_ids; tokenize again")
@@ -166,8 +168,8 @@ def names_of_folders(folders: list[Path], tables: list) -> pyarrow.ChunkedArray:
 
     chunks = []
     for folder, table in zip(folders, tables):
-        if (folder / "cells.arrow").exists():
-            chunks += read_stream(folder / "cells.arrow")["name"].chunks
+        if (origin := read_origin(folder, len(table))) is not None:
+            chunks += origin["name"].chunks
         else:
             chunks.append(pa.array(np.arange(len(table)).astype(str).astype(object), pa.string()))
     return pa.chunked_array(chunks, pa.string())

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
-from ...core import AssetError, one_of
+from ...core import AssetError, one_of, user_path
 from ...store import atomic_write
 from ...store.layouts import MEDIANS, NAMES, TOKENS
 from ...store.records import check_record
 
 # %% auto #0
-__all__ = ['FILES', 'WRITTEN', 'Dictionaries', 'write_dictionaries', 'read_dictionaries']
+__all__ = ['FILES', 'WRITTEN', 'Dictionaries']
 
 # %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #fbd2b942
 FILES = {
@@ -48,8 +50,24 @@ class Dictionaries:
         return "<cls>" in self.tokens and "<eos>" in self.tokens
 
 # %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #4ceb8f09
+def check_kinds(content: Mapping | None, kind: type, what: str) -> None:
+    "AssetError unless a dictionary holds values of one kind (whole numbers, numbers or texts)."
+    if content is None:
+        return
+    if not isinstance(content, Mapping):
+        raise AssetError(f"the {what} are a {type(content).__name__} and not a dictionary; the file is damaged")
+    for gene, value in content.items():
+        if not isinstance(value, kind) or isinstance(value, bool):
+            words = {Integral: "a whole number", Real: "a number", str: "a text"}[kind]
+            raise AssetError(f"the {what} give {gene!r} the value {value!r:.50} and not {words}; the file is damaged")
+
+# %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #5ec893ce
 def check_dictionaries(found: Dictionaries) -> Dictionaries:
     "Return `found` with plain int and float values, or raise an AssetError that names what does not fit."
+    check_kinds(found.tokens, Integral, "tokens")
+    check_kinds(found.medians, Real, "medians")
+    check_kinds(found.mapping, str, "current ids")
+    check_kinds(found.gene_names, str, "ids of symbols")
     tokens = {str(gene): int(token) for gene, token in found.tokens.items()}
     if tokens.get("<pad>") != 0 or tokens.get("<mask>") != 1:
         raise AssetError(
@@ -63,6 +81,11 @@ def check_dictionaries(found: Dictionaries) -> Dictionaries:
     if len(set(tokens.values())) < len(tokens) or min(tokens.values()) < 0:
         raise AssetError(
             f"{len(tokens)} genes share {len(set(tokens.values()))} tokens, or one is negative; the file is damaged"
+        )
+    if max(tokens.values()) > 100 * len(tokens) + 2**16:
+        raise AssetError(
+            f"{len(tokens)} tokens have numbers up to {max(tokens.values()):,}, which a model would keep a row for; "
+            "the file is damaged"
         )
     genes = [gene for gene in tokens if not gene.startswith("<")]
     lacking = [gene for gene in genes if gene not in found.medians]
@@ -103,7 +126,7 @@ def dictionary_files(folder: Path, kind: str) -> dict[str, Path]:
             found[tail] = path
     return found
 
-
+# %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #294c3e1d
 def companion(folder: Path, kind: str, tail: str) -> Path | None:
     """The file of another kind that goes with the token dictionary that ends in `tail`: the same ending, else the
     only one."""
@@ -156,7 +179,7 @@ def read_dictionaries(folder: str | Path, version: str | None = None) -> Diction
     from scellfm.assets import read_dictionary
 
     one_of("version", version, (None, "V1", "V2"))
-    place, tail, tokens = choose_tokens(Path(folder), version)
+    place, tail, tokens = choose_tokens(user_path(folder, "folder"), version)
     paths = {kind: companion(place, kind, tail) for kind in ("medians", "mapping", "gene_names")}
     if paths["medians"] is None:
         raise AssetError(

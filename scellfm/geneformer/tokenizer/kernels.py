@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 # %% auto #0
-__all__ = ['rank_rows']
+__all__ = []
 
 # %% ../../../nbs/geneformer/tokenizer/kernels.ipynb #b002c308
 def compiled(function: Callable) -> Callable:

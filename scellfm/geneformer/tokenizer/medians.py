@@ -13,7 +13,7 @@ from scipy import sparse
 from ...core import DataError
 
 # %% auto #0
-__all__ = ['survey', 'exact_medians']
+__all__ = []
 
 # %% ../../../nbs/geneformer/tokenizer/medians.ipynb #292bd9a8
 BUDGET = 20_000_000  # values held in memory at once (16 bytes each)
@@ -87,7 +87,7 @@ def survey(blocks: Iterator, n_genes: int, budget: int) -> tuple[np.ndarray, int
             kept = kept if n.sum() <= budget else None
     return n, low, high, kept
 
-
+# %% ../../../nbs/geneformer/tokenizer/medians.ipynb #1daebbe0
 def exact_medians(read: Callable[[], Iterable], n_genes: int, budget: int = BUDGET) -> np.ndarray:
     """Exact median of each gene's values: float64 [n_genes], nan where a gene has none.
 

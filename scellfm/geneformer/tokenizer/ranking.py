@@ -53,7 +53,7 @@ def descending(values: np.ndarray) -> np.ndarray:
         order = order[np.argsort(-ordered, kind="stable")]
     return order
 
-
+# %% ../../../nbs/geneformer/tokenizer/ranking.ipynb #8ae6d9c2
 def rank_numpy(csr: sparse.csr_matrix, medians: np.ndarray, tokens: np.ndarray, limit: int) -> tuple:
     """Rank every row, at most `limit` tokens in each: (tokens, counts, length, genes detected, sum of known counts
     of each row)."""
@@ -84,7 +84,7 @@ def kernel():
         return None
     return rank_rows
 
-
+# %% ../../../nbs/geneformer/tokenizer/ranking.ipynb #d17bb746
 def rank_numba(csr: sparse.csr_matrix, medians: np.ndarray, tokens: np.ndarray, limit: int, keep: bool = True) -> tuple:
     "The same as `rank_numpy`, compiled; `keep` asks for the counts."
     data = csr.data if csr.dtype in (np.float32, np.float64) else csr.data.astype(np.float64)
@@ -113,7 +113,7 @@ def rank_numba(csr: sparse.csr_matrix, medians: np.ndarray, tokens: np.ndarray, 
     return out_tokens[:used], out_counts[:used], lengths, detected, sums
 
 # %% ../../../nbs/geneformer/tokenizer/ranking.ipynb #e449f612
-def frame(ranked: np.ndarray, lengths: np.ndarray, first, last) -> np.ndarray:
+def frame(ranked: np.ndarray, lengths: np.ndarray, first: float, last: float) -> np.ndarray:
     "The flat rows with the value `first` put before and `last` put behind every row."
     framed = np.empty(len(ranked) + 2 * len(lengths), ranked.dtype)
     stops = np.cumsum(lengths + 2)
@@ -122,7 +122,7 @@ def frame(ranked: np.ndarray, lengths: np.ndarray, first, last) -> np.ndarray:
     framed[stops - lengths - 2], framed[stops - 1], framed[gene] = first, last, ranked
     return framed
 
-
+# %% ../../../nbs/geneformer/tokenizer/ranking.ipynb #9cdc9e77
 def encode(
     csr: sparse.csr_matrix,  # cells x genes, one entry per cell and gene, in any order
     medians: np.ndarray,  # float64 [n_genes]: the typical level of each column's gene

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from ...core import DataError
+from ...core import DataError, warn
 from ...data.columns import column_names, read_column, read_table, row_names
 from ...data.genes import GeneTable
 from ...data.loom import loom_blocks, loom_tables
@@ -31,13 +31,14 @@ from scellfm.data.reading import (
     places,
     read,
     var_key,
+    warn_of_scale,
 )
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['CellSource', 'block_rows', 'from_loom', 'open_source', 'cell_files']
+__all__ = []
 
 # %% ../../../nbs/geneformer/tokenizer/sources.ipynb #d4e639ad
 @dataclass
@@ -54,6 +55,7 @@ class CellSource:
         [int], Iterator[tuple[int, sparse.csr_matrix]]
     ]  # (first row, canonical csr) of at most so many rows
     stored: str = "counts"  # where the matrix was found, for messages
+    warn_of_scale: Callable[[float], None] = lambda largest: None  # of integers that may be rounded logarithms
 
     def obs(self, column: str) -> pd.Series:
         "A column of obs; DataError with the nearest name if there is none."
@@ -68,7 +70,7 @@ class CellSource:
         "The genes of the matrix, for `data.genes`."
         return GeneTable(self.var)
 
-
+# %% ../../../nbs/geneformer/tokenizer/sources.ipynb #870fcd2c
 def block_rows(rows: int, n_genes: int, dense: bool) -> int:
     "Rows of a block: `rows` of a sparse matrix; of a dense one as many as hold 4 million values."
     return max(1, min(rows, 2**22 // max(n_genes, 1))) if dense else rows
@@ -86,6 +88,7 @@ def from_adata(adata: AnnData, layer: str | None = None) -> CellSource:
         column=lambda name: adata.obs[name],
         names=lambda start, stop: adata.obs_names[start:stop].to_numpy(),
         blocks=lambda rows: count_blocks(adata, layer, block_rows(rows, counts.shape[1], dense)),
+        warn_of_scale=lambda largest: warn_of_scale(adata, layer, largest),
         stored=f"{'X' if layer is None else repr(layer)} (this AnnData also has {places(adata) or 'no layers'})",
     )
 
@@ -97,6 +100,7 @@ def from_anndata_file(path: Path, layer: str | None) -> CellSource:
     with damage_named(path), open_store(path, checked=True) as file:
         var, columns = read_table(file[var_key(file, key)]), column_names(file["obs"])
         layers = list(file["layers"]) if "layers" in file else []
+        logged = key == "X" and "uns" in file and hasattr(file["uns"], "keys") and "log1p" in file["uns"]
 
     def column(name: str) -> pd.Series:
         with damage_named(path), open_store(path, checked=True) as file:
@@ -109,9 +113,12 @@ def from_anndata_file(path: Path, layer: str | None) -> CellSource:
     def blocks(rows: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
         return path_blocks(path, layer, block_rows(rows, n_genes, form == "dense"), checked=True)
 
-    return CellSource(
-        str(path), n_cells, var, columns, column, names, blocks, f"{key} (the file also has the layers {layers})"
-    )
+    def tell(largest: float) -> None:
+        if logged:
+            warn(f"{path}: X holds integers, yet uns['log1p'] says that it was log-transformed; are they raw counts?")
+
+    place = f"{key} (the file also has the layers {layers})"
+    return CellSource(str(path), n_cells, var, columns, column, names, blocks, place, tell)
 
 # %% ../../../nbs/geneformer/tokenizer/sources.ipynb #46f0044c
 def from_loom(path: Path, layer: str | None) -> CellSource:

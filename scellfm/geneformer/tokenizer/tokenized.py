@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ...core import DataError, optional
+from ...core import DataError, optional, user_path
+from ...data.columns import from_codes
 from ...store import atomic_write, fingerprint, sha256
 from ...store.layouts import DATASET
+from ...store.records import Absent, Maybe, read_record
 from ...store.writers import is_leftover
 
 if TYPE_CHECKING:
@@ -24,8 +27,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 # %% auto #0
-__all__ = ['gather_rows', 'report_rows', 'TokenizedCells', 'arrow_column', 'ragged_column', 'hugging_face_type', 'cells_table',
-           'DatasetWriter', 'read_stream', 'flat_column', 'read_table', 'read_dataset']
+__all__ = ['TokenizedCells']
 
 # %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #ecb65df4
 def gather_rows(offsets: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -103,7 +105,7 @@ class TokenizedCells:
     @classmethod
     def load(cls, path: str | Path) -> TokenizedCells:
         "Read a folder written by `save`, by `RankTokenizer.tokenize_files` or by the original Geneformer."
-        return read_dataset(Path(path))
+        return read_dataset(user_path(path))
 
     def to_dataset(self) -> datasets.Dataset:
         """The same cells as a Hugging Face Dataset in memory (columns input_ids, length, counts if kept, and those
@@ -122,18 +124,31 @@ class TokenizedCells:
         return f"<table><caption>{escape(repr(self))}</caption>{rows}</table>"
 
 # %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #ea239b34
-def arrow_column(values: pd.Series) -> pyarrow.Array:
-    "One obs column: bool, int64, float64, or string (categories included); a missing value is null."
+def arrow_type(values: pd.Series) -> pyarrow.DataType:
+    "The Arrow type of an obs column: bool, a number of its width (integers of 64 bits), or text (categories included)."
     import pyarrow as pa
 
-    kind = values.dtype.kind if isinstance(values.dtype, np.dtype) else "O"
-    types = {"b": pa.bool_(), "i": pa.int64(), "u": pa.int64(), "f": pa.float64()}
-    if kind in types:
-        return pa.array(values.to_numpy(), types[kind])
+    dtype = getattr(values.dtype, "numpy_dtype", values.dtype)  # nullable columns of pandas know theirs
+    if not isinstance(dtype, np.dtype) or dtype.kind not in "biuf":
+        return pa.string()
+    floats = {2: pa.float16(), 4: pa.float32(), 8: pa.float64()}
+    if dtype.kind == "f":
+        return floats.get(dtype.itemsize, pa.float64())
+    return pa.bool_() if dtype.kind == "b" else pa.uint64() if dtype == np.uint64 else pa.int64()
+
+
+def arrow_column(values: pd.Series) -> pyarrow.Array:
+    "One obs column; a missing value is null."
+    import pyarrow as pa
+
+    kind = arrow_type(values)
+    if kind != pa.string() and isinstance(values.dtype, np.dtype):
+        return pa.array(values.to_numpy().astype(values.dtype.newbyteorder("=")), kind)
     missing = values.isna().to_numpy()
-    return pa.array([None if gone else str(value) for value, gone in zip(values, missing)], pa.string())
+    plain = str if kind == pa.string() else lambda value: value
+    return pa.array([None if gone else plain(value) for value, gone in zip(values, missing)], kind)
 
-
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #4225e326
 def ragged_column(values: np.ndarray, offsets: np.ndarray) -> pyarrow.Array:
     "A list column over flat `values`, without a copy."
     import pyarrow as pa
@@ -149,10 +164,10 @@ def hugging_face_type(kind: pyarrow.DataType) -> dict:
 
     if pa.types.is_list(kind):
         return {"feature": hugging_face_type(kind.value_type), "_type": "Sequence"}
-    names = {pa.float64(): "float64", pa.float32(): "float32"}
+    names = {pa.float64(): "float64", pa.float32(): "float32", pa.float16(): "float16"}
     return {"dtype": names.get(kind, str(kind)), "_type": "Value"}
 
-
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #c903418c
 def cells_table(cells: TokenizedCells) -> pyarrow.Table:
     "Tokenized cells as an Arrow table with the description that `datasets` looks for."
     import pyarrow as pa
@@ -165,6 +180,29 @@ def cells_table(cells: TokenizedCells) -> pyarrow.Table:
     table = pa.table(columns)
     features = {name: hugging_face_type(table.schema.field(name).type) for name in columns}
     return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #e4ae5bc6
+def same_schema(table: pyarrow.Table, schema: pyarrow.Schema, file: str) -> pyarrow.Table:
+    "A table of the next cells with the types of the first; DataError where a value would become another."
+    import pyarrow as pa
+
+    try:
+        found = table.cast(schema)
+        changed = [
+            name
+            for name in table.column_names
+            if pa.types.is_floating(schema.field(name).type)
+            and found[name].type != table[name].type
+            and not found[name].cast(table[name].type).equals(table[name])
+        ]
+    except (pa.ArrowException, ValueError) as error:
+        changed = [str(error)]
+    if changed:
+        raise DataError(
+            f"the obs columns of {file} do not fit those before ({', '.join(changed)}); give each column one type in "
+            "all files"
+        )
+    return found
 
 # %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #ebcaee8f
 class DatasetWriter:
@@ -193,13 +231,7 @@ class DatasetWriter:
         table = cells_table(cells)
         if self.schema is None:
             self.schema = table.schema
-        try:
-            table = table.cast(self.schema)
-        except (pa.ArrowInvalid, ValueError) as error:
-            raise DataError(
-                f"the obs columns of {file or 'these cells'} do not fit those before ({error}); "
-                "give each column one type in all files"
-            ) from error
+        table = same_schema(table, self.schema, file or "these cells")
         if self.stream is None or self.filled > self.shard_bytes:
             self._next_shard()
         self.stream.write_table(table)
@@ -253,16 +285,20 @@ class DatasetWriter:
 
 # %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #0d2df6a5
 def read_stream(path: Path) -> pyarrow.Table:
-    "One Arrow stream file."
+    "One Arrow stream file, left on disk (mapped into memory), all of whose offsets and texts were checked."
     import pyarrow as pa
 
     try:
         with pa.memory_map(str(path)) as file:
-            return pa.ipc.open_stream(file).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
+            table = pa.ipc.open_stream(file).read_all()
+        table.validate(full=True)
+    except Exception as error:  # Arrow has many ways to fail on a damaged file
         raise DataError(
-            f"{path} cannot be read ({error}); it may be truncated: tokenize again or copy it again"
+            f"{path} cannot be read ({str(error)[:200]}); it may be truncated: tokenize again or copy it again"
         ) from error
+    if len(set(table.column_names)) < table.num_columns:
+        raise DataError(f"{path} names columns twice: {table.column_names[:5]}; the file is damaged, tokenize again")
+    return table
 
 
 def flat_column(column: pyarrow.ChunkedArray) -> np.ndarray:
@@ -270,14 +306,9 @@ def flat_column(column: pyarrow.ChunkedArray) -> np.ndarray:
     parts = [np.asarray(chunk.flatten()) for chunk in column.chunks]
     return np.concatenate(parts) if parts else np.empty(0, np.uint16)
 
-
-def read_table(folder: Path) -> pyarrow.Table:
-    """The columns of a Hugging Face data set folder with input_ids, left on disk (mapped into memory); DataError if
-    it is none."""
-    import pyarrow as pa
-
-    from scellfm.assets import read_dictionary
-
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #eb08c80e
+def data_files(folder: Path) -> list[Path]:
+    "The Arrow files of a saved data set; DataError where the folder is none, or names files of other folders."
     if folder.is_file():
         raise DataError(
             f"{folder} is a file and no saved data set; read its cells first: "
@@ -288,48 +319,166 @@ def read_table(folder: Path) -> pyarrow.Table:
             f"{folder} is the temporary name of a data set that is being written, or was left; tokenize again"
         )
     if not (folder / "state.json").exists():
-        raise DataError(
-            f"{folder} is not a saved data set (no state.json in it); name the folder that was written by "
-            "save(), tokenize_files() or the original Geneformer (prefix.dataset)"
-        )
-    state = read_dictionary(folder / "state.json")
-    if not state.get("_data_files"):
+        raise DataError(no_dataset(folder))
+    state = read_record(folder / "state.json", {"_data_files": Maybe([{"filename": str}])})
+    names = [part["filename"] for part in state.get("_data_files") or ()]
+    if not names:
         raise DataError(
             f"{folder / 'state.json'} names no data files (_data_files); the data set is not whole, save it again"
         )
-    table = pa.concat_tables([read_stream(folder / part["filename"]) for part in state["_data_files"]])
-    if "input_ids" not in table.column_names or state.get("_indices_data_files"):
-        raise DataError(
-            f"{folder} has the columns {table.column_names} and {'an' if state.get('_indices_data_files') else 'no'} "
-            "index of rows; a tokenized data set has input_ids and no such index (save it again with datasets)"
-        )
-    return table
+    for name in names:
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
+            raise DataError(f"{folder / 'state.json'} names the file {name!r}, which is none of this folder; not read")
+    if state.get("_indices_data_files"):
+        raise DataError(f"{folder} has an index of rows beside its data; save it again with datasets (flatten_indices)")
+    return [folder / name for name in names]
 
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #0109b8de
+def no_dataset(folder: Path) -> str:
+    "Why a folder is no saved data set, and which one is meant."
+    splits = sorted(path.parent.name for path in folder.glob("*/state.json")) if folder.is_dir() else []
+    if (folder / "dataset_dict.json").exists() and splits:
+        return f"{folder} holds several data sets, {splits}; name one of them: {str(folder / splits[0])!r}"
+    return (
+        f"{folder} is not a saved data set (no state.json in it); name the folder that was written by "
+        "save(), tokenize_files() or the original Geneformer (prefix.dataset)"
+    )
 
-def read_dataset(folder: Path) -> TokenizedCells:
-    "Read a data set folder with the columns of the original Geneformer into memory; see `TokenizedCells.load`."
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #2c08cac1
+def check_tokens(column: pyarrow.ChunkedArray, folder: Path) -> None:
+    "DataError unless a column holds a list of token ids for each cell."
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not listed or not pa.types.is_integer(kind.value_type):
+        raise DataError(f"{folder}: input_ids holds {kind} and not lists of token ids; tokenize again")
+    if column.null_count or any(chunk.values.null_count for chunk in column.chunks):
+        raise DataError(f"{folder} holds cells without tokens (null) in input_ids; tokenize again")
+    if kind.value_type in (pa.uint8(), pa.uint16(), pa.uint32()):
+        return
+    for chunk in column.chunks:
+        ends = pc.min_max(chunk.flatten()).as_py()
+        if ends["min"] is not None and not 0 <= ends["min"] <= ends["max"] < 2**32:
+            odd = ends["min"] if ends["min"] < 0 else ends["max"]
+            raise DataError(f"{folder}: input_ids holds {odd}, which is no token id; tokenize again")
+
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #720ebc71
+def read_table(folder: Path) -> pyarrow.Table:
+    "The columns of a Hugging Face data set folder with input_ids, left on disk; DataError if it is none."
     import pyarrow as pa
 
-    from scellfm.assets import read_dictionary
+    streams = [read_stream(path) for path in data_files(folder)]
+    try:
+        table = pa.concat_tables(streams)
+    except pa.ArrowException as error:
+        raise DataError(f"the files of {folder} have other columns each ({str(error)[:200]}); save it again") from error
+    if "input_ids" not in table.column_names:
+        raise DataError(
+            f"{folder} has the columns {table.column_names}; a tokenized data set has input_ids: tokenize the cells"
+        )
+    check_tokens(table["input_ids"], folder)
+    return table
+
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #3b2c643b
+def class_names(table: pyarrow.Table) -> dict[str, list[str]]:
+    "{column: names of its classes} of the columns that `datasets` keeps as numbers of classes."
+    told = (table.schema.metadata or {}).get(b"huggingface", b"{}")
+    try:
+        features = json.loads(told)["info"]["features"]
+        kinds = {name: feature for name, feature in features.items() if feature.get("_type") == "ClassLabel"}
+        return {name: list(map(str, feature["names"])) for name, feature in kinds.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # no description that is understood
+        return {}
+
+
+def obs_column(column: pyarrow.ChunkedArray, classes: list[str] | None, name: str) -> pd.Series:
+    "One column of obs as pandas has it; DataError where a class has no name."
+    import pyarrow as pa
+
+    if classes is not None and pa.types.is_integer(column.type):
+        codes = pd.array(column.to_pylist(), dtype="Int64").fillna(-1).to_numpy(np.int64)
+        return pd.Series(from_codes(codes, np.array(classes, dtype=object), name, False)).astype(object)
+    nullable = {"i": "Int64", "u": "UInt64", "b": "boolean"}
+    kind = "b" if pa.types.is_boolean(column.type) else np.dtype(column.type.to_pandas_dtype()).kind
+    if column.null_count and kind in nullable:
+        return pd.Series(pd.array(column.to_pylist(), dtype=nullable[kind]))
+    return column.to_pandas()
+
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #1755f63f
+def obs_of(table: pyarrow.Table, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    "The columns of obs of a table of cells: those named, or all but the tokens and what belongs to them."
+    if columns is None:
+        columns = [name for name in table.column_names if name not in ("input_ids", "length", "counts")]
+    classes = class_names(table)
+    values = {name: obs_column(table[name], classes.get(name), name) for name in columns}
+    return pd.DataFrame(values, index=range(len(table)))
+
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #6ddb696e
+REPORT = {
+    "report": {
+        ...: object,
+        **dict.fromkeys(("n_cells", "n_filtered", "n_empty", "n_kept", "n_truncated"), Absent(int)),
+        "genes": Maybe({"n_matched": int, "n_genes": int, "share_of_counts": Maybe(float), ...: object}),
+    },
+    "special": bool,
+}
+
+
+def read_origin(folder: Path, n: int) -> pyarrow.Table | None:
+    "name, cell_index and file of the n cells of a data set of ours; None in one of the original, which keeps none."
+    import pyarrow as pa
+
+    path = folder / "cells.arrow"
+    if not path.exists():
+        return None
+    origin = read_stream(path)
+    fits = {"name", "cell_index"} <= set(origin.column_names) and len(origin) == n
+    if not fits or origin["name"].type != pa.string() or origin["cell_index"].type != pa.int64():
+        raise DataError(
+            f"{path} holds {len(origin):,} rows of {origin.column_names} and not the names of {n:,} cells; the data "
+            "set is damaged: tokenize again"
+        )
+    if origin["name"].null_count or origin["cell_index"].null_count:
+        raise DataError(f"{path} lacks names of cells; the data set is damaged: tokenize again")
+    return origin
+
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #ae4f03f5
+def is_framed(tokens: np.ndarray, offsets: np.ndarray) -> bool:
+    "Does every cell begin with 2 and end with 3, as in the original's second generation?"
+    lengths = np.diff(offsets)
+    if not len(lengths) or (lengths < 2).any():
+        return False
+    return bool((tokens[offsets[:-1]] == 2).all() and (tokens[offsets[1:] - 1] == 3).all())
+
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #d652f6fd
+def kept_counts(table: pyarrow.Table, n_tokens: int, folder: Path) -> np.ndarray | None:
+    "float32 [n_tokens]: the normalised count of each token, where they were kept."
+    if "counts" not in table.column_names:
+        return None
+    counts = flat_column(table["counts"])
+    if len(counts) != n_tokens or counts.dtype.kind not in "fiu":
+        raise DataError(f"{folder}: counts holds {len(counts):,} values for {n_tokens:,} tokens; tokenize again")
+    return counts.astype(np.float32)
+
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #c222b765
+def read_dataset(folder: Path) -> TokenizedCells:
+    "Read a data set folder with the columns of the original Geneformer into memory; see `TokenizedCells.load`."
+    import pyarrow.compute as pc
 
     table = read_table(folder)
     tokens = flat_column(table["input_ids"])
-    lengths = pa.compute.list_value_length(table["input_ids"]).to_numpy()
+    lengths = pc.list_value_length(table["input_ids"]).to_numpy()
     if tokens.dtype not in (np.uint16, np.uint32):  # as written by others
         tokens = tokens.astype(np.uint16 if tokens.max(initial=0) < 2**16 else np.uint32)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    obs = table.drop_columns([c for c in ("input_ids", "length", "counts") if c in table.column_names]).to_pandas()
-    counts = flat_column(table["counts"]).astype(np.float32) if "counts" in table.column_names else None
     names, cell_index = np.arange(len(lengths)).astype(str), np.arange(len(lengths))
-    full = lengths > 1
-    special = bool(
-        full.any() and full.all() and (tokens[offsets[:-1]] == 2).all() and (tokens[offsets[1:] - 1] == 3).all()
-    )
-    report = {"n_cells": len(lengths), "n_kept": len(lengths)}
-    if (folder / "cells.arrow").exists():
-        origin = read_stream(folder / "cells.arrow")
-        names, cell_index = origin["name"].to_numpy(), origin["cell_index"].to_numpy()
-        ours = read_dictionary(folder / "tokenizer_report.json")
+    report, special = {"n_cells": len(lengths), "n_kept": len(lengths)}, is_framed(tokens, offsets)
+    if (origin := read_origin(folder, len(lengths))) is not None:
+        names, cell_index = origin["name"].to_pylist(), origin["cell_index"].to_numpy()
+        ours = read_record(folder / "tokenizer_report.json", REPORT)
         report, special = ours["report"], ours["special"]
+    obs, counts = obs_of(table), kept_counts(table, len(tokens), folder)
     obs.index = pd.Index(names, dtype=str)
     return TokenizedCells(tokens, offsets, obs, cell_index, counts, report, special)

@@ -13,7 +13,7 @@ import pandas as pd
 from scipy import sparse
 
 from ...core import DataError, one_of, warn
-from ...data.reading import CountFaults
+from ...data.reading import CountFaults, Depth
 from .ranking import encode
 from .sources import CellSource, cell_totals, stored_totals
 from .tokenized import TokenizedCells
@@ -32,7 +32,7 @@ def fault_place(source: CellSource, start: int, block: sparse.csr_matrix, kind: 
     cell = source.names(fault.cell, fault.cell + 1)[0]
     return f"cell {str(cell)!r}, gene {str(source.var.index[fault.gene])!r} holds {fault.value:.6g}"
 
-
+# %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #57eea7fb
 def vet_counts(source: CellSource, start: int, block: sparse.csr_matrix, stored: np.ndarray | None) -> bool:
     "DataError unless a block can be ranked; returns whether it holds fractions (on a linear scale)."
     values = block.data
@@ -131,7 +131,7 @@ class Request:
                 f"columns={{{taken[0]!r}: 'other name'}}"
             )
 
-
+# %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #be34736d
 def column_names(columns) -> dict[str, str]:
     "A name, names or a dictionary of obs columns as {column: name in the result}."
     if isinstance(columns, str):
@@ -158,12 +158,14 @@ def tokenize_blocks(
         },
         index=range(source.n_cells),
     )
-    fractions = False
+    fractions, largest, depth = False, 0.0, Depth()
     for start, block in source.blocks(rows):
         if vet_counts(source, start, block, stored) and not fractions:
             fractions = True
             warn(f"{source.name}: the counts are not whole numbers; they are ranked as linear values")
         totals = cell_totals(source, start, block, stored)
+        largest = max(largest, float(block.data.max(initial=0)))
+        depth.add(block, totals)
         index = np.arange(start, start + block.shape[0])
         tally.n_cells += len(index)
         if chosen is not None and not chosen[index].all():
@@ -172,8 +174,11 @@ def tokenize_blocks(
             block, totals, index = block[inside], totals[inside], index[inside]
         tally.total += float(block.data.sum(dtype=np.float64))
         yield tokenize_block(source, block, totals, index, obs, medians, tokens, ask, tally)
+    if not fractions:
+        source.warn_of_scale(largest)
+        depth.warn()
 
-
+# %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #090f34a6
 def tokenize_block(source, block, totals, index, obs, medians, tokens, ask: Request, tally: Tally) -> TokenizedCells:
     "Encode one block, drop or keep its empty cells, count."
     how = dict(special=ask.special, keep_counts=ask.keep_counts, engine=ask.engine, vocabulary=ask.vocabulary)
