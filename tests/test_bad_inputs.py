@@ -145,14 +145,14 @@ ERRORS = {
     "symbols where ids are needed": (
         lambda _: match([f"SYM{i}" for i in range(50)], HUMAN),
         DataError,
-        ["0 of 50 genes (0.0%)", "'SYM0'", "symbols={symbol: Ensembl id}"],
+        ["0 of 50 genes (0.0%)", "'SYM0'", "match={'symbols': {symbol: Ensembl id}}"],
     ),
     "under a tenth of the genes known": (
         lambda _: match([*HUMAN[:9], *[f"X{i}" for i in range(91)]], HUMAN),
         DataError,
-        ["9 of 100", "'X0'", "mapping={old: current}"],
+        ["9 of 100", "'X0'", "match={'mapping': {old: current}}"],
     ),
-    "mouse": (lambda _: match(MOUSE, HUMAN), DataError, ["mouse (100)", MOUSE[0], "orthologs: mapping="]),
+    "mouse": (lambda _: match(MOUSE, HUMAN), DataError, ["mouse (100)", MOUSE[0], "match={'orthologs': {"]),
     "two species": (
         lambda _: match([*HUMAN, *MOUSE[:30]], HUMAN),
         DataError,
@@ -296,7 +296,7 @@ ERRORS = {
         StoreError,
         ["taken"],
     ),
-    "a name too long for the disk": (lambda d: write(d / ("x" * 300)), StoreError, ["xxx"]),
+    "a name too long for the disk": (lambda d: write(d / ("x" * 300)), StoreError, ["can be no file here"]),
     "no such file": (
         lambda d: (file(d, "cells.h5ad"), sf.data.read(d / "cell.h5ad")),
         DataError,
@@ -341,7 +341,7 @@ WARNINGS = {
     "cell names that repeat": (lambda: check(twins()), ["'cell0'", "obs_names_make_unique()"]),
     "under half of the genes known": (
         lambda: match([*HUMAN[:40], *[f"X{i}" for i in range(60)]], HUMAN),
-        ["40 of 100", "'X0'", "mapping="],
+        ["40 of 100", "'X0'", "match={'mapping'"],
     ),
     "names that a spreadsheet changed": (
         lambda: match([*HUMAN, "1-Mar", "2-Sep"], HUMAN),

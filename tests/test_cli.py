@@ -62,7 +62,9 @@ def place(tmp_path_factory):
     )
     adata.write_h5ad(folder / "cells.h5ad")
     Geneformer.from_config("tiny", RankTokenizer.fit(adata), device="cpu").save_pretrained(folder / "model")
-    ScGPT.from_config("tiny", adata, device="cpu").save_pretrained(folder / "scgpt")
+    gpt = ScGPT.from_config("tiny", adata, device="cpu")
+    gpt.args.pop("untrained")  # stands for a trained one
+    gpt.save_pretrained(folder / "scgpt")
     code = cli.main(
         [
             "finetune",

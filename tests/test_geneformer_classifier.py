@@ -242,8 +242,13 @@ def test_of_several_class_names_those_of_the_run_are_taken(clf, adata, tmp_path)
         )
         assert list(loaded.classes) == [f"B of {prefix}", f"T of {prefix}"]
     (tmp_path / "run_b_id_class_dict.pkl").rename(tmp_path / "c_id_class_dict.pkl")
+    model = tmp_path / "250101_geneformer_cellClassifier_run_b" / "ksplit1"
+    none = CellClassifier.from_pretrained(model, device="cpu").classes  # two folders up lie other projects
+    assert not {"B of a", "B of run_b"} & set(none)
+    for prefix in "ac":
+        (tmp_path / f"{prefix}_id_class_dict.pkl").rename(model.parent / f"{prefix}_id_class_dict.pkl")
     with pytest.raises(AssetError, match="a_id_class_dict.pkl, c_id_class_dict.pkl.*beside its config.json"):
-        CellClassifier.from_pretrained(tmp_path / "250101_geneformer_cellClassifier_run_b" / "ksplit1", device="cpu")
+        CellClassifier.from_pretrained(model, device="cpu")
 
 
 def test_tokenized_cells_do_as_well_as_anndata(clf, gf, adata, split, tmp_path):

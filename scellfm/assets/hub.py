@@ -173,7 +173,7 @@ def check_marks(hub_id: str, revision: str | None, filters: dict) -> None:
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import filter_repo_objects
 
-    about = answered(partial(HfApi().repo_info, hub_id, revision=revision), hub_id)
+    about = answered(partial(HfApi().repo_info, hub_id, revision=revision or "main"), hub_id)
     names = list(filter_repo_objects([file.rfilename for file in about.siblings or []], **filters))
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:

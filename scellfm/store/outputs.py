@@ -26,7 +26,7 @@ def _real(path: Path, name: str) -> Path:
 
 # %% ../../nbs/store/outputs.ipynb #97f67eeb
 def output_path(value: str | os.PathLike, name: str = "out") -> Path:
-    "The path that a user means for a result. OptionError: empty, the current folder or one above it, a pipe."
+    "A result's path. OptionError: empty, the current folder or one above it, a pipe; StoreError: a name too long."
     path = _real(user_path(value, name), name)
     here = Path.cwd()
     if path in (here, *here.parents, Path.home()):
@@ -36,7 +36,7 @@ def output_path(value: str | os.PathLike, name: str = "out") -> Path:
     try:
         odd = path.exists() and not (path.is_file() or path.is_dir())
     except OSError as error:
-        raise OptionError(f"{name}={str(value)[:60]!r} can be no file here ({error.strerror})") from error
+        raise StoreError(f"{name}={str(value)[:60]!r} can be no file here ({error.strerror})") from error
     if odd:
         raise OptionError(f"{name}={str(value)!r} is a pipe, a socket or a device, not a file or folder; name another")
     return path

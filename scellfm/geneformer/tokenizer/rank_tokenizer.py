@@ -148,9 +148,7 @@ class RankTokenizer:
             raise OptionError("special=True: this dictionary has no <cls> and <eos> (it is V1, or was fitted without)")
         self.version = version or ("V2" if self.dictionaries.special else "V1")
         self.max_length = (4096 if self.dictionaries.special else 2048) if max_length is None else max_length
-        check_number("max_length", self.max_length, 3 if self.special else 1)
-        if self.max_length > LONGEST:
-            raise OptionError(f"max_length={self.max_length} is longer than any cell; at most {LONGEST}")
+        check_number("max_length", self.max_length, 3 if self.special else 1, LONGEST)
         self.gene_column = gene_column
         self.pad, self.mask = words["<pad>"], words["<mask>"]
         self.cls, self.eos = (words["<cls>"], words["<eos>"]) if self.special else (None, None)
