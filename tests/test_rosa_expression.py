@@ -179,7 +179,7 @@ def test_counts_are_read_from_raw_where_x_holds_logarithms():
     found = read_expression(adata)
     assert found.counts and (found.values.toarray() == counts).all() and found.genes[4] == "ENSG00000000004"
     with pytest.warns(ScellfmWarning, match="no counts"):
-        assert not read_expression(anndata.AnnData(adata.X)).counts
+        assert not read_expression(anndata.AnnData(adata.X, var=adata.var)).counts
 
 
 def test_pseudobulk_sums_by_donor_and_type_and_lists_what_is_left_out():
@@ -188,6 +188,7 @@ def test_pseudobulk_sums_by_donor_and_type_and_lists_what_is_left_out():
         index=[f"c{i}" for i in range(6)],
     )
     adata = anndata.AnnData(np.arange(12).reshape(6, 2).astype(np.float32), obs=obs)
+    adata.var_names = ["A", "B"]
     bulk = pseudobulk(adata, donor="donor", cell_type="type", min_cells=2)
     assert bulk.obs_names.tolist() == ["a | T"] and bulk.X.toarray().tolist() == [[12, 15]]
     assert bulk.uns["pseudobulk"]["left_out"] == {"b | B": 1, "b | T": 1}
@@ -207,6 +208,7 @@ def test_pseudobulk_sums_by_donor_and_type_and_lists_what_is_left_out():
 def test_bad_cells_are_refused_by_name(change, text):
     obs = pd.DataFrame({"donor": ["a", "b"], "cell_type": ["T", "T"]}, index=["x", "y"])
     adata = anndata.AnnData(np.ones((2, 2), np.float32), obs=obs)
+    adata.var_names = ["A", "B"]
     change(adata)
     with pytest.raises(DataError, match=text):
         pseudobulk(adata)

@@ -182,10 +182,7 @@ def layer_with_counts(adata: AnnData, layer: str | None) -> str | None:
 # %% ../../nbs/rosa/expression.ipynb #35f54eb7
 def gene_names(adata: AnnData, layer: str | None, gene_column: str | None) -> pd.Index:
     "One plain id per column of the matrix; DataError for a missing or repeated one."
-    if layer == "raw" and layer not in adata.layers:
-        names = list(genes_of(adata, layer)) if gene_column is None else list(adata.raw.var[gene_column])
-    else:
-        names = list(gene_ids(adata, gene_column))
+    names = list(gene_ids(genes_of(adata, layer), gene_column))
     index = pd.Index([plain_id(str(name)) if str(name).upper().startswith("ENS") else str(name) for name in names])
     if (index == "").any() or not index.is_unique:
         odd = index[index.duplicated() | (index == "")]
