@@ -209,7 +209,7 @@ def broken(tensors, kind):
     "kind, message",
     [
         ("missing", r"does not fit this ScGPTModel.* 1 .*: transformer_encoder.*norm2.bias"),
-        ("shape", r"does not fit this ScGPTModel.* 1 .*shape.*linear1.weight \(checkpoint .*, model "),
+        ("shape", r"linear1.weight of the shape .*, and the weights beside it have"),
         ("unknown", r"does not fit this ScGPTModel.* 1 .*: surprise.weight"),
         ("vocabulary", r"the vocabulary has [\d,]+ tokens .* embedding [\d,]+ rows: they do not belong together"),
         ("no table", r"no encoder.embedding.weight"),
@@ -222,14 +222,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused(gpt, kind, message):
 
 
 def test_a_folder_whose_parts_are_missing_is_refused(tmp_path):
-    (tmp_path / "args.json").write_text('{"embsize": 8}')
+    (tmp_path / "args.json").write_bytes((FOLDER / "model" / "args.json").read_bytes())
     with pytest.raises(AssetError, match="vocab.json is missing"):
         ScGPT.from_pretrained(tmp_path)
     (tmp_path / "vocab.json").write_text('{"B2M": 0}')
     with pytest.raises(AssetError, match="no weights"):
         ScGPT.from_pretrained(tmp_path)
     torch.save({"encoder.embedding.weight": torch.zeros(4, 8)}, tmp_path / "best_model.pt")
-    with pytest.raises(AssetError, match="args.json has no nheads, d_hid, nlayers"):
+    (tmp_path / "args.json").write_text('{"embsize": 8}')
+    with pytest.raises(AssetError, match="args.json has .*nheads"):
         ScGPT.from_pretrained(tmp_path)
 
 

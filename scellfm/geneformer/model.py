@@ -168,6 +168,16 @@ def checked_sizes(config: dict, tensors: dict, where: Path) -> dict:
     return tensors
 
 # %% ../../nbs/geneformer/model.ipynb #2ec4cbde
+def bert_config(values: dict, where: Path) -> PretrainedConfig:
+    "The BertConfig of these values, which stand in the file `where`; AssetError where transformers refuses one."
+    from transformers import BertConfig
+
+    try:
+        return BertConfig(**values)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise AssetError(f"{where} holds a value that no Geneformer has: {error}") from error
+
+
 def read_config(folder: Path) -> dict:
     "The settings in config.json; AssetError where the folder holds no Geneformer."
     if not (folder / "config.json").exists():
@@ -177,6 +187,7 @@ def read_config(folder: Path) -> dict:
         raise AssetError(
             f"{folder / 'config.json'} describes a model of type {config.get('model_type')!r}; Geneformer is 'bert'"
         )
+    bert_config(config, folder / "config.json")
     return config
 
 

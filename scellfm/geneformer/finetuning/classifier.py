@@ -36,6 +36,7 @@ from .heads import probabilities, train_fold
 from scellfm.geneformer.model import (
     GeneformerModel,
     as_tokenizer,
+    bert_config,
     checked_sizes,
     fitting_tokenizer,
     open_cells,
@@ -221,8 +222,6 @@ def with_head(
     ignore: tuple[str, ...] = (),
 ) -> GeneformerReader:
     "A Geneformer around a classifier of transformers (`kind`: its Auto class); classes without names are numbered."
-    from transformers import BertConfig
-
     checked_sizes(config, tensors, folder / "config.json")
     n_classes = len(tensors["classifier.weight"])
     if len(config.get("id2label") or {}) != n_classes:
@@ -230,7 +229,7 @@ def with_head(
         config = {**config, "id2label": names, "label2id": {name: i for i, name in names.items()}}
     dropped = ("torch_dtype", "dtype", "architectures", "_name_or_path", "transformers_version", "model_type")
     values = {key: value for key, value in config.items() if key not in dropped}
-    model = kind.from_config(BertConfig(**values), attn_implementation="sdpa")
+    model = kind.from_config(bert_config(values, folder / "config.json"), attn_implementation="sdpa")
     report = load_state(model, tensors, ignore=("bert.embeddings.position_ids", *ignore))
     if tokenizer is None:
         tokenizer = fitting_tokenizer(folder, model.config.vocab_size, model.config.max_position_embeddings)
