@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTEMPTS', 'PAUSE', 'git_sha1', 'verify', 'cache_folder', 'remember', 'chain', 'status', 'is_of_the_disk',
-           'passes_by_itself', 'why', 'fetch', 'find_on_hub', 'find']
+           'passes_by_itself', 'why', 'cached_snapshot', 'checked_or_cached', 'fetch', 'find_on_hub', 'find']
 
 # %% ../../nbs/assets/hub.ipynb #e2458288
 import datetime
@@ -190,6 +190,31 @@ def check_marks(hub_id: str, revision: str | None, filters: dict) -> None:
 ATTEMPTS, PAUSE = 3, 1.0  # seconds, doubled each time
 
 
+def cached_snapshot(hub_id: str, revision: str | None, filters: dict) -> Path | None:
+    "The snapshot that an earlier call left in the hub's cache; None where there is none."
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True, **filters))
+    except (OSError, ValueError):
+        return None
+
+
+def checked_or_cached(hub_id: str, revision: str | None, filters: dict, transport: tuple) -> Path | None:
+    "Check the hub's marks; where it is not reached, the snapshot that is in the cache, if there is one."
+    try:
+        check_marks(hub_id, revision, filters)
+    except AssetError:
+        raise
+    except (OSError, *transport) as error:
+        reached = getattr(error, "response", None) is not None
+        known = None if reached else cached_snapshot(hub_id, revision, filters)
+        if known is None:
+            raise
+        return known
+    return None
+
+
 def fetch(hub_id: str, revision: str | None, local_files_only: bool, filters: dict) -> Path:
     "The folder of a repository's snapshot in the hub's cache, after up to three attempts."
     from huggingface_hub import constants, errors, snapshot_download
@@ -200,8 +225,8 @@ def fetch(hub_id: str, revision: str | None, local_files_only: bool, filters: di
     offline = local_files_only or constants.HF_HUB_OFFLINE
     for attempt in range(ATTEMPTS):
         try:
-            if not offline:
-                check_marks(hub_id, revision, filters)
+            if not offline and (known := checked_or_cached(hub_id, revision, filters, transport)):
+                return known
             options = dict(revision=revision, local_files_only=local_files_only, **filters)
             return Path(answered(partial(snapshot_download, hub_id, **options), hub_id))
         except errors.HFValidationError as error:
