@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from harness import peak_memory
 
 SECONDS, MEGABYTES = 10, 1024
 
@@ -24,20 +25,12 @@ def table(genes: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((genes, width))
 
 
-def peak(reset: bool = False) -> float:
-    "Peak memory of this process so far, MB (Linux); `reset` starts a new count."
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
 def run_side(side: str, path: str) -> dict:
     "Read the file once, after the imports."
     import scellfm.assets.dictionaries  # noqa: F401
     from scellfm.data import read_vectors
 
-    before, start = peak(reset=True), time.perf_counter()
+    before, start = peak_memory(reset=True), time.perf_counter()
     if side == "pickle":
         with open(path, "rb") as file:
             found = pickle.load(file)
@@ -45,7 +38,7 @@ def run_side(side: str, path: str) -> dict:
     else:
         values = read_vectors(path).values[:2]
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "mb": peak() - before, "rows": np.asarray(values, dtype=float).tolist()}
+    return {"seconds": seconds, "mb": peak_memory() - before, "rows": np.asarray(values, dtype=float).tolist()}
 
 
 def main() -> int:

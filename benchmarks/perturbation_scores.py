@@ -18,7 +18,7 @@ import sys
 import time
 
 import numpy as np
-from gene_vector_files import peak
+from harness import peak_memory
 
 SECONDS, MEGABYTES = 30, 2048
 METRICS = ["mse", "mse_de", "pearson_delta", "pearson_delta_de", "r2_w", "wmse", "nir"]
@@ -94,11 +94,11 @@ def main() -> int:
     print(
         f"{cells.n_obs:,} cells x {cells.n_vars:,} genes, {len(names)} perturbations, {stored:,.0f} MB of stored values"
     )
-    before = peak(reset=True)
+    before = peak_memory(reset=True)
     start, busy = time.perf_counter(), time.process_time()
     scores = perturbation(cells, predictions, train=names, metrics=METRICS)
     seconds, cpu = time.perf_counter() - start, time.process_time() - busy
-    grown, total = peak() - before, peak()
+    grown, total = peak_memory() - before, peak_memory()
     print(f"{seconds:.1f} s wall, {cpu:.1f} s CPU; peak memory +{grown:,.0f} MB, {total:,.0f} MB in all")
     print(scores.table.round(4).to_string())
     values = scores.details["near"]["by_condition"]

@@ -22,9 +22,9 @@ import sys
 import tempfile
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
+from harness import peak_memory
 
 TOP = 20
 
@@ -81,14 +81,6 @@ def theirs(cells, folder: str) -> dict[str, list[str]]:
 SIDES = {"scellfm": ours, "cell-gears": theirs}
 
 
-def peak(reset: bool = False) -> float:
-    "Peak memory of this process so far, MB (Linux); `reset` starts a new count."
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
 def run_side(side: str, path: str) -> None:
     "Time one side in this process, after its imports; the last line of the output is the result."
     import anndata
@@ -100,10 +92,10 @@ def run_side(side: str, path: str) -> None:
         import scellfm.scgenept.perturbseq  # noqa: F401
     cells = anndata.read_h5ad(path)
     with tempfile.TemporaryDirectory() as folder:
-        before, wall, busy = peak(reset=True), time.perf_counter(), time.process_time()
+        before, wall, busy = peak_memory(reset=True), time.perf_counter(), time.process_time()
         top = SIDES[side](cells, folder)
         times = time.perf_counter() - wall, time.process_time() - busy
-    print(json.dumps({"wall": times[0], "cpu": times[1], "mb": peak() - before, "top": top}))
+    print(json.dumps({"wall": times[0], "cpu": times[1], "mb": peak_memory() - before, "top": top}))
 
 
 def measure(python: str, side: str, path: str) -> dict:

@@ -16,24 +16,19 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "MK
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 
 import numpy as np
 import torch
+from harness import peak_memory
 
 from scellfm.rosa.losses import mse
 from scellfm.rosa.networks import NetworkConfig, build_network
 
 KINDS = ("transformer", "performer", "perceiver", "encoder_decoder")
 WIDTH = 3072
-
-
-def peak() -> float:
-    "Peak memory of this process in MB."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def one(kind: str, genes: int, steps: int, batch: int) -> dict:
@@ -45,7 +40,7 @@ def one(kind: str, genes: int, steps: int, batch: int) -> dict:
     vectors = torch.randn(genes, WIDTH, generator=draw)
     bins = torch.randint(0, 8, (batch, genes), generator=draw)
     values = torch.randn(batch, asked, generator=draw)
-    before, seconds = peak(), []
+    before, seconds = peak_memory(), []
     for _ in range(steps):
         start = time.perf_counter()
         answers = network.answer(bins[:, asked:], vectors[asked:], vectors[:asked])
@@ -54,7 +49,7 @@ def one(kind: str, genes: int, steps: int, batch: int) -> dict:
         (total / number).backward()
         optimizer.step()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": float(np.median(seconds)), "memory": peak() - before}
+    return {"seconds": float(np.median(seconds)), "memory": peak_memory() - before}
 
 
 def measured(kind: str, genes: int, args) -> dict | None:

@@ -14,13 +14,13 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 
 import torch
+from harness import peak_memory
 from torch import nn
 
 WAYS = ("torch", "scellfm", "scellfm, no attention dropout")
@@ -54,20 +54,15 @@ def network(way: str, n_genes: int):
     return model
 
 
-def peak() -> float:
-    "The peak of this process's memory in MB."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def one(way: str, n_cells: int, n_genes: int) -> dict:
     "Seconds of one step (after none to warm up: the second would profit from the memory of the first), and its peak."
     torch.set_num_threads(1)
     tokens, values, flags, rows, targets = inputs(n_cells, n_genes)
     model = network(way, n_genes)
-    before, start = peak(), time.process_time()
+    before, start = peak_memory(), time.process_time()
     loss = ((model(tokens, values, flags, rows) - targets) ** 2).mean()
     loss.backward()
-    return {"seconds": time.process_time() - start, "megabytes": peak() - before}
+    return {"seconds": time.process_time() - start, "megabytes": peak_memory() - before}
 
 
 def main() -> None:

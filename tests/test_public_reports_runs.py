@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
-from fuzz_doors import json_mutated
+from fuzz_readers import json_mutated
 from scipy import sparse
 
 from scellfm import cli

@@ -113,3 +113,9 @@ def test_effects_that_do_not_fit_are_named(table):
         score_variants(table, "nothing")
     with pytest.raises(DataError, match="both kinds"), pytest.warns(ScellfmWarning):
         score_variants(table, np.full(300, np.nan))
+
+
+def test_a_variant_without_a_group_is_refused_and_counted(table):
+    groups = np.resize(np.array(["a", "b", None], dtype=object), len(table))
+    with pytest.raises(DataError, match=f"{sum(group is None for group in groups)} variants have no group"):
+        score_variants(table.assign(group=groups), "effect", n_boot=10)

@@ -10,6 +10,7 @@ from scellfm import AssetError, DataError, OptionError, ScellfmWarning
 from scellfm.data import GeneVectors
 from scellfm.rosa import Rosa, compare_vectors, hold_out_grid
 from scellfm.rosa.expression import read_expression
+from scellfm.rosa.rosa import effects_by_type
 from scellfm.rosa.training import KINDS, Settings, learnable
 
 TINY = {"dim": 16, "heads": 2, "dim_head": 8, "depth": 1, "latents": 4, "latent_dim": 8, "dropout": 0.0}
@@ -329,3 +330,16 @@ def test_context_sizes_are_estimated_from_the_context_alone():
         abs(readable.values.mean() - exact.mean()) < 0.1
         and np.corrcoef(readable.values.ravel(), exact.ravel())[0, 1] > 0.99
     )
+
+
+def test_a_missing_type_is_no_type_and_stays_missing_in_a_folder(tmp_path):
+    cells = CELLS.copy()
+    cells.obs["cell_type"] = cells.obs["cell_type"].astype(object)
+    cells.obs.iloc[:5, cells.obs.columns.get_loc("cell_type")] = None
+    grid = hold_out_grid(cells, cells="donor", seed=1)
+    fitted("ridge", cells=cells, grid=grid).save_pretrained(tmp_path / "model")
+    again = Rosa.from_pretrained(tmp_path / "model", device="cpu")
+    types = again.grid.obs["cell_type"]
+    assert types.isna().sum() == grid.obs["cell_type"].reindex(types.index).isna().sum() > 0
+    assert not {"nan", "None"} & set(types.dropna())
+    assert list(effects_by_type(np.ones((3, 1)), pd.Series(["T", None, "B"]))) == ["B", "T"]

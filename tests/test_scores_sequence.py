@@ -77,3 +77,16 @@ def test_bad_tables_are_refused():
             expression_scores(predictions, measured)
     with pytest.raises(OptionError, match="metric"):
         correlations(good, good, "pearson")
+
+
+def test_a_missing_donor_is_no_donor():
+    draws = np.random.default_rng(0)
+    measured = draws.normal(size=(9, 12))
+    predicted = {"model": measured + draws.normal(size=measured.shape)}
+    two = expression_scores(predicted, measured, donors=["a", "b", None] * 3)
+    assert all(np.isnan(bounds).all() for bounds in two.details["model"]["over_donors"].values())
+    three = expression_scores(predicted, measured, donors=["a", "b", "c", "a", "b", "c", None, np.nan, "a"])
+    rows = [0, 1, 2, 3, 4, 5, 8]
+    known = expression_scores({"model": predicted["model"][rows]}, measured[rows], donors=list("abcabca"))
+    metric = "pearson_across_genes"
+    assert three.details["model"]["over_donors"][metric] == known.details["model"]["over_donors"][metric]

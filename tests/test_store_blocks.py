@@ -286,7 +286,7 @@ def test_stores_of_before_the_records_open(tmp_path):
     "change, message",
     [
         (dict(format=2), "has 2 as format.*from 1 to 1"),
-        (dict(shards={"a": {"bytes": 3}}), "has 'missing' as shards.a.sha256"),
+        (dict(shards={"a": {"bytes": 3}}), "lacks shards.a.sha256"),
         (dict(shards=[]), r"has \[\] as shards, which should be a dictionary.*delete it"),
     ],
 )

@@ -76,6 +76,8 @@ def labels_of(variants: Variants) -> Labels:
         raise DataError(f"all {len(table):,} variants have {'an' if positive.all() else 'no'} effect; both are needed")
     distance = numbers_of(table, "tss_distance", -1e12, 1e12)
     frequency = numbers_of(table, "allele_frequency", 0, 1)
+    if "group" in table and table["group"].isna().any():
+        raise DataError(f"{table['group'].isna().sum():,} variants have no group; leave them out, or give each its own")
     group = table["group"].astype(str).to_numpy() if "group" in table else None
     sign = np.sign(label).astype(int) if (label < 0).any() else None
     return Labels(table, positive, sign, None if distance is None else np.abs(distance), frequency, group)

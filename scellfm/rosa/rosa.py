@@ -203,8 +203,8 @@ def rows_of(self: Rosa, cells: str | Iterable[str] | None) -> np.ndarray:
     types = self.grid.obs["cell_type"].reindex(task.cells) if "cell_type" in self.grid.obs else None
     if cells is None:
         return np.arange(len(task.cells))
-    if isinstance(cells, str) and types is not None and (types.astype(str) == cells).any():
-        return np.flatnonzero(types.astype(str) == cells)
+    if isinstance(cells, str) and types is not None and (own := types.notna() & (types.astype(str) == cells)).any():
+        return np.flatnonzero(own)
     at = task.cells.get_indexer([cells] if isinstance(cells, str) else list(cells))
     if (at < 0).any():
         raise DataError(f"cells={cells!r} names no training cells and no cell type of theirs")
@@ -286,7 +286,9 @@ def variant_effect(
     readable = task.known()
     predictions = [fitted.known_cells(task, task.standardised(part), readable) for part in (before, after)]
     obs = self.grid.obs.reindex(task.cells)
-    types = obs["cell_type"].astype(str) if "cell_type" in obs else pd.Series("all cells", index=task.cells)
+    types = obs["cell_type"].astype(object) if "cell_type" in obs else pd.Series("all cells", index=task.cells)
+    if types.isna().any():
+        warn(f"{types.isna().sum():,} training cells have no cell type; they are in no column of the effects")
     changes = effects_by_type(predictions[1] - predictions[0], types)
     kept = pairs[[name for name in ("variant", "gene", "distance") if name in pairs]].reset_index(drop=True)
     return pd.concat([kept, changes], axis=1)
@@ -306,7 +308,8 @@ def save_pretrained(self: Rosa, folder: str | Path) -> None:
     fitted, task = self._ready(), self.task
     record = {"format": "scellfm rosa", "version": 1, "settings": asdict(self.settings), "share": task.share}
     record |= {"genes": list(task.genes), "cells": list(task.cells), "left_out": task.left_out}
-    record["obs"] = self.grid.obs.reindex(task.cells).astype(str).to_dict(orient="list")
+    obs = self.grid.obs.reindex(task.cells)
+    record["obs"] = {name: [None if pd.isna(v) else str(v) for v in values] for name, values in obs.items()}
     record["manifest"] = {} if self.vectors is None else self.vectors.manifest
     records = {"config.json": {"format": str, "version": int, "genes": [str]}}
     kind = FolderKind("a model of rosa", records, ("model.safetensors", "task.safetensors", "scores.json"))

@@ -111,13 +111,13 @@ def other_half(found: Expression, task: Task, grid: HoldOutGrid, quadrant: Quadr
     counts = found.values[rows]
     total = counts if task.settings.normalise == "all" else counts[:, columns[task.train]]
     sizes, given = np.asarray(total.sum(axis=1)).ravel(), task.settings.normalise == "none"
-    types = obs["cell_type"].astype(str).to_numpy()
+    known, types = obs["cell_type"].notna().to_numpy(), obs["cell_type"].astype(str).to_numpy()
     means: dict = {}
     predicted = np.empty_like(quadrant.measured, dtype=np.float64)
     for place, cell in enumerate(quadrant.cells):
-        key = (1 - half[cell], types[cell])
+        key = (1 - half[cell], types[cell] if known[cell] else None)
         if key not in means:
-            wanted = np.flatnonzero((half == key[0]) & (types == key[1]))
+            wanted = np.flatnonzero((half == key[0]) & known & (types == key[1]))
             wanted = wanted if len(wanted) else np.flatnonzero(half == 1 - half[cell])
             means[key] = logs_of(counts[wanted][:, columns[quadrant.genes]].toarray(), sizes[wanted], given).mean(
                 axis=0
@@ -228,7 +228,7 @@ def scored(quadrant: Quadrant, rows: dict, task: Task, grid: HoldOutGrid):
         return Scores(empty, title=title)
     donors = None
     if "donor" in grid.obs:
-        donors = grid.obs["donor"].reindex(grid.cells[quadrant.cells]).fillna("no donor").astype(str).tolist()
+        donors = grid.obs["donor"].reindex(grid.cells[quadrant.cells]).astype(object).tolist()
     genes = task.genes[quadrant.genes]
     return expression_scores(rows, quadrant.measured, genes=genes, donors=donors, seed=task.settings.seed, title=title)
 

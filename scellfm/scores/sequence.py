@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['METRICS', 'FLAT', 'double_centred', 'flattened', 'prepared', 'row_correlations', 'correlations', 'resampled',
-           'draw_weights', 'bounds', 'score_one', 'expression_scores', 'GridScores', 'quadrant_picture',
-           'bin_confusion']
+           'draw_weights', 'donor_weights', 'bounds', 'score_one', 'expression_scores', 'GridScores',
+           'quadrant_picture', 'bin_confusion']
 
 # %% ../../nbs/scores/sequence.ipynb #82174b9b
 METRICS = tuple(
@@ -96,6 +96,18 @@ def draw_weights(n: int, n_draws: int, groups: np.ndarray | None, seed: int, uni
     return draws[:, codes].astype(np.float64)
 
 # %% ../../nbs/scores/sequence.ipynb #3d32bd00
+def donor_weights(donors: Sequence[str | None], n_draws: int, seed: int) -> np.ndarray | None:
+    "How often each cell is drawn with its donor, float64 [draws, cells]; never without a donor. None: under 3 donors."
+    donors = np.asarray(donors, dtype=object)
+    known = pd.notna(donors)
+    names = donors[known].astype(str)
+    if len(np.unique(names)) < 3:
+        return None
+    weights = np.zeros((n_draws, len(donors)))
+    weights[:, known] = draw_weights(len(names), n_draws, names, seed, "donors")
+    return weights
+
+
 def bounds(drawn: np.ndarray) -> tuple[float, float]:
     "The 2.5 and 97.5 % quantiles of the draws that are numbers."
     drawn = drawn[np.isfinite(drawn)]
@@ -122,7 +134,7 @@ def expression_scores(
     measured: ArrayLike,  # [cells, genes]
     *,
     genes: Sequence[str] | None = None,
-    donors: Sequence[str] | None = None,  # of the cells; three or more for intervals
+    donors: Sequence[str | None] | None = None,  # of the cells; three or more for intervals
     metrics: Sequence[str] = METRICS,
     n_draws: int = 200,
     seed: int = 0,
@@ -134,9 +146,7 @@ def expression_scores(
     if measured.ndim != 2 or not measured.size or not np.isfinite(measured).all():
         raise DataError(f"measured has the shape {measured.shape} or holds NaN; a table [cells, genes] is needed")
     by_gene = draw_weights(measured.shape[1], n_draws, None, seed, "genes")
-    groups = None if donors is None else np.asarray(donors, dtype=object).astype(str)
-    many = groups is not None and len(np.unique(groups)) >= 3
-    by_donor = draw_weights(len(measured), n_draws, groups, seed, "donors") if many else None
+    by_donor = None if donors is None else donor_weights(donors, n_draws, seed)
     found = {}
     for method, predicted in predictions.items():
         found[method] = None

@@ -122,6 +122,9 @@ def misfit_of_items(value: Any, pattern: list, place: str) -> tuple[str, Any, An
     return next((wrong for wrong in found if wrong), None)
 
 
+LACKING = object()  # stands for the value of a key that is not there
+
+
 def misfit_of_keys(value: Any, pattern: dict, place: str) -> tuple[str, Any, Any] | None:
     "The first key of a dictionary that is missing, or whose value departs from the pattern."
     if not isinstance(value, dict):
@@ -132,7 +135,7 @@ def misfit_of_keys(value: Any, pattern: dict, place: str) -> tuple[str, Any, Any
             if name in value:
                 wrong = misfit(value[name], wanted, inside)
             else:
-                wrong = None if isinstance(wanted, (Maybe, Absent)) else (inside, "missing", wanted)
+                wrong = None if isinstance(wanted, (Maybe, Absent)) else (inside, LACKING, wanted)
             if wrong:
                 return wrong
     return None
@@ -150,7 +153,7 @@ def check_record(found: Any, pattern: Any, where: object, error: type[ScellfmErr
     if wrong:
         place, value, wanted = wrong
         shown = repr(value) if len(repr(value)) < 60 else f"{repr(value)[:57]}..."
-        what = f"has {shown} as {place}" if place else f"holds {shown}"
+        what = f"lacks {place}" if value is LACKING else f"has {shown} as {place}" if place else f"holds {shown}"
         raise _damaged(where, f"{what}, which should be {in_words(wanted)}", error)
     return found
 
