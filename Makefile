@@ -22,7 +22,7 @@ demo: $(READY)  ## the main job on real cells: train, classify, screen, report
 	$(BIN)/scellfm demo
 
 test: $(READY)  ## everything that must hold
-	$(BIN)/ruff format --quiet --check nbs tests tools benchmarks setup.py
+	$(BIN)/ruff format --quiet --check nbs tests tools benchmarks setup.py scellfm/__init__.py scellfm/*/__init__.py scellfm/*/*/__init__.py
 	$(BIN)/ruff check --quiet nbs tests tools benchmarks setup.py
 	$(QUIET) $(BIN)/python tools/check_notebooks.py
 	$(QUIET) $(BIN)/python tools/build_site.py --check
@@ -33,7 +33,7 @@ export: $(READY)  ## write scellfm/ from the notebooks
 	$(BIN)/nbdev_export
 
 clean: $(READY)  ## format notebooks and code, and strip superfluous metadata from the notebooks
-	$(BIN)/ruff format nbs tests tools benchmarks setup.py
+	$(BIN)/ruff format nbs tests tools benchmarks setup.py scellfm/__init__.py scellfm/*/__init__.py scellfm/*/*/__init__.py
 	$(BIN)/nbdev_clean
 
 notebooks: $(READY)  ## run every notebook and keep what it shows

@@ -6,7 +6,7 @@ from importlib import import_module
 
 
 def _lazy(package: str, names: dict):
-    "`__getattr__`, `__dir__` (PEP 562) and `__all__` that import `names` = {public name: module below `package`} on first use."
+    "`__getattr__`, `__dir__` (PEP 562), `__all__`: `names` {public name: module in `package`} imported on first use."
 
     def __getattr__(name):
         if name not in names:
@@ -20,14 +20,48 @@ def _lazy(package: str, names: dict):
     return __getattr__, __dir__, sorted(names)
 
 
-__getattr__, __dir__, __all__ = _lazy(__name__, {
-    **{module: module for module in (
-        "assets", "baselines", "cli", "commands", "core", "crossfit", "data", "demo", "geneformer", "heatmaps",
-        "inference", "metrics", "plotting", "report", "rosa", "scgenept", "scgpt", "scores", "statistics", "store",
-        "training",
-    )},
-    **{name: "core" for name in (
-        "settings", "ScellfmError", "DataError", "DivergedError", "AssetError", "OptionError", "StoreError", "ExtraError",
-        "ScellfmWarning",
-    )},
-})
+__getattr__, __dir__, __all__ = _lazy(
+    __name__,
+    {
+        **{
+            module: module
+            for module in (
+                "assets",
+                "baselines",
+                "cli",
+                "commands",
+                "core",
+                "crossfit",
+                "data",
+                "demo",
+                "geneformer",
+                "heatmaps",
+                "inference",
+                "metrics",
+                "plotting",
+                "report",
+                "rosa",
+                "scgenept",
+                "scgpt",
+                "scores",
+                "statistics",
+                "store",
+                "training",
+            )
+        },
+        **{
+            name: "core"
+            for name in (
+                "settings",
+                "ScellfmError",
+                "DataError",
+                "DivergedError",
+                "AssetError",
+                "OptionError",
+                "StoreError",
+                "ExtraError",
+                "ScellfmWarning",
+            )
+        },
+    },
+)

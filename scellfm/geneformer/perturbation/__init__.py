@@ -1,6 +1,13 @@
 """Genes deleted, overexpressed or shifted in silico, and what the cells' embeddings do then."""
+
 from scellfm import _lazy
 
-__getattr__, __dir__, __all__ = _lazy(__name__, {
-    "perturb": "runner", "gene_effects": "effects", "Screen": "screen", "original_effects": "original_results",
-})
+__getattr__, __dir__, __all__ = _lazy(
+    __name__,
+    {
+        "perturb": "runner",
+        "gene_effects": "effects",
+        "Screen": "screen",
+        "original_effects": "original_results",
+    },
+)
