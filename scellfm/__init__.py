@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = _lazy(
             module: module
             for module in (
                 "assets",
+                "atlas",
                 "baselines",
                 "cli",
                 "commands",

@@ -18,7 +18,10 @@ from .core import ScellfmError, ScellfmWarning, printable, settings
 
 # %% ../nbs/cli.ipynb #2542a44d
 MODULES = ("demonstration", "tokens", "vectors", "classifiers", "screens", "references", "perturbations")
-GROUPS = {"sequence": "DNA around genes: windows, gene vectors, effects of variants"}  # commands below a command
+GROUPS = {  # commands below a command
+    "sequence": "DNA around genes: windows, gene vectors, effects of variants",
+    "atlas": "Many files of cells at once: tokens, vectors, predictions",
+}
 
 
 def build_parser(only: str | None = None) -> Parser:

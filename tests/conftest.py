@@ -43,6 +43,11 @@ def yardstick() -> float:
     return min(seconds)
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    "The bytes of every file below a folder, by its path from there."
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long forms too")
 

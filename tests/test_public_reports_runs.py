@@ -16,7 +16,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tree
 from fuzz_readers import json_mutated
 from scipy import sparse
 
@@ -102,10 +102,6 @@ THINGS = [
     "reference map",
     "report",
 ]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # ---- E25: an output folder that exists

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = _lazy(
         "FolderKind": "outputs",
         "fingerprint": "fingerprints",
         "Store": "shards",
+        "write_shard": "shards",
         "block_rows": "blocks",
         "each_block": "blocks",
         "rows_in_blocks": "blocks",
