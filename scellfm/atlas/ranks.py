@@ -73,9 +73,7 @@ def told_by_first(ranks: Ranks, tasks: Callable[[], list[tuple[str, Stretch]]]) 
     return [(name, Stretch(*stretch)) for name, stretch in told["tasks"]]
 
 
-def take_turns(
-    ranks: Ranks, work: Work, tasks: list[tuple[str, Stretch]], folder: Path, threads: int
-) -> None:
+def take_turns(ranks: Ranks, work: Work, tasks: list[tuple[str, Stretch]], folder: Path, threads: int) -> None:
     "Compute, write and record one missing shard after the other, until none is left for this rank."
     import torch
 

@@ -50,7 +50,10 @@ def stamps_of(paths: Mapping[str, Path], record: Path) -> dict[str, str]:
     "The hashes of files by name; `record` is the JSON file that remembers them."
     known = read_record(record, STAMPS, StoreError) if record.exists() else {}
     names = sorted(paths)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, progress(desc="fingerprints", total=len(names), unit="file") as bar:
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        progress(desc="fingerprints", total=len(names), unit="file") as bar,
+    ):
         found = {}
         for name, stamp in zip(names, pool.map(lambda name: stamped(paths[name], known.get(name)), names)):
             found[name] = stamp
@@ -94,7 +97,15 @@ def plan_of(work: Work, rows: int, threads: int, columns: Sequence[str]) -> Plan
 RECORD, PARTS, STAMPED = "atlas.json", "parts", "fingerprints.json"
 KIND = FolderKind(
     "an atlas run",
-    {RECORD: {"format": Between(1, 1), "finished": bool, "inputs": {...: str}, "settings": dict, "versions": {...: str}}},
+    {
+        RECORD: {
+            "format": Between(1, 1),
+            "finished": bool,
+            "inputs": {...: str},
+            "settings": dict,
+            "versions": {...: str},
+        }
+    },
     (PARTS, RESULT, TOKENS, STAMPED, f".lock-{TOKENS}"),
 )
 
