@@ -141,8 +141,8 @@ def work_off(plan: Plan, store: Store, workers: int) -> None:
     "Have all shards computed that the store lacks, by processes of this machine."
     tasks = lacking(plan, store)
     total = sum(stretch.n for stretch in plan.stretches.values())
-    begun = total - sum(stretch.n for _, stretch in tasks)
-    with progress(desc=f"{plan.work.task}: {workers} workers", total=total, initial=begun, unit="cell") as bar:
+    with progress(desc=f"{plan.work.task}: {workers} workers", total=total, unit="cell") as bar:
+        bar.update(total - sum(stretch.n for _, stretch in tasks))
         for shard in share(plan.work, tasks, store.folder, workers=workers, threads=plan.threads):
             store.record(shard.name, shard.entry)
             bar.update(shard.stretch.n)
