@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 
+from .. import data
 from .stretches import CellsOnDisk, Stretch
 from .work import Work
 from ..core import AssetError, user_path
+from ..data.paths import open_store
 from ..store.files import atomic_write
 from ..store.layouts import DATASET
 from ..store.shards import Store
@@ -158,9 +160,9 @@ def read(folder: str | Path) -> AnnData | TokenizedCells:
     if not (folder / RESULT).is_file():
         begun = "a run that was begun lies in it: run it again to go on" if (folder / "parts").exists() else ""
         raise AssetError(f"{folder} holds no {RESULT} and no {TOKENS}; {begun or 'scellfm.atlas.run writes them'}")
-    from scellfm.data import read
-
-    return read(folder / RESULT, backed=True)
+    with open_store(folder / RESULT) as file:
+        vectors = "X" in file
+    return data.read(folder / RESULT, backed=vectors)
 
 # %% ../../nbs/atlas/results.ipynb #87fec9fa
 def gathered_notes(finished: Finished) -> dict[str, int]:
