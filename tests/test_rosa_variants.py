@@ -1,6 +1,7 @@
 """Alleles get into windows as a naive edit of the whole chromosome puts them; files are read whole or refused."""
 
 import gzip
+import re
 
 import numpy as np
 import pandas as pd
@@ -164,7 +165,7 @@ GOOD = f"20\t5\t.\t{LETTERS[4]}\t{'A' if LETTERS[4] != 'A' else 'C'}\t.\t.\t.\n"
 
 
 def test_windows_line_ends_and_a_missing_header_are_accepted(place):
-    crlf = write(place, (HEADER + GOOD).replace("\n", "\r\n").encode(), name="crlf.vcf")
+    crlf = write(place, b"\xef\xbb\xbf" + (HEADER + GOOD).replace("\n", "\r\n").encode(), name="crlf.vcf")
     assert len(read_variants(crlf, place / "g.fa")) == 1
     with pytest.warns(ScellfmWarning, match="no line that begins with #CHROM"):
         bare = read_variants(write(place, GOOD, header=""), place / "g.fa")
@@ -185,6 +186,8 @@ def test_windows_line_ends_and_a_missing_header_are_accepted(place):
         ("20\t5\t.\tA\t<DEL>\n", "holds no allele that can be put into a sequence"),
         ("", "holds no allele"),
         (b"\xff\xfe\x00binary", "is not text"),
+        ("20\t5\u00b2\t.\tA\tC\n", "line 3: a record has a chromosome, a place"),
+        ("20\t" + "5" * 5000 + "\t.\tA\tC\n", "line 3: a record has a chromosome, a place"),
     ],
 )
 def test_a_damaged_record_is_named(place, body, words):
@@ -224,6 +227,14 @@ def test_unphased_genotypes_are_refused(place):
         read_variants(write(place, GOOD.strip() + "\tGT\t0/1\n", header), samples="a")
     with pytest.raises(DataError, match="has no sample 'b'; it has a"):
         read_variants(write(place, GOOD.strip() + "\tGT\t0|1\n", header), samples="b")
+    for more, words in (
+        ("GT\t0|7", "'0|7' names an allele that the record does not have: it has 1"),
+        ("GT\t0|" + "7" * 5000, "is not one or two numbers"),
+        ("DP:GT\t31:0|1", "FORMAT is 'DP:GT', which does not begin with GT"),
+        ("DP\t1", "FORMAT is 'DP'"),
+    ):
+        with pytest.raises(DataError, match=re.escape(words)):
+            read_variants(write(place, GOOD.strip() + f"\t{more}\n", header), samples="a")
     windows = windows_at(place, 50, "+", 20)
     with pytest.raises(DataError, match="no genotypes of 'a' were read"):
         personal_codes(read_variants(place / "x.vcf"), windows, "a")
@@ -238,6 +249,20 @@ def test_overlapping_alleles_of_one_copy_are_counted(place):
     variants = read_variants(write(place, body, header), windows.genome, samples="a")
     with pytest.warns(ScellfmWarning, match="1 alleles of 'a' overlap others"):
         personal_codes(variants, windows, "a")
+
+
+def test_two_spellings_of_a_chromosome_in_one_file_are_one(place):
+    header = HEADER.replace("INFO\n", "INFO\tFORMAT\ta\n")
+    other = {"A": "C", "C": "G", "G": "T", "T": "A"}
+    body = "".join(
+        f"{chrom}\t{pos}\t.\t{LETTERS[pos - 1]}\t{other[LETTERS[pos - 1]]}\t.\t.\t.\tGT\t1|1\n"
+        for chrom, pos in (("20", 48), ("chr20", 52), ("CHR20", 55))
+    )
+    windows = windows_at(place, 50, "+", 20)
+    variants = read_variants(write(place, body, header, name="two.vcf"), windows.genome, samples="a")
+    assert len(pair_with_windows(variants, windows)) == 3
+    copies = personal_codes(variants, windows, "a")
+    assert (copies[0] != windows.codes()).sum() == 6  # three bases on each of two copies
 
 
 def test_wrong_kinds_of_input_are_named(place):
