@@ -423,7 +423,7 @@ def test_a_benchmark_imports_what_there_is(script):
     assert lacking == []
 
 
-# overexpression is deletion under another name; those of scGenePT count processor time of torch, which is told its threads
+# overexpression is deletion under another name; those of scGenePT tell torch its number of threads
 OTHERWISE = {"harness", "overexpression", "scgenept_real_data", "scgenept_simulation", "scgenept_step"}
 
 
