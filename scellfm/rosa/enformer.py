@@ -158,7 +158,7 @@ class Enformer:
     ):
         one_of("gammas", gammas, GAMMAS)
         self.device, self.dtype = inference.pick_device(device), inference.pick_dtype(dtype)
-        self.module, self.gammas = module.to(device=self.device, dtype=self.dtype).eval(), gammas
+        self.module, self.gammas = inference.in_precision(module, self.device, self.dtype).eval(), gammas
         self.tracks = None if tracks is None else read_tracks(tracks)
         if self.tracks is not None and len(self.tracks) != self.heads.get("human"):
             raise OptionError(f"{len(self.tracks)} tracks are named and the heads have {self.heads}; name each one")

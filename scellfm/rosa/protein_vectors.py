@@ -82,7 +82,7 @@ class ESM2:
 
     def __init__(self, model: EsmModel, device: str | torch.device = "auto", dtype: str = "float32"):
         self.device, self.dtype = inference.pick_device(device), inference.pick_dtype(dtype)
-        self.model = model.to(device=self.device, dtype=self.dtype).eval()
+        self.model = inference.in_precision(model, self.device, self.dtype).eval()
         self.load_report = None
 
     @classmethod
