@@ -3,6 +3,7 @@
 import gzip
 import os
 import stat
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -92,8 +93,11 @@ def test_starts_at_the_3_prime_end_are_told(tmp_path):
     table = pd.DataFrame({"gene": list("abc"), "chrom": "1", "strand": list("+--"), "start": 10, "end": 90})
     with pytest.warns(ScellfmWarning, match="2 of 2 genes on the negative strand have their tss at the smaller end"):
         read_annotation(table.assign(tss=10))
-    read_annotation(table.assign(tss=[10, 89, 89]))  # no warning: warnings are errors here
-    read_annotation(table[["gene", "chrom", "strand"]].assign(tss=10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_annotation(table.assign(tss=[10, 89, 89]))
+    for columns in (["gene", "chrom", "strand"], ["gene", "chrom", "strand", "start"]):  # without both ends
+        assert read_annotation(table[columns].assign(tss=10)).table["end"].tolist() == [11, 11, 11]
 
 
 def test_gff3_and_other_files_are_not_taken_for_gtf(tmp_path):
@@ -289,6 +293,16 @@ def test_plain_gzip_and_damaged_blocks_are_named(tmp_path):
         genome.letters("1", 0, 100)
 
 
+@pytest.mark.parametrize("at", [0, 25, 60, -30, -60])
+def test_a_damaged_bgzip_genome_is_named_while_it_is_indexed(tmp_path, at):
+    write_blocks(tmp_path / "x.fa.gz", b">1\n" + b"ACGTTGCA\n" * 30)
+    data = bytearray((tmp_path / "x.fa.gz").read_bytes())
+    data[at] ^= 255
+    (tmp_path / "x.fa.gz").write_bytes(bytes(data))
+    with pytest.raises(AssetError, match="damaged|was cut|compressed"):
+        Genome(tmp_path / "x.fa.gz")
+
+
 @pytest.mark.parametrize(
     "line", ["20\t140\t12\t14\t15", "20\t140\t11\t13\t15", "20\t150\t12\t14\t15", "X\t140\t12\t14\t15"]
 )
@@ -351,21 +365,26 @@ def test_sizes_of_chromosomes_that_are_none(tmp_path):
 
 @hypothesis_settings(max_examples=150)
 @given(
-    kind=st.sampled_from(["x.gtf", "x.bed", "x.tsv", "x.fa", "x.fai"]),
+    kind=st.sampled_from(["x.gtf", "x.bed", "x.tsv", "x.fa", "x.fai", "x.fa.gz"]),
     at=st.integers(0, 10_000),
     junk=st.binary(min_size=1, max_size=8),
 )
 def test_any_damage_is_read_or_refused_in_words(tmp_path_factory, kind, at, junk):
     folder = tmp_path_factory.getbasetemp()
-    texts = {"x.gtf": gtf(), "x.bed": BED, "x.tsv": "gene\tchrom\tstrand\ttss\na\t1\t+\t5\nb\t1\t-\t9\n"}
-    texts |= {"x.fa": ">20\nACGT\nACGT\n>M\nAC\n", "x.fai": "20\t8\t4\t4\t5\nM\t2\t17\t2\t3\n"}
+    tsv = "gene\tchrom\tstrand\ttss\tstart\tend\na\t1\t+\t5\t5\t8\nb\t1\t-\t9\t7\t10\n"
+    texts = {"x.gtf": gtf(), "x.bed": BED, "x.tsv": tsv, "x.fa": ">20\nACGT\nACGT\n>M\nAC\n"}
+    texts |= {"x.fai": "20\t8\t4\t4\t5\nM\t2\t17\t2\t3\n", "x.fa.gz": texts["x.fa"]}
     whole = texts[kind].encode()
+    if kind == "x.fa.gz":
+        write_blocks(folder / "whole.gz", whole)
+        whole = (folder / "whole.gz").read_bytes()
     at = at % len(whole)
     damaged = whole[:at] + junk + whole[at + len(junk) :]
     try:
-        if kind in ("x.fa", "x.fai"):
-            path = write(folder, "fuzz.fa", damaged if kind == "x.fa" else texts["x.fa"])
-            (folder / "fuzz.fa.fai").unlink(missing_ok=True)
+        if kind in ("x.fa", "x.fai", "x.fa.gz"):
+            name = "fuzz.fa.gz" if kind == "x.fa.gz" else "fuzz.fa"
+            path = write(folder, name, texts["x.fa"] if kind == "x.fai" else damaged)
+            (folder / f"{name}.fai").unlink(missing_ok=True)
             if kind == "x.fai":
                 os.utime(write(folder, "fuzz.fa.fai", damaged), (2e9, 2e9))
             genome = Genome(path)

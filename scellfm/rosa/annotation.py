@@ -426,7 +426,7 @@ def annotation_table(table: pd.DataFrame, source: str = "the table", one_based: 
         table[name] = numbers.astype("int64") - (one_based and name in ("tss", "start", "gene_start"))
     if table[["gene", "chrom"]].isna().any(axis=None):
         raise DataError(f"{source} has rows without a gene or a chromosome; leave them out")
-    if "start" not in table:
+    if "start" not in table or "end" not in table:
         table = table.assign(start=table["tss"], end=table["tss"] + 1)
     warn_of_3_prime_ends(table, source)
     if (table["end"] <= table["start"]).any():

@@ -5,7 +5,9 @@
 # %% ../../nbs/rosa/genome.ipynb #e27d13cf
 from __future__ import annotations
 
+import gzip
 import os
+import zlib
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -94,8 +96,13 @@ def write_index(index: dict[str, Record], path: str | Path) -> None:
 def make_index(path: Path) -> dict[str, Record]:
     "The index of a FASTA file, plain (by pyfaidx) or bgzip."
     if is_zipped(path):
-        with open_text(path) as lines:
-            return index_lines(lines, path)
+        try:
+            with open_text(path) as lines:
+                return index_lines(lines, path)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise AssetError(f"{path} is damaged ({error}); fetch it again") from error
+    if path.suffix in (".gz", ".bgz"):
+        raise AssetError(f"{path} is named as a compressed file and is none; it is damaged, or has the wrong name")
     pyfaidx = optional("pyfaidx", "sequence")
     with TemporaryDirectory() as folder:
         place = f"{folder}/index.fai"
