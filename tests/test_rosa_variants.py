@@ -104,10 +104,15 @@ def test_pairs_tell_where_an_snv_lies_and_what_it_changes(place, strand):
     assert (pairs["distance"] == at - windows.table["index"].iloc[0]).all()
 
 
-@pytest.mark.parametrize("length", [4096, 4097])
-def test_snvs_and_indels_of_the_real_chromosome(length):
+@pytest.fixture(scope="module")
+def real_variants():
     genome = Genome(real_data("chr20-1mb/z.fa"))
-    variants = read_variants(real_data("chr20-1mb/z.vcf.gz"), genome)
+    return genome, read_variants(real_data("chr20-1mb/z.vcf.gz"), genome)
+
+
+@pytest.mark.parametrize("length", [4096, 4097])
+def test_snvs_and_indels_of_the_real_chromosome(real_variants, length):
+    genome, variants = real_variants
     table = variants.table
     alone = ~table["record"].duplicated(keep=False)
     assert table[alone]["kind"].value_counts().to_dict() == {"snv": 28_017, "indel": 819}
@@ -215,7 +220,8 @@ def test_a_truncated_file_is_refused(place, kind, cut):
         write_blocks(path, text)
     else:
         path.write_bytes(gzip.compress(text))
-    assert len(read_variants(path)) == 20_000
+    if cut == 5:
+        assert len(read_variants(path)) == 20_000
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(ScellfmError, match="was cut"):
         read_variants(path)
