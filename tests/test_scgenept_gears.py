@@ -75,6 +75,17 @@ def test_the_interpreter_is_named_by_the_environment_too(data, split, annotation
         assert gears_baseline(data, split, annotations).notna().any().all()
 
 
+def test_the_process_finds_the_package_gears_and_no_module_of_ours(data, split, annotations, tmp_path):
+    looks = """
+import os, sys
+from importlib.machinery import PathFinder
+beside = os.path.dirname(os.path.abspath(sys.argv[1]))  # where python looks first for what a script imports
+raise SystemExit(f"beside the script: {[n for n in ('gears', 'scellfm', 'model') if PathFinder.find_spec(n, [beside])]}")
+"""
+    with pytest.warns(ScellfmWarning), pytest.raises(ExtraError, match=r"beside the script: \[\]"):
+        gears_baseline(data, split, annotations, python=stand_in(tmp_path, looks))
+
+
 @pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")
 def test_gears_is_among_all_baselines_where_it_is_at_hand(data, split, annotations, tmp_path, monkeypatch):
     monkeypatch.delenv("SCELLFM_GEARS_PYTHON", raising=False)
