@@ -811,6 +811,7 @@ def test_a_scgenept_predicts_and_is_scored_and_nothing_else(tmp_path, capsys):
     for command in (
         ["embed", cells, "--model", model, *out],
         ["integrate", cells, "--model", model, "--batch", "x", *out],
+        ["map", cells, cells, "--model", model, "--label", "condition", *out],
     ):
         code, _, error = call(command, capsys)
         assert code == 2 and "scGenePT" in error

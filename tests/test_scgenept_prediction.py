@@ -144,6 +144,12 @@ def test_a_profile_is_explained_by_the_perturbation_that_has_it(model, data):
     scores = evaluate_which(model, data, data.split("simulation", seed=1))
     ranks = pd.DataFrame({name: detail["by_condition"]["rank"] for name, detail in scores.details.items()})
     assert set(ranks) == {"scGenePT", "change of its own gene", "chance"}
+    np.testing.assert_allclose(scores.table["mean_reciprocal_rank"], (1 / ranks).mean()[scores.table.index])
+    low, mean, high = (t["mean_reciprocal_rank"].dropna() for t in (scores.low, scores.table, scores.high))
+    assert len(low) and (low <= mean[low.index]).all() and (mean[high.index] <= high).all()
+    written = [f"ctrl+{name}" if "+" not in name else name for name in data.conditions] + ["G01+ctrl", "G01"]
+    other = evaluate_which(model, data, data.split("simulation", seed=1), candidates=written)
+    pd.testing.assert_frame_equal(other.table, scores.table)
     with pytest.raises(DataError, match="both symbols"):
         model.which(pd.Series([1.0, 2.0, 3.0], index=["a", "b", "c"]), data.conditions)
 
