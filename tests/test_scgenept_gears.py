@@ -80,7 +80,8 @@ def test_the_process_finds_the_package_gears_and_no_module_of_ours(data, split, 
 import os, sys
 from importlib.machinery import PathFinder
 beside = os.path.dirname(os.path.abspath(sys.argv[1]))  # where python looks first for what a script imports
-raise SystemExit(f"beside the script: {[n for n in ('gears', 'scellfm', 'model') if PathFinder.find_spec(n, [beside])]}")
+found = [name for name in ("gears", "scellfm", "model") if PathFinder.find_spec(name, [beside])]
+raise SystemExit(f"beside the script: {found}")
 """
     with pytest.warns(ScellfmWarning), pytest.raises(ExtraError, match=r"beside the script: \[\]"):
         gears_baseline(data, split, annotations, python=stand_in(tmp_path, looks))
