@@ -360,6 +360,10 @@ def test_shares_are_drawn_for_the_metrics_that_can_judge(world):
     assert shown == set(found.table.index)
     order = [label.get_text() for label in ax.get_yticklabels()]
     assert order.index("training mean") < order.index("half") < order.index("most")
+    assert not ax.texts
+    silent = partly_right() * np.nan
+    drawn = score(world, {"most": partly_right(0.9), "silent": silent}).plot()
+    assert [text.get_text() for text in drawn.texts] == ["no prediction"]
     assert found.plot(kind="scores") is not ax
     with pytest.raises(OptionError, match="kind='roc'"):
         found.plot(kind="roc")
