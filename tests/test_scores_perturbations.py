@@ -182,6 +182,32 @@ def test_an_attack_that_counts_a_perturbation_twice_is_merged(world):
     assert len(score(twice, published, original=True).values("mse")) == len(TEST) + 1
 
 
+def test_labels_are_read_as_perturbation_data_reads_them(world):
+    from scellfm.scgenept import perturbation_of
+    from scellfm.scores.effects import perturbation_name
+
+    for label in (
+        "A",
+        "A+ctrl",
+        "ctrl+A",
+        " A + CTRL ",
+        "Control+A",
+        "B+A",
+        "A+A",
+        "ctrl",
+        "Control",
+        "ctrl+ctrl",
+        "A+B+C",
+    ):
+        assert perturbation_name(label) == perturbation_of(label), label
+    written = world.copy()
+    written.obs["condition"] = [f"{n} + CTRL" if n != "ctrl" else n for n in world.obs.condition.astype(str)]
+    pd.testing.assert_frame_equal(score(written, partly_right()).table, score(world, partly_right()).table)
+    written.obs["condition"] = written.obs["condition"].astype(str).replace({f"{TEST[0]} + CTRL": f"{TEST[0]}+"})
+    with pytest.raises(DataError, match="empty part"):
+        score(written, partly_right())
+
+
 def test_subgroups_strata_and_dashes(world):
     groups = {"first": TEST[:3], "second": TEST[3:], "empty": [], "elsewhere": ["NEW"]}
     found = score(world, partly_right(), subgroups=groups)
