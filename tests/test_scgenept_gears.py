@@ -100,6 +100,14 @@ def test_gears_is_among_all_baselines_where_it_is_at_hand(data, split, annotatio
         perturbation_baselines(data, split, baselines=["GEARS"])
 
 
+def test_a_fold_that_gears_cannot_answer_is_dashes(data, split, annotations, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCELLFM_GEARS_PYTHON", str(stand_in(tmp_path, PROCESS)))
+    folds = [{"train": split["train"], "test": ["AWAY"]}, {"train": split["train"], "test": ["G01"]}]
+    with pytest.warns(ScellfmWarning, match="GEARS predicts nothing of a fold"):
+        found = perturbation_baselines(data, folds, annotations=annotations, baselines=["GEARS", "training mean"])
+    assert found.counts().to_dict() == {"training mean": 2, "GEARS": 1} and found["GEARS"].loc["AWAY"].isna().all()
+
+
 def test_what_is_missing_or_fails_is_said(data, split, annotations, tmp_path, monkeypatch):
     monkeypatch.delenv("SCELLFM_GEARS_PYTHON", raising=False)
     with pytest.raises(ExtraError, match="SCELLFM_GEARS_PYTHON"):
