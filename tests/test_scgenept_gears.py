@@ -123,7 +123,6 @@ def test_what_is_missing_or_fails_is_said(data, split, annotations, tmp_path, mo
         gears_baseline(data, {"train": split["train"], "test": ["AWAY"]}, annotations, python=failing)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_original_answers(data, split, annotations):
     if "SCELLFM_GEARS_PYTHON" not in os.environ:
