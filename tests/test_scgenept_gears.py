@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import stat
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import golden
 
 from scellfm import DataError, ExtraError, OptionError, ScellfmWarning
 from scellfm.data import simulate_perturbations
@@ -129,10 +133,44 @@ def test_what_is_missing_or_fails_is_said(data, split, annotations, tmp_path, mo
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_original_answers(data, split, annotations):
-    if "SCELLFM_GEARS_PYTHON" not in os.environ:
-        pytest.skip("SCELLFM_GEARS_PYTHON names no environment with cell-gears")
+    original_python()
     found, again = (gears_baseline(data, split, annotations, epochs=2, seed=1) for _ in range(2))
     pd.testing.assert_frame_equal(found, again, atol=1e-5)
     control = data.means().loc["ctrl"]
     assert found.loc["AWAY"].isna().all() and np.corrcoef(found.loc["G01"], control)[0, 1] > 0.5
     json.dumps(found.dropna().round(3).to_dict())
+
+
+def original_python() -> str:
+    "The interpreter with cell-gears; the test is skipped where none is named."
+    if "SCELLFM_GEARS_PYTHON" not in os.environ:
+        pytest.skip("SCELLFM_GEARS_PYTHON names no environment with cell-gears")
+    return os.environ["SCELLFM_GEARS_PYTHON"]
+
+
+CHECKED = "original or ranked or equals or folder_of or every_published or overall or published_numbers"
+
+
+@pytest.mark.parametrize("seed, sizes, types", [(5, ("90", "11", "6"), "K562"), (8, ("130", "15", "8"), "K562,RPE1")])
+def test_what_the_original_makes_of_other_data_is_made_here_too(tmp_path, seed, sizes, types):
+    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    out, here = tmp_path / "scgenept", Path(__file__).parent
+    script = [original_python(), here / "original_gears.py", golden("scgenept"), out, str(seed), *sizes, types]
+    made = subprocess.run(list(map(str, script)), env=kept, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-2000:]
+    files = [str(here / f"test_{name}.py") for name in ("scgenept_data", "scgenept_splits", "scores_gears")]
+    checks = [sys.executable, "-m", "pytest", "-q", *files, "-k", CHECKED, "-p", "no:cacheprovider", "--tb=short"]
+    found = subprocess.run(checks, env=os.environ | {"SCELLFM_GOLDEN": str(tmp_path)}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-4000:]
+    print(found.stdout.splitlines()[-1])
+
+
+def test_the_preparation_finds_the_genes_of_the_original(capsys):
+    script = Path(__file__).parent.parent / "benchmarks" / "perturbseq_preparation.py"
+    command = [sys.executable, str(script), "--quick", "--gears", original_python()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = re.search(r"the same 20 genes in (\d+) of (\d+) conditions", done.stdout)
+    with capsys.disabled():
+        print(done.stdout)  # seconds and memory of both sides
+    assert found, done.stderr[-2000:]
+    assert found[1] == found[2] == "19"
