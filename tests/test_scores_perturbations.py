@@ -290,7 +290,7 @@ def test_a_condition_of_one_cell_is_scored_where_it_can_be(world):
 def test_a_constant_prediction_has_no_correlation_and_is_counted(world):
     flat = pd.DataFrame(1.0, TEST, COLUMNS)
     rest = pd.DataFrame(np.tile(means(world, ["ctrl"]).to_numpy(), (len(TEST), 1)), TEST, COLUMNS)
-    for guess, metric in ((flat, "pearson"), (rest, "pearson_delta")):
+    for guess, metric in ((flat, "pearson"), (rest, "pearson_delta"), (rest.astype(np.float32), "pearson_delta")):
         found, original = score(world, guess), score(world, guess, original=True)
         assert found.values(metric, "model").isna().all() and np.isnan(found.table.loc["model", metric])
         assert found.counts().loc["model", metric] == 0 and found.counts().loc["model", "mse"] == len(TEST)
