@@ -340,7 +340,7 @@ def hold_out_grid(
     cell_type: str | None = None,  # column of obs; None: "cell_type" where it is there
     gene_column: str | None = None,  # column of var with the names of genes
     layer: str | None = None,  # layer that will be read; "raw" may have other genes than X
-    seed: int = 0,
+    seed: int = 0,  # seed of every random draw
 ) -> HoldOutGrid:
     """
     Hold out genes and cells, whole groups at a time; the result depends on names and the seed alone.

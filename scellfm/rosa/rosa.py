@@ -25,6 +25,7 @@ from .losses import Loss
 from .scores import score_grid
 from .training import Kind, Readable, Settings, Task, fit_kind, learnable, restore_kind
 from ..scores.sequence import GridScores
+from ..store import FolderKind
 from ..training import History
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from scellfm.rosa.windows import Windows
 
 # %% auto #0
-__all__ = ['ARRAYS', 'read_cells', 'effects_by_type', 'Rosa', 'asked_vectors', 'rows_of']
+__all__ = ['ARRAYS', 'ROSA_MODEL', 'read_cells', 'effects_by_type', 'Rosa', 'asked_vectors', 'rows_of']
 
 # %% ../../nbs/rosa/rosa.ipynb #e95aac88
 def read_cells(adata: AnnData, task: Task, layer: str | None, gene_column: str | None) -> tuple[Readable, pd.Index]:
@@ -293,31 +294,39 @@ def variant_effect(
     kept = pairs[[name for name in ("variant", "gene", "distance") if name in pairs]].reset_index(drop=True)
     return pd.concat([kept, changes], axis=1)
 
-# %% ../../nbs/rosa/rosa.ipynb #786e5f9e
+# %% ../../nbs/rosa/rosa.ipynb #5dfd5742
 ARRAYS = ("vectors", "centre", "scale", "train", "stop", "test", "context", "values", "counts", "sizes")
+ROSA_MODEL = FolderKind(
+    "a model of rosa",
+    {"config.json": {"format": str, "version": int, "genes": [str]}},
+    ("model.safetensors", "task.safetensors", "scores.json"),
+)
 
+# %% ../../nbs/rosa/rosa.ipynb #52c0b8f7
+def record_of(rosa: Rosa) -> dict:
+    "What config.json holds: the settings, and the names of genes, cells and what they are."
+    task = rosa.task
+    record = {"format": "scellfm rosa", "version": 1, "settings": asdict(rosa.settings), "share": task.share}
+    record |= {"genes": list(task.genes), "cells": list(task.cells), "left_out": task.left_out}
+    obs = rosa.grid.obs.reindex(task.cells)
+    record["obs"] = {name: [None if pd.isna(v) else str(v) for v in values] for name, values in obs.items()}
+    return record | {"manifest": {} if rosa.vectors is None else rosa.vectors.manifest}
 
+# %% ../../nbs/rosa/rosa.ipynb #786e5f9e
 @patch
 def save_pretrained(self: Rosa, folder: str | Path) -> None:
     "Write config.json, model.safetensors, task.safetensors, and scores.json where there are scores."
     import torch
 
     from scellfm.assets.tensors import save_tensors
-    from scellfm.store import FolderKind, atomic_files
+    from scellfm.store import atomic_files
 
     fitted, task = self._ready(), self.task
-    record = {"format": "scellfm rosa", "version": 1, "settings": asdict(self.settings), "share": task.share}
-    record |= {"genes": list(task.genes), "cells": list(task.cells), "left_out": task.left_out}
-    obs = self.grid.obs.reindex(task.cells)
-    record["obs"] = {name: [None if pd.isna(v) else str(v) for v in values] for name, values in obs.items()}
-    record["manifest"] = {} if self.vectors is None else self.vectors.manifest
-    records = {"config.json": {"format": str, "version": int, "genes": [str]}}
-    kind = FolderKind("a model of rosa", records, ("model.safetensors", "task.safetensors", "scores.json"))
-    with atomic_files(folder, kind) as part:
+    with atomic_files(folder, ROSA_MODEL) as part:
         save_tensors(part / "model.safetensors", {n: v.contiguous() for n, v in fitted.state().items()})
         arrays = {name: torch.from_numpy(np.ascontiguousarray(getattr(task, name))) for name in ARRAYS}
         save_tensors(part / "task.safetensors", arrays)
-        (part / "config.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        (part / "config.json").write_text(json.dumps(record_of(self)) + "\n", encoding="utf-8")
         if self._scores is not None:
             (part / "scores.json").write_text(json.dumps(self._scores.to_dict()) + "\n", encoding="utf-8")
 
