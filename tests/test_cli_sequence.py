@@ -98,7 +98,7 @@ def expression(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["ridge", "mlp", "encoder_decoder"])
+@pytest.mark.parametrize("kind", ["ridge", "mlp"])
 def test_expression_is_fitted_scored_and_predicted_as_by_the_functions(expression, capsys, tmp_path, kind):
     given = ["sequence", "fit", expression / "cells.h5ad", "--vectors", expression / "vectors", "--kind", kind]
     more = ["--hold-genes", "chromosome", "--held-genes", "chr2", "--hold-cells", "donor", "--seed", 3]

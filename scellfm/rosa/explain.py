@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from ..core import OptionError, check_number, one_of
 from .chunks import one_hot
-from .enformer import Enformer
+from .enformer import Enformer, reading, readings
 from .training import Fitted, FittedNetwork, FittedProfile, FittedRidge, Readable, Task, kept_genes
 
 # %% auto #0
-__all__ = ['Method', 'METHODS', 'mean_prediction', 'attribution', 'vector_attribution', 'vector_gradient', 'cell_attribution',
-           'base_gradient', 'base_attribution']
+__all__ = ['Method', 'METHODS', 'mean_prediction', 'attribution', 'vector_attribution', 'cell_attribution', 'window_vector',
+           'base_attribution']
 
 # %% ../../nbs/rosa/explain.ipynb #6e88a19d
 Method = Literal["integrated_gradients", "input_x_gradient"]
@@ -33,12 +33,14 @@ def mean_prediction(fitted: Fitted, task: Task, vectors: Tensor, rows: np.ndarra
     if isinstance(fitted, FittedRidge):
         weights = torch.from_numpy(fitted.weights[:, rows].mean(axis=1)).to(vectors.dtype)
         return vectors @ weights + float(fitted.intercept[rows].mean())
+    device, loss = next(fitted.network.parameters()).device, task.settings.loss
+    vectors = vectors.to(device)
     if isinstance(fitted, FittedProfile):
-        return fitted.targets.logs(task.settings.loss, fitted.network(vectors)[:, torch.from_numpy(rows)]).mean(dim=1)
+        return fitted.targets.logs(loss, fitted.network(vectors)[:, torch.from_numpy(rows)]).mean(dim=1).cpu()
     kept = kept_genes(len(readable.genes), task.settings.read, task.settings.seed)
-    known = torch.from_numpy(task.vectors[readable.genes[kept]])
-    bins = torch.from_numpy(readable.bins[np.ix_(rows, kept)])
-    return fitted.targets.logs(task.settings.loss, fitted.network.answer(bins, known, vectors)).mean(dim=0)
+    known = torch.from_numpy(task.vectors[readable.genes[kept]]).to(device)
+    bins = torch.from_numpy(readable.bins[np.ix_(rows, kept)]).to(device)
+    return fitted.targets.logs(loss, fitted.network.answer(bins, known, vectors)).mean(dim=0).cpu()
 
 
 def attribution(
@@ -66,19 +68,12 @@ def vector_attribution(
 ) -> np.ndarray:
     "Contributions float32 [genes, width] of each number of a gene's (standardised) vector."
     x = torch.from_numpy(task.vectors[np.asarray(genes)])
-    readable = task.known()
+    readable = task.known(genes)
 
     def function(vectors: Tensor) -> Tensor:
         return mean_prediction(fitted, task, vectors, np.asarray(rows), readable)
 
     return attribution(function, x, torch.zeros_like(x), method, steps).numpy()
-
-
-def vector_gradient(fitted: Fitted, task: Task, genes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    "Derivative float32 [genes, width] of the mean prediction by each number of a gene's vector as it was given."
-    x = torch.from_numpy(task.vectors[np.asarray(genes)]).requires_grad_()
-    mean_prediction(fitted, task, x, np.asarray(rows), task.known()).sum().backward()
-    return (x.grad.numpy() / task.scale).astype(np.float32)
 
 # %% ../../nbs/rosa/explain.ipynb #a5599110
 def cell_attribution(
@@ -93,39 +88,56 @@ def cell_attribution(
     "(positions of the genes that were read, contributions float32 [genes, read]) against a cell without expression."
     if not isinstance(fitted, FittedNetwork):
         raise OptionError(f"kind={task.settings.kind!r} reads no genes of a cell; explain of='gene'")
-    readable, rows = task.known(), np.asarray(rows)
+    readable, rows = task.known(genes), np.asarray(rows)
     kept = kept_genes(len(readable.genes), task.settings.read, task.settings.seed)
-    known = torch.from_numpy(task.vectors[readable.genes[kept]])
+    device = next(fitted.network.parameters()).device
+    known = torch.from_numpy(task.vectors[readable.genes[kept]]).to(device)
     x = F.one_hot(torch.from_numpy(readable.bins[np.ix_(rows, kept)]), task.settings.n_bins).float()
     nothing = torch.zeros_like(x)
     nothing[..., 0] = 1.0
     found = []
     for gene in np.asarray(genes):
-        asked = torch.from_numpy(task.vectors[[gene]])
+        asked = torch.from_numpy(task.vectors[[gene]]).to(device)
 
         def function(shares: Tensor) -> Tensor:
-            answers = fitted.network.answer(shares, known, asked)
-            return fitted.targets.logs(task.settings.loss, answers) / len(rows)
+            answers = fitted.network.answer(shares.to(device), known, asked)
+            return fitted.targets.logs(task.settings.loss, answers).cpu() / len(rows)
 
         found.append(attribution(function, x, nothing, method, steps).sum(dim=(0, 2)).numpy())
     return readable.genes[kept], np.stack(found)
 
 # %% ../../nbs/rosa/explain.ipynb #33c8c6b8
-def base_gradient(model: Enformer, bases: np.ndarray, bin: int, weights: np.ndarray) -> np.ndarray:
-    "Derivative float32 [bases, 4] of weights · embedding of one of the model's bins, by each base of a window (codes)."
-    first, count = model.bins(len(bases))
+def window_vector(
+    model: Enformer, bases: Tensor, bin: int, strands: str = "forward", shifts: tuple[int, ...] = (0,)
+) -> Tensor:
+    "The vector [1, width] of one of the model's bins of a window of probabilities [1, bases, 4], with a derivative."
+    first, count = model.bins(bases.shape[1])
     if not 0 <= bin < count:
-        raise OptionError(f"bin={bin} is not one of the model's {count} bins of a window of {len(bases):,} bases")
+        raise OptionError(f"bin={bin} is not one of the model's {count} bins of a window of {bases.shape[1]:,} bases")
+    plan, total = readings(strands, shifts), -(-bases.shape[1] // model.bin_size)
+    fill, mean = any(reverse for _, reverse in plan), 0
+    for shift, reverse in plan:
+        seen = reading(bases, model.bin_size, shift, reverse, fill)
+        place = total - 1 - first - bin if reverse else first + bin
+        mean = mean + model.forward(seen, torch.tensor([[place]]).to(model.device))[:, 0] / len(plan)
+    return mean.float()
+
+# %% ../../nbs/rosa/explain.ipynb #9b9ff83c
+def base_attribution(
+    model: Enformer,
+    bases: np.ndarray,  # codes of one window
+    bin: int,  # one of the model's
+    output: Callable[[Tensor], Tensor],  # vectors [1, width] -> predictions [1], with a derivative
+    *,
+    method: Method = "input_x_gradient",
+    steps: int = 32,
+    strands: str = "forward",
+    shifts: tuple[int, ...] = (0,),
+) -> np.ndarray:
+    "Contributions float32 [bases, 4] to output(vector of a window's bin), zero but for the base that is there."
     x = one_hot(torch.from_numpy(np.asarray(bases, dtype=np.uint8))[None]).transpose(1, 2).contiguous()
-    x = x.to(model.device).requires_grad_()
-    embedding = model.forward(x, torch.tensor([[first + bin]]).to(model.device))[0, 0]
-    total = embedding.float() @ torch.from_numpy(np.asarray(weights, dtype=np.float32)).to(model.device)
-    (gradient,) = torch.autograd.grad(total, x)
-    return gradient[0].cpu().numpy()
 
+    def function(probabilities: Tensor) -> Tensor:
+        return output(window_vector(model, probabilities.to(model.device), bin, strands, shifts).cpu())
 
-def base_attribution(model: Enformer, bases: np.ndarray, bin: int, weights: np.ndarray) -> np.ndarray:
-    "Input times gradient: float32 [bases, 4], zero but for the base that is there."
-    gradient = base_gradient(model, bases, bin, weights)
-    present = np.asarray(bases)[:, None] == np.arange(4)
-    return np.where(present, gradient, 0.0).astype(np.float32)
+    return attribution(function, x, torch.zeros_like(x), method, steps)[0].numpy()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 from fastcore.basics import patch
 
 from ..core import AssetError, DataError, OptionError, one_of, warn
 from ..data.vectors import GeneVectors
 from .effects import variant_vectors
-from .explain import Method, base_attribution, cell_attribution, vector_attribution, vector_gradient
+from .explain import Method, base_attribution, cell_attribution, mean_prediction, vector_attribution
 from .expression import read_expression
 from .hold_outs import HoldOutGrid
 from .losses import Loss
@@ -190,11 +192,7 @@ def predict(
             warn(f"{readable.empty.sum():,} cells express no gene that may be read; their predictions are NaN")
             predicted[readable.empty] = np.nan
         return pd.DataFrame(predicted, index=rows, columns=names)
-    readable = task.known()
-    kept = ~np.isin(task.genes[readable.genes], names)
-    if kept.sum() < 2:
-        kept = np.isin(readable.genes, task.context)
-    readable = Readable(readable.genes[kept], readable.bins[:, kept], readable.values[:, kept], readable.empty)
+    readable = task.known(task.genes.get_indexer(names))
     return pd.DataFrame(fitted.known_cells(task, vectors, readable), index=task.cells, columns=names)
 
 # %% ../../nbs/rosa/rosa.ipynb #a53865b1
@@ -237,28 +235,52 @@ def explain(
     return found if of == "both" else found[of]
 
 # %% ../../nbs/rosa/rosa.ipynb #770859f4
+def reading_of(rosa: Rosa, model: Enformer) -> dict:
+    "How `model` read the vectors: strands and shifts; DataError: it did not make them, by its hash or its width."
+    manifest = rosa.vectors.manifest if rosa.vectors is not None else {}
+    if model.width != len(rosa.task.centre) or manifest.get("model") not in (None, model.fingerprint()):
+        raise DataError(
+            f"{model!r} is not the model that made the vectors ({manifest.get('model_name')}, width "
+            f"{len(rosa.task.centre)}); give that one"
+        )
+    settings = manifest.get("settings", {})
+    shifts = tuple(int(n) for n in re.findall(r"-?\d+(?=[,)])", str(settings.get("shifts", "(0,)"))))
+    return {"strands": settings.get("strands", "forward"), "shifts": shifts}
+
+
+def bin_of(rosa: Rosa, gene: str, bin: int | None) -> int:
+    "The bin that a gene's vector was read in. OptionError: the vectors do not say it and it is not given."
+    read = (rosa.vectors.manifest.get("read", {}) if rosa.vectors is not None else {}).get(gene)
+    if bin is None and read is None:
+        raise OptionError("the vectors do not say which bin they were read in; give bin=")
+    return int(read["bin"] if bin is None else bin)
+
+# %% ../../nbs/rosa/rosa.ipynb #0465071c
 @patch
 def explain_bases(
     self: Rosa,
     gene: str,
     windows: Windows,
-    model: Enformer,
-    cells: str | Iterable[str] | None = None,
+    model: Enformer,  # that made the vectors
+    cells: str | Iterable[str] | None = None,  # a cell type, or names of training cells; None: all
     *,
-    bin: int | None = None,
+    bin: int | None = None,  # None: the one that the gene's vector was read in
+    method: Method = "input_x_gradient",
+    steps: int = 32,  # of integrated gradients
 ) -> pd.DataFrame:
-    "Input times gradient of each base (rows) of a gene's window, columns A, C, G, T. bin: None, the one that was read."
+    "Contributions of each base (rows) of a gene's window to the predicted expression; columns A, C, G, T."
     fitted, task, rows = self._ready(), self.task, rows_of(self, cells)
     at = task.genes.get_indexer(asked_vectors(self, gene)[0])
     row = np.flatnonzero(windows.table["gene"].astype(str) == gene)
     if not len(row):
         raise DataError(f"gene={gene!r} has no window among the {len(windows):,} that are given")
-    read = (self.vectors.manifest.get("read", {}) if self.vectors is not None else {}).get(gene)
-    if bin is None and read is None:
-        raise OptionError("the vectors do not say which bin they were read in; give bin=")
-    weights = vector_gradient(fitted, task, at, rows)[0]
-    place = int(read["bin"] if bin is None else bin)
-    values = base_attribution(model, windows.codes([row[0]])[0], place, weights)
+    centre, scale, readable = torch.from_numpy(task.centre), torch.from_numpy(task.scale), task.known(at)
+
+    def output(vector: torch.Tensor) -> torch.Tensor:
+        return mean_prediction(fitted, task, ((vector - centre) / scale).float(), rows, readable)
+
+    how = reading_of(self, model) | {"method": method, "steps": steps}
+    values = base_attribution(model, windows.codes([row[0]])[0], bin_of(self, gene, bin), output, **how)
     return pd.DataFrame(values, columns=list("ACGT"))
 
 # %% ../../nbs/rosa/rosa.ipynb #3f37b825
@@ -270,20 +292,17 @@ def variant_effect(
     *,
     model: Enformer,  # that made the vectors
     windows: Windows,  # of the genes
-    strands: str = "forward",
 ) -> pd.DataFrame:
     """
     The change of predicted expression by each variant and gene, in each cell type (columns).
 
-    The vectors before and after are read in the bin that the gene's vector was read in.
+    The vectors before and after are read as the gene's vector was: in its bin, on its strands, with its shifts.
     """
     fitted, task = self._ready(), self.task
     read = self.vectors.manifest.get("read", {}) if self.vectors is not None else {}
     bins = {gene: place["bin"] for gene, place in read.items()}
-    how = {"model": model, "windows": windows, "bins": bins, "strands": strands}
+    how = {"model": model, "windows": windows, "bins": bins} | reading_of(self, model)
     pairs, before, after = variant_vectors(variants, fasta, **how)
-    if before.shape[1] != len(task.centre):
-        raise DataError(f"this model makes vectors of {before.shape[1]}, rosa was trained on {len(task.centre)}")
     readable = task.known()
     predictions = [fitted.known_cells(task, task.standardised(part), readable) for part in (before, after)]
     obs = self.grid.obs.reindex(task.cells)
@@ -316,8 +335,6 @@ def record_of(rosa: Rosa) -> dict:
 @patch
 def save_pretrained(self: Rosa, folder: str | Path) -> None:
     "Write config.json, model.safetensors, task.safetensors, and scores.json where there are scores."
-    import torch
-
     from scellfm.assets.tensors import save_tensors
     from scellfm.store import atomic_files
 

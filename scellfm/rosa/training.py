@@ -133,9 +133,12 @@ class Task:
         bins = quantile_bins(logs, self.settings.n_bins) if logs.size else np.zeros(logs.shape, np.int64)
         return Readable(genes, bins, logs, ~(counts > 0).any(axis=1))
 
-    def known(self) -> Readable:
-        "What may be read of the training cells when new genes are asked for: all training genes."
-        return self.readable(self.counts, self.train, 1.0)
+    def known(self, without: np.ndarray | tuple = ()) -> Readable:
+        "What may be read of the training cells: training genes but those `without` (positions), or else the context."
+        found, kept = self.readable(self.counts, self.train, 1.0), ~np.isin(self.train, without)
+        if kept.sum() < 2:
+            kept = np.isin(self.train, self.context)
+        return Readable(found.genes[kept], found.bins[:, kept], found.values[:, kept], found.empty)
 
 # %% ../../nbs/rosa/training.ipynb #c5f85ed7
 def usable_genes(vectors: GeneVectors, grid: HoldOutGrid) -> tuple[GeneVectors, np.ndarray]:
