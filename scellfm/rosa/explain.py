@@ -42,7 +42,7 @@ def mean_prediction(fitted: Fitted, task: Task, vectors: Tensor, rows: np.ndarra
     bins = torch.from_numpy(readable.bins[np.ix_(rows, kept)]).to(device)
     return fitted.targets.logs(loss, fitted.network.answer(bins, known, vectors)).mean(dim=0).cpu()
 
-
+# %% ../../nbs/rosa/explain.ipynb #4d73e7df
 def attribution(
     function: Callable[[Tensor], Tensor], x: Tensor, baseline: Tensor, method: Method, steps: int
 ) -> Tensor:

@@ -232,7 +232,7 @@ def scored(quadrant: Quadrant, rows: dict, task: Task, grid: HoldOutGrid):
     genes = task.genes[quadrant.genes]
     return expression_scores(rows, quadrant.measured, genes=genes, donors=donors, seed=task.settings.seed, title=title)
 
-
+# %% ../../nbs/rosa/scores.ipynb #79f881cb
 def origin_of(task: Task, grid: HoldOutGrid) -> dict:
     "What the scores came from, in plain words and numbers."
     settings = task.settings
