@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..core import AssetError, DataError, OptionError, one_of, warn
 from ..data.vectors import GeneVectors
 from .effects import variant_vectors
-from .explain import Method, base_attribution, cell_attribution, mean_prediction, vector_attribution
+from .explain import Method, base_attribution, cell_attribution, vector_attribution, vector_slope
 from .expression import read_expression
 from .hold_outs import HoldOutGrid
 from .losses import Loss
@@ -297,11 +297,11 @@ def explain_bases(
     window = window_of(windows, gene)
     centre, scale = torch.from_numpy(task.centre), torch.from_numpy(task.scale)
 
-    def output(vector: torch.Tensor) -> torch.Tensor:
-        return mean_prediction(fitted, task, ((vector - centre) / scale).float(), rows, task.known(at))
+    def slope(vector: torch.Tensor) -> torch.Tensor:
+        return vector_slope(fitted, task, ((vector - centre) / scale).float(), rows, task.known(at)) / scale.float()
 
     how = reading_of(self, model) | {"method": method, "steps": steps}
-    values = base_attribution(model, window, bin_of(self, gene, bin), output, **how)
+    values = base_attribution(model, window, bin_of(self, gene, bin), slope, **how)
     return pd.DataFrame(values, columns=list("ACGT"))
 
 # %% ../../nbs/rosa/rosa.ipynb #3f37b825
