@@ -218,14 +218,14 @@ def test_effects_of_variants_by_cell_type_are_differences_of_predictions(tmp_pat
     assert abs(expected).max() > 1e-6
     bases = rosa.explain_bases(genes[9], windows, model)
     assert bases.shape == (windows.length, 4) and ((bases != 0).sum(axis=1) <= 1).all() and bases.to_numpy().any()
-    whole = rosa.explain_bases(genes[9], windows, model, method="integrated_gradients", steps=200).to_numpy().sum()
+    whole = rosa.explain_bases(genes[9], windows, model, method="integrated_gradients", steps=40).to_numpy().sum()
     nothing = windows.codes([9]) * 0 + 4
     bin = vectors.manifest["read"][genes[9]]["bin"]
     empty = model.embed(nothing, bins=[bin], strands="both", shifts=(0, 1))[:, 0]
     parts = [
         rosa.predict(GeneVectors([genes[9]], v)).to_numpy().mean() for v in (vectors.take([genes[9]]).values, empty)
     ]
-    np.testing.assert_allclose(whole, parts[0] - parts[1], rtol=0.05, atol=1e-3)
+    np.testing.assert_allclose(whole, parts[0] - parts[1], rtol=0.1, atol=1e-3)
     stranger = lively(seed=5)
     for ask in (
         lambda: rosa.explain_bases(genes[9], windows, stranger),
