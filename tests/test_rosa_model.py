@@ -150,10 +150,11 @@ def test_all_baselines_have_a_row_given_or_not():
 
 def test_hypothesis_table_tells_vectors_that_know_from_those_that_do_not():
     noise = GeneVectors(VECTORS.genes, np.random.default_rng(3).normal(size=VECTORS.values.shape))
-    scores = compare_vectors(read_expression(CELLS), {"true": VECTORS, "noise": noise}, GRID)
+    scores = compare_vectors(read_expression(CELLS), {"true": VECTORS, "ESM": None, "noise": noise}, GRID)
     table = scores["new genes"].table["pearson_across_cells_centred"]
     assert table["true"] > 0.5 and abs(table["one-hot"]) < 0.2 and table["true"] > table["noise"] + 0.3
-    assert list(table.index) == ["true", "noise", "one-hot", "permuted", "gene mean"]
+    assert list(table.index) == ["true", "ESM", "noise", "one-hot", "permuted", "gene mean"]
+    assert scores["new genes"].table.loc["ESM"].isna().all()
 
 
 @pytest.mark.parametrize("kind", ["ridge", "mlp", "transformer", "performer", "encoder_decoder", "perceiver"])
