@@ -19,7 +19,7 @@ from .core import ScellfmError, ScellfmWarning, printable, settings
 # %% ../nbs/cli.ipynb #2542a44d
 MODULES = ("demonstration", "tokens", "vectors", "classifiers", "screens", "references", "perturbations")
 GROUPS = {  # commands below a command
-    "sequence": "DNA around genes: windows, gene vectors, effects of variants",
+    "sequence": "DNA around genes: windows, gene vectors, variants, expression",
     "atlas": "Many files of cells at once: tokens, vectors, predictions",
 }
 
