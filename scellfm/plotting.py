@@ -46,6 +46,8 @@ COLORS = (
 )  # Okabe & Ito; ochre for their yellow
 MARKERS = ("o", "^", "s", "D", "v", "P")
 GREY = "#8A8A8A"
+
+# %% ../nbs/plotting.ipynb #27d309cc
 STYLE = {
     "figure.dpi": 80,
     "savefig.dpi": 80,
@@ -68,7 +70,7 @@ STYLE = {
     "lines.linewidth": 1.6,
 }
 
-
+# %% ../nbs/plotting.ipynb #f97b931f
 def styled(width: float, height: float) -> Callable[[Callable], Callable]:
     "Decorate a drawing function: the house style while it draws, and new axes of this size (inches) where ax is None."
 

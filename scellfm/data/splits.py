@@ -303,6 +303,16 @@ def hold_out(
         )
     return Split(*(np.flatnonzero(part == i) for i in range(3)), by, len(part), table)
 
+# %% ../../nbs/data/splits.ipynb #1297dbf8
+def possible_folds(obs: pd.DataFrame, by: str, k: int) -> int:
+    "k, or the number of groups where there are fewer, with a warning. DataError for a single group."
+    n_groups = len(np.unique(column_of(obs, by, "by").astype(str)))
+    if n_groups < 2:
+        raise DataError(f"obs[{by!r}] has 1 group: folds need two; name another column or fold by cells (by=None)")
+    if n_groups < k:
+        warn(f"k={k} folds were asked for and obs[{by!r}] has {n_groups} groups: there are {n_groups} folds")
+    return min(k, n_groups)
+
 # %% ../../nbs/data/splits.ipynb #ae156ff9
 @plain_arguments
 def folds(
@@ -320,13 +330,7 @@ def folds(
 
     obs = getattr(adata, "obs", adata)
     check_number("k", k, 2)
-    if by is not None and len(obs):
-        n_groups = len(np.unique(column_of(obs, by, "by").astype(str)))
-        if n_groups < 2:
-            raise DataError(f"obs[{by!r}] has 1 group: folds need two; name another column or fold by cells (by=None)")
-        if n_groups < k:
-            warn(f"k={k} folds were asked for and obs[{by!r}] has {n_groups} groups: there are {n_groups} folds")
-            k = n_groups
+    k = possible_folds(obs, by, k) if by is not None and len(obs) else k
     part, table = deal(adata, by, np.full(k, 1 / k), stratify, seed)
     splits = []
     for i in range(k):
@@ -334,6 +338,22 @@ def folds(
         rows = np.flatnonzero(part != i), np.empty(0, dtype=np.int64), np.flatnonzero(part == i)
         splits.append(Split(*rows, by, len(part), held))
     return Folds(splits, by)
+
+# %% ../../nbs/data/splits.ipynb #d0d37433
+def check_apart(split: Split, first: str, second: str, groups: np.ndarray, place: str) -> None:
+    "DataError naming a row or a group that is in both of two parts of one split."
+    one_side, other_side = getattr(split, first), getattr(split, second)
+    rows = np.intersect1d(one_side, other_side)
+    if rows.size:
+        raise DataError(
+            f"{place}row {rows[0]} is in both {first} and {second} ({rows.size} such rows); deal the cells again"
+        )
+    shared = np.intersect1d(groups[one_side], groups[other_side])
+    if shared.size:
+        raise DataError(
+            f"{place}group {str(shared[0])!r} is in both {first} and {second} ({shared.size} such "
+            "groups), so the score would be too kind; split with hold_out(adata, by=...)"
+        )
 
 # %% ../../nbs/data/splits.ipynb #bcb7e515
 def check_leakage(split: Split | Folds, groups: Sequence | np.ndarray | pd.Series) -> None:
@@ -356,16 +376,4 @@ def check_leakage(split: Split | Folds, groups: Sequence | np.ndarray | pd.Serie
             )
         place = f"fold {number}: " if len(split.folds()) > 1 else ""
         for first, second in (("train", "test"), ("train", "valid"), ("valid", "test")):
-            one_side, other_side = getattr(one, first), getattr(one, second)
-            rows = np.intersect1d(one_side, other_side)
-            if rows.size:
-                raise DataError(
-                    f"{place}row {rows[0]} is in both {first} and {second} ({rows.size} such rows); deal "
-                    "the cells again"
-                )
-            shared = np.intersect1d(groups[one_side], groups[other_side])
-            if shared.size:
-                raise DataError(
-                    f"{place}group {str(shared[0])!r} is in both {first} and {second} ({shared.size} such "
-                    "groups), so the score would be too kind; split with hold_out(adata, by=...)"
-                )
+            check_apart(one, first, second, groups, place)

@@ -15,6 +15,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+# %% auto #0
+__all__ = ['CellAnnotator', 'CellClassifier', 'finetune']
+
+# %% ../../nbs/scgpt/annotation.ipynb #c5d0ba3b
 from ..assets import find
 from ..assets.contents import wrong_folder
 from ..core import check_number, keyed_seed, plain_arguments, warn
@@ -38,9 +42,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from scellfm.data.genes import MatchOptions
-
-# %% auto #0
-__all__ = ['CellAnnotator', 'CellClassifier', 'finetune']
 
 # %% ../../nbs/scgpt/annotation.ipynb #3bc25751
 def class_loss(model, batch: dict) -> tuple[torch.Tensor, int]:

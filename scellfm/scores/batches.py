@@ -181,7 +181,7 @@ def knn_accuracy(values: np.ndarray, labels: np.ndarray, k: int = 15) -> float:
 # %% ../../nbs/scores/batches.ipynb #f12d83e8
 METRICS = ("avg_bio", "avg_batch", "nmi", "ari", "asw_label", "graph_connectivity", "asw_batch", "pcr", "knn_accuracy")
 
-
+# %% ../../nbs/scores/batches.ipynb #1665a858
 def one_embedding(
     values: np.ndarray, labels: np.ndarray | None, batches: np.ndarray | None, before: sparse.csr_matrix | None
 ) -> tuple[dict, dict]:

@@ -107,13 +107,13 @@ def donor_weights(donors: Sequence[str | None], n_draws: int, seed: int) -> np.n
     weights[:, known] = draw_weights(len(names), n_draws, names, seed, "donors")
     return weights
 
-
+# %% ../../nbs/scores/sequence.ipynb #f4905a23
 def bounds(drawn: np.ndarray) -> tuple[float, float]:
     "The 2.5 and 97.5 % quantiles of the draws that are numbers."
     drawn = drawn[np.isfinite(drawn)]
     return tuple(np.quantile(drawn, [0.025, 0.975])) if len(drawn) else (np.nan, np.nan)
 
-
+# %% ../../nbs/scores/sequence.ipynb #d9b6c6a6
 def score_one(
     predicted: ArrayLike, measured: ArrayLike, metric: str, by_gene: np.ndarray, by_donor: np.ndarray | None
 ) -> dict:
@@ -165,7 +165,7 @@ def check_prediction(predicted, measured: np.ndarray, method: str) -> None:
             "score the cells and genes that were predicted"
         )
 
-
+# %% ../../nbs/scores/sequence.ipynb #aae77f8f
 def scores_from(found: dict, metrics: list[str], genes: Sequence[str] | None, title: str) -> Scores:
     "The Scores of what `score_one` found by method and metric."
     table, low, high, details = {}, {}, {}, {}
