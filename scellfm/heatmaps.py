@@ -68,6 +68,12 @@ def with_label(adata: AnnData, label: str | None) -> AnnData:
         warn(f"{(~known).sum():,} of {len(known):,} cells have no value of {label!r} and are not drawn")
     return adata if known.all() else adata[known]
 
+# %% ../nbs/heatmaps.ipynb #b2f867af
+def classes_of(adata: AnnData, label: str | None, rows: np.ndarray) -> pd.Series:
+    "The classes of the drawn cells by number, as categories; one class of all where no label is asked for."
+    labels = pd.Series("cells", range(len(rows))) if label is None else adata.obs[label].iloc[rows].astype(str)
+    return labels.reset_index(drop=True).astype("category")
+
 # %% ../nbs/heatmaps.ipynb #e73eba72
 def standardised(values: np.ndarray) -> np.ndarray:
     "Each column less its mean, in its standard deviations; a constant column is 0."
@@ -91,6 +97,7 @@ def mark_classes(ax: Axes, codes: np.ndarray, names: Sequence[str]) -> None:
         ax.axhline(own[-1] + 0.5, color="white", lw=1)
     ax.set_yticks([np.flatnonzero(codes == i).mean() for i in range(codes.max() + 1)], names)
     ax.tick_params(axis="y", length=0, pad=9)
+    ax.set_ylim(len(codes) - 0.5, -0.5)
 
 # %% ../nbs/heatmaps.ipynb #313bea52
 @styled(7, 5)
@@ -108,8 +115,7 @@ def heatmap(
         raise DataError(f"obs has no column {label!r}; it has {', '.join(map(repr, adata.obs.columns)) or 'none'}")
     adata = with_label(adata, label)
     rows = drawn_cells(adata, basis, max_cells, seed)
-    labels = pd.Series("cells", range(len(rows))) if label is None else adata.obs[label].iloc[rows].astype(str)
-    labels = labels.reset_index(drop=True).astype("category")
+    labels = classes_of(adata, label, rows)
     values = standardised(np.asarray(adata.obsm[basis], dtype=np.float64)[rows])
     cells, dimensions = ordered(values, labels)
     picture = ax.imshow(
@@ -119,4 +125,3 @@ def heatmap(
     ax.set(xlabel=f"{values.shape[1]} dimensions of {basis}", xticks=[], title=f"{len(cells):,} cells")
     mark_classes(ax, labels.cat.codes.to_numpy()[cells], labels.cat.categories if label is not None else [""])
     ax.spines[:].set_visible(False)
-    ax.set_ylim(len(cells) - 0.5, -0.5)

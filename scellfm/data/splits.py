@@ -20,12 +20,23 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['PARTS', 'Split', 'Folds', 'check_split', 'hold_out', 'folds', 'check_leakage']
+__all__ = ['PARTS', 'positions_of', 'Split', 'Folds', 'check_split', 'hold_out', 'folds', 'check_leakage']
 
-# %% ../../nbs/data/splits.ipynb #8cd931d0
+# %% ../../nbs/data/splits.ipynb #0e18e905
 PARTS = ("train", "valid", "test")
 
 
+def positions_of(rows: Sequence[int] | np.ndarray, part: str, n: int) -> np.ndarray:
+    "The positions (int64) of the cells in a part. DataError unless they are whole numbers of n cells."
+    rows = np.asarray(rows)
+    if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
+        raise DataError(f"{part} holds {rows.dtype} of shape {rows.shape}; a split holds positions of cells")
+    odd = rows[(rows < 0) | (rows >= n)]
+    if len(odd):
+        raise DataError(f"{part} names the cell {odd[0]} of {n:,} cells (0 to {n - 1:,})")
+    return rows.astype(np.int64)
+
+# %% ../../nbs/data/splits.ipynb #8cd931d0
 @dataclass(repr=False)
 class Split:
     "Row positions (int64, ascending) of three disjoint parts of n cells."
@@ -40,13 +51,7 @@ class Split:
     def __post_init__(self):
         "Positions are whole numbers of cells that there are: DataError."
         for part in PARTS:
-            rows = np.asarray(getattr(self, part))
-            if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
-                raise DataError(f"{part} holds {rows.dtype} of shape {rows.shape}; a split holds positions of cells")
-            odd = rows[(rows < 0) | (rows >= self.n)]
-            if len(odd):
-                raise DataError(f"{part} names the cell {odd[0]} of {self.n:,} cells (0 to {self.n - 1:,})")
-            setattr(self, part, rows.astype(np.int64))
+            setattr(self, part, positions_of(getattr(self, part), part, self.n))
 
     def folds(self) -> list[Split]:
         "This split alone, as a list: what takes Folds takes a Split."
@@ -60,6 +65,16 @@ class Split:
         "Counts in each part."
         unit = "cells" if self.by is None else f"groups of {escape(repr(self.by))}"
         return f"<p>Split of {self.n:,} cells by {unit}</p>" + ("" if self.table is None else self.table.to_html())
+
+# %% ../../nbs/data/splits.ipynb #e60cf9a6
+def folds_html(folds: Folds) -> str:
+    "The counts of every fold's test part, as a table."
+    import pandas as pd
+
+    unit = "cells" if folds.by is None else f"groups of {escape(repr(folds.by))}"
+    title = f"<p>{len(folds)} folds of {folds.splits[0].n:,} cells by {unit}; the test parts:</p>"
+    rows = {f"fold {i}": split.table.loc["test"] for i, split in enumerate(folds.splits) if split.table is not None}
+    return title + pd.DataFrame(rows).T.to_html()
 
 # %% ../../nbs/data/splits.ipynb #f9897b27
 @dataclass(repr=False)
@@ -84,12 +99,7 @@ class Folds:
 
     def _repr_html_(self) -> str:
         "Counts in the test part of each fold."
-        import pandas as pd
-
-        unit = "cells" if self.by is None else f"groups of {escape(repr(self.by))}"
-        title = f"<p>{len(self)} folds of {self.splits[0].n:,} cells by {unit}; the test parts:</p>"
-        rows = {f"fold {i}": split.table.loc["test"] for i, split in enumerate(self.splits) if split.table is not None}
-        return title + pd.DataFrame(rows).T.to_html()
+        return folds_html(self)
 
 # %% ../../nbs/data/splits.ipynb #63d7a9fe
 def check_split(split: object, one: bool = False) -> None:

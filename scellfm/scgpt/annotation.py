@@ -253,22 +253,12 @@ def train_fold(
     model = learner(gpt, classes, keyed_seed(options["seed"], "fold", k) % 2**63, decoders=False)
     freeze(model.model, freeze_layers)
     rows, valid = hiding.rows(part.train), hiding.rows(part.valid)
-    model.history = fit(
-        model.model,
-        class_loss,
-        rows.n,
-        rows.batch,
-        lengths=rows.lengths,
-        valid={"valid": valid} if valid.n else None,
-        device=model.device,
-        folder=folder,
-        desc=f"fine-tuning, fold {k}",
-        dtype=str(gpt.dtype).removeprefix("torch."),
-        inputs={}
-        if folder is None
-        else hiding.identity(part, labels=hiding.codes, classes=classes, frozen=freeze_layers),
-        **options,
-    )
+    made_of = dict(labels=hiding.codes, classes=classes, frozen=freeze_layers)
+    where = dict(device=model.device, folder=folder, dtype=str(gpt.dtype).removeprefix("torch."))
+    where |= dict(desc=f"fine-tuning, fold {k}", inputs={} if folder is None else hiding.identity(part, **made_of))
+    judged = {"valid": valid} if valid.n else None
+    how = dict(lengths=rows.lengths, valid=judged, **where, **options)
+    model.history = fit(model.model, class_loss, rows.n, rows.batch, **how)
     model.model.requires_grad_(True)
     model.device, model.dtype = next(model.model.parameters()).device, gpt.dtype
     model.model.to(gpt.dtype)

@@ -79,6 +79,11 @@ def neighbour_graph(values: np.ndarray, n_neighbors: int = 15) -> sparse.csr_mat
     sc.pp.neighbors(cells, min(n_neighbors, len(values) - 1), use_rep="X", transformer="sklearn", random_state=0)
     return sparse.csr_matrix(cells.obsp["connectivities"])
 
+# %% ../../nbs/scores/batches.ipynb #1a61f09f
+LEIDEN = dict(
+    flavor="igraph", n_iterations=-1, directed=False, random_state=0
+)  # until nothing moves, the same each time
+
 # %% ../../nbs/scores/batches.ipynb #802ecce2
 def best_clustering(graph: sparse.csr_matrix, labels: np.ndarray) -> tuple[np.ndarray, pd.DataFrame]:
     "The Leiden clusters [cells] with the best NMI over `RESOLUTIONS` (the first of equals), and the scores of each."
@@ -89,16 +94,7 @@ def best_clustering(graph: sparse.csr_matrix, labels: np.ndarray) -> tuple[np.nd
     optional("igraph", "integration")
     cells, found, rows = anndata.AnnData(obs=pd.DataFrame(index=np.arange(len(labels)).astype(str))), [], []
     for resolution in RESOLUTIONS:
-        sc.tl.leiden(
-            cells,
-            resolution,
-            adjacency=graph,
-            flavor="igraph",
-            n_iterations=-1,
-            directed=False,
-            random_state=0,
-            key_added="cluster",
-        )
+        sc.tl.leiden(cells, resolution, adjacency=graph, key_added="cluster", **LEIDEN)
         clusters = cells.obs["cluster"].to_numpy().astype(str)
         found.append(clusters)
         rows.append(
