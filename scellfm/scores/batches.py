@@ -80,9 +80,8 @@ def neighbour_graph(values: np.ndarray, n_neighbors: int = 15) -> sparse.csr_mat
     return sparse.csr_matrix(cells.obsp["connectivities"])
 
 # %% ../../nbs/scores/batches.ipynb #1a61f09f
-LEIDEN = dict(
-    flavor="igraph", n_iterations=-1, directed=False, random_state=0
-)  # until nothing moves, the same each time
+# until nothing moves, and the same clusters each time
+LEIDEN = dict(flavor="igraph", n_iterations=-1, directed=False, random_state=0)
 
 # %% ../../nbs/scores/batches.ipynb #802ecce2
 def best_clustering(graph: sparse.csr_matrix, labels: np.ndarray) -> tuple[np.ndarray, pd.DataFrame]:
