@@ -537,7 +537,8 @@ def dynamic_ranges(details: dict) -> dict[str, float]:
         negative = NO_CHANGE if metric.startswith("pearson_delta") else TRAINING_MEAN
         controls = (details[name]["by_condition_half"][metric].to_numpy() for name in (negative, INTERPOLATED))
         ranges[metric] = dynamic_range(metric, *controls)
-    return ranges
+    # the controls are chosen on A, scored on B anyway
+    return ranges | {name: ranges[metric] for name, metric in AB.items()}
 
 # %% ../../nbs/scores/perturbations.ipynb #65a2ff4f
 def warnings_of(details: dict, columns: list[str], ranges: dict[str, float], n: int) -> str:
