@@ -5,13 +5,17 @@
 # %% ../../nbs/geneformer/model.ipynb #41750ee1
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
+# %% auto #0
+__all__ = ['GeneformerModel']
+
+# %% ../../nbs/geneformer/model.ipynb #e720bad0
 from .. import inference
 from ..assets import LoadReport, check_layers, check_sizes, find, load_state, read_tensors, save_model
 from ..assets.contents import contents_of, folder_and_weights, wrong_folder
@@ -30,8 +34,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from transformers import PretrainedConfig, PreTrainedModel
 
-# %% auto #0
-__all__ = ['GeneformerModel']
+    from scellfm.data.genes import MatchOptions
 
 # %% ../../nbs/geneformer/model.ipynb #69f5706e
 SHAPES = {
@@ -351,15 +354,13 @@ def open_cells(data: AnnData | TokenizedCells | str | Path) -> AnnData | Tokeniz
     return TokenizedCells.load(path) if is_dataset(path) else read(path)
 
 # %% ../../nbs/geneformer/model.ipynb #59763050
-def tokenized(gf: GeneformerModel, data: AnnData | Path, layer: str | None, columns: Sequence[str]) -> TokenizedCells:
-    "The data, tokenized by the model's tokenizer; where genes are not found, the DataError names the way that is open."
-    try:
-        return gf.tokenizer(data, layer=layer, columns=tuple(columns))
-    except DataError as error:
-        if "match={" not in str(error):
-            raise
-        how = "cells = gf.tokenizer(adata, match={...})"
-        raise DataError(f"{error}. A model takes cells that were tokenized so: {how}, gf.embed(cells)") from error
+def refuse_match(match: MatchOptions | Mapping | None) -> None:
+    "OptionError where it is said how genes are named, and the cells are tokenized."
+    if match is not None:
+        raise OptionError(
+            "match= says how the genes of counts are named, and these cells are tokenized already; pass it where they "
+            "are tokenized: tokenizer(adata, match=...)"
+        )
 
 # %% ../../nbs/geneformer/model.ipynb #e456d085
 def cells_of(
@@ -367,14 +368,16 @@ def cells_of(
     data: AnnData | TokenizedCells | str | Path,
     *,
     layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     columns: Sequence[str] = (),  # columns of obs to keep
 ) -> TokenizedCells:
     "Tokenized cells: of an AnnData or a file of cells with the obs `columns`, of a saved data set, or as they are."
     if isinstance(data, (str, Path)):
         path = user_path(data, "data")
-        return TokenizedCells.load(path) if is_dataset(path) else tokenized(gf, path, layer, columns)
-    if hasattr(data, "obs_names") and hasattr(data, "var_names"):
-        return tokenized(gf, data, layer, columns)
+        data = TokenizedCells.load(path) if is_dataset(path) else path
+    if isinstance(data, Path) or (hasattr(data, "obs_names") and hasattr(data, "var_names")):
+        return gf.tokenizer(data, layer=layer, columns=tuple(columns), match=match)
+    refuse_match(match)
     if not hasattr(data, "lengths") and (columns or not isinstance(data, list)):  # plain lists of ids have no obs
         raise DataError(
             f"a {type(data).__name__} holds no cells; give an AnnData, the path of a file of cells or of a saved "

@@ -15,6 +15,10 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+# %% auto #0
+__all__ = ['Method', 'METHODS', 'check_method', 'Screen']
+
+# %% ../../../nbs/geneformer/perturbation/screen.ipynb #541d7fe0
 from ... import statistics
 from ...core import AssetError, OptionError, one_of
 from . import original_modes
@@ -29,9 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from scellfm.geneformer.tokenizer.rank_tokenizer import RankTokenizer
-
-# %% auto #0
-__all__ = ['Method', 'METHODS', 'check_method', 'Screen']
 
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #66c607d3
 def standardize(shifts: pd.DataFrame) -> pd.Series:

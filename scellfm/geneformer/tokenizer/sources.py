@@ -15,6 +15,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
+# %% auto #0
+__all__ = []
+
+# %% ../../../nbs/geneformer/tokenizer/sources.ipynb #fdc3648d
 from ...core import DataError, warn
 from ...data.columns import column_names, read_column, read_table, row_names
 from ...data.genes import GeneTable
@@ -36,9 +40,6 @@ from scellfm.data.reading import (
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-# %% auto #0
-__all__ = []
 
 # %% ../../../nbs/geneformer/tokenizer/sources.ipynb #d4e639ad
 @dataclass
