@@ -338,6 +338,7 @@ MANY = {  # public functions with more parameters than that, and why
     "geneformer.perturbation.runner.perturb": SCREEN,
     "geneformer.finetuning.multitask.finetune": TRAINING,
     "geneformer.finetuning.genes.finetune_genes": TRAINING,
+    "geneformer.finetuning.hyperparameters.search": "a search is described by its space, its metric and its numbers",
     "scgpt.annotation.finetune": TRAINING,
     "scgpt.training.continue_pretraining": TRAINING,
     "scgpt.embedding.embed": "how cells are read, pooled, cut and kept, in one call as in scanpy; all have defaults",

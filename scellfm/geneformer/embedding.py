@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -167,6 +167,16 @@ def token_sums(
     seen = torch.nonzero(counts).ravel()
     return {"tokens": seen.numpy(), "counts": counts[seen].numpy(), "sums": sums[seen].numpy()}
 
+# %% ../../nbs/geneformer/embedding.ipynb #0bda675c
+def store_of_sums(
+    gf: GeneformerModel, sequences: Sequences, index: int, token_budget: int, folder: str | Path | None
+) -> AbstractContextManager[Store | None]:
+    "The store that keeps the sums of finished blocks; none without a folder."
+    if folder is None:
+        return nullcontext()
+    settings = {"hidden_state": index, "token_budget": token_budget, "block": GENE_BLOCK}
+    return Store(folder, store_inputs(gf, sequences), settings)
+
 # %% ../../nbs/geneformer/embedding.ipynb #d632d7d9
 def gene_means(
     gf: GeneformerModel,
@@ -180,8 +190,7 @@ def gene_means(
     [vocabulary]. folder: keeps the sums of finished blocks of 16,384 cells, to resume."""
     sequences, config = gf.readable(cells), gf.model.config
     sums, counts = np.zeros((config.vocab_size, config.hidden_size)), np.zeros(config.vocab_size, dtype=np.int64)
-    settings = {"hidden_state": index, "token_budget": token_budget, "block": GENE_BLOCK}
-    keeping = nullcontext() if folder is None else Store(folder, store_inputs(gf, sequences), settings)
+    keeping = store_of_sums(gf, sequences, index, token_budget, folder)
     with keeping as store, progress(desc="embedding genes", total=len(sequences), unit="cell") as bar:
 
         def compute(rows):

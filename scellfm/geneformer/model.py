@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['GeneformerModel']
@@ -44,7 +45,7 @@ SHAPES = {
     "V2-316M": dict(layers=18, hidden=1152, heads=18, feed_forward=4608, positions=4096, dropout=0.1),
 }
 
-
+# %% ../../nbs/geneformer/model.ipynb #72df89e6
 def shape_config(name: str, vocabulary: int, max_length: int) -> dict:
     "The Hugging Face BertConfig values of a shape by name; 'tiny' has as many positions as the tokenizer's cells."
     one_of("name", name, SHAPES)
@@ -180,7 +181,7 @@ def bert_config(values: dict, where: Path) -> PretrainedConfig:
     except (TypeError, ValueError, AttributeError) as error:
         raise AssetError(f"{where} holds a value that no Geneformer has: {error}") from error
 
-
+# %% ../../nbs/geneformer/model.ipynb #24f8bd98
 def read_config(folder: Path) -> dict:
     "The settings in config.json; AssetError where the folder holds no Geneformer."
     if not (folder / "config.json").exists():
@@ -193,7 +194,7 @@ def read_config(folder: Path) -> dict:
     bert_config(config, folder / "config.json")
     return config
 
-
+# %% ../../nbs/geneformer/model.ipynb #4e72e969
 def load_model(path: Path) -> tuple[PreTrainedModel, LoadReport]:
     "The BertForMaskedLM of a checkpoint folder, or of one file of weights in it, and what became of each tensor."
     folder, weights = folder_and_weights(path)
@@ -305,6 +306,15 @@ def warn_once_if_untrained(gf: GeneformerModel) -> None:
             "says nothing of biology. Train it (pretrain, finetune) or load a checkpoint (from_pretrained)"
         )
 
+# %% ../../nbs/geneformer/model.ipynb #0ad32b4e
+def tokenizer_beside(
+    folder: Path, config: PretrainedConfig, path_or_hub_id: str | Path, revision: str | None, local_files_only: bool
+) -> RankTokenizer:
+    "The tokenizer that fits a checkpoint: beside it, or in its hub repository at the same revision. AssetError."
+    hub = dict(path_or_hub_id=path_or_hub_id, revision=revision, local_files_only=local_files_only)
+    hub = None if Path(path_or_hub_id).expanduser().exists() else hub
+    return fitting_tokenizer(folder, config.vocab_size, config.max_position_embeddings, hub)
+
 # %% ../../nbs/geneformer/model.ipynb #755ac808
 def from_pretrained(
     cls: type[GeneformerModel],
@@ -324,9 +334,7 @@ def from_pretrained(
     path = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
     (model, report), folder = load_model(path), folder_and_weights(path)[0]
     if tokenizer is None:
-        hub = dict(path_or_hub_id=path_or_hub_id, revision=revision, local_files_only=local_files_only)
-        hub = None if Path(path_or_hub_id).expanduser().exists() else hub
-        tokenizer = fitting_tokenizer(folder, model.config.vocab_size, model.config.max_position_embeddings, hub)
+        tokenizer = tokenizer_beside(folder, model.config, path_or_hub_id, revision, local_files_only)
     if settings:
         model = load_quantized(folder, settings, inference.pick_device(device))
     gf = cls(model, as_tokenizer(tokenizer), device=device, dtype=dtype)
@@ -425,26 +433,32 @@ class GeneformerModel:
     cells = cells_of
     readable = readable
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        "Write config.json, model.safetensors and the tokenizer's dictionaries: opens here and in the original."
-        folder = result_folder(folder, BERT_MODEL, TOKENIZER)
-        save_model(self.model, folder)
-        self.tokenizer.save_pretrained(folder)
-
-    def hidden(self, ids: torch.Tensor, mask: torch.Tensor | None, layer: int) -> torch.Tensor:
-        "hidden_states[layer] [b, L, H] (layer 0 is the input) without running what lies above, in evaluation mode."
-        warn_once_if_untrained(self)
-        return hidden_states(self.model.bert, ids, mask, layer)
-
     n_layers = property(lambda self: self.model.config.num_hidden_layers, doc="The number of layers of the encoder.")
     max_length = property(lambda self: self.model.config.max_position_embeddings, doc="The most tokens of a cell.")
     special = property(lambda self: self.tokenizer.cls is not None, doc="Whether cells carry <cls> and <eos>.")
     untrained = property(is_untrained, doc="Whether the weights are random: made by `from_config` and never trained.")
 
-    def __repr__(self) -> str:
-        config = self.model.config
-        return (
-            f"Geneformer({self.tokenizer.version}: {self.n_layers} layers, hidden size {config.hidden_size}, "
-            f"{config.vocab_size:,} tokens, {self.device}, {str(self.dtype).removeprefix('torch.')}"
-            f"{', never trained' * self.untrained})"
-        )
+# %% ../../nbs/geneformer/model.ipynb #22c1238b
+@patch
+def save_pretrained(self: GeneformerModel, folder: str | Path) -> None:
+    "Write config.json, model.safetensors and the tokenizer's dictionaries: opens here and in the original."
+    folder = result_folder(folder, BERT_MODEL, TOKENIZER)
+    save_model(self.model, folder)
+    self.tokenizer.save_pretrained(folder)
+
+# %% ../../nbs/geneformer/model.ipynb #cbf11258
+@patch
+def hidden(self: GeneformerModel, ids: torch.Tensor, mask: torch.Tensor | None, layer: int) -> torch.Tensor:
+    "hidden_states[layer] [b, L, H] (layer 0 is the input) without running what lies above, in evaluation mode."
+    warn_once_if_untrained(self)
+    return hidden_states(self.model.bert, ids, mask, layer)
+
+# %% ../../nbs/geneformer/model.ipynb #67fd89b8
+@patch
+def __repr__(self: GeneformerModel) -> str:
+    config = self.model.config
+    return (
+        f"Geneformer({self.tokenizer.version}: {self.n_layers} layers, hidden size {config.hidden_size}, "
+        f"{config.vocab_size:,} tokens, {self.device}, {str(self.dtype).removeprefix('torch.')}"
+        f"{', never trained' * self.untrained})"
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from fastcore.meta import delegates
 
 # %% auto #0
@@ -51,6 +52,7 @@ from ..perturbation.runner import perturb
 from ..pretraining import token_rows
 from ..reader import GeneformerReader
 
+# %% ../../../nbs/geneformer/finetuning/classifier.ipynb #751d0142
 if TYPE_CHECKING:
     from anndata import AnnData
     from peft import LoraConfig
@@ -222,9 +224,11 @@ class CellClassifier(Evidence):
             f"CellClassifier({self.label!r}: {classes}; {len(self.models)} model(s), {self.models[0]!r}{self.learned})"
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        "One folder per fold in the official layout, the dictionaries, and classifier.json."
-        save_classifier(self, Path(folder))
+# %% ../../../nbs/geneformer/finetuning/classifier.ipynb #da75d1ee
+@patch
+def save_pretrained(self: CellClassifier, folder: str | Path) -> None:
+    "One folder per fold in the official layout, the dictionaries, and classifier.json."
+    save_classifier(self, Path(folder))
 
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #fd1ced2e
 def load_fold(folder: Path, tokenizer: RankTokenizer | None, device: str, dtype: str) -> GeneformerReader:

@@ -34,6 +34,8 @@ from scellfm.core import (
     progress,
     warn,
 )
+
+# %% ../../../nbs/geneformer/finetuning/hyperparameters.ipynb #f8b95ea6
 from ...crossfit.labels import check_class_folds
 from ...data.splits import Folds, Split, check_split, hold_out
 from .classifier import CellClassifier, prepare, train_and_judge
@@ -199,9 +201,7 @@ def search_fold(
         tick()
     scores = np.array([row["score"] for row in rows])
     if np.isnan(scores).all():
-        raise DivergedError(
-            f"every trial of a fold diverged ({trials} of {trials}); lower the learning rates of space={space}"
-        )
+        raise DivergedError(f"all {trials} trials of a fold diverged; lower the learning rates of space={space}")
     rows[(np.nanargmin if best_is_small else np.nanargmax)(scores)]["best"] = True  # of equals the first
     return rows
 

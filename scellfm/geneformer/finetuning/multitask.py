@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from fastcore.meta import delegates
 
 # %% auto #0
@@ -225,9 +226,6 @@ def embed_tasks(
     return clf.first.embed(data, **kwargs)
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #02a70b18
-RECORD = "tasks.json"
-
-
 def tasks_from_pretrained(
     cls: type[TaskClassifier],
     path_or_hub_id: str | Path,  # folder of a classifier of several labels, or a hub id
@@ -253,6 +251,9 @@ def tasks_from_pretrained(
         return assemble(models, tasks, [History.from_dict(history) for history in record["histories"]])
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #2b82d71e
+RECORD = "tasks.json"
+
+
 def save_tasks(clf: TaskClassifier, folder: str | Path) -> None:
     "One folder per fold (all heads in one layer), the dictionaries, the cells trained on, and tasks.json."
     record = {
@@ -303,20 +304,22 @@ class TaskClassifier:
     def _repr_html_(self) -> str:
         return "".join(task._repr_html_() for task in self.tasks.values())
 
-    @property
-    def scores(self) -> dict[str, Scores]:
-        "The table of each label."
-        return {label: task.scores for label, task in self.tasks.items()}
-
-    @property
-    def history(self) -> History | None:
-        "The curves of the first fold."
-        return self.first.history
-
     @cached_property
     def first(self) -> CellClassifier:
         "The classifier of the first label: the cells trained on and the encoder are the same for all."
         return next(iter(self.tasks.values()))
+
+# %% ../../../nbs/geneformer/finetuning/multitask.ipynb #58310cf9
+@patch(as_prop=True)
+def scores(self: TaskClassifier) -> dict[str, Scores]:
+    "The table of each label."
+    return {label: task.scores for label, task in self.tasks.items()}
+
+
+@patch(as_prop=True)
+def history(self: TaskClassifier) -> History | None:
+    "The curves of the first fold."
+    return self.first.history
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #748f9bb8
 def assemble(

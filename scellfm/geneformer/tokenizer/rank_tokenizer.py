@@ -94,6 +94,16 @@ def source_levels(source: CellSource, tokens: np.ndarray):
             block, totals = block[inside], totals[inside]
         yield levels(block, totals, tokens)
 
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #b1519f3e
+def fitted_names(sources: list[CellSource], ids: list[list[str]], tokens: Mapping[str, int]) -> dict[str, str]:
+    "{symbol: id} of the genes of the vocabulary that are called something besides."
+    return {
+        str(symbol): gene
+        for source, found in zip(sources, ids)
+        for symbol, gene in zip(fitted_symbols(source), found)
+        if gene in tokens and symbol and str(symbol) != gene
+    }
+
 # %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #8eaf819a
 def fit_dictionaries(
     sources: list[CellSource], column: str | None, mapping: Mapping[str, str] | None, special: bool
@@ -114,17 +124,11 @@ def fit_dictionaries(
     words = ["<pad>", "<mask>", *(["<cls>", "<eos>"] if special else [])]
     detected = [i for i in range(len(genes)) if medians[i] > 0]
     tokens = {word: i for i, word in enumerate([*words, *(genes[i] for i in detected)])}
-    names = {
-        str(symbol): gene
-        for source, found in zip(sources, ids)
-        for symbol, gene in zip(fitted_symbols(source), found)
-        if gene in tokens and symbol and str(symbol) != gene
-    }
     return Dictionaries(
         tokens,
         {genes[i]: float(np.float32(medians[i])) for i in detected},
         dict(mapping) if mapping else None,
-        names or None,
+        fitted_names(sources, ids, tokens) or None,
     )
 
 # %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #5a92d44c
