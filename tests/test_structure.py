@@ -336,7 +336,7 @@ def gaps(tree: ast.Module) -> list[str]:
 
 
 UNTYPED = 3  # public functions that lack a type or a docstring: this number only falls, to 0
-SHORT_CELLS = 0.85  # share of exported cells with at most 25 lines: this number only rises, to 0.9
+SHORT_CELLS = 0.88  # share of exported cells with at most 25 lines: this number only rises, to 0.9
 
 
 def test_functions_are_short():
