@@ -9,7 +9,7 @@ import pytest
 from scgenept_golden import fine_tuned, genes, scgpt_folder
 
 from scellfm.assets import save_tensors
-from scellfm.core import AssetError, DataError, OptionError
+from scellfm.core import AssetError, DataError, OptionError, StoreError
 from scellfm.data import simulate_perturbations
 from scellfm.scgenept import PerturbationData, ScGenePT, fetch_model, published, reproduce
 from scellfm.scgpt.model import ScGPTModel
@@ -68,7 +68,7 @@ def test_the_protocol_resumes_and_refuses_other_settings(tmp_path):
     again = reproduce(data, tmp_path / "scgpt", vectors, tmp_path / "runs", **call)
     assert first.equals(again) and stamps == [file.stat().st_mtime_ns for file in files]
     assert len(files) == 4 and json.loads(files[0].read_text())["settings"]["training"]["epochs"] == 1
-    with pytest.raises(OptionError, match="another run"):
+    with pytest.raises(StoreError, match="another run"):
         reproduce(data, tmp_path / "scgpt", vectors, tmp_path / "runs", **call | {"epochs": 2})
     with pytest.raises(DataError, match="no vectors for 'go_f'"):
         reproduce(data, tmp_path / "scgpt", vectors, tmp_path / "runs", knowledge=["go_f"], **call)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import AssetError, DataError, OptionError, one_of, warn
+from ..core import DataError, OptionError, one_of, user_path, warn
 from ..data.vectors import GeneVectors
 from .effects import variant_vectors
 from .explain import Method, base_attribution, cell_attribution, vector_attribution, vector_gradient
@@ -303,7 +303,8 @@ def save_pretrained(self: Rosa, folder: str | Path) -> None:
     import torch
 
     from scellfm.assets.tensors import save_tensors
-    from scellfm.store import FolderKind, atomic_files
+    from scellfm.store import atomic_files
+    from scellfm.store.layouts import ROSA_MODEL
 
     fitted, task = self._ready(), self.task
     record = {"format": "scellfm rosa", "version": 1, "settings": asdict(self.settings), "share": task.share}
@@ -311,9 +312,7 @@ def save_pretrained(self: Rosa, folder: str | Path) -> None:
     obs = self.grid.obs.reindex(task.cells)
     record["obs"] = {name: [None if pd.isna(v) else str(v) for v in values] for name, values in obs.items()}
     record["manifest"] = {} if self.vectors is None else self.vectors.manifest
-    records = {"config.json": {"format": str, "version": int, "genes": [str]}}
-    kind = FolderKind("a model of rosa", records, ("model.safetensors", "task.safetensors", "scores.json"))
-    with atomic_files(folder, kind) as part:
+    with atomic_files(folder, ROSA_MODEL) as part:
         save_tensors(part / "model.safetensors", {n: v.contiguous() for n, v in fitted.state().items()})
         arrays = {name: torch.from_numpy(np.ascontiguousarray(getattr(task, name))) for name in ARRAYS}
         save_tensors(part / "task.safetensors", arrays)
@@ -321,30 +320,62 @@ def save_pretrained(self: Rosa, folder: str | Path) -> None:
         if self._scores is not None:
             (part / "scores.json").write_text(json.dumps(self._scores.to_dict()) + "\n", encoding="utf-8")
 
+# %% ../../nbs/rosa/rosa.ipynb #1a177d37
+def check_state(settings: Settings, state: Mapping) -> None:
+    "ValueError where a network of these sizes is larger than the weights beside it."
+    if settings.kind == "ridge":
+        return
+    most = max([len(state), *(n for tensor in state.values() for n in tensor.shape)], default=0)
+    shape = settings.network(1)
+    for name in ("dim", "heads", "dim_head", "depth"):
+        if settings.kind != "mlp" and getattr(shape, name) > most:
+            raise ValueError(f"{name}={getattr(shape, name):,} is more than the weights hold")
+    if settings.kind == "perceiver" and max(shape.latents, shape.latent_dim) > most:
+        raise ValueError(f"latents={shape.latents:,} of {shape.latent_dim:,} are more than the weights hold")
+
+
+def check_arrays(task: Task) -> None:
+    "ValueError where arrays of a task do not fit its genes and cells."
+    width, parts = task.vectors.shape[1], {"train": task.train, "test": task.test, "context": task.context}
+    shapes = {"vectors": (len(task.genes), width), "centre": (width,), "scale": (width,), "sizes": (len(task.cells),)}
+    shapes |= dict.fromkeys(("values", "counts"), (len(task.cells), len(task.train)))
+    for name, shape in shapes.items():
+        if getattr(task, name).shape != shape:
+            raise ValueError(f"{name} has the shape {getattr(task, name).shape}, not {shape}")
+    for name, places in (parts | {"stop": task.stop}).items():
+        if places.dtype.kind not in "iu" or places.ndim != 1 or (places >= len(task.genes)).any() or (places < 0).any():
+            raise ValueError(f"{name} holds something else than places of {len(task.genes):,} genes")
+
+# %% ../../nbs/rosa/rosa.ipynb #ed03f760
+def of_record(made: Rosa, record: dict, arrays: Mapping, state: Mapping) -> Rosa:
+    "A Rosa with what a folder's files hold."
+    names = {"genes": pd.Index(record["genes"], dtype=object), "cells": pd.Index(record["cells"], dtype=object)}
+    made.task = Task(**arrays, **names, share=record["share"], settings=made.settings, left_out=record["left_out"])
+    check_arrays(made.task)
+    check_state(made.settings, state)
+    made.fitted = restore_kind(made.task, state)
+    obs = pd.DataFrame(record["obs"], index=made.task.cells)
+    flags = np.zeros(len(made.task.genes), dtype=bool)
+    made.grid = HoldOutGrid(made.task.genes, made.task.cells, None, None, flags, flags, obs)
+    made.vectors = GeneVectors(made.task.genes, made.task.vectors, None, record["manifest"])
+    return made
+
 # %% ../../nbs/rosa/rosa.ipynb #e8775976
 @patch(cls_method=True)
 def from_pretrained(cls: Rosa, folder: str | Path, *, device: str = "auto") -> Rosa:
     "The model that `save_pretrained` wrote. AssetError: missing, damaged, of another kind."
     from scellfm.assets.files import usable
     from scellfm.assets.tensors import read_tensors
+    from scellfm.store.layouts import GRID_SCORES, ROSA
+    from scellfm.store.records import parts_fit, read_record
 
-    folder = Path(folder)
+    folder = user_path(folder, "folder")
     usable(folder / "config.json")
-    try:
-        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if record.get("format") != "scellfm rosa" or record.get("version") != 1:
-            raise KeyError("format")
-        made = cls(device=device, **record["settings"])
+    record = read_record(folder / "config.json", ROSA)
+    with parts_fit(f"{folder} holds no model of rosa that can be opened: it"):
         arrays = {name: value.numpy() for name, value in read_tensors(folder / "task.safetensors").items()}
-        names = {"genes": pd.Index(record["genes"]), "cells": pd.Index(record["cells"])}
-        made.task = Task(**arrays, **names, share=record["share"], settings=made.settings, left_out=record["left_out"])
-        made.fitted = restore_kind(made.task, read_tensors(folder / "model.safetensors"))
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise AssetError(f"{folder} holds no model of rosa that can be opened: {error}") from error
-    obs = pd.DataFrame(record["obs"], index=made.task.cells)
-    flags = np.zeros(len(made.task.genes), dtype=bool)
-    made.grid = HoldOutGrid(made.task.genes, made.task.cells, None, None, flags, flags, obs)
-    made.vectors = GeneVectors(made.task.genes, made.task.vectors, None, record["manifest"])
-    if (folder / "scores.json").exists():
-        made._scores = GridScores.from_dict(json.loads((folder / "scores.json").read_text(encoding="utf-8")))
+        state = read_tensors(folder / "model.safetensors")
+        made = of_record(cls(device=device, **record["settings"]), record, arrays, state)
+        if (folder / "scores.json").exists():
+            made._scores = GridScores.from_dict(read_record(folder / "scores.json", GRID_SCORES))
     return made

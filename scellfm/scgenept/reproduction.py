@@ -13,16 +13,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, OptionError, one_of, tell
+from ..core import DataError, StoreError, one_of, tell
+from ..data.vectors import GeneVectors
 from .checkpoint import ScGenePTCheckpoint, from_pretrained
 from .evaluation import evaluate_published
 from .knowledge import KNOWLEDGE, Source, plain_name
 from .perturbseq import PerturbationData
 from .training import fit
 from ..store import atomic_write, fingerprint
+from ..store.records import read_record
 
 # %% auto #0
-__all__ = ['SEEDS', 'COLUMNS', 'PUBLISHED', 'own_numbers', 'one_run', 'reproduce']
+__all__ = ['SEEDS', 'COLUMNS', 'PUBLISHED', 'own_numbers', 'content_of', 'one_run', 'reproduce']
 
 # %% ../../nbs/scgenept/reproduction.ipynb #f4d2edb8
 SEEDS = (42, 23, 89, 30, 12)
@@ -59,6 +61,14 @@ def own_numbers(found: Mapping[str, float], subgroups: Mapping[str, Sequence[str
     return {**means, "mse": float(found["test_mse"]), "mse_top20": float(found["test_mse_de"])}
 
 
+def content_of(source: Source) -> str:
+    "A name for weights or vectors by what they hold; a hub id is named by itself."
+    if isinstance(source, GeneVectors):
+        return fingerprint(list(source.genes), source.values, source.covered)
+    path = Path(source).expanduser()
+    return fingerprint(path) if path.exists() else str(source)
+
+
 def one_run(
     data: PerturbationData,
     scgpt: str | PathLike,
@@ -68,14 +78,15 @@ def one_run(
     folder: Path,
     training: Mapping,
 ) -> dict[str, float]:
-    "Train and score one variant with one seed, or read what an earlier call wrote. OptionError: other settings."
+    "Train and score one variant with one seed, or read what an earlier call wrote. StoreError: other settings."
     split = data.split("simulation", seed=1)
     settings = {"training": dict(training), "data": fingerprint(data.adata.X, data.labels), "seed": seed}
+    settings["model"] = [content_of(scgpt), None if vectors is None else content_of(vectors)]
     path = folder / f"{knowledge or 'scgpt'}-{seed}.json"
     if path.is_file():
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_record(path, {"settings": dict, "numbers": {...: float}}, StoreError)
         if record["settings"] != json.loads(json.dumps(settings)):
-            raise OptionError(f"{path} is of another run ({record['settings']}); choose another folder, or delete it")
+            raise StoreError(f"{path} is of another run ({record['settings']}); choose another folder, or delete it")
         return record["numbers"]
     model = from_pretrained(
         ScGenePTCheckpoint, scgpt, knowledge=knowledge, gene_vectors=vectors, original=True, seed=seed, device="auto"

@@ -241,6 +241,8 @@ def fit(
         warn("the split has no validation perturbation: every epoch is trained and the last one kept")
     inputs = {
         "cells": fingerprint(train.matrix, train.controls, train.targets, valid.controls, valid.targets),
+        "names": fingerprint(train.keys, valid.keys),
+        "perturbed": fingerprint(train.flags, valid.flags),
         "labels": fingerprint(sorted(split.train), sorted(split.valid)),
         "dropout": str((dropout, attention_dropout)),
         "language": str((model.settings["freeze_language"], list(model.inputs.languages))),
