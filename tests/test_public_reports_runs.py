@@ -243,6 +243,79 @@ def test_a_data_set_is_not_tokenized_over_the_folder_of_its_cells(made, tmp_path
     assert (tmp_path / "out" / "data-cells.arrow.h5ad").exists()
 
 
+# ---- E34: what can be known before the work is said before it
+
+NOWHERE = {
+    "embed": "embed nowhere.h5ad --model nowhere --out {}",
+    "finetune": "finetune nowhere.h5ad --model nowhere --label cell_type --k 2 --out {}",
+    "perturb": "perturb nowhere.h5ad --model nowhere --genes A --out {}",
+    "map": "map nowhere.h5ad nowhere.h5ad --use-rep X --out {}",
+    "integrate": "integrate nowhere.h5ad --reps X --batch side --label cell_type --out {}",
+    "predict": "predict nowhere.h5ad --model nowhere --out {}",
+    "evaluate": "evaluate nowhere.h5ad --model nowhere --out {}",
+    "tokenize": "tokenize nowhere.h5ad --fit new --out {}",
+    "windows": "sequence windows nowhere.gtf --out {}",
+    "vectors": "sequence embed nowhere.gtf --fasta nowhere.fa --model kmer-3 --out {}",
+    "variants": "sequence variants nowhere.vcf nowhere.gtf --fasta nowhere.fa --model nowhere --out {}",
+    "reproduce": "reproduce simulated --out {}",
+}
+FILES = {"embed", "predict", "evaluate", "windows", "variants"}
+
+
+@pytest.mark.parametrize("command", NOWHERE)
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_read(tmp_path, monkeypatch, command, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    for out in ("/proc/nothing", "file"):
+        name = f"{out}/new.csv" if command in FILES else f"{out}/new"
+        assert run(*NOWHERE[command].format(name).split()) == 2
+        told = capsys.readouterr().err
+        assert "cannot be written" in told or "is a file" in told, told
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (f"{NOWHERE[command]} {option}", option.split()[0].strip("-").replace("-", "_"))
+        for command, option in [
+            *[(command, f"--seed {n}") for command in ("finetune", "perturb", "integrate") for n in (-1, 2**32)],
+            *[("tokenize", f"--max-length {n}") for n in (0, -1, 10**12)],
+            *[("embed", f"--max-length {n}") for n in (0, 10**12)],
+            *[("finetune", f"--{name} {n}") for name in ("epochs", "batch-size") for n in (0, -1, 10**12)],
+            *[("perturb", f"--max-cells {n}") for n in (0, -3)],
+            ("embed", "--token-budget 0"),
+            ("reproduce", "--epochs 0"),
+            ("finetune", "--n-boot -1"),
+        ]
+    ],
+)
+def test_a_setting_that_no_run_has_is_said_before_anything_is_read(tmp_path, monkeypatch, words, named, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(*words.format("new.csv" if words.startswith("embed") else "new").split()) == 2
+    told = capsys.readouterr().err
+    assert f"{named}=" in told and "must be a whole number" in told, told
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_seed_that_no_library_takes_is_refused_by_every_task_in_python(tmp_path):
+    gf, gpt, adata = geneformer(tmp_path / "gf"), scgpt(tmp_path / "gpt"), cells()
+    deal = split(adata)
+    for seed in (-1, 2**32, 1.5):
+        for ask in (
+            lambda: hold_out(adata, seed=seed),
+            lambda: gf.pretrain(adata, seed=seed),
+            lambda: gf.finetune(adata, "cell_type", split=deal, seed=seed),
+            lambda: gf.finetune_genes(adata, {"a": GENES[:10], "b": GENES[10:]}, folds=2, seed=seed),
+            lambda: gf.perturb(adata, seed=seed),
+            lambda: gpt.finetune(adata, "cell_type", split=deal, seed=seed),
+            lambda: gpt.continue_pretraining(adata, seed=seed),
+            lambda: gpt.embed(adata, seed=seed),
+        ):
+            with pytest.raises(OptionError, match="seed"):
+                ask()
+
+
 # ---- E28: what a killed writer leaves
 
 KILLED = """

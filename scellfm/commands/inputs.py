@@ -65,9 +65,10 @@ def write_table(table, out: str | Path) -> None:
 # %% ../../nbs/commands/inputs.ipynb #f4dc2050
 def output_file(out: str, *inputs: str | None) -> Path:
     "The file that --out names. OptionError, StoreError: it can be no file, or an input would be replaced."
-    from scellfm.store.outputs import check_replaced, output_path
+    from scellfm.store.outputs import check_replaced, check_writable, output_path
 
     path = output_path(out, "--out")
+    check_writable(path)
     check_replaced(path, None, [name for name in inputs if name is not None and Path(name).expanduser().exists()])
     return path
 
@@ -75,9 +76,10 @@ def output_file(out: str, *inputs: str | None) -> Path:
 def output_folder(out: str, *others: str, parts: dict | None = None) -> Path:
     "The folder of a report and `others` beside it that --out names; parts: kinds of folders in it. Errors as above."
     from scellfm.store.layouts import REPORT
-    from scellfm.store.outputs import check_replaced, result_folder
+    from scellfm.store.outputs import check_replaced, check_writable, result_folder
 
     folder = result_folder(out, REPORT._replace(others=(*REPORT.others, *others)), name="--out")
+    check_writable(folder)
     for name, kind in (parts or {}).items():
         check_replaced(folder / name, kind)
     return folder
