@@ -189,3 +189,93 @@ def test_what_is_no_folder_of_a_result_is_refused_in_words(tmp_path, monkeypatch
     with warnings.catch_warnings():
         with pytest.raises(ScellfmError):
             READERS[thing](path)
+
+
+# ---- D18: what a user gives for the path of a file
+
+
+def genome_files(folder: Path) -> None:
+    "A healthy file of each kind."
+    (folder / "g.fa").write_text(">chr1\n" + "ACGT" * 400 + "\n")
+    (folder / "g.gtf").write_text('chr1\tx\ttranscript\t500\t900\t.\t+\t.\tgene_id "A"; transcript_id "A1";\n')
+    (folder / "g.bed").write_text("chr1\t500\t501\tA\t.\t+\n")
+    (folder / "v.vcf").write_text(
+        "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\nchr1\t501\t.\tA\tC\t.\t.\t.\n"
+    )
+    (folder / "p.fa").write_text(">P1 gene:A\nMKVLA\n")
+    (folder / "t.txt").write_text("index\tdescription\n0\tCAGE:a\n")
+    (folder / "x.json").write_text('{"A": "a kinase", "B": "a receptor"}')
+    (folder / "vec.json").write_text('{"A": [1.0, 2.0], "B": [0.5, 1.5]}')
+
+
+def doors() -> dict:
+    from scellfm.data import read_vectors
+    from scellfm.rosa import read_annotation, read_variants
+    from scellfm.rosa.genome import Genome
+    from scellfm.rosa.proteins import read_proteins
+    from scellfm.rosa.tracks import read_tracks
+    from scellfm.scgenept.texts import read_texts
+
+    return {
+        "g.fa": Genome,
+        "g.gtf": read_annotation,
+        "g.bed": read_annotation,
+        "v.vcf": read_variants,
+        "p.fa": read_proteins,
+        "t.txt": read_tracks,
+        "x.json": read_texts,
+        "vec.json": read_vectors,
+    }
+
+
+@pytest.mark.parametrize("name", doors())
+def test_files_of_sequences_and_texts_are_found_in_the_home_folder_and_odd_paths_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    genome_files(tmp_path)
+    door = doors()[name]
+    assert door(f"~/{name}") is not None
+    os.mkfifo(tmp_path / f"pipe.{name.rsplit('.')[-1]}")
+    (tmp_path / "folder.d").mkdir()
+    for odd in (
+        "",
+        " ",
+        "~nobody-of-that-name/x.fa",
+        "a\0b",
+        f"pipe.{name.rsplit('.')[-1]}",
+        "folder.d",
+        "nowhere.fa",
+        3,
+        b"x",
+    ):
+        with pytest.raises(ScellfmError):
+            door(odd)
+
+
+@pytest.mark.parametrize("name", doors())
+def test_damaged_files_of_sequences_and_texts_are_named(tmp_path, name):
+    genome_files(tmp_path)
+    whole, rng = (tmp_path / name).read_bytes(), np.random.default_rng(0)
+    changed = [
+        b"",
+        b"\xff\xfe\x00",
+        whole[:7],
+        whole[: len(whole) // 2],
+        b"\0" * 50,
+        whole[::-1],
+        b"PK\x03\x04" + whole,
+    ]
+    for _ in range(60):
+        broken = bytearray(whole)
+        broken[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        changed.append(bytes(broken))
+    for broken in changed:
+        (tmp_path / name).write_bytes(broken)
+        for old in tmp_path.glob("*.fai"):
+            old.unlink()
+        try:
+            repr(doors()[name](tmp_path / name))
+        except ScellfmError:
+            continue
+        except BaseException as error:
+            raise AssertionError(f"{name} with {broken[:200]!r}") from error

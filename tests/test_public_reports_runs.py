@@ -840,3 +840,31 @@ def test_a_mark_that_leaves_the_cache_is_refused(tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *args, found=found, **options: found)
         with pytest.raises(AssetError, match="no hash"):
             hub.check_marks("some/model", None, {"allow_patterns": ["*"]})
+
+
+# ---- E35: text that no file takes
+
+
+def test_names_with_half_a_character_are_written_out_in_every_file(tmp_path):
+    adata = cells()
+    adata.obs_names = [f"c{i}\ud800" for i in range(24)]
+    adata.obs["cell_type"] = ["B \udfff", "T"] * 12
+    genes = [*GENES[:29], "ENSG\ud800"]
+    adata.var_names = genes
+    tok = RankTokenizer.fit(adata)
+    tok.save_pretrained(tmp_path / "tok")
+    assert RankTokenizer.from_pretrained(tmp_path / "tok").token_dictionary == tok.token_dictionary
+    tok(adata, columns=["cell_type"]).save(tmp_path / "set")
+    assert TokenizedCells.load(tmp_path / "set").obs.index[0] == r"c0\ud800"
+    assert TokenizedCells.load(tmp_path / "set").obs["cell_type"].iloc[0] == r"B \udfff"
+    gf = Geneformer.from_config("tiny", tok, device="cpu")
+    screen = gf.perturb(adata, genes=genes[-3:], combine="each", state="cell_type", start="B \udfff", goal="T")
+    screen.save(tmp_path / "screen")
+    assert Screen.load(tmp_path / "screen").shifts["cell"].iloc[0].endswith(r"\ud800")
+    gf.finetune(adata, "cell_type", split=split(adata), epochs=1, n_boot=0).save_pretrained(tmp_path / "clf")
+    assert "B \udfff" in CellClassifier.from_pretrained(tmp_path / "clf", device="cpu").classes
+    gpt = ScGPT.from_config("tiny", genes, device="cpu")
+    gpt.save_pretrained(tmp_path / "gpt")
+    assert list(ScGPT.from_pretrained(tmp_path / "gpt", device="cpu").vocabulary.tokens) == list(gpt.vocabulary.tokens)
+    for task, folder in ((gf.embed, "cells"), (gf.embed_genes, "genes"), (gpt.embed, "scgpt")):
+        task(adata, folder=tmp_path / folder)

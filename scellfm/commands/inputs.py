@@ -53,14 +53,14 @@ def out_format(out: str, known: tuple[str, ...]) -> str:
 
 def write_table(table, out: str | Path) -> None:
     "A DataFrame as csv (without what a spreadsheet would run) or parquet, by the name of the file."
-    from scellfm.scores.table import safe_table
+    from scellfm.scores.table import safe_table, storable_table
     from scellfm.store import atomic_write
 
     with atomic_write(out) as part:
         if Path(out).suffix.lower() == ".csv":
             safe_table(table).to_csv(part, encoding="utf8", errors="backslashreplace")
         else:
-            table.to_parquet(part)
+            storable_table(table).to_parquet(part)
 
 # %% ../../nbs/commands/inputs.ipynb #f4dc2050
 def output_file(out: str, *inputs: str | None) -> Path:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..assets.files import usable
-from ..core import AssetError, OptionError
+from ..core import AssetError, OptionError, user_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +31,7 @@ def read_tracks(source: str | os.PathLike | pd.DataFrame | list[str]) -> pd.Data
     import pandas as pd
 
     if isinstance(source, (str, os.PathLike)):
-        source = _read_file(Path(source))
+        source = _read_file(user_path(source, "tracks"))
     table = source if isinstance(source, pd.DataFrame) else pd.DataFrame({"description": list(source)})
     if "description" not in table.columns or not len(table):
         raise AssetError(f"the tracks have the columns {list(table.columns)[:8]}; 'description' is needed")

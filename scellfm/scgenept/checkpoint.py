@@ -19,7 +19,7 @@ import torch
 from .. import inference
 from ..assets import LoadReport, find, load_state, read_dictionary, read_tensors, save_tensors
 from ..assets.tensors import check_sizes
-from ..core import AssetError, DataError, OptionError, one_of
+from ..core import AssetError, DataError, OptionError, one_of, user_path
 from .knowledge import Source, gene_tables, inputs_of, named_vectors, published_tables
 from .model import Inputs, ScGenePTConfig, ScGenePTModel, load_published
 from ..scgpt.model import ScGPTConfig, check_scgpt_sizes
@@ -88,7 +88,7 @@ def read_args(folder: Path) -> dict:
 
 def sizes_in(folder: Path, scgpt: str | PathLike | None) -> tuple[dict, dict[str, int]]:
     "args.json and vocab.json, from the folder itself or from that of scGPT. AssetError where neither has them."
-    for place in (folder, *([Path(scgpt).expanduser()] if scgpt is not None else [])):
+    for place in (folder, *([user_path(scgpt, "scgpt")] if scgpt is not None else [])):
         if (place / "args.json").is_file() and (place / "vocab.json").is_file():
             return read_args(place), read_vocabulary(place / "vocab.json")
     raise AssetError(
@@ -326,8 +326,7 @@ def from_pretrained(
     """A model to train, from scGPT, or a trained one; `load_report` says what became of each tensor.
 
     AssetError: files that are missing, damaged, of another vocabulary or size. OptionError: names and vectors."""
-    path = Path(path_or_hub_id).expanduser()
-    path = path if path.exists() else Path(find(path_or_hub_id))
+    path = Path(find(path_or_hub_id))
     if (path / RECORD).is_file():
         made = adopted(cls, from_folder(path, gene_vectors, device))
         made.freeze(made.settings["freeze_language"] if freeze_language is None else freeze_language)
@@ -419,7 +418,9 @@ def save_pretrained(model: ScGenePTCheckpoint, folder: str | PathLike, *, origin
     }
     for name, content in files.items():
         with atomic_write(folder / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+            temporary.write_text(
+                json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8", errors="backslashreplace"
+            )
     if original:
         with atomic_write(folder / "best_model.pt") as temporary:
             torch.save(published_tensors(model, tensors), temporary)
