@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import DataError, OptionError, one_of, user_path, warn
+from ..core import DataError, OptionError, one_of, plain, user_path, warn
 from ..data.vectors import GeneVectors
 from .effects import variant_vectors
 from .explain import Method, base_attribution, cell_attribution, vector_attribution, vector_gradient
@@ -79,7 +79,7 @@ class Rosa:
     ):
         for name in settings:
             one_of("option", name, tuple(Settings.__dataclass_fields__))
-        self.settings = Settings(kind=kind, loss=loss, seed=seed, **settings)
+        self.settings = Settings(**plain({"kind": kind, "loss": loss, "seed": seed, **settings}))
         self.device = device
         self.task = self.fitted = self.grid = self.vectors = self._expression = self._scores = None
         self._recipe: dict = {}
@@ -100,7 +100,7 @@ class Rosa:
                 f"fit takes cells, GeneVectors and a HoldOutGrid; got {type(genes).__name__} and {type(grid).__name__}"
             )
         self._expression = read_expression(adata, layer=layer, gene_column=gene_column)
-        self.grid, self.vectors, self._scores, self._recipe = grid, genes, None, recipe
+        self.grid, self.vectors, self._scores, self._recipe = grid, genes, None, plain(recipe)
         self.task = learnable(self._expression, genes, grid, self.settings)
         self.fitted = fit_kind(self.task, device=self.device, **recipe)
         return self

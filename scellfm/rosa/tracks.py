@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ def read_tracks(source: str | os.PathLike | pd.DataFrame | list[str]) -> pd.Data
 
     if isinstance(source, (str, os.PathLike)):
         source = _read_file(user_path(source, "tracks"))
+    if isinstance(source, bytes) or not isinstance(source, (pd.DataFrame, Iterable)):
+        raise OptionError(f"tracks are a path, a table or a list of descriptions, not a {type(source).__name__}")
     table = source if isinstance(source, pd.DataFrame) else pd.DataFrame({"description": list(source)})
     if "description" not in table.columns or not len(table):
         raise AssetError(f"the tracks have the columns {list(table.columns)[:8]}; 'description' is needed")

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import DataError, OptionError, keyed_generator, one_of, warn
+from ..core import DataError, OptionError, check_ends, check_number, keyed_generator, one_of, warn
 from ..data.vectors import GeneVectors
 from ..inference import pick_device
 from .expression import SIZE, Expression, bin_levels, quantile_bins
@@ -51,6 +51,9 @@ class Settings:
     def __post_init__(self):
         one_of("kind", self.kind, KINDS)
         one_of("normalise", self.normalise, NORMALISE)
+        check_ends({"seed": self.seed})
+        check_number("read", self.read, 1)
+        check_number("asked", self.asked, 1)
         width_of(self.loss, self.n_bins)
         if isinstance(self.size, str):
             one_of("size", self.size, tuple(SIZES))
