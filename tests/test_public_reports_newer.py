@@ -7,14 +7,15 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from fuzz_readers import json_mutated
-from test_public_reports_resumed import fit_rosa
+from test_public_reports_resumed import described, expressed, fit_rosa
 from test_public_reports_runs import thesis, tree
 
-from scellfm.core import AssetError, OptionError, ScellfmError, StoreError
+from scellfm.core import AssetError, DataError, OptionError, ScellfmError, StoreError
 from scellfm.data import GeneVectors, simulate_perturbations
-from scellfm.rosa import ESM2, Enformer, Rosa
+from scellfm.rosa import ESM2, Enformer, Rosa, hold_out_grid
 from scellfm.scgenept import PerturbationData, ScGenePT
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -279,3 +280,86 @@ def test_damaged_files_of_sequences_and_texts_are_named(tmp_path, name):
             continue
         except BaseException as error:
             raise AssertionError(f"{name} with {broken[:200]!r}") from error
+
+
+# ---- B, D: what users bring to the newer wings
+
+
+@pytest.fixture(scope="module")
+def perturbed():
+    simulated = simulate_perturbations(n_targets=10, n_pairs=4, n_genes=40, n_modules=3, n_cells=8, n_controls=20)
+    return simulated.adata, PerturbationData(simulated.adata), simulated.vectors["know"]
+
+
+SMALL = dict(d_model=16, n_heads=2, d_hid=16, n_layers=1, device="cpu")
+
+
+def test_what_is_no_perturbation_data_is_named(perturbed, tmp_path):
+    adata, data, vectors = perturbed
+    model = ScGenePT.from_config("tiny", data, knowledge="ncbi", gene_vectors=vectors, **SMALL)
+    deal = data.split("simulation", seed=1)
+    for wrong in (None, [1], 3):
+        with pytest.raises(OptionError, match="AnnData"):
+            PerturbationData(wrong)
+        with pytest.raises(OptionError, match="genes is a|list of gene names"):
+            ScGenePT.from_config("tiny", wrong if wrong != [1] else "cells.h5ad", **SMALL)
+    for ask in (model.fit, model.evaluate):
+        with pytest.raises(OptionError, match="split is of the type NoneType"):
+            ask(data)
+        with pytest.raises(OptionError, match=r"PerturbationData\(adata\)"):
+            ask(adata, deal)
+    for wrong in (None, [], "FOSB"):
+        with pytest.raises(OptionError, match="list of names"):
+            model.predict(wrong)
+    numbered = adata.copy()
+    numbered.var_names = [str(i) for i in range(numbered.n_vars)]
+    with pytest.raises(DataError, match="integers"):
+        PerturbationData(numbered)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    assert PerturbationData(tmp_path / "cells.h5ad").genes.equals(data.genes)
+
+
+def test_numbers_of_numpy_become_plain_settings_of_the_newer_wings(perturbed, tmp_path):
+    adata, data, vectors = perturbed
+    model = ScGenePT.from_config("tiny", data, knowledge="ncbi", gene_vectors=vectors, seed=np.int64(3), **SMALL)
+    how = dict(epochs=np.int64(1), batch_size=np.int32(32), seed=np.uint8(2))
+    model.fit(data, data.split("simulation", seed=np.int64(1)), **how).save_pretrained(tmp_path / "scgenept")
+    assert type(ScGenePT.from_pretrained(tmp_path / "scgenept").settings["seed"]) is int
+    rosa = fit_rosa(None, kind="mlp", n_bins=np.int64(8), read=np.int32(30), class_weights=np.True_, seed=np.int64(1))
+    rosa.save_pretrained(tmp_path / "rosa")
+    assert Rosa.from_pretrained(tmp_path / "rosa").settings == rosa.settings
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5])
+def test_a_seed_that_no_library_takes_is_refused_by_the_newer_wings(perturbed, seed):
+    adata, data, vectors = perturbed
+    for ask in (
+        lambda: ScGenePT.from_config("tiny", data, knowledge="ncbi", gene_vectors=vectors, seed=seed, **SMALL),
+        lambda: data.split("simulation", seed=seed),
+        lambda: Rosa("ridge", seed=seed),
+        lambda: hold_out_grid(expressed(), seed=seed),
+    ):
+        with pytest.raises(OptionError, match="seed"):
+            ask()
+
+
+def test_rosa_takes_a_path_raw_counts_and_nullable_groups_and_names_the_rest(tmp_path):
+    whole, vectors = expressed(), described()
+    grid = hold_out_grid(whole, cells="donor", seed=1)
+    plain = Rosa("ridge").fit(whole, vectors, grid).fitted.weights
+    whole.write_h5ad(tmp_path / "cells.h5ad")
+    part = whole[:, np.random.default_rng(0).permutation(60)].copy()
+    part.raw = whole
+    for given, layer in ((tmp_path / "cells.h5ad", None), (str(tmp_path / "cells.h5ad"), None), (part, "raw")):
+        np.testing.assert_array_equal(Rosa("ridge").fit(given, vectors, grid, layer=layer).fitted.weights, plain)
+    for wrong in (None, [1, 2], 3):
+        for ask in (lambda: Rosa("ridge").fit(wrong, vectors, grid), lambda: hold_out_grid(wrong)):
+            with pytest.raises(OptionError, match="AnnData"):
+                ask()
+    whole.obs["ill"] = pd.array([True, False] * 20, dtype="boolean")
+    parts = hold_out_grid(whole, cells="ill", seed=1).cell_part
+    assert set(parts[::2]) | set(parts[1::2]) == {"train", "test"} and len(set(parts[::2])) == 1
+    numbered = whole.copy()
+    numbered.var_names = [str(i) for i in range(60)]
+    with pytest.raises(DataError, match="gene_column="):
+        hold_out_grid(numbered)

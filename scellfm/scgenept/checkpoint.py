@@ -19,7 +19,7 @@ import torch
 from .. import inference
 from ..assets import LoadReport, find, load_state, read_dictionary, read_tensors, save_tensors
 from ..assets.tensors import check_sizes
-from ..core import AssetError, DataError, OptionError, one_of, user_path
+from ..core import AssetError, DataError, OptionError, one_of, plain, plain_arguments, user_path
 from .knowledge import Source, gene_tables, inputs_of, named_vectors, published_tables
 from .model import Inputs, ScGenePTConfig, ScGenePTModel, load_published
 from ..scgpt.model import ScGPTConfig, check_scgpt_sizes
@@ -52,6 +52,10 @@ SHAPES = {
 def vocabulary_of(genes: PerturbationData | AnnData | Iterable[str]) -> dict[str, int]:
     "A vocabulary of the genes of perturbation data (measured or not), of an AnnData or of a list; special tokens last."
     names = next((getattr(genes, name) for name in ("input_genes", "var_names") if hasattr(genes, name)), genes)
+    if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+        raise OptionError(
+            f"genes is a {type(genes).__name__}; give perturbation data, an AnnData or a list of gene names"
+        )
     tokens = dict.fromkeys([*map(str, names), *SPECIALS])
     return {token: number for number, token in enumerate(tokens)}
 
@@ -308,6 +312,7 @@ def check_widths(tables: Mapping[str, np.ndarray], widths: Mapping[str, int]) ->
             )
 
 # %% ../../nbs/scgenept/checkpoint.ipynb #5656b29e
+@plain_arguments
 def from_pretrained(
     cls: type[ScGenePTCheckpoint],
     path_or_hub_id: str | Path,  # folder of scGPT or of a trained scGenePT, file of published weights, or a hub id
@@ -365,6 +370,7 @@ def adopted(cls: type[ScGenePTCheckpoint], made: ScGenePTCheckpoint) -> ScGenePT
     return made
 
 # %% ../../nbs/scgenept/checkpoint.ipynb #2c42a982
+@plain_arguments
 def from_config(
     cls: type[ScGenePTCheckpoint],
     name: Literal["tiny", "human"],
@@ -416,7 +422,7 @@ def save_pretrained(model: ScGenePTCheckpoint, folder: str | PathLike, *, origin
         "args.json": model.args | model.model.config.encoder.to_args(),
         "vocab.json": model.vocabulary,
     }
-    for name, content in files.items():
+    for name, content in plain(files).items():
         with atomic_write(folder / name) as temporary:
             temporary.write_text(
                 json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8", errors="backslashreplace"
