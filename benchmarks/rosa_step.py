@@ -9,20 +9,15 @@ the peak memory above that of a process that has imported everything and built t
 exact transformer.
 """
 
-import os
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"
-
 import argparse
 import json
 import subprocess
 import sys
 import time
 
+import harness  # first: it sets the number of threads
 import numpy as np
 import torch
-from harness import peak_memory
 
 from scellfm.rosa.losses import mse
 from scellfm.rosa.networks import NetworkConfig, build_network
@@ -40,7 +35,7 @@ def one(kind: str, genes: int, steps: int, batch: int) -> dict:
     vectors = torch.randn(genes, WIDTH, generator=draw)
     bins = torch.randint(0, 8, (batch, genes), generator=draw)
     values = torch.randn(batch, asked, generator=draw)
-    before, seconds = peak_memory(), []
+    before, seconds = harness.peak_memory(), []
     for _ in range(steps):
         start = time.perf_counter()
         answers = network.answer(bins[:, asked:], vectors[asked:], vectors[:asked])
@@ -49,7 +44,7 @@ def one(kind: str, genes: int, steps: int, batch: int) -> dict:
         (total / number).backward()
         optimizer.step()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": float(np.median(seconds)), "memory": peak_memory() - before}
+    return {"seconds": float(np.median(seconds)), "memory": harness.peak_memory() - before}
 
 
 def measured(kind: str, genes: int, args) -> dict | None:
@@ -62,11 +57,10 @@ def measured(kind: str, genes: int, args) -> dict | None:
 
 def main() -> None:
     "Measure and print."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, pairs=None, quick="300 and 600 genes, two steps")
     parser.add_argument("--genes", type=int, nargs="+", default=[1000, 5000, 20000])
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="300 and 600 genes, two steps")
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

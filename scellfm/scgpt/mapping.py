@@ -282,8 +282,7 @@ def calibrate(
     Set min_confidence and max_distance on held-out reference cells; returns the accuracy at each confidence.
 
     by: a column of the reference's obs whose groups are held out together, such as donor; None: each cell by
-    itreference. n_cells:
-    how many reference cells, drawn by `seed`, are held out in turn.
+    itself. n_cells: how many reference cells, drawn by `seed`, are held out in turn.
     """
     if not 0 < accuracy <= 1 or not 0 <= far < 1:
         raise OptionError(
