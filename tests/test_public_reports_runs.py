@@ -473,6 +473,8 @@ LEARNING = dict(
     decay=0.5,
     shuffle=False,
     accumulate=2,
+    steps=1,
+    patience=1,
 )
 GENEFORMER = dict(medians=3.0, hidden_act="gelu", num_attention_heads=2, hidden_dropout_prob=0.3)
 RUNS = {  # run: (model, how it is called, options that change a number, changes of the model's files)
@@ -533,7 +535,7 @@ RUNS = {  # run: (model, how it is called, options that change a number, changes
             emb_layer=0,
             max_cells=4,
         )
-        | dict(seed=7, token_budget=99, layer="other", groupby="side", where={"side": "left"}),
+        | dict(seed=7, token_budget=99, layer="other", groupby="side", where={"side": "left"}, donor="side", matched=2),
         GENEFORMER,
     ),
     "scGPT finetune": (
