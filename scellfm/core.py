@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'UNPRINTABLE', 'listeners', 'ENDS', 'settings', 'printable', 'storable', 'ScellfmError', 'DataError',
            'DivergedError', 'AssetError', 'OptionError', 'StoreError', 'ExtraError', 'ScellfmWarning', 'warn', 'one_of',
-           'check_number', 'plain', 'check_ends', 'plain_arguments', 'user_path', 'optional', 'Settings', 'progress',
-           'tell', 'keyed_seed', 'keyed_generator', 'threads_kept']
+           'check_number', 'plain', 'check_ends', 'check_adata', 'check_named', 'check_key', 'plain_arguments',
+           'user_path', 'optional', 'Settings', 'progress', 'tell', 'keyed_seed', 'keyed_generator', 'threads_kept']
 
 # %% ../nbs/core.ipynb #7fa33fd6
 import difflib
@@ -145,6 +145,26 @@ def check_ends(options: Mapping[str, Any]) -> None:
         if options.get(name) is not None:
             check_number(name, options[name], least, most)
 
+# %% ../nbs/core.ipynb #d494c72d
+def check_adata(adata: Any) -> None:
+    "OptionError unless an AnnData is given, which is told by its looks."
+    if not all(hasattr(adata, part) for part in ("obs", "var", "obs_names", "var_names")):
+        raise OptionError(
+            f"the cells are a {type(adata).__name__}; give an AnnData (scellfm.data.read(path) makes one of a file)"
+        )
+
+
+def check_named(cells: Any) -> None:
+    "OptionError for lists of tokens where the names of cells are needed."
+    if not hasattr(cells, "obs"):
+        raise OptionError("lists of tokens have no names of cells; give an AnnData, tokenized cells or their path")
+
+
+def check_key(key: Any) -> None:
+    "OptionError for a name in obsm, varm or uns that no file takes; None is left to the function that takes it."
+    if key is not None and not (isinstance(key, str) and key.strip() and "/" not in key):
+        raise OptionError(f"key_added={key!r} must be a text without '/', such as 'X_model'")
+
 # %% ../nbs/core.ipynb #1c88be68
 def plain_arguments(function: Callable) -> Callable:
     "The same function, with its options as plain Python."
@@ -154,6 +174,7 @@ def plain_arguments(function: Callable) -> Callable:
         first = [value if isinstance(value, (list, tuple, dict)) else plain(value) for value in given]
         options = plain(options)
         check_ends(options)
+        check_key(options.get("key_added"))
         return function(*first, **options)
 
     return with_plain

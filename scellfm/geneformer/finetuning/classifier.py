@@ -21,7 +21,7 @@ __all__ = ['CellClassifier']
 from ...assets import find, load_state, read_dictionary, read_tensors, save_model
 from ...assets.contents import wrong_folder
 from ...baselines import count_classifiers
-from ...core import AssetError, OptionError, plain_arguments, warn
+from ...core import AssetError, OptionError, check_named, plain_arguments, warn
 from ...crossfit.baselines import baseline_predictions
 from ...crossfit.check import check_overfit
 from ...crossfit.evidence import Evidence, evidence_of, write_record
@@ -79,6 +79,7 @@ def cell_probabilities(
 ) -> pd.DataFrame:
     "Class probabilities [cells with a known gene, classes]: from the fold that has not seen a cell, else the mean."
     cells = clf.models[0].cells(data, layer=layer)
+    check_named(cells)
     return table_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
 
 
@@ -111,6 +112,7 @@ def predict_cells(
     tokenized cells the two columns."""
     result = result_of(data, copy)
     cells = clf.models[0].cells(data, layer=layer)
+    check_named(cells)
     found = table_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
     table = predicted_classes(found, clf.label)
     if result is None:

@@ -340,6 +340,8 @@ class GeneChange:
 # %% ../../../nbs/geneformer/perturbation/design.ipynb #4c736d15
 def resolve_change(tokenizer, kind: str, genes, combine=None, matched=None, anchor=None, quartiles=None) -> GeneChange:
     "The change that the arguments of a screen describe; OptionError where they do not go together."
+    if genes is None or isinstance(genes, (bytes, int, float)):
+        raise OptionError(f"genes={genes!r}: give 'all', a gene or a list of genes")
     if isinstance(genes, str):
         genes = genes if genes == "all" else [genes]
     else:
