@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from scellfm.core import AssetError, DataError, OptionError, ScellfmError, ScellfmWarning
 from scellfm.rosa import Genome, encode, read_annotation, start_table, tss_windows
 from scellfm.rosa.blockgzip import write_blocks
+from scellfm.rosa.effects import exon_bins
 from scellfm.rosa.windows import read_sizes
 
 MOUSE = [
@@ -216,6 +217,11 @@ def test_a_gene_on_two_chromosomes_has_the_starts_of_each(tmp_path):
     starts = start_table(windows, bin_size=8)
     for row, chrom in enumerate(windows.table["chrom"]):
         assert set(starts.loc[starts["row"] == row, "transcript"]) == ({"x1", "x2"} if chrom == "X" else {"y1"})
+    exons = pd.DataFrame({"gene": "g", "chrom": ["chrX", "chrY"], "start": [104, 120], "end": [108, 124]})
+    windows.annotation.exons = exons.assign(transcript=["x1", "y1"])
+    for row, (chrom, start) in enumerate(zip(windows.table["chrom"], windows.table["start"])):
+        exon = 104 if chrom == "X" else 120
+        assert exon_bins(windows, row, 4, 0, 16).tolist() == sorted({(exon - start) // 4, (exon + 3 - start) // 4})
 
 
 def test_a_start_beyond_its_chromosome_is_another_build(tmp_path, fasta):

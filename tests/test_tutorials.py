@@ -7,7 +7,7 @@ import re
 import pytest
 from conftest import ROOT
 
-WRITTEN_ELSEWHERE = ("rosa_", "scgenept_", "perturbation_baselines")
+WRITTEN_ELSEWHERE = ("rosa_",)
 TUTORIALS = sorted(
     path for path in (ROOT / "nbs" / "tutorials").glob("*.ipynb") if not path.stem.startswith(WRITTEN_ELSEWHERE)
 )

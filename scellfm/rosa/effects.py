@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from ..core import DataError, OptionError, check_number, one_of, warn
 from .embedding import with_genome
 from .enformer import Enformer
+from .genome import same_contig
 from .in_silico import log2_ratio
 from .pictures import lollipops
 from .substitution import WindowReader
@@ -73,6 +74,7 @@ def exon_bins(windows: Windows, row: int, size: int, first: int, count: int) -> 
         raise OptionError("score='ln_mean_exons' needs exons: read them with read_annotation(gtf, exons=True)")
     window = windows.table.iloc[row]
     own = exons[(exons["gene"] == window["gene"]) & (exons["end"] > window["start"]) & (exons["start"] < window["end"])]
+    own = own[own["chrom"] == same_contig(window["chrom"], set(own["chrom"]))]  # genes that X and Y share
     found = set()
     for start, end in zip(own["start"], own["end"]):
         low, high = start - window["start"], end - 1 - window["start"]
