@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ...core import DataError, check_named, check_number, plain_arguments, progress, tell, warn
+from ...core import DataError, check_number, plain_arguments, progress, tell, warn
 from ..embedding import embed_cells, summarize
 from ..model import GeneformerModel, layer_index, pooling
 from .controls import matched_controls
@@ -431,8 +431,7 @@ def perturb(
     gradient = resolve_gradient(gradient, kind, change.genes, anchor, goal)
     params = screen_params(models, design, change, emb_layer, gradient, max_cells, seed)
     cells = gf.cells(data, layer=layer, columns=design.columns)
-    check_named(cells)
-    obs, names = cells.obs.reset_index(drop=True), cell_names(cells)
+    names, obs = cell_names(cells), cells.obs.reset_index(drop=True)
     design.check(obs)
     runner = ScreenRunner(models, gf.readable(cells), design, params["hidden_state"], token_budget)
     readers = rows_of_models(model_of, len(models), cells, data)
