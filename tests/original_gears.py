@@ -37,7 +37,7 @@ def write(path: Path, value) -> None:
 
 def labels_of(draw, genes: list[str], n_singles: int, n_pairs: int) -> list[str]:
     "Singles in both writings, one of them in both, and pairs."
-    singles = [genes[i] for i in draw.permutation(len(genes))[:n_singles]]
+    singles = [genes[1 + i] for i in draw.permutation(len(genes) - 1)[:n_singles]]  # GEARS cannot flag the first gene
     labels = [f"{gene}+ctrl" if draw.random() < 0.6 else f"ctrl+{gene}" for gene in singles]
     labels.append("+".join(labels[0].split("+")[::-1]))
     pairs: set = set()
@@ -107,7 +107,7 @@ def de_scores(cells, types: list[str]) -> dict:
     found = {}
     for kind in types:
         part = cells[cells.obs["cell_type"] == kind].copy()
-        part.obs["condition_name"] = part.obs["condition_name"].astype("category")
+        part.obs["condition_name"] = part.obs["condition_name"].astype(str).astype("category")
         settings = dict(reference=f"{kind}_ctrl_1", rankby_abs=True, n_genes=cells.n_vars, use_raw=False)
         scanpy.tl.rank_genes_groups(part, "condition_name", **settings)
         result = part.uns["rank_genes_groups"]
@@ -167,7 +167,7 @@ def jobs_of(name: str):
     "(kind of split, seed, options) for a list of conditions."
     yield from (("simulation", seed, {}) for seed in (6, 11, 42, 89))
     yield "simulation", 7, {"train_gene_set_size": 0.6, "combo_seen2_train_frac": 0.4}
-    kinds = ["single", "no_test"] if "adamson" in name else ["single", "no_test", *(f"combo_seen{i}" for i in range(3))]
+    kinds = ["single"] if "adamson" in name else ["single", "no_test", *(f"combo_seen{i}" for i in range(3))]
     for kind in kinds:
         yield from ((kind, seed, {}) for seed in (3, 17))
         if kind != "no_test":

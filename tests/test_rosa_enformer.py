@@ -107,7 +107,8 @@ def test_a_variant_and_the_bins_it_changes(enformer, recorded):
         before, after = (conv_bins(enformer.module, as_bases(b)) for b in (recorded["indices"], codes))
         stretch = conv_bins(enformer.module, as_bases(codes), first, last)
     moved = (before - after).abs().amax((0, 2))
-    assert moved[:first].max() < 1e-5 and moved[last:].max() < 1e-5 and moved[first:last].max() > 1e-3
+    outside, largest = torch.cat([moved[:first], moved[last:]]), moved.max()  # whatever the size of the weights
+    assert largest > 0 and moved[first:last].max() == largest and bool((outside < 1e-2 * largest).all())
     assert np.allclose(stretch, after[:, first:last], atol=1e-5)
 
 
@@ -231,7 +232,7 @@ def test_wrong_inputs_are_named(enformer):
     with pytest.raises(OptionError, match="names"):
         enformer.predict(long, tracks="CAGE")
     with pytest.raises(OptionError, match="head"):
-        enformer.predict(long, head="rat")
+        enformer.predict(long, head="no such head")
 
 
 def test_published_tracks_are_found_by_name():

@@ -287,6 +287,16 @@ def test_a_condition_of_one_cell_is_scored_where_it_can_be(world):
     assert np.isfinite(found.table.loc["model", ["mse", "wmse", "share"]].astype(float)).all()
 
 
+def test_a_constant_prediction_has_no_correlation_and_is_counted(world):
+    flat = pd.DataFrame(1.0, TEST, COLUMNS)
+    rest = pd.DataFrame(np.tile(means(world, ["ctrl"]).to_numpy(), (len(TEST), 1)), TEST, COLUMNS)
+    for guess, metric in ((flat, "pearson"), (rest, "pearson_delta"), (rest.astype(np.float32), "pearson_delta")):
+        found, original = score(world, guess), score(world, guess, original=True)
+        assert found.values(metric, "model").isna().all() and np.isnan(found.table.loc["model", metric])
+        assert found.counts().loc["model", metric] == 0 and found.counts().loc["model", "mse"] == len(TEST)
+        assert (original.values(metric, "model") == 0).all() and original.table.loc["model", metric] == 0
+
+
 def test_a_missing_prediction_is_counted_and_no_zero(world):
     guess = partly_right()
     guess.iloc[0] = np.nan

@@ -74,7 +74,8 @@ def write_folder(
     from scellfm.scgenept.perturbseq import PerturbationData
 
     keep = {CONTROL, *parts["train"], *parts["valid"]}
-    cells = data.adata[data.adata.obs["condition"].isin(keep).to_numpy()].copy()
+    order = np.argsort(np.isin(data.genes, data.perturbed), kind="stable")
+    cells = data.adata[data.adata.obs["condition"].isin(keep).to_numpy(), order].copy()
     table = gears_table(PerturbationData(cells))
     write_processed(folder / "data", table)
     go_graph(annotations, list(data.genes)).to_csv(folder / "data" / "go.csv", index=False)
