@@ -5,6 +5,7 @@
 # %% ../nbs/heatmaps.ipynb #7f10c003
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,6 +68,37 @@ def with_label(adata: AnnData, label: str | None) -> AnnData:
         warn(f"{(~known).sum():,} of {len(known):,} cells have no value of {label!r} and are not drawn")
     return adata if known.all() else adata[known]
 
+# %% ../nbs/heatmaps.ipynb #b2f867af
+def classes_of(adata: AnnData, label: str | None, rows: np.ndarray) -> pd.Series:
+    "The classes of the drawn cells by number, as categories; one class of all where no label is asked for."
+    labels = pd.Series("cells", range(len(rows))) if label is None else adata.obs[label].iloc[rows].astype(str)
+    return labels.reset_index(drop=True).astype("category")
+
+# %% ../nbs/heatmaps.ipynb #e73eba72
+def standardised(values: np.ndarray) -> np.ndarray:
+    "Each column less its mean, in its standard deviations; a constant column is 0."
+    spread = values.std(0)
+    return (values - values.mean(0)) / np.where(spread > 0, spread, 1)
+
+# %% ../nbs/heatmaps.ipynb #e03204cc
+def mark_classes(ax: Axes, codes: np.ndarray, names: Sequence[str]) -> None:
+    "Beside rows that are sorted by class: a bar in the colour of each, and its name in the middle."
+    for i in range(codes.max() + 1):
+        own = np.flatnonzero(codes == i)
+        ax.plot(
+            [-0.012, -0.012],
+            [own[0] - 0.5, own[-1] + 0.5],
+            lw=6,
+            color=look(i)["color"],
+            clip_on=False,
+            transform=ax.get_yaxis_transform(),
+            solid_capstyle="butt",
+        )
+        ax.axhline(own[-1] + 0.5, color="white", lw=1)
+    ax.set_yticks([np.flatnonzero(codes == i).mean() for i in range(codes.max() + 1)], names)
+    ax.tick_params(axis="y", length=0, pad=9)
+    ax.set_ylim(len(codes) - 0.5, -0.5)
+
 # %% ../nbs/heatmaps.ipynb #313bea52
 @styled(7, 5)
 def heatmap(
@@ -83,32 +115,13 @@ def heatmap(
         raise DataError(f"obs has no column {label!r}; it has {', '.join(map(repr, adata.obs.columns)) or 'none'}")
     adata = with_label(adata, label)
     rows = drawn_cells(adata, basis, max_cells, seed)
-    labels = pd.Series("cells", range(len(rows))) if label is None else adata.obs[label].iloc[rows].astype(str)
-    labels = labels.reset_index(drop=True).astype("category")
-    values = np.asarray(adata.obsm[basis], dtype=np.float64)[rows]
-    spread = values.std(0)
-    values = (values - values.mean(0)) / np.where(spread > 0, spread, 1)
+    labels = classes_of(adata, label, rows)
+    values = standardised(np.asarray(adata.obsm[basis], dtype=np.float64)[rows])
     cells, dimensions = ordered(values, labels)
     picture = ax.imshow(
         values[np.ix_(cells, dimensions)], aspect="auto", cmap="RdBu_r", vmin=-3, vmax=3, interpolation="nearest"
     )
     ax.figure.colorbar(picture, ax=ax, label="standard deviations", shrink=0.6)
     ax.set(xlabel=f"{values.shape[1]} dimensions of {basis}", xticks=[], title=f"{len(cells):,} cells")
-    codes = labels.cat.codes.to_numpy()[cells]
-    for i in range(len(labels.cat.categories)):
-        own = np.flatnonzero(codes == i)
-        ax.plot(
-            [-0.012, -0.012],
-            [own[0] - 0.5, own[-1] + 0.5],
-            lw=6,
-            color=look(i)["color"],
-            clip_on=False,
-            transform=ax.get_yaxis_transform(),
-            solid_capstyle="butt",
-        )
-        ax.axhline(own[-1] + 0.5, color="white", lw=1)
-    middles = [np.flatnonzero(codes == i).mean() for i in range(len(labels.cat.categories))]
-    ax.set_yticks(middles, labels.cat.categories if label is not None else [""] * len(middles))
-    ax.tick_params(axis="y", length=0, pad=9)
+    mark_classes(ax, labels.cat.codes.to_numpy()[cells], labels.cat.categories if label is not None else [""])
     ax.spines[:].set_visible(False)
-    ax.set_ylim(len(cells) - 0.5, -0.5)

@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     Results = Scores | ClassificationResult | dict[str, ClassificationResult]
 
 # %% auto #0
-__all__ = ['COLORS', 'MARKERS', 'GREY', 'STYLE', 'AROUND', 'styled', 'look', 'need_columns', 'png', 'label_points', 'gene_names',
-           'spread_of', 'standouts', 'matched_band', 'mean_shifts', 'screen', 'table_columns', 'top_genes', 'confusion',
-           'results_of', 'roc_points', 'roc', 'calibration', 'metric_label', 'scores', 'history_rows',
-           'training_curves', 'plane', 'embedding', 'draw_classes']
+__all__ = ['COLORS', 'MARKERS', 'GREY', 'STYLE', 'AROUND', 'BESIDE', 'styled', 'look', 'need_columns', 'png', 'label_points',
+           'gene_names', 'spread_of', 'standouts', 'matched_band', 'mean_shifts', 'screen', 'table_columns',
+           'top_genes', 'confusion', 'results_of', 'roc_points', 'roc', 'calibration', 'metric_label', 'scores',
+           'history_rows', 'training_curves', 'plane', 'embedding', 'draw_classes']
 
 # %% ../nbs/plotting.ipynb #5d9a65af
 COLORS = (
@@ -46,6 +46,8 @@ COLORS = (
 )  # Okabe & Ito; ochre for their yellow
 MARKERS = ("o", "^", "s", "D", "v", "P")
 GREY = "#8A8A8A"
+
+# %% ../nbs/plotting.ipynb #27d309cc
 STYLE = {
     "figure.dpi": 80,
     "savefig.dpi": 80,
@@ -68,7 +70,7 @@ STYLE = {
     "lines.linewidth": 1.6,
 }
 
-
+# %% ../nbs/plotting.ipynb #f97b931f
 def styled(width: float, height: float) -> Callable[[Callable], Callable]:
     "Decorate a drawing function: the house style while it draws, and new axes of this size (inches) where ax is None."
 
@@ -128,6 +130,7 @@ def png(figure: Figure, dpi: int = 80, colors: int = 64) -> bytes:
 
 # %% ../nbs/plotting.ipynb #c3a0b20b
 AROUND = [(1, 0), (-1, 0), (1, 1), (-1, 1), (1, -1), (-1, -1), (0, 2), (0, -2), (1, 2), (-1, 2), (1, -2), (-1, -2)]
+BESIDE = dict(textcoords="offset points", color="#222222", va="center")
 
 
 def label_points(ax: Axes, x: Sequence[float], y: Sequence[float], texts: Sequence[str], *, size: float = 9) -> None:
@@ -145,16 +148,8 @@ def label_points(ax: Axes, x: Sequence[float], y: Sequence[float], texts: Sequen
             if inside and not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken):
                 taken.append(box)
                 offset = (6 * right / pixel, 0.8 * up * height / pixel)
-                ax.annotate(
-                    text,
-                    place,
-                    offset,
-                    textcoords="offset points",
-                    fontsize=size,
-                    color="#222222",
-                    va="center",
-                    ha={1: "left", 0: "center", -1: "right"}[right],
-                )
+                side = {1: "left", 0: "center", -1: "right"}[right]
+                ax.annotate(text, place, offset, **BESIDE, fontsize=size, ha=side)
                 break
 
 # %% ../nbs/plotting.ipynb #db8924a4
@@ -314,6 +309,21 @@ def top_genes(table: pd.DataFrame, n: int = 15, *, ax: Axes | None = None) -> Ax
         for row, text in zip(y, texts):
             ax.text(where, row, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=9)
 
+# %% ../nbs/plotting.ipynb #398132f9
+def write_counts(ax: Axes, counts: np.ndarray, share: np.ndarray) -> None:
+    "Numbers of cells into the fields of a confusion matrix, white on dark ones; nothing into an empty field."
+    for (row, column), value in np.ndenumerate(counts):
+        if value:
+            ax.text(
+                column,
+                row,
+                f"{value:,.0f}",
+                ha="center",
+                va="center",
+                fontsize=9 if len(counts) <= 8 else 7,
+                color="white" if share[row, column] > 0.55 else "#222222",
+            )
+
 # %% ../nbs/plotting.ipynb #2de4bcb4
 @styled(5.2, 3.8)
 def confusion(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -322,18 +332,8 @@ def confusion(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     totals = counts.sum(1, keepdims=True)
     share = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    size = 9 if len(df) <= 8 else 7
-    for (row, column), value in np.ndenumerate(counts if len(df) <= 20 else counts[:0]):
-        if value:
-            ax.text(
-                column,
-                row,
-                f"{value:,.0f}",
-                ha="center",
-                va="center",
-                fontsize=size,
-                color="white" if share[row, column] > 0.55 else "#222222",
-            )
+    if len(df) <= 20:
+        write_counts(ax, counts, share)
     called = [str(name) for name in df.columns]
     true = [str(name) for name in df.index]
     if sum(map(len, called)) > 28 and called == true:  # long names: written once, numbers below

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
+# %% ../nbs/training.ipynb #70500ea2
 from scellfm.core import (
     DataError,
     DivergedError,

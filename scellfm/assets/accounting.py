@@ -44,6 +44,20 @@ def shared_names(target: Mapping) -> dict[str, list[str]]:
         groups.setdefault(memory, []).append(name)
     return {name: names for names in groups.values() for name in names}
 
+# %% ../../nbs/assets/accounting.ipynb #8b8f74a9
+def report_rows(report: "LoadReport") -> list[tuple[str, str]]:
+    "What there is to say, as pairs of heading and text."
+    named = [(word, getattr(report, word)) for word in ("unused", "fresh", "tied")]
+    return [
+        ("loaded", f"{len(report.loaded)} tensors"),
+        *((word, f"{len(names)}: {', '.join(names)}" if names else "none") for word, names in named),
+        *(("converted", f"{count} tensors, {cast}") for cast, count in report.casts.items()),
+        *(
+            ("file", f"{Path(path).name}, {published(digest) or 'not a file that we know'}, sha256 {digest}")
+            for path, digest in report.files.items()
+        ),
+    ]
+
 # %% ../../nbs/assets/accounting.ipynb #3b4c27dd
 @dataclass
 class LoadReport:
@@ -56,18 +70,7 @@ class LoadReport:
     casts: dict = field(default_factory=dict)  # {'float16 to float32': number of tensors}
     files: dict = field(default_factory=dict)  # {file: sha256}
 
-    def rows(self) -> list[tuple[str, str]]:
-        "What there is to say, as pairs of heading and text."
-        named = [(word, getattr(self, word)) for word in ("unused", "fresh", "tied")]
-        return [
-            ("loaded", f"{len(self.loaded)} tensors"),
-            *((word, f"{len(names)}: {', '.join(names)}" if names else "none") for word, names in named),
-            *(("converted", f"{count} tensors, {cast}") for cast, count in self.casts.items()),
-            *(
-                ("file", f"{Path(path).name}, {published(digest) or 'not a file that we know'}, sha256 {digest}")
-                for path, digest in self.files.items()
-            ),
-        ]
+    rows = report_rows
 
     def __str__(self) -> str:
         return "\n".join(f"{heading:10}{text}" for heading, text in self.rows())

@@ -17,7 +17,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -60,6 +60,15 @@ def part_files(path: Path) -> tuple[Path, Path]:
     "Where the arrived bytes and the server's mark of their content are kept."
     return path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.mark")
 
+# %% ../../nbs/assets/download.ipynb #8830bc6b
+def keep_seal(headers: Mapping[str, str], mark: Path) -> None:
+    "Keep what tells this file from a later one (ETag, else its date), so that a rest is asked of the same file only."
+    seal = headers.get("ETag") or headers.get("Last-Modified")
+    if seal and not seal.startswith("W/"):
+        mark.write_text(seal)
+    else:
+        mark.unlink(missing_ok=True)
+
 # %% ../../nbs/assets/download.ipynb #d52c033b
 def attempt(url: str, path: Path, timeout: float) -> None:
     "Fetch all of a file, or what is missing of it, into its .part; raises where the answer breaks off."
@@ -71,11 +80,7 @@ def attempt(url: str, path: Path, timeout: float) -> None:
     opener = urllib.request.build_opener(SafeRedirects)
     with opener.open(urllib.request.Request(url, headers=headers), timeout=timeout) as answer:
         resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-        seal = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-        if seal and not seal.startswith("W/"):
-            mark.write_text(seal)
-        else:
-            mark.unlink(missing_ok=True)
+        keep_seal(answer.headers, mark)
         length = answer.headers.get("Content-Length")
         total = None if length is None else int(length) + (start if resumed else 0)
         bar = progress(desc=f"fetching {path.name}", total=total, unit="B")
@@ -92,7 +97,7 @@ def attempt(url: str, path: Path, timeout: float) -> None:
 ATTEMPTS, PAUSE = 4, 1.0  # seconds, doubled each time
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 
-
+# %% ../../nbs/assets/download.ipynb #88d9de2f
 def download_file(url: str, path: str | os.PathLike, *, timeout: float = 60.0) -> Path:
     """
     Fetch `url` to `path` and remember its SHA-256; a file that is there already is checked against the remembered one.

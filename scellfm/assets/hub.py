@@ -54,15 +54,29 @@ def cache_folder() -> Path:
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scellfm"
     return Path(os.environ.get("SCELLFM_CACHE", default)).expanduser()
 
+# %% ../../nbs/assets/hub.ipynb #a39b522c
+def noted(path: Path) -> dict:
+    "The hashes of earlier calls, by source and file; none where the notes are missing or cannot be read."
+    try:
+        return read_record(path, {...: {...: [str]}}) if path.exists() else {}
+    except AssetError as error:
+        logger.warning("%s cannot be read and is begun anew: %s", path, error)
+        return {}
+
+
+def note(path: Path, notes: dict, source: str) -> None:
+    "Write the hashes for later calls; a full or read-only disk costs the memory of them, and not the file."
+    try:
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(notes, indent=1, sort_keys=True))
+    except StoreError as error:
+        logger.warning("the hashes of %s were not remembered: %s", source, error)
+
 # %% ../../nbs/assets/hub.ipynb #fdb61161
 def remember(source: str, digests: dict[str, str], fixed: bool) -> None:
     "Note the sha256 of files at their first use; warn when one has changed since, AssetError if it must not (`fixed`)."
     path = cache_folder() / "hub.json"
-    try:
-        notes = read_record(path, {...: {...: [str]}}) if path.exists() else {}
-    except AssetError as error:
-        logger.warning("%s cannot be read and is begun anew: %s", path, error)
-        notes = {}
+    notes = noted(path)
     known = notes.setdefault(source, {})
     changed = [
         f"{name} (first used {known[name][1]})"
@@ -80,11 +94,7 @@ def remember(source: str, digests: dict[str, str], fixed: bool) -> None:
     fresh = {name: [digest, today] for name, digest in digests.items() if known.get(name, [None])[0] != digest}
     if fresh:
         known.update(fresh)
-        try:
-            with atomic_write(path) as temporary:
-                temporary.write_text(json.dumps(notes, indent=1, sort_keys=True))
-        except StoreError as error:
-            logger.warning("the hashes of %s were not remembered: %s", source, error)
+        note(path, notes, source)
 
 # %% ../../nbs/assets/hub.ipynb #8557a624
 def chain(error: BaseException | None) -> list[BaseException]:
@@ -199,7 +209,7 @@ def cached_snapshot(hub_id: str, revision: str | None, filters: dict) -> Path | 
     except (OSError, ValueError):
         return None
 
-
+# %% ../../nbs/assets/hub.ipynb #9a084c0c
 def checked_or_cached(hub_id: str, revision: str | None, filters: dict, transport: tuple) -> Path | None:
     "Check the hub's marks; where it is not reached, the snapshot that is in the cache, if there is one."
     try:
@@ -214,7 +224,7 @@ def checked_or_cached(hub_id: str, revision: str | None, filters: dict, transpor
         return known
     return None
 
-
+# %% ../../nbs/assets/hub.ipynb #ddbc7560
 def fetch(hub_id: str, revision: str | None, local_files_only: bool, filters: dict) -> Path:
     "The folder of a repository's snapshot in the hub's cache, after up to three attempts."
     from huggingface_hub import constants, errors, snapshot_download

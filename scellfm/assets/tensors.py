@@ -138,7 +138,7 @@ def read_torch(path: Path) -> dict:
         raise AssetError(f"{path} is damaged, cut or no torch checkpoint: {_reason(error)}; fetch it again") from error
     return unwrapped(found, path)
 
-
+# %% ../../nbs/assets/tensors.ipynb #79874e48
 def _reason(error: Exception) -> str:
     "The sentence of torch's long message that says what was wrong."
     text = str(error).strip() or type(error).__name__

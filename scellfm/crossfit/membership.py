@@ -21,14 +21,24 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 # %% auto #0
-__all__ = ['NEW', 'TRAINED', 'TrainedOn', 'keys_of', 'scrambled', 'row_sums', 'gene_columns', 'matrix_contents', 'count_contents',
-           'token_contents', 'cell_contents', 'record_file', 'save_membership', 'load_membership', 'warn_of_trained',
-           'check_cells', 'resolve_folds', 'by_name']
+__all__ = ['TrainedOn', 'keys_of', 'scrambled', 'row_sums', 'gene_columns', 'matrix_contents', 'count_contents', 'token_contents',
+           'cell_contents', 'record_file', 'save_membership', 'load_membership', 'warn_of_trained', 'check_cells',
+           'resolve_folds', 'by_name']
 
-# %% ../../nbs/crossfit/membership.ipynb #5e4d9396
+# %% ../../nbs/crossfit/membership.ipynb #5b194483
 NEW, TRAINED = -1, -2  # no model was trained on the row; all models were
 
 
+def held_out_fold(n: int, parts: list[Split]) -> np.ndarray:
+    "For each of n rows: the first fold that tests it, TRAINED where all train on it, NEW where no fold has it."
+    fold = np.full(n, NEW, dtype=np.int64)
+    for part in parts:
+        fold[part.train] = fold[part.valid] = TRAINED
+    for k, part in reversed(list(enumerate(parts))):
+        fold[part.test] = k
+    return fold
+
+# %% ../../nbs/crossfit/membership.ipynb #5e4d9396
 @dataclass
 class TrainedOn:
     "For each row of the training data, by key of its name: the fold whose model was not trained on it, or TRAINED."
@@ -49,12 +59,7 @@ class TrainedOn:
         """From the names of all rows and the parts of each fold; a row in no part of any fold stays NEW.
 
         contents: hashes of what the rows contain (`count_contents`, `token_contents`)."""
-        fold = np.full(len(names), NEW, dtype=np.int64)
-        for part in parts:
-            fold[part.train] = fold[part.valid] = TRAINED
-        for k, part in reversed(list(enumerate(parts))):
-            fold[part.test] = k
-        keys = keys_of(names, kind)
+        keys, fold = keys_of(names, kind), held_out_fold(len(names), parts)
         order = np.argsort(keys, kind="stable")
         order = order[fold[order] != NEW]
         return cls(keys[order], fold[order], kind, {name: values[order] for name, values in (contents or {}).items()})
@@ -265,7 +270,7 @@ def resolve_folds(
         parts.append(part)
     return parts, groups
 
-
+# %% ../../nbs/crossfit/membership.ipynb #c56d7561
 def by_name(rows: np.ndarray, names: Sequence[str] | pd.Index | np.ndarray) -> np.ndarray:
     "Row positions in the order of the rows' names."
     return rows[np.argsort(np.asarray(names)[rows].astype(str), kind="stable")]

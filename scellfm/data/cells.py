@@ -94,6 +94,16 @@ class Design:
         "How many donors are cases, where a donor has one state."
         return round(self.case_fraction * self.donors)
 
+# %% ../../nbs/data/cells.ipynb #345990a8
+def type_programmes(design: Design, order: np.ndarray, programme: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    "The log effect of each cell type's programme, [types, genes]; its genes, the next in `order`, get its name."
+    by_type = np.zeros((len(design.cell_types), design.n_genes))
+    for number, cell_type in enumerate(design.cell_types):
+        members = order[number * design.programme_size :][: design.programme_size]
+        programme[members] = cell_type
+        by_type[number, members] = design.programme_effect * rng.uniform(0.5, 1.5, design.programme_size)
+    return by_type
+
 # %% ../../nbs/data/cells.ipynb #d90a4d46
 def simulate_genes(design: Design) -> tuple[pd.DataFrame, np.ndarray]:
     "The genes with their roles, and the log effect of each cell type's programme, [types, genes]."
@@ -110,12 +120,7 @@ def simulate_genes(design: Design) -> tuple[pd.DataFrame, np.ndarray]:
         level[regulator] = rng.uniform(1.5, 2.0)
         effect[targets] = rng.uniform(0.5, 1.5, design.targets) * rng.choice([1, 1, 1, -1], design.targets)
         programme[[regulator, *targets]], leader[[regulator, *targets]] = "case", names[regulator]
-    by_type = np.zeros((len(design.cell_types), design.n_genes))
-    for number, cell_type in enumerate(design.cell_types):
-        members = order[used : used + design.programme_size]
-        used += design.programme_size
-        programme[members] = cell_type
-        by_type[number, members] = design.programme_effect * rng.uniform(0.5, 1.5, design.programme_size)
+    by_type = type_programmes(design, order[used:], programme, rng)
     columns = {
         "programme": programme,
         "is_regulator": leader == names,
@@ -124,6 +129,13 @@ def simulate_genes(design: Design) -> tuple[pd.DataFrame, np.ndarray]:
         "level": level,
     }
     return pd.DataFrame(columns, index=names), by_type
+
+# %% ../../nbs/data/cells.ipynb #23e38c99
+def case_cells(design: Design, donor: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    "Is each cell one of the case? Drawn cell by cell within every donor, or donor by donor."
+    if design.paired:
+        return rng.random(len(donor)) < design.case_fraction
+    return (rng.permutation(design.donors) < design.case_donors)[donor]
 
 # %% ../../nbs/data/cells.ipynb #fe755327
 def simulate_obs(design: Design) -> tuple[pd.DataFrame, np.ndarray]:
@@ -135,10 +147,7 @@ def simulate_obs(design: Design) -> tuple[pd.DataFrame, np.ndarray]:
     share = np.linspace(2.0, 1.0, len(types))
     mixes = rng.dirichlet(30 * share / share.sum(), design.donors)
     kind = (rng.random(n)[:, None] > mixes.cumsum(axis=1)[donor]).sum(axis=1).clip(max=len(types) - 1)
-    if design.paired:
-        case = rng.random(n) < design.case_fraction
-    else:
-        case = (rng.permutation(design.donors) < design.case_donors)[donor]
+    case = case_cells(design, donor, rng)
     on = rng.random((n, design.regulators)) < design.penetrance
     activity = rng.exponential(1.0, on.shape) * on * np.where(case, 1.0, 1.0 - design.contrast)[:, None]
     obs = pd.DataFrame(

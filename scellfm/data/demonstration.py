@@ -57,6 +57,15 @@ def evidence(counts: sparse.csr_matrix, deviation: np.ndarray, unit: np.ndarray,
         "recovered counts over those totals",
     }
 
+# %% ../../nbs/data/demonstration.ipynb #3a7462b3
+def check_evidence(found: dict) -> None:
+    "DataError unless the counts are near whole numbers and the smallest of each cell is 1."
+    if found["deviation"] > 0.25 or found["smallest_count_high"] > 1.05 or found["smallest_count_low"] < 0.95:
+        raise DataError(
+            f"counts cannot be recovered from the pbmc68k_reduced of scanpy {version('scanpy')}: {found}; "
+            "install scanpy>=1.10,<2"
+        )
+
 # %% ../../nbs/data/demonstration.ipynb #298871cf
 def demo() -> AnnData:
     """700 real PBMC (Zheng 2017, scanpy's `pbmc68k_reduced`) with recovered integer counts of 765 genes in X.
@@ -71,11 +80,7 @@ def demo() -> AnnData:
     source = scanpy.datasets.pbmc68k_reduced()
     counts, deviation, unit = recover_counts(source.raw.X)
     found = evidence(counts, deviation, unit, source.obs["n_counts"].to_numpy(dtype=np.float64))
-    if found["deviation"] > 0.25 or found["smallest_count_high"] > 1.05 or found["smallest_count_low"] < 0.95:
-        raise DataError(
-            f"counts cannot be recovered from the pbmc68k_reduced of scanpy {version('scanpy')}: {found}; "
-            "install scanpy>=1.10,<2"
-        )
+    check_evidence(found)
     adata = anndata.AnnData(counts, obs=source.obs[["phase"]].copy(), var=source.raw.var[[]].copy())
     adata.obs_names.name = None
     adata.obs["cell_type"] = source.obs["bulk_labels"].astype(str).astype("category")

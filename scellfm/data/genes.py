@@ -112,6 +112,8 @@ SPECIES = {
     "FBGN": "fruit fly",
     "WBGENE": "worm",
 }
+
+# %% ../../nbs/data/genes.ipynb #a2e3de4e
 GENOME = re.compile(r"^(?:(?P<human>grch|hg)|(?P<mouse>grcm|mm))\d+_+", re.I)
 STABLE_ID = re.compile(r"^(ENS[A-Z]*G|FBGN|WBGENE)\d{6,}", re.I)
 RODENT_SYMBOL = re.compile(r"^([A-Z][a-z]+[a-z0-9.-]*|mt-[A-Z][a-z0-9]+|\d{7}[A-Z]\d\d[Rr]ik)$")

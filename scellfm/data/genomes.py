@@ -392,6 +392,20 @@ def ceiling(self: GenomeSimulation, genes: Iterable[str] | None = None) -> pd.Se
     values = {"across_genes": np.nanmean(across_genes), "across_types": np.nanmean(across_types)}
     return pd.Series(values | {"double_centred": centred})
 
+# %% ../../nbs/data/genomes.ipynb #2eed206f
+def read_by_rule(
+    design: GenomeDesign, annotation: pd.DataFrame, chromosomes: dict[str, str], rule: ExpressionRule
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    "(the sites around every gene's start, the log rates [genes, types] that follow from them)."
+    index, sites, rates = design.reach + 60, [], []
+    for gene in annotation.itertuples():
+        letters = around(chromosomes[gene.chrom], gene.tss - index, gene.tss + index + 1, gene.strand)
+        sites.append(rule.sites(letters, index).assign(gene=gene.gene))
+        rates.append(rule.log_rates(letters, index))
+    found = pd.concat([part for part in sites if len(part)], ignore_index=True)
+    log_rates = pd.DataFrame(rates, annotation["gene"].to_numpy(), rule.activities.columns)
+    return found[["gene", "motif", "distance", "weight"]], log_rates
+
 # %% ../../nbs/data/genomes.ipynb #c955c5f0
 def simulate_genome(
     *,
@@ -413,14 +427,7 @@ def simulate_genome(
     annotation = gene_table(design)
     chromosomes = drawn_chromosomes(design, annotation)
     rule = ExpressionRule(motif_activities(n_types), design.decay, design.reach)
-    index, sites, rates = design.reach + 60, [], []
-    for gene in annotation.itertuples():
-        letters = around(chromosomes[gene.chrom], gene.tss - index, gene.tss + index + 1, gene.strand)
-        sites.append(rule.sites(letters, index).assign(gene=gene.gene))
-        rates.append(rule.log_rates(letters, index))
-    found = pd.concat([part for part in sites if len(part)], ignore_index=True)
-    found = found[["gene", "motif", "distance", "weight"]]
-    log_rates = pd.DataFrame(rates, annotation["gene"].to_numpy(), rule.activities.columns)
+    found, log_rates = read_by_rule(design, annotation, chromosomes, rule)
     true_rates = with_noise(design, log_rates)
     adata = drawn_cells(design, true_rates, annotation)
     return GenomeSimulation(chromosomes, annotation, found, adata, log_rates, true_rates, rule, design)

@@ -78,7 +78,7 @@ FILTERS = {  # of HDF5, by their registered numbers; all come with hdf5plugin
     32026: "blosc2",
 }
 
-
+# %% ../../nbs/data/paths.ipynb #fb15df5e
 def check_filters(dataset, path: Path) -> None:
     "ExtraError where an array is compressed by a known filter that is not installed, DataError where it is unknown."
     import h5py

@@ -36,6 +36,22 @@ def rates_for(means: np.ndarray, table: np.ndarray) -> np.ndarray:
     "The Poisson rates whose mean of log(1 + K) is `means`; `table` holds that of RATES."
     return np.interp(means, table, RATES)
 
+# %% ../../nbs/data/perturbed.ipynb #fce6c08f
+def checked_design(design: PerturbationDesign) -> PerturbationDesign:
+    "OptionError where the numbers make no data."
+    least = {"n_targets": 2, "n_pairs": 0, "n_genes": 20, "n_modules": 1, "n_cells": 2, "n_controls": 2, "width": 2}
+    for name, low in (least | {"seed": 0}).items():
+        check_number(name, getattr(design, name), low)
+    for name in ("interaction", "own_effect"):
+        check_number(name, getattr(design, name), 0, whole=False)
+    if design.n_targets > design.n_genes:
+        raise OptionError(
+            f"n_targets={design.n_targets} is more than n_genes={design.n_genes}; every target is measured"
+        )
+    if design.n_pairs > design.n_targets * (design.n_targets - 1) // 2:
+        raise OptionError(f"n_pairs={design.n_pairs} is more than {design.n_targets} targets have pairs")
+    return design
+
 # %% ../../nbs/data/perturbed.ipynb #303e27a4
 @dataclass
 class PerturbationDesign:
@@ -52,20 +68,7 @@ class PerturbationDesign:
     width: int  # of the gene vectors
     seed: int
 
-    def check(self) -> PerturbationDesign:
-        "OptionError where the numbers make no data."
-        least = {"n_targets": 2, "n_pairs": 0, "n_genes": 20, "n_modules": 1, "n_cells": 2, "n_controls": 2, "width": 2}
-        for name, low in (least | {"seed": 0}).items():
-            check_number(name, getattr(self, name), low)
-        for name in ("interaction", "own_effect"):
-            check_number(name, getattr(self, name), 0, whole=False)
-        if self.n_targets > self.n_genes:
-            raise OptionError(
-                f"n_targets={self.n_targets} is more than n_genes={self.n_genes}; every target is measured"
-            )
-        if self.n_pairs > self.n_targets * (self.n_targets - 1) // 2:
-            raise OptionError(f"n_pairs={self.n_pairs} is more than {self.n_targets} targets have pairs")
-        return self
+    check = checked_design
 
 # %% ../../nbs/data/perturbed.ipynb #349c0fa2
 def single_effects(design: PerturbationDesign) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -212,6 +212,19 @@ class Fault:
             self.gene, self.value = int(block.indices[at]), block.data[at].item()
         self.n += found.size
 
+# %% ../../nbs/data/reading.ipynb #72c026ca
+def warn_of_poor(depth: Depth) -> None:
+    "Warn where half of 100 cells or more are poor."
+    for n, least, what in (
+        (depth.n_few_counts, depth.few_counts, "counts"),
+        (depth.n_few_genes, depth.few_genes, "genes"),
+    ):
+        if depth.n_cells >= 100 and n > depth.n_cells / 2:
+            warn(
+                f"{n:,} of {depth.n_cells:,} cells have fewer than {least} {what}: the models were trained on cells "
+                "with thousands of counts of all genes; check the filters"
+            )
+
 # %% ../../nbs/data/reading.ipynb #1ba0e269
 @dataclass
 class Depth:
@@ -229,17 +242,23 @@ class Depth:
         self.n_few_counts += int(((row_sums(block) if totals is None else totals) < self.few_counts).sum())
         self.n_few_genes += int((np.diff(block.indptr) < self.few_genes).sum())
 
-    def warn(self) -> None:
-        "Warn where half of 100 cells or more are poor."
-        for n, least, what in (
-            (self.n_few_counts, self.few_counts, "counts"),
-            (self.n_few_genes, self.few_genes, "genes"),
-        ):
-            if self.n_cells >= 100 and n > self.n_cells / 2:
-                warn(
-                    f"{n:,} of {self.n_cells:,} cells have fewer than {least} {what}: the models were trained on cells "
-                    "with thousands of counts of all genes; check the filters"
-                )
+    warn = warn_of_poor
+
+# %% ../../nbs/data/reading.ipynb #bb867959
+def judge_block(faults: CountFaults, start: int, block: sparse.csr_matrix) -> CountFaults:
+    "Judge one block of `count_blocks`."
+    values = block.data
+    if values.dtype.kind == "f":
+        finite = np.isfinite(values)
+        faults.infinite.add(start, block, ~finite)
+        faults.fraction.add(start, block, finite & (values != np.rint(values)))
+        if values.dtype.itemsize <= 4:
+            faults.inexact.add(start, block, finite & (values > 2**24))
+    if values.dtype.kind != "u":
+        faults.negative.add(start, block, values < 0)
+    faults.total += float(values.sum(dtype=np.float64))
+    faults.largest = max(faults.largest, float(values.max(initial=0)))
+    return faults
 
 # %% ../../nbs/data/reading.ipynb #9a8f5db6
 @dataclass
@@ -254,20 +273,7 @@ class CountFaults:
     largest: float = 0.0
     depth: Depth = field(default_factory=Depth)
 
-    def add(self, start: int, block: sparse.csr_matrix) -> CountFaults:
-        "Judge one block of `count_blocks`."
-        values = block.data
-        if values.dtype.kind == "f":
-            finite = np.isfinite(values)
-            self.infinite.add(start, block, ~finite)
-            self.fraction.add(start, block, finite & (values != np.rint(values)))
-            if values.dtype.itemsize <= 4:
-                self.inexact.add(start, block, finite & (values > 2**24))
-        if values.dtype.kind != "u":
-            self.negative.add(start, block, values < 0)
-        self.total += float(values.sum(dtype=np.float64))
-        self.largest = max(self.largest, float(values.max(initial=0)))
-        return self
+    add = judge_block
 
     @property
     def counts(self) -> bool:

@@ -20,12 +20,23 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['PARTS', 'Split', 'Folds', 'check_split', 'hold_out', 'folds', 'check_leakage']
+__all__ = ['PARTS', 'positions_of', 'Split', 'Folds', 'check_split', 'hold_out', 'folds', 'check_leakage']
 
-# %% ../../nbs/data/splits.ipynb #8cd931d0
+# %% ../../nbs/data/splits.ipynb #0e18e905
 PARTS = ("train", "valid", "test")
 
 
+def positions_of(rows: Sequence[int] | np.ndarray, part: str, n: int) -> np.ndarray:
+    "The positions (int64) of the cells in a part. DataError unless they are whole numbers of n cells."
+    rows = np.asarray(rows)
+    if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
+        raise DataError(f"{part} holds {rows.dtype} of shape {rows.shape}; a split holds positions of cells")
+    odd = rows[(rows < 0) | (rows >= n)]
+    if len(odd):
+        raise DataError(f"{part} names the cell {odd[0]} of {n:,} cells (0 to {n - 1:,})")
+    return rows.astype(np.int64)
+
+# %% ../../nbs/data/splits.ipynb #8cd931d0
 @dataclass(repr=False)
 class Split:
     "Row positions (int64, ascending) of three disjoint parts of n cells."
@@ -40,13 +51,7 @@ class Split:
     def __post_init__(self):
         "Positions are whole numbers of cells that there are: DataError."
         for part in PARTS:
-            rows = np.asarray(getattr(self, part))
-            if rows.ndim != 1 or (len(rows) and rows.dtype.kind not in "iu"):
-                raise DataError(f"{part} holds {rows.dtype} of shape {rows.shape}; a split holds positions of cells")
-            odd = rows[(rows < 0) | (rows >= self.n)]
-            if len(odd):
-                raise DataError(f"{part} names the cell {odd[0]} of {self.n:,} cells (0 to {self.n - 1:,})")
-            setattr(self, part, rows.astype(np.int64))
+            setattr(self, part, positions_of(getattr(self, part), part, self.n))
 
     def folds(self) -> list[Split]:
         "This split alone, as a list: what takes Folds takes a Split."
@@ -60,6 +65,16 @@ class Split:
         "Counts in each part."
         unit = "cells" if self.by is None else f"groups of {escape(repr(self.by))}"
         return f"<p>Split of {self.n:,} cells by {unit}</p>" + ("" if self.table is None else self.table.to_html())
+
+# %% ../../nbs/data/splits.ipynb #e60cf9a6
+def folds_html(folds: Folds) -> str:
+    "The counts of every fold's test part, as a table."
+    import pandas as pd
+
+    unit = "cells" if folds.by is None else f"groups of {escape(repr(folds.by))}"
+    title = f"<p>{len(folds)} folds of {folds.splits[0].n:,} cells by {unit}; the test parts:</p>"
+    rows = {f"fold {i}": split.table.loc["test"] for i, split in enumerate(folds.splits) if split.table is not None}
+    return title + pd.DataFrame(rows).T.to_html()
 
 # %% ../../nbs/data/splits.ipynb #f9897b27
 @dataclass(repr=False)
@@ -84,12 +99,7 @@ class Folds:
 
     def _repr_html_(self) -> str:
         "Counts in the test part of each fold."
-        import pandas as pd
-
-        unit = "cells" if self.by is None else f"groups of {escape(repr(self.by))}"
-        title = f"<p>{len(self)} folds of {self.splits[0].n:,} cells by {unit}; the test parts:</p>"
-        rows = {f"fold {i}": split.table.loc["test"] for i, split in enumerate(self.splits) if split.table is not None}
-        return title + pd.DataFrame(rows).T.to_html()
+        return folds_html(self)
 
 # %% ../../nbs/data/splits.ipynb #63d7a9fe
 def check_split(split: object, one: bool = False) -> None:
@@ -307,6 +317,16 @@ def hold_out(
         )
     return Split(*(np.flatnonzero(part == i) for i in range(3)), by, len(part), table)
 
+# %% ../../nbs/data/splits.ipynb #1297dbf8
+def possible_folds(obs: pd.DataFrame, by: str, k: int) -> int:
+    "k, or the number of groups where there are fewer, with a warning. DataError for a single group."
+    n_groups = len(np.unique(column_of(obs, by, "by").astype(str)))
+    if n_groups < 2:
+        raise DataError(f"obs[{by!r}] has 1 group: folds need two; name another column or fold by cells (by=None)")
+    if n_groups < k:
+        warn(f"k={k} folds were asked for and obs[{by!r}] has {n_groups} groups: there are {n_groups} folds")
+    return min(k, n_groups)
+
 # %% ../../nbs/data/splits.ipynb #ae156ff9
 @plain_arguments
 def folds(
@@ -324,13 +344,7 @@ def folds(
 
     obs = getattr(adata, "obs", adata)
     check_number("k", k, 2)
-    if by is not None and len(obs):
-        n_groups = len(np.unique(column_of(obs, by, "by").astype(str)))
-        if n_groups < 2:
-            raise DataError(f"obs[{by!r}] has 1 group: folds need two; name another column or fold by cells (by=None)")
-        if n_groups < k:
-            warn(f"k={k} folds were asked for and obs[{by!r}] has {n_groups} groups: there are {n_groups} folds")
-            k = n_groups
+    k = possible_folds(obs, by, k) if by is not None and len(obs) else k
     part, table = deal(adata, by, np.full(k, 1 / k), stratify, seed)
     splits = []
     for i in range(k):
@@ -338,6 +352,22 @@ def folds(
         rows = np.flatnonzero(part != i), np.empty(0, dtype=np.int64), np.flatnonzero(part == i)
         splits.append(Split(*rows, by, len(part), held))
     return Folds(splits, by)
+
+# %% ../../nbs/data/splits.ipynb #d0d37433
+def check_apart(split: Split, first: str, second: str, groups: np.ndarray, place: str) -> None:
+    "DataError naming a row or a group that is in both of two parts of one split."
+    one_side, other_side = getattr(split, first), getattr(split, second)
+    rows = np.intersect1d(one_side, other_side)
+    if rows.size:
+        raise DataError(
+            f"{place}row {rows[0]} is in both {first} and {second} ({rows.size} such rows); deal the cells again"
+        )
+    shared = np.intersect1d(groups[one_side], groups[other_side])
+    if shared.size:
+        raise DataError(
+            f"{place}group {str(shared[0])!r} is in both {first} and {second} ({shared.size} such "
+            "groups), so the score would be too kind; split with hold_out(adata, by=...)"
+        )
 
 # %% ../../nbs/data/splits.ipynb #bcb7e515
 def check_leakage(split: Split | Folds, groups: Sequence | np.ndarray | pd.Series) -> None:
@@ -360,16 +390,4 @@ def check_leakage(split: Split | Folds, groups: Sequence | np.ndarray | pd.Serie
             )
         place = f"fold {number}: " if len(split.folds()) > 1 else ""
         for first, second in (("train", "test"), ("train", "valid"), ("valid", "test")):
-            one_side, other_side = getattr(one, first), getattr(one, second)
-            rows = np.intersect1d(one_side, other_side)
-            if rows.size:
-                raise DataError(
-                    f"{place}row {rows[0]} is in both {first} and {second} ({rows.size} such rows); deal "
-                    "the cells again"
-                )
-            shared = np.intersect1d(groups[one_side], groups[other_side])
-            if shared.size:
-                raise DataError(
-                    f"{place}group {str(shared[0])!r} is in both {first} and {second} ({shared.size} such "
-                    "groups), so the score would be too kind; split with hold_out(adata, by=...)"
-                )
+            check_apart(one, first, second, groups, place)

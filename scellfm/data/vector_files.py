@@ -141,6 +141,16 @@ def usable_rows(genes: list[str], values: np.ndarray, path: Path) -> tuple[list[
         warn(f"{path}: {len(lost):,} genes have NaN or infinite values and were left out, e.g. {lost[:3]}")
     return [gene for gene, keep in zip(genes, finite) if keep], values[finite], int((~finite).sum())
 
+# %% ../../nbs/data/vector_files.ipynb #2e9ed120
+def vectors_in(path: Path, genes: Iterable[str] | str | os.PathLike | None, digest: str) -> GeneVectors:
+    "The usable vectors of a published file, and in their manifest what was left out."
+    names, values, kind = read_any(path, genes)
+    names, values, lost = usable_rows(names, values, path)
+    covered = (values != 0).any(1)
+    zeros = int((~covered).sum())
+    manifest = {"source": path.name, "sha256": digest, "format": kind, "not_finite": lost, "zeros": zeros}
+    return GeneVectors(names, values, covered, manifest)
+
 # %% ../../nbs/data/vector_files.ipynb #a8c6c5f3
 def read_vectors(
     path: str | os.PathLike,
@@ -163,17 +173,7 @@ def read_vectors(
     folder = None if folder is None else user_path(folder, "folder")
     if folder is not None and (folder / "vectors.json").exists():
         return converted_before(folder, path, digest)
-    names, values, kind = read_any(path, genes)
-    names, values, lost = usable_rows(names, values, path)
-    covered = (values != 0).any(1)
-    manifest = {
-        "source": path.name,
-        "sha256": digest,
-        "format": kind,
-        "not_finite": lost,
-        "zeros": int((~covered).sum()),
-    }
-    found = GeneVectors(names, values, covered, manifest)
+    found = vectors_in(path, genes, digest)
     if folder is not None:
         found.save(folder)
     return found

@@ -270,7 +270,7 @@ SCHEMA = {
     "manifest": dict,
 }
 
-
+# %% ../../nbs/data/vectors.ipynb #1d3a9d61
 def read_record(path: Path) -> dict:
     "The description of a saved table; AssetError where it is missing, of another kind or version, or damaged."
     from scellfm.assets.files import usable

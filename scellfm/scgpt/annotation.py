@@ -15,6 +15,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+# %% auto #0
+__all__ = ['CellAnnotator', 'CellClassifier', 'finetune']
+
+# %% ../../nbs/scgpt/annotation.ipynb #c5d0ba3b
 from ..assets import find
 from ..assets.contents import wrong_folder
 from ..core import check_adata, check_number, keyed_seed, plain_arguments, warn
@@ -38,9 +42,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from scellfm.data.genes import MatchOptions
-
-# %% auto #0
-__all__ = ['CellAnnotator', 'CellClassifier', 'finetune']
 
 # %% ../../nbs/scgpt/annotation.ipynb #3bc25751
 def class_loss(model, batch: dict) -> tuple[torch.Tensor, int]:
@@ -253,22 +254,12 @@ def train_fold(
     model = learner(gpt, classes, keyed_seed(options["seed"], "fold", k) % 2**63, decoders=False)
     freeze(model.model, freeze_layers)
     rows, valid = hiding.rows(part.train), hiding.rows(part.valid)
-    model.history = fit(
-        model.model,
-        class_loss,
-        rows.n,
-        rows.batch,
-        lengths=rows.lengths,
-        valid={"valid": valid} if valid.n else None,
-        device=model.device,
-        folder=folder,
-        desc=f"fine-tuning, fold {k}",
-        dtype=str(gpt.dtype).removeprefix("torch."),
-        inputs={}
-        if folder is None
-        else hiding.identity(part, labels=hiding.codes, classes=classes, frozen=freeze_layers),
-        **options,
-    )
+    made_of = dict(labels=hiding.codes, classes=classes, frozen=freeze_layers)
+    where = dict(device=model.device, folder=folder, dtype=str(gpt.dtype).removeprefix("torch."))
+    where |= dict(desc=f"fine-tuning, fold {k}", inputs={} if folder is None else hiding.identity(part, **made_of))
+    judged = {"valid": valid} if valid.n else None
+    how = dict(lengths=rows.lengths, valid=judged, **where, **options)
+    model.history = fit(model.model, class_loss, rows.n, rows.batch, **how)
     model.model.requires_grad_(True)
     model.device, model.dtype = next(model.model.parameters()).device, gpt.dtype
     model.model.to(gpt.dtype)

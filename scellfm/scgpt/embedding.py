@@ -282,18 +282,9 @@ def attention(
     columns = genes_of(adata, layer)
     totals, _ = survey(adata, adata.obs_names, columns.var_names, layer)
     index = gpt.match(columns, counts=totals, gene_column=gene_column, match=match).index
-    for start, cells in tokenize(
-        adata,
-        adata.obs_names,
-        index,
-        gpt.vocabulary,
-        layer=layer,
-        n_bins=gpt.n_bins,
-        cls_value=gpt.model.config.pad_value,
-        max_length=max_length,
-        overlong=overlong,
-        seed=seed,
-    ):
+    how = dict(layer=layer, n_bins=gpt.n_bins, cls_value=gpt.model.config.pad_value)
+    how |= dict(max_length=max_length, overlong=overlong, seed=seed)
+    for start, cells in tokenize(adata, adata.obs_names, index, gpt.vocabulary, **how):
         for i in np.flatnonzero(cells.lengths):
             with torch.inference_mode():
                 weights = gpt.model.attention(*make_batch(gpt, cells)([i]), layer=head_layer)[0]

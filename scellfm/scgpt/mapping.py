@@ -163,6 +163,18 @@ def save_map(path: str | Path, vectors: np.ndarray, codes: np.ndarray, record: d
             raise OSError(str(error)) from error
         (Path(folder) / "index.json").write_text(json.dumps(plain(record), indent=1), encoding="utf8")
 
+# %% ../../nbs/scgpt/mapping.ipynb #112ed3bf
+def belong_together(vectors: np.ndarray, codes: np.ndarray, record: dict) -> bool:
+    "Has every vector a label, every label a name, and the search enough cells?"
+    return bool(
+        vectors.ndim == 2
+        and codes.shape == (len(vectors),)
+        and set(SAVED) <= record.keys()
+        and codes.min() >= 0
+        and codes.max() < len(record["classes"])
+        and record["k"] <= len(vectors)
+    )
+
 # %% ../../nbs/scgpt/mapping.ipynb #553956d3
 def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
     "(vectors mapped from the file, codes, record) of a saved map. AssetError: missing, damaged, or of another kind."
@@ -177,14 +189,7 @@ def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
     try:
         record = read_record(described, REFERENCE_MAP.records["index.json"])
         vectors, codes = mapped(file, "embedding", np.float32), np.array(mapped(file, "codes", np.int64))
-        fits = (
-            vectors.ndim == 2
-            and codes.shape == (len(vectors),)
-            and set(SAVED) <= record.keys()
-            and codes.min() >= 0
-            and codes.max() < len(record["classes"])
-            and record["k"] <= len(vectors)
-        )
+        fits = belong_together(vectors, codes, record)
     except Exception as error:  # whatever damaged bytes make of the libraries
         raise AssetError(f"{path} is damaged or no reference map: {error}; save it again") from error
     if not fits:
@@ -268,7 +273,7 @@ def calibration_groups(reference: ReferenceMap, by: str | None) -> np.ndarray | 
     )
     return column_of(reference.ref.obs[kept], by, "by")
 
-
+# %% ../../nbs/scgpt/mapping.ipynb #43c2a641
 def calibrate(
     reference: ReferenceMap,
     accuracy: float = 0.95,  # share of named cells that should be right
@@ -281,8 +286,8 @@ def calibrate(
     """
     Set min_confidence and max_distance on held-out reference cells; returns the accuracy at each confidence.
 
-    by: a column of the reference's obs whose groups are held out together, such as donor; None: each cell by
-    itself. n_cells: how many reference cells, drawn by `seed`, are held out in turn.
+    by: a column of the reference's obs whose groups are held out together, such as donor; None: each
+    cell by itself. n_cells: how many reference cells, drawn by `seed`, are held out in turn.
     """
     if not 0 < accuracy <= 1 or not 0 <= far < 1:
         raise OptionError(
@@ -506,6 +511,17 @@ def score_map(reference: ReferenceMap, query, truth: np.ndarray) -> tuple[dict, 
         )
     return metrics, details
 
+# %% ../../nbs/scgpt/mapping.ipynb #4ffa933a
+def warn_of_strange(truth: np.ndarray, known: np.ndarray) -> None:
+    "Warn about cells of types that the reference does not hold."
+    strange = np.isin(truth, known, invert=True)
+    if strange.any():
+        warn(
+            f"{strange.sum()} of {len(truth)} query cells are of types that the reference does not hold "
+            f"({', '.join(np.unique(truth[strange])[:5])}): "
+            "they count as wrong"
+        )
+
 # %% ../../nbs/scgpt/mapping.ipynb #75bd731a
 def evaluate(reference: ReferenceMap, query, label: str, layer: str | None, baselines: bool, seed: int) -> Scores:
     "See `ReferenceMap.evaluate`."
@@ -516,13 +532,7 @@ def evaluate(reference: ReferenceMap, query, label: str, layer: str | None, base
     if not len(codes):
         raise DataError(f"no query cell has a {label!r} to judge by")
     truth = names[codes].astype(str)
-    strange = np.isin(truth, reference.classes.astype(str), invert=True)
-    if strange.any():
-        warn(
-            f"{strange.sum()} of {len(truth)} query cells are of types that the reference does not hold "
-            f"({', '.join(np.unique(truth[strange])[:5])}): "
-            "they count as wrong"
-        )
+    warn_of_strange(truth, reference.classes.astype(str))
     results = {reference.use_rep: score_map(reference, query, truth)}
     if baselines:
         results["HVG + PCA"] = score_map(*baseline_map(reference, query, layer, seed), truth)

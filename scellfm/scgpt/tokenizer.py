@@ -125,16 +125,9 @@ def occurrences(names) -> np.ndarray:
     names = pd.Series(np.asarray(names, dtype=object))
     return names.groupby(names, sort=False).cumcount().to_numpy(dtype=np.int64)
 
-# %% ../../nbs/scgpt/tokenizer.ipynb #1d39ab30
-def survey(data: AnnData | str, obs_names, genes, layer: str | None = None) -> tuple[np.ndarray, bool]:
-    """Total per column (float64) and whether all values are whole; DataError for NaN, infinite or negative values,
-    or none at all."""
-    faults, totals = CountFaults(), np.zeros(len(genes))
-    for start, block in count_blocks(data, layer):
-        faults.add(start, block)
-        faults.depth.add(block)
-        totals += np.asarray(block.sum(0, dtype=np.float64)).ravel()
-    where = "X" if layer is None else f"layer {layer!r}"
+# %% ../../nbs/scgpt/tokenizer.ipynb #e9b439cb
+def refuse_faults(faults: CountFaults, where: str, obs_names, genes) -> None:
+    "DataError for values that cannot be binned, with the place of the first, or for none at all."
     kinds = (
         ("NaN or infinite", faults.infinite, "repair or drop them"),
         ("negative", faults.negative, "scaled values cannot be binned: pass raw or log-normalised counts, layer="),
@@ -149,6 +142,17 @@ def survey(data: AnnData | str, obs_names, genes, layer: str | None = None) -> t
         raise DataError(
             f"{where} holds only zeros ({len(obs_names):,} cells x {len(genes):,} genes): there is nothing to read"
         )
+
+# %% ../../nbs/scgpt/tokenizer.ipynb #1d39ab30
+def survey(data: AnnData | str, obs_names, genes, layer: str | None = None) -> tuple[np.ndarray, bool]:
+    """Total per column (float64) and whether all values are whole; DataError for NaN, infinite or negative values,
+    or none at all."""
+    faults, totals = CountFaults(), np.zeros(len(genes))
+    for start, block in count_blocks(data, layer):
+        faults.add(start, block)
+        faults.depth.add(block)
+        totals += np.asarray(block.sum(0, dtype=np.float64)).ravel()
+    refuse_faults(faults, "X" if layer is None else f"layer {layer!r}", obs_names, genes)
     if not faults.fraction.n:
         faults.depth.warn()
         if hasattr(data, "uns"):

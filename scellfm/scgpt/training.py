@@ -254,18 +254,8 @@ def class_probabilities(
         return gpt.model.cls_decoder(states[:, 0]).float().softmax(1).cpu().numpy()
 
     how = dict(max_length=max_length, overlong="sample", seed=seed)
-    return over_cells(
-        gpt,
-        adata,
-        adata.obs_names,
-        index,
-        one_batch,
-        gpt.model.config.n_cls,
-        layer=layer,
-        how=how,
-        token_budget=token_budget,
-        desc="classifying",
-    )[0]
+    options = dict(layer=layer, how=how, token_budget=token_budget, desc="classifying")
+    return over_cells(gpt, adata, adata.obs_names, index, one_batch, gpt.model.config.n_cls, **options)[0]
 
 # %% ../../nbs/scgpt/training.ipynb #c72b7d05
 MODEL = "scGPT"

@@ -79,6 +79,10 @@ def neighbour_graph(values: np.ndarray, n_neighbors: int = 15) -> sparse.csr_mat
     sc.pp.neighbors(cells, min(n_neighbors, len(values) - 1), use_rep="X", transformer="sklearn", random_state=0)
     return sparse.csr_matrix(cells.obsp["connectivities"])
 
+# %% ../../nbs/scores/batches.ipynb #1a61f09f
+# until nothing moves, and the same clusters each time
+LEIDEN = dict(flavor="igraph", n_iterations=-1, directed=False, random_state=0)
+
 # %% ../../nbs/scores/batches.ipynb #802ecce2
 def best_clustering(graph: sparse.csr_matrix, labels: np.ndarray) -> tuple[np.ndarray, pd.DataFrame]:
     "The Leiden clusters [cells] with the best NMI over `RESOLUTIONS` (the first of equals), and the scores of each."
@@ -89,16 +93,7 @@ def best_clustering(graph: sparse.csr_matrix, labels: np.ndarray) -> tuple[np.nd
     optional("igraph", "integration")
     cells, found, rows = anndata.AnnData(obs=pd.DataFrame(index=np.arange(len(labels)).astype(str))), [], []
     for resolution in RESOLUTIONS:
-        sc.tl.leiden(
-            cells,
-            resolution,
-            adjacency=graph,
-            flavor="igraph",
-            n_iterations=-1,
-            directed=False,
-            random_state=0,
-            key_added="cluster",
-        )
+        sc.tl.leiden(cells, resolution, adjacency=graph, key_added="cluster", **LEIDEN)
         clusters = cells.obs["cluster"].to_numpy().astype(str)
         found.append(clusters)
         rows.append(
@@ -181,7 +176,7 @@ def knn_accuracy(values: np.ndarray, labels: np.ndarray, k: int = 15) -> float:
 # %% ../../nbs/scores/batches.ipynb #f12d83e8
 METRICS = ("avg_bio", "avg_batch", "nmi", "ari", "asw_label", "graph_connectivity", "asw_batch", "pcr", "knn_accuracy")
 
-
+# %% ../../nbs/scores/batches.ipynb #1665a858
 def one_embedding(
     values: np.ndarray, labels: np.ndarray | None, batches: np.ndarray | None, before: sparse.csr_matrix | None
 ) -> tuple[dict, dict]:

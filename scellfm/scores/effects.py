@@ -191,6 +191,19 @@ class Effects:
     def __repr__(self) -> str:
         return f"Effects({len(self.conditions)} perturbations, {len(self.genes):,} genes, {int(self.n.sum()):,} cells)"
 
+# %% ../../nbs/scores/effects.ipynb #1333e258
+def perturbations_among(names: np.ndarray, condition: str, control: str) -> list[str]:
+    "The perturbations among the names of cells, sorted. DataError where there are no controls, or nothing else."
+    conditions = sorted(set(names) - {CONTROL})
+    if CONTROL not in set(names):
+        raise DataError(
+            f"no cell is a control: obs[{condition!r}] has no {control!r} but {', '.join(conditions[:5])};"
+            " name the label with control="
+        )
+    if not conditions:
+        raise DataError(f"all {len(names):,} cells are controls; there is no perturbation to score")
+    return conditions
+
 # %% ../../nbs/scores/effects.ipynb #44e94694
 def measure_effects(
     adata: AnnData,
@@ -202,14 +215,7 @@ def measure_effects(
 ) -> Effects:
     "Means, variances and halves of every perturbation. DataError: no controls, counts, missing labels, a gene twice."
     names = names_of(labels_of(adata, condition), control, as_published)
-    conditions = sorted(set(names) - {CONTROL})
-    if CONTROL not in set(names):
-        raise DataError(
-            f"no cell is a control: obs[{condition!r}] has no {control!r} but {', '.join(conditions[:5])};"
-            " name the label with control="
-        )
-    if not conditions:
-        raise DataError(f"all {adata.n_obs:,} cells are controls; there is no perturbation to score")
+    conditions = perturbations_among(names, condition, control)
     check_scale(adata.X, "truth")
     codes = pd.Categorical(names, categories=[*conditions, CONTROL]).codes.astype(np.int64)
     halves = halves_of(list(adata.obs_names), codes, seed)

@@ -25,6 +25,17 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['PerturbationScores', 'perturbation', 'of_matrices']
 
+# %% ../../nbs/scores/perturbations.ipynb #ada19a57
+def in_gene_order(table: pd.DataFrame, genes: pd.Index, what: str) -> pd.DataFrame:
+    "A prediction in the truth's gene order. DataError where a gene is missing or there twice."
+    lost = genes.difference(table.columns)
+    if len(lost) or not table.columns.is_unique:
+        told = f"lacks {len(lost):,} of the truth's {len(genes):,} genes, e.g. {list(lost[:3])}"
+        raise DataError(
+            f"{what} {told if len(lost) else 'has a gene twice'}; predict every gene of the truth once, by name"
+        )
+    return table[genes].astype(float)
+
 # %% ../../nbs/scores/perturbations.ipynb #5b95bdac
 def predicted_means(
     prediction, what: str, effects: Effects, condition: str, control: str, published: bool
@@ -45,13 +56,7 @@ def predicted_means(
         raise DataError(
             f"{what} is a {type(prediction).__name__}; give a DataFrame (perturbations x genes) or an AnnData of cells"
         )
-    lost = effects.genes.difference(table.columns)
-    if len(lost) or not table.columns.is_unique:
-        told = f"lacks {len(lost):,} of the truth's {len(effects.genes):,} genes, e.g. {list(lost[:3])}"
-        raise DataError(
-            f"{what} {told if len(lost) else 'has a gene twice'}; predict every gene of the truth once, by name"
-        )
-    return table[effects.genes].astype(float)
+    return in_gene_order(table, effects.genes, what)
 
 # %% ../../nbs/scores/perturbations.ipynb #26851fd6
 def under_labels(table: pd.DataFrame, effects: Effects, control: str) -> pd.DataFrame:
@@ -281,7 +286,7 @@ AB = {"mse_de_ab": "mse_de", "pearson_delta_de_ab": "pearson_delta_de", "wmse_ab
 DEFAULT = ("mse", "pearson_delta", "wmse", "share")
 EXTRA = ("pearson_delta_by_subgroup", "variance_ratio", "e_distance", "share")
 
-
+# %% ../../nbs/scores/perturbations.ipynb #a30efb44
 class ScoreRun:
     "The measured side for one call, and the tables of each method."
 
@@ -524,6 +529,32 @@ def add_distances(details, adata, measured, predictions, names, condition, contr
             found = cell_distances(adata, measured, part, labels, names, seed)
         detail["by_condition"]["e_distance"] = found
 
+# %% ../../nbs/scores/perturbations.ipynb #8572441b
+def dynamic_ranges(details: dict) -> dict[str, float]:
+    "How far the best possible lies above the negative control, of every metric."
+    ranges = {}
+    for metric in METRICS:
+        negative = NO_CHANGE if metric.startswith("pearson_delta") else TRAINING_MEAN
+        controls = (details[name]["by_condition_half"][metric].to_numpy() for name in (negative, INTERPOLATED))
+        ranges[metric] = dynamic_range(metric, *controls)
+    # the controls are chosen on A, scored on B anyway
+    return ranges | {name: ranges[metric] for name, metric in AB.items()}
+
+# %% ../../nbs/scores/perturbations.ipynb #65a2ff4f
+def warnings_of(details: dict, columns: list[str], ranges: dict[str, float], n: int) -> str:
+    "What the title says besides sizes; nothing where there is nothing to say."
+    blind = [
+        metric for metric in columns if metric in ranges and not ranges[metric] > 0 and np.isfinite(ranges[metric])
+    ]
+    text = f"; cannot judge on these data: {', '.join(blind)}" if blind else ""
+    methods = {name: detail for name, detail in details.items() if "ceiling" not in name}
+    simple = (TRAINING_MEAN, NO_CHANGE)
+    collapsed = [name for name, detail in methods.items() if name not in simple and collapse(detail)]
+    text += f"; one prediction for all perturbations: {named(collapsed)}" if collapsed else ""
+    partial = {name: int(detail["by_condition"]["mse"].notna().sum()) for name, detail in methods.items()}
+    few = [f"{name} ({found} of {n})" for name, found in partial.items() if found < n]
+    return text + (f"; not all perturbations predicted by: {named(few)}" if few else "")
+
 # %% ../../nbs/scores/perturbations.ipynb #c781a8b2
 def assembled(
     details: dict, run: ScoreRun, columns: list[str], groups: dict, seed: int, over: str
@@ -537,26 +568,9 @@ def assembled(
         pd.DataFrame({name: {c: row[c][i] for c in columns} for name, row in parts.items()}).T[columns]
         for i in range(3)
     ]
-    ranges = {}
-    for metric in METRICS:
-        negative = NO_CHANGE if metric.startswith("pearson_delta") else TRAINING_MEAN
-        controls = (details[name]["by_condition_half"][metric].to_numpy() for name in (negative, INTERPOLATED))
-        ranges[metric] = dynamic_range(metric, *controls)
-    ranges |= {name: ranges[metric] for name, metric in AB.items()}  # the controls are chosen on A, scored on B anyway
-    blind = [
-        metric for metric in columns if metric in ranges and not ranges[metric] > 0 and np.isfinite(ranges[metric])
-    ]
+    ranges = dynamic_ranges(details)
     title = f"{len(names)} perturbations, {int(run.target.n.sum()):,} cells; training mean of {over}"
-    title += f"; cannot judge on these data: {', '.join(blind)}" if blind else ""
-    collapsed = [
-        n for n in details if "ceiling" not in n and n not in (TRAINING_MEAN, NO_CHANGE) and collapse(details[n])
-    ]
-    title += f"; one prediction for all perturbations: {named(collapsed)}" if collapsed else ""
-    partial = {
-        n: int(detail["by_condition"]["mse"].notna().sum()) for n, detail in details.items() if "ceiling" not in n
-    }
-    few = [f"{name} ({n} of {len(names)})" for name, n in partial.items() if n < len(names)]
-    title += f"; not all perturbations predicted by: {named(few)}" if few else ""
+    title += warnings_of(details, columns, ranges, len(names))
     origin = {
         "dynamic_range": ranges,
         "subgroups": {**groups, **strata(run.target)},

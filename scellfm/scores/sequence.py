@@ -114,7 +114,7 @@ def bounds(drawn: np.ndarray) -> tuple[float, float]:
     drawn = drawn[np.isfinite(drawn)]
     return tuple(np.quantile(drawn, [0.025, 0.975])) if len(drawn) else (np.nan, np.nan)
 
-
+# %% ../../nbs/scores/sequence.ipynb #d9b6c6a6
 def score_one(
     predicted: ArrayLike, measured: ArrayLike, metric: str, by_gene: np.ndarray, by_donor: np.ndarray | None
 ) -> dict:

@@ -40,6 +40,14 @@ def _check_rows(arrays: dict[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
             raise DataError(f"{name!r} has the shape {values.shape} for a block of {n} rows; one row each is needed")
     return arrays
 
+# %% ../../nbs/store/blocks.ipynb #e7c214b6
+def _read_block(store: Store, shard: str, record: list) -> dict[str, np.ndarray]:
+    "The arrays of a finished block; what was noted when it was computed is added to `record`."
+    arrays = store.read(shard)
+    with parts_fit(store.folder, StoreError):
+        record.extend(json.loads(str(arrays.pop(RECORD, "[]"))))
+    return arrays
+
 # %% ../../nbs/store/blocks.ipynb #8f27dd99
 def each_block(
     store: Store | None,  # where finished blocks are; None: none are kept
@@ -57,9 +65,7 @@ def each_block(
         shard = f"{name}-{number:05d}"
         kept = store is not None and store.done(shard)
         if kept:
-            arrays = store.read(shard)
-            with parts_fit(store.folder, StoreError):
-                record.extend(json.loads(str(arrays.pop(RECORD, "[]"))))
+            arrays = _read_block(store, shard, record)
         else:
             before = len(record)
             arrays = _as_arrays(compute(rows))

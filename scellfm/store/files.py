@@ -99,6 +99,15 @@ def atomic_write(
     except OSError as error:
         raise _cannot_write(path, error) from error
 
+# %% ../../nbs/store/files.ipynb #5492305e
+def _move_all(temporary: Path, folder: Path) -> None:
+    "Move what is in a temporary folder into `folder`, each part whole and on the disk."
+    _flush(temporary)
+    for part in sorted(temporary.iterdir()):
+        check_replaced(folder / part.name, None)
+        _replace(part, folder / part.name)
+    _flush_one(folder)
+
 # %% ../../nbs/store/files.ipynb #78c106c7
 @contextmanager
 def atomic_files(folder: str | os.PathLike, kind: FolderKind) -> Iterator[Path]:
@@ -116,11 +125,7 @@ def atomic_files(folder: str | os.PathLike, kind: FolderKind) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            _flush(temporary)
-            for part in sorted(temporary.iterdir()):
-                check_replaced(folder / part.name, None)
-                _replace(part, folder / part.name)
-            _flush_one(folder)
+            _move_all(temporary, folder)
         finally:
             _remove(temporary)
     except StoreError:

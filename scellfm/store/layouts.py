@@ -130,6 +130,8 @@ DATASET = FolderKind(
     {"state.json": {"_data_files": [{"filename": str}]}, "dataset_info.json": {"features": dict}},
     ("data-*.arrow", "cells.arrow", "cache-*.arrow", "tokenizer_report.json"),
 )
+
+# %% ../../nbs/store/layouts.ipynb #29721ce6
 SCREEN = FolderKind(
     "a screen",
     {
@@ -147,6 +149,8 @@ SCREEN = FolderKind(
     },
     ("shifts.parquet", "genes.parquet"),
 )
+
+# %% ../../nbs/store/layouts.ipynb #3ca1b5c6
 REFERENCE_MAP = FolderKind(
     "a reference map",
     {

@@ -60,7 +60,7 @@ WORDS = {
     object: "anything",
 }
 
-
+# %% ../../nbs/store/records.ipynb #7b4e062a
 def in_words(pattern: Any) -> str:
     "What a pattern asks for."
     match pattern:
