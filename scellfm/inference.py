@@ -100,6 +100,8 @@ def pad(sequences: Sequence, pad_id: int = 0) -> tuple[torch.Tensor, torch.Tenso
 def _flat(cells) -> tuple[np.ndarray, np.ndarray]:
     "Token ids of cells end to end (int64), and where each begins [n + 1]."
     arrays = [np.asarray(cells[i], dtype=np.int64) for i in range(len(cells))]
+    if any(array.ndim != 1 for array in arrays):
+        raise DataError("tokens of cells are lists of numbers, one list for each cell; give an AnnData, or such lists")
     return np.concatenate([np.empty(0, np.int64), *arrays]), np.cumsum([0, *map(len, arrays)])
 
 

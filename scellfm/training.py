@@ -27,6 +27,7 @@ from scellfm.core import (
     DivergedError,
     OptionError,
     StoreError,
+    check_ends,
     check_number,
     keyed_generator,
     keyed_seed,
@@ -94,6 +95,7 @@ class Recipe:
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
         check_number("decay", self.decay, 0, 1, whole=False)
         check_number("accumulate", self.accumulate, 1)
+        check_ends({"seed": self.seed, "epochs": self.epochs, "batch_size": self.batch_size})
         smallest = dict(epochs=1, steps=1, batch_size=1, learning_rate=0, weight_decay=0, warmup=0, patience=1)
         for name, least in smallest.items():
             if name != "steps" or self.steps is not None:

@@ -234,7 +234,8 @@ def files_of(seeds: Path, reader: str) -> list[Path]:
     "The files of a reader, relative to the seeds, that are worth mutating (large weights are left out)."
     place = seeds / PLACES[reader]
     found = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
-    return [path.relative_to(seeds) for path in found if path.stat().st_size < 2**20]
+    small = [path for path in found if path.stat().st_size < 2**20]
+    return [path.relative_to(seeds) for path in small or found]
 
 
 def run(reader: str, folder: Path) -> str:
@@ -343,6 +344,19 @@ def json_mutated(data: bytes, rng: np.random.Generator) -> bytes:
     return json.dumps(whole).encode()
 
 
+def header_mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    "safetensors with one value of its header, or of our record in it, replaced or removed."
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    record = header.get("__metadata__", {}).get("scellfm")
+    if record and rng.random() < 0.7:
+        header["__metadata__"]["scellfm"] = json_mutated(record.encode(), rng).decode()
+    else:
+        header = json.loads(json_mutated(json.dumps(header).encode(), rng))
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
 def fuzz(reader: str, seeds: Path, rounds: int, seed: int = 0, seconds: float | None = None) -> dict[str, bytes]:
     "{what came out: the file's path and bytes} of the mutations of one reader that were not fine."
     found, start = {}, time.monotonic()
@@ -356,7 +370,8 @@ def fuzz(reader: str, seeds: Path, rounds: int, seed: int = 0, seconds: float | 
                 break
             name = files[int(rng.integers(0, len(files)))]
             whole = (folder / name).read_bytes()
-            broken = mutated(whole, rng, name.name.endswith(TEXTS))
+            headed = name.suffix == ".safetensors" and rng.random() < 0.5
+            broken = header_mutated(whole, rng) if headed else mutated(whole, rng, name.name.endswith(TEXTS))
             (folder / name).chmod(0o644)
             (folder / name).write_bytes(broken)
             said = outcome(reader, folder)

@@ -239,6 +239,79 @@ def test_a_data_set_is_not_tokenized_over_the_folder_of_its_cells(made, tmp_path
     assert (tmp_path / "out" / "data-cells.arrow.h5ad").exists()
 
 
+# ---- E34: what can be known before the work is said before it
+
+NOWHERE = {
+    "embed": "embed nowhere.h5ad --model nowhere --out {}",
+    "finetune": "finetune nowhere.h5ad --model nowhere --label cell_type --k 2 --out {}",
+    "perturb": "perturb nowhere.h5ad --model nowhere --genes A --out {}",
+    "map": "map nowhere.h5ad nowhere.h5ad --use-rep X --out {}",
+    "integrate": "integrate nowhere.h5ad --reps X --batch side --label cell_type --out {}",
+    "predict": "predict nowhere.h5ad --model nowhere --out {}",
+    "evaluate": "evaluate nowhere.h5ad --model nowhere --out {}",
+    "tokenize": "tokenize nowhere.h5ad --fit new --out {}",
+    "windows": "sequence windows nowhere.gtf --out {}",
+    "vectors": "sequence embed nowhere.gtf --fasta nowhere.fa --model kmer-3 --out {}",
+    "variants": "sequence variants nowhere.vcf nowhere.gtf --fasta nowhere.fa --model nowhere --out {}",
+    "reproduce": "reproduce simulated --out {}",
+}
+FILES = {"embed", "predict", "evaluate", "windows", "variants"}
+
+
+@pytest.mark.parametrize("command", NOWHERE)
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_read(tmp_path, monkeypatch, command, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    for out in ("/proc/nothing", "file"):
+        name = f"{out}/new.csv" if command in FILES else f"{out}/new"
+        assert run(*NOWHERE[command].format(name).split()) == 2
+        told = capsys.readouterr().err
+        assert "cannot be written" in told or "is a file" in told, told
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (f"{NOWHERE[command]} {option}", option.split()[0].strip("-").replace("-", "_"))
+        for command, option in [
+            *[(command, f"--seed {n}") for command in ("finetune", "perturb", "integrate") for n in (-1, 2**32)],
+            *[("tokenize", f"--max-length {n}") for n in (0, -1, 10**12)],
+            *[("embed", f"--max-length {n}") for n in (0, 10**12)],
+            *[("finetune", f"--{name} {n}") for name in ("epochs", "batch-size") for n in (0, -1, 10**12)],
+            *[("perturb", f"--max-cells {n}") for n in (0, -3)],
+            ("embed", "--token-budget 0"),
+            ("reproduce", "--epochs 0"),
+            ("finetune", "--n-boot -1"),
+        ]
+    ],
+)
+def test_a_setting_that_no_run_has_is_said_before_anything_is_read(tmp_path, monkeypatch, words, named, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(*words.format("new.csv" if words.startswith("embed") else "new").split()) == 2
+    told = capsys.readouterr().err
+    assert f"{named}=" in told and "must be a whole number" in told, told
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_seed_that_no_library_takes_is_refused_by_every_task_in_python(tmp_path):
+    gf, gpt, adata = geneformer(tmp_path / "gf"), scgpt(tmp_path / "gpt"), cells()
+    deal = split(adata)
+    for seed in (-1, 2**32, 1.5):
+        for ask in (
+            lambda: hold_out(adata, seed=seed),
+            lambda: gf.pretrain(adata, seed=seed),
+            lambda: gf.finetune(adata, "cell_type", split=deal, seed=seed),
+            lambda: gf.finetune_genes(adata, {"a": GENES[:10], "b": GENES[10:]}, folds=2, seed=seed),
+            lambda: gf.perturb(adata, seed=seed),
+            lambda: gpt.finetune(adata, "cell_type", split=deal, seed=seed),
+            lambda: gpt.continue_pretraining(adata, seed=seed),
+            lambda: gpt.embed(adata, seed=seed),
+        ):
+            with pytest.raises(OptionError, match="seed"):
+                ask()
+
+
 # ---- E28: what a killed writer leaves
 
 KILLED = """
@@ -396,6 +469,8 @@ LEARNING = dict(
     decay=0.5,
     shuffle=False,
     accumulate=2,
+    steps=1,
+    patience=1,
 )
 GENEFORMER = dict(medians=3.0, hidden_act="gelu", num_attention_heads=2, hidden_dropout_prob=0.3)
 RUNS = {  # run: (model, how it is called, options that change a number, changes of the model's files)
@@ -456,7 +531,7 @@ RUNS = {  # run: (model, how it is called, options that change a number, changes
             emb_layer=0,
             max_cells=4,
         )
-        | dict(seed=7, token_budget=99, layer="other", groupby="side", where={"side": "left"}),
+        | dict(seed=7, token_budget=99, layer="other", groupby="side", where={"side": "left"}, donor="side", matched=2),
         GENEFORMER,
     ),
     "scGPT finetune": (
@@ -763,3 +838,31 @@ def test_a_mark_that_leaves_the_cache_is_refused(tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *args, found=found, **options: found)
         with pytest.raises(AssetError, match="no hash"):
             hub.check_marks("some/model", None, {"allow_patterns": ["*"]})
+
+
+# ---- E35: text that no file takes
+
+
+def test_names_with_half_a_character_are_written_out_in_every_file(tmp_path):
+    adata = cells()
+    adata.obs_names = [f"c{i}\ud800" for i in range(24)]
+    adata.obs["cell_type"] = ["B \udfff", "T"] * 12
+    genes = [*GENES[:29], "ENSG\ud800"]
+    adata.var_names = genes
+    tok = RankTokenizer.fit(adata)
+    tok.save_pretrained(tmp_path / "tok")
+    assert RankTokenizer.from_pretrained(tmp_path / "tok").token_dictionary == tok.token_dictionary
+    tok(adata, columns=["cell_type"]).save(tmp_path / "set")
+    assert TokenizedCells.load(tmp_path / "set").obs.index[0] == r"c0\ud800"
+    assert TokenizedCells.load(tmp_path / "set").obs["cell_type"].iloc[0] == r"B \udfff"
+    gf = Geneformer.from_config("tiny", tok, device="cpu")
+    screen = gf.perturb(adata, genes=genes[-3:], combine="each", state="cell_type", start="B \udfff", goal="T")
+    screen.save(tmp_path / "screen")
+    assert Screen.load(tmp_path / "screen").shifts["cell"].iloc[0].endswith(r"\ud800")
+    gf.finetune(adata, "cell_type", split=split(adata), epochs=1, n_boot=0).save_pretrained(tmp_path / "clf")
+    assert "B \udfff" in CellClassifier.from_pretrained(tmp_path / "clf", device="cpu").classes
+    gpt = ScGPT.from_config("tiny", genes, device="cpu")
+    gpt.save_pretrained(tmp_path / "gpt")
+    assert list(ScGPT.from_pretrained(tmp_path / "gpt", device="cpu").vocabulary.tokens) == list(gpt.vocabulary.tokens)
+    for task, folder in ((gf.embed, "cells"), (gf.embed_genes, "genes"), (gpt.embed, "scgpt")):
+        task(adata, folder=tmp_path / folder)

@@ -205,8 +205,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     save_file(weights, tmp_path / "model.safetensors")
     for changed, error in (
-        ({"dim": config["dim"] * 2}, "another shape"),
-        ({"dim": "wide"}, "describes no Enformer"),
+        ({"dim": config["dim"] * 2}, "do not belong together"),
+        ({"dim": "wide"}, "as dim, which should be"),
         ({"heads": 5}, "describes no Enformer"),
         ({"output_heads": {}}, "describes no Enformer"),
     ):

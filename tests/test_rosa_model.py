@@ -335,7 +335,7 @@ def test_questions_of_an_unknown_or_unfitted_model_are_refused(tmp_path):
         Rosa("ridge").fit(CELLS, VECTORS, GRID, epochs=3)
     rosa.save_pretrained(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text("{}")
-    with pytest.raises(AssetError, match="no model of rosa"):
+    with pytest.raises(AssetError, match="lacks format"):
         Rosa.from_pretrained(tmp_path / "m")
 
 

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from .files import nearby
-from ..core import AssetError, StoreError, logger, warn
+from ..core import AssetError, StoreError, logger, user_path, warn
 from ..store import atomic_write, sha256
 from ..store.records import read_record
 
@@ -290,9 +290,8 @@ def find(
     below). Warns when no revision is pinned. AssetError: not there, not reachable, not cached while offline, not open
     to you, damaged.
     """
-    text = os.fspath(path_or_hub_id)
-    path = Path(text).expanduser()
-    if text and path.exists():
+    path, text = user_path(path_or_hub_id, "path_or_hub_id"), os.fspath(path_or_hub_id)
+    if path.exists():
         found = path / subfolder if subfolder else path
         if not found.exists():
             raise AssetError(f"{path} has no {subfolder!r}; {nearby(found)}")

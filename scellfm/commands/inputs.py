@@ -53,21 +53,22 @@ def out_format(out: str, known: tuple[str, ...]) -> str:
 
 def write_table(table, out: str | Path) -> None:
     "A DataFrame as csv (without what a spreadsheet would run) or parquet, by the name of the file."
-    from scellfm.scores.table import safe_table
+    from scellfm.scores.table import safe_table, storable_table
     from scellfm.store import atomic_write
 
     with atomic_write(out) as part:
         if Path(out).suffix.lower() == ".csv":
             safe_table(table).to_csv(part, encoding="utf8", errors="backslashreplace")
         else:
-            table.to_parquet(part)
+            storable_table(table).to_parquet(part)
 
 # %% ../../nbs/commands/inputs.ipynb #f4dc2050
 def output_file(out: str, *inputs: str | None) -> Path:
     "The file that --out names. OptionError, StoreError: it can be no file, or an input would be replaced."
-    from scellfm.store.outputs import check_replaced, output_path
+    from scellfm.store.outputs import check_replaced, check_writable, output_path
 
     path = output_path(out, "--out")
+    check_writable(path)
     check_replaced(path, None, [name for name in inputs if name is not None and Path(name).expanduser().exists()])
     return path
 
@@ -75,9 +76,10 @@ def output_file(out: str, *inputs: str | None) -> Path:
 def output_folder(out: str, *others: str, parts: dict | None = None) -> Path:
     "The folder of a report and `others` beside it that --out names; parts: kinds of folders in it. Errors as above."
     from scellfm.store.layouts import REPORT
-    from scellfm.store.outputs import check_replaced, result_folder
+    from scellfm.store.outputs import check_replaced, check_writable, result_folder
 
     folder = result_folder(out, REPORT._replace(others=(*REPORT.others, *others)), name="--out")
+    check_writable(folder)
     for name, kind in (parts or {}).items():
         check_replaced(folder / name, kind)
     return folder

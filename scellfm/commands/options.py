@@ -22,7 +22,7 @@ from scellfm.commands.signatures import (
     split_path,
     value_of,
 )
-from ..core import OptionError
+from ..core import OptionError, check_ends
 
 # %% ../../nbs/commands/options.ipynb #fdac84f3
 def takes(*paths: str, without: tuple[str, ...] = ()):
@@ -218,6 +218,7 @@ def call(options: argparse.Namespace) -> str:
     known = {parameter.name: parameter for parameter in parameters_of(path)}
     known |= {name: found[0][1] for name, found in borrowed(path).items() if name not in known}
     arguments = {name: as_given(known[name], value) for name, value in given.items() if name in known}
+    check_ends(arguments)
     module, names = split_path(path)
     return getattr(import_module(module), names[0])(**arguments)
 

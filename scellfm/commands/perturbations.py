@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 from .inputs import out_format, output_file, whole_cells, write_table
 from ..core import OptionError
+from ..store.files import atomic_write
+from ..store.layouts import SCGPT_MODEL
+from ..store.outputs import FolderKind, check_replaced, check_writable, output_path
 
 if TYPE_CHECKING:
     from scellfm.scgenept import PerturbationData
@@ -73,6 +76,9 @@ def evaluate(
     return f"{scores.title}\n{scores.to_markdown()}\n{out}"
 
 # %% ../../nbs/commands/perturbations.ipynb #ad832514
+REPRODUCTION = FolderKind("a reproduction", {}, ("runs", "table.csv", "model", "scgpt", "cells.h5ad"))
+
+
 def simulated_inputs(folder: Path) -> tuple:
     "Simulated data, the folder of a tiny scGPT, and vectors; the cells are written to cells.h5ad."
     import torch
@@ -84,15 +90,15 @@ def simulated_inputs(folder: Path) -> tuple:
 
     found = simulate_perturbations(n_targets=12, n_pairs=4, n_genes=30, n_modules=2, n_cells=8, n_controls=24)
     del found.adata.layers["counts"]
-    folder.mkdir(parents=True, exist_ok=True)
-    found.adata.write_h5ad(folder / "cells.h5ad")
+    with atomic_write(folder / "cells.h5ad") as part:
+        found.adata.write_h5ad(part)
     data = PerturbationData(found.adata)
     start = ScGenePT.from_config("tiny", data, device="cpu", d_model=16, n_heads=2, d_hid=16, n_layers=1)
-    start.save_pretrained(folder / "scgpt")
-    (folder / "scgpt" / "scgenept.json").unlink()
-    with torch.random.fork_rng(devices=[]):
+    with atomic_write(folder / "scgpt", kind=SCGPT_MODEL) as part, torch.random.fork_rng(devices=[]):
+        start.save_pretrained(part)
+        (part / "scgenept.json").unlink()
         torch.manual_seed(0)
-        save_tensors(folder / "scgpt" / "model.safetensors", ScGPTModel(start.model.config.encoder).state_dict())
+        save_tensors(part / "model.safetensors", ScGPTModel(start.model.config.encoder).state_dict())
     return data, folder / "scgpt", {"ncbi": found.vectors["know"]}
 
 # %% ../../nbs/commands/perturbations.ipynb #1cb42869
@@ -135,7 +141,9 @@ def reproduce(
     """
     from scellfm.scgenept import PerturbationData, reproduce
 
-    folder = Path(out).expanduser()
+    folder = output_path(out, "--out")
+    check_writable(folder)
+    check_replaced(folder, REPRODUCTION)
     if data == "simulated":
         cells, scgpt, vectors = simulated_inputs(folder)
     else:

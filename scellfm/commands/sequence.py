@@ -79,6 +79,16 @@ def encoder(model: str, targets: str | None, settings: dict):
         raise OptionError(f"--{name.replace('_', '-')} is an option of Enformer, and {model} is a simple encoder")
     return simple
 
+# %% ../../nbs/commands/sequence.ipynb #64620594
+def vectors_folder(out: str) -> Path:
+    "The folder of gene vectors that --out names; files of the user in it stay. Errors as those of `output_file`."
+    from scellfm.store.layouts import VECTORS
+    from scellfm.store.outputs import check_writable, result_folder
+
+    path = result_folder(out, VECTORS, name="--out")
+    check_writable(path)
+    return path
+
 # %% ../../nbs/commands/sequence.ipynb #a6a9328b
 @takes(EMBED, WINDOWS, ENFORMER, without=("original", "chrom_sizes"))
 def embed(
@@ -98,7 +108,7 @@ def embed(
     from scellfm.rosa import embed_genes
 
     as_table = Path(out).suffix.lower() in (".csv", ".parquet")
-    out = str(output_file(out, annotation, fasta)) if as_table else str(Path(out).expanduser())
+    out = str(output_file(out, annotation, fasta) if as_table else vectors_folder(out))
     how = settings_of(settings, EMBED)
     read = encoder(model, targets, settings_of(without_tracks(settings), ENFORMER))
     if not hasattr(read, "embed_with_coverage"):

@@ -12,7 +12,7 @@ from .inputs import cells_from
 from .options import refuse_others, settings_of, takes
 from ..core import OptionError
 from ..store.layouts import DATASET, TOKENIZER
-from ..store.outputs import check_replaced, output_path, result_folder
+from ..store.outputs import check_replaced, check_writable, output_path, result_folder
 
 # %% ../../nbs/commands/tokens.ipynb #69e0b82c
 FIT = "scellfm.geneformer.tokenizer.rank_tokenizer.RankTokenizer.fit"
@@ -51,9 +51,10 @@ def tokenize(
     Example: scellfm tokenize demo --fit runs/tokenizer --columns cell_type --out runs/demo.dataset
     """
     path = output_path(out, "--out")
+    check_writable(path)
     check_replaced(path, DATASET, [cells] if Path(cells).expanduser().exists() else [])
     if fit is not None:
-        result_folder(fit, TOKENIZER, name="--fit")
+        check_writable(result_folder(fit, TOKENIZER, name="--fit"))
     data = cells_from("demo") if cells == "demo" else cells
     made, ask = tokenizer_for(data, tokenizer, fit, settings), settings_of(settings, FILES)
     if isinstance(data, str):

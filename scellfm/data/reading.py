@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
-from ..core import DataError, OptionError, logger, optional, warn
+from ..core import DataError, OptionError, check_adata, logger, optional, warn
 from .columns import n_rows, read_table
 from .genes import GeneTable
 from .loom import loom_tables, read_loom
@@ -33,6 +33,7 @@ __all__ = ['genes_of', 'path_blocks', 'count_blocks', 'count_matrix', 'Fault', '
 # %% ../../nbs/data/reading.ipynb #ac72911d
 def counts_of(adata: AnnData, layer: str | None = None) -> Any:
     "The matrix that `layer` names, as it is stored: None is X, 'raw' is adata.raw.X; DataError if there is none."
+    check_adata(adata)
     if getattr(adata, "is_view", False):  # its matrix is cut out by a compiled loop
         check_matrices(adata._adata_ref)
     if layer is None:

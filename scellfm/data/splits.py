@@ -275,6 +275,10 @@ def deal(adata, by: str | None, fractions: np.ndarray, stratify: str | None, see
     import pandas as pd
 
     obs = getattr(adata, "obs", adata)
+    if not isinstance(obs, pd.DataFrame):
+        raise OptionError(
+            f"cells are split by an AnnData, tokenized cells or their obs, not by a {type(adata).__name__}"
+        )
     if not len(obs):
         raise DataError("there are 0 cells to split; check the filters before this")
     labels, codes = labels_of(obs, stratify)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import AssetError, DataError, OptionError, warn
+from ..core import AssetError, DataError, OptionError, user_path, warn
 from .vectors import GeneVectors
 
 # %% auto #0
@@ -162,7 +162,7 @@ def read_vectors(
 
     Nothing in the file is executed. AssetError: missing, damaged, unsafe, another kind. DataError: several widths, a
     gene that is there twice."""
-    path = Path(path)
+    path = user_path(path)
     if path.is_dir():
         return GeneVectors.load(path)
     from scellfm.assets.files import usable
@@ -170,8 +170,9 @@ def read_vectors(
 
     usable(path)
     digest = sha256(path)
-    if folder is not None and (Path(folder) / "vectors.json").exists():
-        return converted_before(Path(folder), path, digest)
+    folder = None if folder is None else user_path(folder, "folder")
+    if folder is not None and (folder / "vectors.json").exists():
+        return converted_before(folder, path, digest)
     found = vectors_in(path, genes, digest)
     if folder is not None:
         found.save(folder)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from ..core import AssetError, DataError, OptionError, check_number, keyed_generator, one_of, warn
+from ..core import AssetError, DataError, OptionError, check_number, keyed_generator, one_of, user_path, warn
 from .genes import gene_ids
 
 if TYPE_CHECKING:
@@ -274,6 +274,8 @@ SCHEMA = {
 def read_record(path: Path) -> dict:
     "The description of a saved table; AssetError where it is missing, of another kind or version, or damaged."
     from scellfm.assets.files import usable
+    from scellfm.store.layouts import MANIFEST_OF_VECTORS
+    from scellfm.store.records import check_record
 
     usable(path)
     try:
@@ -288,6 +290,7 @@ def read_record(path: Path) -> dict:
         )
     if not all(type(i) is int and 0 <= i < len(record["genes"]) for i in record["not_covered"]):
         raise AssetError(f"{path}: not_covered holds something else than rows of its {len(record['genes'])} genes")
+    check_record(record, {"genes": [str], "manifest": MANIFEST_OF_VECTORS}, path)
     return record
 
 # %% ../../nbs/data/vectors.ipynb #e43454c8
@@ -296,7 +299,7 @@ def load(folder: str | os.PathLike) -> GeneVectors:
     from scellfm.assets.tensors import read_tensors
     from scellfm.store import sha256
 
-    folder = Path(folder)
+    folder = user_path(folder, "folder")
     record = read_record(folder / "vectors.json")
     tensors = read_tensors(folder / "vectors.safetensors")
     if sha256(folder / "vectors.safetensors") != record["sha256"]:

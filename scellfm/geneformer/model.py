@@ -77,7 +77,7 @@ def build_model(config: dict) -> PreTrainedModel:
 # %% ../../nbs/geneformer/model.ipynb #c6d21867
 def layer_index(emb_layer: int | str, n_layers: int) -> int:
     "The index into hidden_states (0 = input, n_layers = last) of `emb_layer`: 0 or 'last', -1 or 'second_to_last', ..."
-    offset = {"last": 0, "second_to_last": -1}.get(emb_layer, emb_layer)
+    offset = {"last": 0, "second_to_last": -1}.get(emb_layer, emb_layer) if isinstance(emb_layer, str) else emb_layer
     if isinstance(offset, bool) or not isinstance(offset, (int, np.integer)) or not -n_layers <= offset <= 0:
         raise OptionError(
             f"emb_layer={emb_layer!r}: give 0 or 'last', -1 or 'second_to_last', down to {-n_layers} "

@@ -19,7 +19,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..assets.files import usable
-from ..core import DataError, OptionError, one_of, optional, warn
+from ..core import DataError, OptionError, one_of, optional, user_path, warn
 from .blockgzip import BOM, open_text
 
 if TYPE_CHECKING:
@@ -467,7 +467,7 @@ def _annotation_from(source, exons: bool, one_based: bool) -> Annotation:
         return annotation_table(source, one_based=one_based)
     if not isinstance(source, (str, Path)):
         raise OptionError(f"an annotation is a path, a DataFrame or an Annotation, not a {type(source).__name__}")
-    path = Path(source)
+    path = user_path(source, "annotation")
     usable(path)
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix in (".gtf", ".gff2"):

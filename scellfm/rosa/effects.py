@@ -216,7 +216,8 @@ def variant_effect(
     def compute(rows):
         return read_window(model, windows, variants, pairs.iloc[rows], [bins[row] for row in rows], score, how)
 
-    by_track = in_windows(folder, pairs, compute, model, windows, variants, settings)
+    where = {"pad": windows.pad, "bins": None if folder is None else fingerprint([list(map(int, one)) for one in bins])}
+    by_track = in_windows(folder, pairs, compute, model, windows, variants, settings | where)
     table = effect_table(variants, pairs, by_track, model, tracks)
     return VariantEffects(table, model.track_names(tracks), by_track, settings)
 

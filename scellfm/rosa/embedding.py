@@ -288,7 +288,8 @@ def embed_bins(
     zarr = optional("zarr", "zarr")
     windows = with_genome(windows, fasta)
     settings = {"strands": strands, "shifts": str(tuple(np.atleast_1d(shifts))), "length": windows.length}
-    inputs = {"model": encoder_name(model), "windows": windows.table}
+    settings["pad"] = windows.pad
+    inputs = {"model": encoder_name(model), "windows": windows.table, "genome": windows.genome.sha256}
     how = {key: value for key, value in (("strands", strands), ("shifts", shifts)) if hasattr(model, "bins")}
     with Store(folder, inputs, settings) as store:
         path = Path(folder) / "bins.zarr"

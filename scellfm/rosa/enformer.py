@@ -16,6 +16,7 @@ from fastcore.basics import patch
 
 from .. import inference
 from ..assets import find, load_state, read_dictionary, read_tensors, save_tensors
+from ..assets.tensors import check_layers, check_sizes
 from ..core import AssetError, DataError, OptionError, check_number, one_of, optional, progress
 from .attention import head_output, pointwise, take, transform
 from .chunks import as_bases, bin_size, conv_bins, filled, one_hot, reverse_complement
@@ -23,12 +24,13 @@ from .positional import GAMMAS
 from .pretraining import fit_tracks
 from .tracks import PUBLISHED_TRACKS, find_tracks, read_tracks, track_names
 from ..store import atomic_write, fingerprint
-from ..store.layouts import ENFORMER_MODEL
+from ..store.layouts import ENFORMER, ENFORMER_MODEL
 from ..store.outputs import result_folder
+from ..store.records import check_record
 
 # %% auto #0
-__all__ = ['PUBLISHED', 'TINY', 'SHAPES', 'TINY_TRACKS', 'CONVERTED', 'STRANDS', 'build', 'choose_gammas', 'cropped', 'readings',
-           'reading', 'wanted_rows', 'batched', 'count_windows', 'Enformer']
+__all__ = ['PUBLISHED', 'TINY', 'SHAPES', 'TINY_TRACKS', 'CONVERTED', 'STRANDS', 'build', 'read_config', 'choose_gammas',
+           'cropped', 'readings', 'reading', 'wanted_rows', 'batched', 'count_windows', 'Enformer']
 
 # %% ../../nbs/rosa/enformer.ipynb #b9ee9262
 PUBLISHED = {
@@ -64,6 +66,19 @@ def build(config: Mapping) -> torch.nn.Module:
     if not isinstance(values["output_heads"], Mapping) or not values["output_heads"]:
         raise OptionError(f"output_heads={values['output_heads']!r} must name heads with tracks, {{'human': 5313}}")
     return published.Enformer.from_hparams(**values).eval()
+
+
+def read_config(folder: Path) -> tuple[dict, Mapping]:
+    "config.json and the tensors of a folder. AssetError: no Enformer's, or of other sizes than the tensors."
+    path = folder / "config.json"
+    config, tensors = check_record(read_dictionary(path), ENFORMER, path), read_tensors(folder)
+    values = PUBLISHED | {key: config[key] for key in PUBLISHED if key in config}
+    wanted = {"stem.0.weight": (values["dim"] // 2, 4, 15)}
+    wanted |= {f"_heads.{head}.0.weight": (n, 2 * values["dim"]) for head, n in values["output_heads"].items()}
+    check_sizes(wanted, tensors, path)
+    if any(name.startswith("transformer.") for name in tensors):
+        check_layers(values["depth"], tensors, "transformer.", path)
+    return config, tensors
 
 # %% ../../nbs/rosa/enformer.ipynb #8530590e
 CONVERTED = "EleutherAI/enformer-official-rough"
@@ -181,12 +196,12 @@ class Enformer:
 
         gammas: 'published', 'port', or 'auto' (see choose_gammas). AssetError: missing, damaged, of another shape."""
         folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
-        config = read_dictionary(folder / "config.json")
+        config, tensors = read_config(folder)
         try:
             module = build(config)
         except (OptionError, TypeError, ValueError) as error:
             raise AssetError(f"{folder / 'config.json'} describes no Enformer: {error}") from error
-        report = load_state(module, read_tensors(folder))
+        report = load_state(module, tensors)
         gammas = choose_gammas(gammas, config, str(path_or_hub_id))
         made = cls(module, gammas=gammas, tracks=tracks, device=device, dtype=dtype)
         made.load_report = report

@@ -5,6 +5,7 @@
 # %% ../../nbs/rosa/expression.ipynb #6a9e7af4
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,9 +14,9 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from ..core import DataError, check_number, one_of, optional, tell, user_path, warn
+from ..core import DataError, OptionError, check_number, one_of, optional, tell, user_path, warn
 from ..data.genes import gene_ids, plain_id
-from ..data.reading import count_matrix, genes_of, judge
+from ..data.reading import count_matrix, genes_of, judge, read
 from ..store import atomic_write
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['SIZE', 'Zeros', 'TABULA_SAPIENS', 'cell_totals', 'normalize_counts', 'log_normalize', 'counts_from_log',
            'equal_edges', 'halving_edges', 'bins_of', 'finite_table', 'quantile_bins', 'bin_levels', 'values_from_bins',
-           'rank_order', 'rank_levels', 'values_from_order', 'Expression', 'layer_with_counts', 'gene_names',
-           'read_expression', 'pseudobulk', 'fetch_census']
+           'rank_order', 'rank_levels', 'values_from_order', 'Expression', 'as_cells', 'layer_with_counts',
+           'gene_names', 'read_expression', 'pseudobulk', 'fetch_census']
 
 # %% ../../nbs/rosa/expression.ipynb #8981ca92
 SIZE = 1e4  # counts of a cell after normalisation
@@ -172,6 +173,15 @@ class Expression:
         return f"Expression({len(self.cells):,} cells x {len(self.genes):,} genes, {kind})"
 
 
+def as_cells(adata: AnnData | str | os.PathLike) -> AnnData:
+    "Cells as they are, or read from the path of a file; OptionError for anything else."
+    if isinstance(adata, (str, os.PathLike)):
+        return read(adata)
+    if not hasattr(adata, "obs_names"):
+        raise OptionError(f"cells are an AnnData or the path of a file, not a {type(adata).__name__}")
+    return adata
+
+
 def layer_with_counts(adata: AnnData, layer: str | None) -> str | None:
     "The layer to read: the one that is named, or raw where X holds no counts and raw does."
     if layer is not None or adata.raw is None or judge(adata).counts or not judge(adata, "raw").counts:
@@ -188,18 +198,22 @@ def gene_names(adata: AnnData, layer: str | None, gene_column: str | None) -> pd
         odd = index[index.duplicated() | (index == "")]
         raise DataError(
             f"{len(odd):,} genes have no name or one that is there before, e.g. {list(odd[:3])}; a gene needs one name "
-            "and one stretch of DNA: leave them out, or sum them first"
+            "and one stretch of DNA: leave them out, or sum them first; or name the column of var that has the names "
+            f"with gene_column= (it has {list(genes_of(adata, layer).var.columns)[:8]})"
         )
     return index
 
 # %% ../../nbs/rosa/expression.ipynb #08ad4ce3
-def read_expression(adata: AnnData, *, layer: str | None = None, gene_column: str | None = None) -> Expression:
+def read_expression(
+    adata: AnnData | str | os.PathLike, *, layer: str | None = None, gene_column: str | None = None
+) -> Expression:
     """
     The counts of an AnnData with the names of its cells and genes.
 
     Values that are no counts, such as logarithms, are taken as given, with a warning. DataError: repeated names of
     cells or genes, negative or missing values.
     """
+    adata = as_cells(adata)
     layer = layer_with_counts(adata, layer)
     genes, cells = gene_names(adata, layer, gene_column), pd.Index(adata.obs_names.astype(str))
     if not cells.is_unique:

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from ..assets.files import usable
 from ..assets.hub import cache_folder
-from ..core import AssetError, DataError, StoreError, logger, optional
+from ..core import AssetError, DataError, StoreError, logger, optional, user_path
 from .blockgzip import BlockFile, is_zipped, open_text
 from .sequence import encode, reverse_complement_letters
 from ..store import atomic_write, fingerprint, sha256
@@ -185,7 +185,7 @@ class Genome:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path = user_path(path, "fasta")
         usable(self.path)
         self._file = BlockFile(self.path) if is_zipped(self.path) else PlainFile(self.path)
         self._index = find_index(self.path)

@@ -5,6 +5,7 @@
 # %% ../../nbs/rosa/hold_outs.ipynb #ce73ea73
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,9 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import DataError, OptionError, check_number, keyed_seed, user_path, warn
+from ..core import DataError, OptionError, check_number, keyed_seed, plain_arguments, user_path, warn
 from ..data.splits import Split, check_fractions, hold_out
-from .expression import Expression, gene_names, layer_with_counts
+from .expression import Expression, as_cells, gene_names, layer_with_counts
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -70,7 +71,8 @@ def groups_of(names: pd.Index, scheme, table: pd.DataFrame, where: str) -> pd.Se
         )
     if values.isna().all():
         raise DataError(f"none of {len(names):,} names, such as {names[0]!r}, has a group in the table that is given")
-    return values.where(values.isna(), values.astype(str))
+    texts = values.astype(str) if isinstance(values.dtype, np.dtype) else [str(value) for value in values]
+    return pd.Series(np.where(values.isna(), np.nan, np.asarray(texts, dtype=object)), index=names, dtype=object)
 
 # %% ../../nbs/rosa/hold_outs.ipynb #1e3713c5
 def held_names(groups: pd.Series, held: Iterable[str] | None) -> set[str] | None:
@@ -344,8 +346,9 @@ def context_flags(genes: pd.Index, train: np.ndarray, context: float | Iterable[
     return flags
 
 # %% ../../nbs/rosa/hold_outs.ipynb #423f6400
+@plain_arguments
 def hold_out_grid(
-    adata: AnnData,
+    adata: AnnData | str | os.PathLike,
     *,
     genes: Scheme = "random",  # or a column of var ("chromosome"), or a mapping from gene to group
     cells: Scheme = "random",  # or a column of obs ("donor", "cell_type"), or a Split
@@ -368,6 +371,7 @@ def hold_out_grid(
     shares = fraction if isinstance(fraction, tuple) else (fraction, fraction)
     for share in shares:
         check_number("fraction", share, 0.001, 0.999, whole=False)
+    adata = as_cells(adata)
     layer = layer_with_counts(adata, layer)
     names, obs = gene_names(adata, layer, gene_column), known_columns(adata.obs, donor, cell_type)
     rows = pd.Index(adata.obs_names.astype(str))

@@ -108,7 +108,9 @@ def fit_tracks(
         predicted = head_output(enformer.module, embeddings, head)
         return poisson_loss(predicted, wanted) * wanted.numel(), wanted.numel()
 
-    inputs = {"targets": fingerprint(np.asarray(targets)), "windows": fingerprint(as_bases(windows))}
+    inputs = {} if folder is None else {"learned": fingerprint(as_bases(windows), np.asarray(targets))}
+    if folder is not None and valid is not None:
+        inputs["valid"] = fingerprint(as_bases(valid[0]), np.asarray(valid[1]))
     enformer.history = fit(
         enformer.module, loss, rows.n, rows.batch, valid=held_out, device=enformer.device, folder=folder,
         inputs=inputs | {"head": head, "augment": augment}, desc="Enformer", **recipe,

@@ -16,11 +16,13 @@ from fastcore.basics import patch
 
 from .. import inference
 from ..assets import find, load_state, read_dictionary, read_tensors
+from ..assets.tensors import check_layers, check_sizes
 from ..core import AssetError, DataError, check_number, one_of, tell
 from ..data.vectors import GeneVectors
 from .proteins import Proteins, one_protein_each, read_proteins
 from ..store import fingerprint
 from ..store.blocks import rows_in_blocks
+from ..store.records import Absent, Between, Maybe, check_record
 
 if TYPE_CHECKING:
     from transformers import EsmModel
@@ -45,6 +47,13 @@ TINY = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "in
 FIXED = {"vocab_size": len(TOKENS), "pad_token_id": 1, "mask_token_id": 32, "position_embedding_type": "rotary"}
 ESM2_WAYS = {"token_dropout": True, "emb_layer_norm_before": False, "max_position_embeddings": 1026}
 UNUSED = ("lm_head.", "pooler.", "embeddings.position_")
+ESM_CONFIG = {
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "intermediate_size"), Absent(Between(1, 2**16))),
+    "num_hidden_layers": Absent(Between(1, 1000)),
+    "max_position_embeddings": Absent(Between(1, 2**20)),
+    "token_dropout": Absent(bool),
+    "emb_layer_norm_before": Maybe(bool),
+}
 
 
 def build_esm(config: Mapping) -> EsmModel:
@@ -59,18 +68,23 @@ def build_esm(config: Mapping) -> EsmModel:
     kept = {key: value for key, value in config.items() if key not in ("architectures", "dtype", "torch_dtype")}
     try:
         return EsmModel(EsmConfig(**(ESM2_WAYS | kept | FIXED)), add_pooling_layer=False).eval()
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError, ArithmeticError, AttributeError) as error:
         raise AssetError(f"the configuration describes no ESM-2: {error}") from error
 
 # %% ../../nbs/rosa/protein_vectors.ipynb #14b6e161
 def load_esm(folder: Path) -> tuple[EsmModel, object]:
     "The model in a folder and the account of its tensors."
-    model = build_esm(read_dictionary(folder / "config.json"))
+    config = check_record(read_dictionary(folder / "config.json"), ESM_CONFIG, folder / "config.json")
     vocabulary = folder / "vocab.txt"
     if vocabulary.is_file() and tuple(vocabulary.read_text(encoding="utf-8").split()) != TOKENS:
         raise AssetError(f"{vocabulary} lists other tokens, or in another order, than ESM-2 has")
     tensors = {name.removeprefix("esm."): value for name, value in read_tensors(folder).items()}
     tensors = {name: value for name, value in tensors.items() if not name.endswith("inv_freq")}
+    if "hidden_size" in config and "num_hidden_layers" in config:
+        table = {"embeddings.word_embeddings.weight": (len(TOKENS), config["hidden_size"])}
+        check_sizes(table, tensors, folder / "config.json")
+        check_layers(config["num_hidden_layers"], tensors, "encoder.layer.", folder / "config.json")
+    model = build_esm(config)
     computed = tuple(name for name in model.state_dict() if name.endswith("inv_freq"))
     return model, load_state(
         model, tensors, ignore=UNUSED, fresh=("contact_head.", "embeddings.position_ids", *computed)

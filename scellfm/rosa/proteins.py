@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from ..assets.files import usable
-from ..core import DataError, warn
+from ..core import DataError, user_path, warn
 from .annotation import without_version
 from .blockgzip import open_text
 
@@ -129,7 +129,7 @@ def read_proteins(fasta: str | os.PathLike | Proteins) -> Proteins:
     """
     if isinstance(fasta, Proteins):
         return fasta
-    path = Path(fasta)
+    path = user_path(fasta, "fasta")
     usable(path)
     counts, rows = Counter(), []
     for header, sequence in fasta_records(path):

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..core import AssetError, DataError, OptionError, one_of, warn
+from ..core import DataError, OptionError, one_of, plain, user_path, warn
 from ..data.vectors import GeneVectors
 from .effects import variant_vectors
 from .explain import Method, base_attribution, cell_attribution, vector_attribution, vector_slope
@@ -27,7 +27,8 @@ from .losses import Loss
 from .scores import score_grid
 from .training import Kind, Readable, Settings, Task, fit_kind, learnable, restore_kind
 from ..scores.sequence import GridScores
-from ..store import FolderKind
+from ..store.layouts import GRID_SCORES, ROSA, ROSA_MODEL
+from ..store.records import parts_fit, read_record
 from ..training import History
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from scellfm.rosa.windows import Windows
 
 # %% auto #0
-__all__ = ['ARRAYS', 'ROSA_MODEL', 'read_cells', 'effects_by_type', 'types_of', 'Rosa', 'asked_vectors', 'rows_of']
+__all__ = ['ARRAYS', 'read_cells', 'effects_by_type', 'types_of', 'Rosa', 'asked_vectors', 'rows_of']
 
 # %% ../../nbs/rosa/rosa.ipynb #e95aac88
 def read_cells(adata: AnnData, task: Task, layer: str | None, gene_column: str | None) -> tuple[Readable, pd.Index]:
@@ -91,7 +92,7 @@ class Rosa:
     ):
         for name in settings:
             one_of("option", name, tuple(Settings.__dataclass_fields__))
-        self.settings = Settings(kind=kind, loss=loss, seed=seed, **settings)
+        self.settings = Settings(**plain({"kind": kind, "loss": loss, "seed": seed, **settings}))
         self.device = device
         self.task = self.fitted = self.grid = self.vectors = self._expression = self._scores = None
         self._recipe: dict = {}
@@ -119,7 +120,7 @@ def fit(
             f"fit takes cells, GeneVectors and a HoldOutGrid; got {type(genes).__name__} and {type(grid).__name__}"
         )
     self._expression = read_expression(adata, layer=layer, gene_column=gene_column)
-    self.grid, self.vectors, self._scores, self._recipe = grid, genes, None, recipe
+    self.grid, self.vectors, self._scores, self._recipe = grid, genes, None, plain(recipe)
     self.task = learnable(self._expression, genes, grid, self.settings)
     self.fitted = fit_kind(self.task, device=self.device, **recipe)
     return self
@@ -332,11 +333,6 @@ def variant_effect(
 
 # %% ../../nbs/rosa/rosa.ipynb #5dfd5742
 ARRAYS = ("vectors", "centre", "scale", "train", "stop", "test", "context", "values", "counts", "sizes")
-ROSA_MODEL = FolderKind(
-    "a model of rosa",
-    {"config.json": {"format": str, "version": int, "genes": [str]}},
-    ("model.safetensors", "task.safetensors", "scores.json"),
-)
 
 # %% ../../nbs/rosa/rosa.ipynb #52c0b8f7
 def record_of(rosa: Rosa) -> dict:
@@ -364,24 +360,51 @@ def save_pretrained(self: Rosa, folder: str | Path) -> None:
         if self._scores is not None:
             (part / "scores.json").write_text(json.dumps(self._scores.to_dict()) + "\n", encoding="utf-8")
 
+# %% ../../nbs/rosa/rosa.ipynb #1a177d37
+def check_state(settings: Settings, state: Mapping) -> None:
+    "ValueError where a network of these sizes is larger than the weights beside it."
+    if settings.kind == "ridge":
+        return
+    most = max([len(state), *(n for tensor in state.values() for n in tensor.shape)], default=0)
+    shape = settings.network(1)
+    for name in ("dim", "heads", "dim_head", "depth"):
+        if settings.kind != "mlp" and getattr(shape, name) > most:
+            raise ValueError(f"{name}={getattr(shape, name):,} is more than the weights hold")
+    if settings.kind == "perceiver" and max(shape.latents, shape.latent_dim) > most:
+        raise ValueError(f"latents={shape.latents:,} of {shape.latent_dim:,} are more than the weights hold")
+
+
+def check_arrays(task: Task) -> None:
+    "ValueError where arrays of a task do not fit its genes and cells."
+    width, parts = task.vectors.shape[1], {"train": task.train, "test": task.test, "context": task.context}
+    shapes = {"vectors": (len(task.genes), width), "centre": (width,), "scale": (width,), "sizes": (len(task.cells),)}
+    shapes |= dict.fromkeys(("values", "counts"), (len(task.cells), len(task.train)))
+    for name, shape in shapes.items():
+        if getattr(task, name).shape != shape:
+            raise ValueError(f"{name} has the shape {getattr(task, name).shape}, not {shape}")
+    for name, places in (parts | {"stop": task.stop}).items():
+        if places.dtype.kind not in "iu" or places.ndim != 1 or (places >= len(task.genes)).any() or (places < 0).any():
+            raise ValueError(f"{name} holds something else than places of {len(task.genes):,} genes")
+
 # %% ../../nbs/rosa/rosa.ipynb #e8775976
 def opened(folder: Path, device: str) -> Rosa:
     "The model in a folder; the errors are those of whatever is wrong with its files."
     from scellfm.assets.tensors import read_tensors
 
-    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if (record.get("format"), record.get("version")) != ("scellfm rosa", 1):
-        raise KeyError("format")
+    record = read_record(folder / "config.json", ROSA)
     made = Rosa(device=device, **record["settings"])
     arrays = {name: value.numpy() for name, value in read_tensors(folder / "task.safetensors").items()}
-    names = {"genes": pd.Index(record["genes"]), "cells": pd.Index(record["cells"])}
+    names = {name: pd.Index(record[name], dtype=object) for name in ("genes", "cells")}
     task = Task(**arrays, **names, share=record["share"], settings=made.settings, left_out=record["left_out"])
-    made.task, made.fitted = task, restore_kind(task, read_tensors(folder / "model.safetensors"))
+    state = read_tensors(folder / "model.safetensors")
+    check_arrays(task)
+    check_state(made.settings, state)
+    made.task, made.fitted = task, restore_kind(task, state)
     flags, obs = np.zeros(len(task.genes), dtype=bool), pd.DataFrame(record["obs"], index=task.cells)
     made.grid = HoldOutGrid(task.genes, task.cells, None, None, flags, flags, obs)
     made.vectors = GeneVectors(task.genes, task.vectors, None, record["manifest"])
     if (folder / "scores.json").exists():
-        made._scores = GridScores.from_dict(json.loads((folder / "scores.json").read_text(encoding="utf-8")))
+        made._scores = GridScores.from_dict(read_record(folder / "scores.json", GRID_SCORES))
     return made
 
 # %% ../../nbs/rosa/rosa.ipynb #5da066cc
@@ -390,9 +413,7 @@ def from_pretrained(cls: Rosa, folder: str | Path, *, device: str = "auto") -> R
     "The model that `save_pretrained` wrote. AssetError: missing, damaged, of another kind."
     from scellfm.assets.files import usable
 
-    folder = Path(folder)
+    folder = user_path(folder, "folder")
     usable(folder / "config.json")
-    try:
+    with parts_fit(f"{folder} holds no model of rosa that can be opened: it"):
         return opened(folder, device)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise AssetError(f"{folder} holds no model of rosa that can be opened: {error}") from error

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import difflib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..assets.files import usable
-from ..core import AssetError, OptionError
+from ..core import AssetError, OptionError, user_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,7 +32,9 @@ def read_tracks(source: str | os.PathLike | pd.DataFrame | list[str]) -> pd.Data
     import pandas as pd
 
     if isinstance(source, (str, os.PathLike)):
-        source = _read_file(Path(source))
+        source = _read_file(user_path(source, "tracks"))
+    if isinstance(source, bytes) or not isinstance(source, (pd.DataFrame, Iterable)):
+        raise OptionError(f"tracks are a path, a table or a list of descriptions, not a {type(source).__name__}")
     table = source if isinstance(source, pd.DataFrame) else pd.DataFrame({"description": list(source)})
     if "description" not in table.columns or not len(table):
         raise AssetError(f"the tracks have the columns {list(table.columns)[:8]}; 'description' is needed")

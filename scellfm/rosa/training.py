@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 
-from ..core import DataError, OptionError, keyed_generator, one_of, warn
+from ..core import DataError, OptionError, check_ends, check_number, keyed_generator, one_of, warn
 from ..data.vectors import GeneVectors
 from ..inference import pick_device
 from .expression import SIZE, Expression, bin_levels, quantile_bins
@@ -21,12 +21,13 @@ from .hold_outs import TEST, TRAIN, HoldOutGrid
 from .losses import Loss, expression_of, loss_of, width_of
 from .networks import SIZES, NetworkConfig, ProfileNetwork, build_network
 from .ridge import choose_alpha, ridge_weights
+from ..store.identity import run_inputs
 from ..training import History, fit
 
 # %% auto #0
 __all__ = ['Kind', 'KINDS', 'NORMALISE', 'Fitted', 'CLASSES', 'Settings', 'Readable', 'sizes_of', 'logs_of', 'Task',
            'usable_genes', 'stopping_places', 'learnable', 'FittedRidge', 'Targets', 'targets_of', 'FittedProfile',
-           'drawn_genes', 'kept_genes', 'FittedNetwork', 'fit_kind', 'restore_kind']
+           'drawn_genes', 'kept_genes', 'FittedNetwork', 'task_inputs', 'fit_kind', 'restore_kind']
 
 # %% ../../nbs/rosa/training.ipynb #0891cf4c
 Kind = Literal["ridge", "mlp", "transformer", "encoder_decoder", "performer", "perceiver"]
@@ -51,6 +52,9 @@ class Settings:
     def __post_init__(self):
         one_of("kind", self.kind, KINDS)
         one_of("normalise", self.normalise, NORMALISE)
+        check_ends({"seed": self.seed})
+        check_number("read", self.read, 1)
+        check_number("asked", self.asked, 1)
         width_of(self.loss, self.n_bins)
         if isinstance(self.size, str):
             one_of("size", self.size, tuple(SIZES))
@@ -459,6 +463,19 @@ class FittedNetwork:
         network.load_state_dict(state)
         return cls(network.eval(), targets_of(task), "cpu")
 
+# %% ../../nbs/rosa/training.ipynb #3f5c9ca8
+def task_inputs(task: Task) -> dict:
+    "What a training on the task is made from, by fingerprint: settings, counts, vectors, the parts of genes."
+    return run_inputs(
+        config=task.settings,
+        cells=[task.counts, task.values, task.sizes],
+        vectors=task.vectors,
+        train=task.train,
+        stop=task.stop,
+        test=task.test,
+        context=task.context,
+    )
+
 # %% ../../nbs/rosa/training.ipynb #6577c2ce
 Fitted = FittedRidge | FittedProfile | FittedNetwork
 CLASSES = {"ridge": FittedRidge, "mlp": FittedProfile}
@@ -473,7 +490,8 @@ def fit_kind(task: Task, *, device: str = "auto", **recipe) -> Fitted:
             )
         return FittedRidge.fit(task)
     made = CLASSES.get(task.settings.kind, FittedNetwork)
-    return made.fit(task, str(pick_device(device)), {**RECIPE, "seed": task.settings.seed, **recipe})
+    inputs = {} if recipe.get("folder") is None else {"inputs": task_inputs(task)}
+    return made.fit(task, str(pick_device(device)), {**RECIPE, "seed": task.settings.seed, **recipe, **inputs})
 
 
 def restore_kind(task: Task, state: dict[str, torch.Tensor]) -> Fitted:

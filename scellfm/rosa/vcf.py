@@ -18,7 +18,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..assets.files import usable
-from ..core import DataError, OptionError, one_of, warn
+from ..core import DataError, OptionError, one_of, user_path, warn
 from .blockgzip import BOM, open_text
 from .genome import Genome, same_contig
 
@@ -315,7 +315,7 @@ def _variants_from(source, samples: Iterable[str]) -> Variants:
         return variants_of_table(source)
     if not isinstance(source, (str, Path)):
         raise OptionError(f"variants are a path, a DataFrame or Variants, not a {type(source).__name__}")
-    path = Path(source)
+    path = user_path(source, "variants")
     usable(path)
     name = path.name.removesuffix(".gz").removesuffix(".bgz").lower()
     if name.endswith(".vcf"):

@@ -18,11 +18,15 @@ import torch
 
 from .. import inference
 from ..assets import LoadReport, find, load_state, read_dictionary, read_tensors, save_tensors
-from ..core import AssetError, DataError, OptionError, one_of
+from ..assets.tensors import check_sizes
+from ..core import AssetError, DataError, OptionError, one_of, plain, plain_arguments, user_path
 from .knowledge import Source, gene_tables, inputs_of, named_vectors, published_tables
 from .model import Inputs, ScGenePTConfig, ScGenePTModel, load_published
-from ..scgpt.model import ScGPTConfig
+from ..scgpt.model import ScGPTConfig, check_scgpt_sizes
 from ..store import atomic_write
+from ..store.layouts import SCGENEPT, SCGENEPT_MODEL, SCGPT_ARGS
+from ..store.outputs import result_folder
+from ..store.records import Between, check_record, parts_fit
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -32,9 +36,9 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['PAD', 'SPECIALS', 'SHAPES', 'RECORD', 'WEIGHTS', 'TABLES', 'vocabulary_of', 'read_vocabulary', 'weights_in',
-           'sizes_in', 'inputs_in', 'ScGenePTCheckpoint', 'set_tables', 'bind', 'initial_tables', 'moved_tables',
-           'sized', 'started', 'from_published', 'from_folder', 'check_widths', 'from_pretrained', 'read_inputs',
-           'adopted', 'from_config', 'save_pretrained', 'published_tensors']
+           'read_args', 'sizes_in', 'inputs_in', 'ScGenePTCheckpoint', 'set_tables', 'bind', 'initial_tables',
+           'moved_tables', 'sized', 'started', 'from_published', 'from_folder', 'check_widths', 'from_pretrained',
+           'read_inputs', 'adopted', 'from_config', 'save_pretrained', 'published_tensors']
 
 # %% ../../nbs/scgenept/checkpoint.ipynb #918eae50
 PAD = "<pad>"
@@ -48,13 +52,17 @@ SHAPES = {
 def vocabulary_of(genes: PerturbationData | AnnData | Iterable[str]) -> dict[str, int]:
     "A vocabulary of the genes of perturbation data (measured or not), of an AnnData or of a list; special tokens last."
     names = next((getattr(genes, name) for name in ("input_genes", "var_names") if hasattr(genes, name)), genes)
+    if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+        raise OptionError(
+            f"genes is a {type(genes).__name__}; give perturbation data, an AnnData or a list of gene names"
+        )
     tokens = dict.fromkeys([*map(str, names), *SPECIALS])
     return {token: number for number, token in enumerate(tokens)}
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
     "vocab.json as {token: number}; AssetError unless the numbers are 0, 1, 2, ... and <pad> has one."
-    found = read_dictionary(path)
+    found = check_record(read_dictionary(path), {...: Between(0, 2**32)}, path)
     if sorted(found.values()) != list(range(len(found))) or PAD not in found:
         raise AssetError(f"{path} does not number its {len(found):,} tokens from 0, or has no {PAD}; is it scGPT's?")
     return {str(token): int(number) for token, number in found.items()}
@@ -76,11 +84,17 @@ def weights_in(path: Path) -> Path:
     return published[0] if published else path
 
 
+def read_args(folder: Path) -> dict:
+    "args.json of a folder; AssetError where it does not give the sizes of a scGPT."
+    path = folder / "args.json"
+    return check_record(read_dictionary(path), SCGPT_ARGS, path)
+
+
 def sizes_in(folder: Path, scgpt: str | PathLike | None) -> tuple[dict, dict[str, int]]:
     "args.json and vocab.json, from the folder itself or from that of scGPT. AssetError where neither has them."
-    for place in (folder, *([Path(scgpt).expanduser()] if scgpt is not None else [])):
+    for place in (folder, *([user_path(scgpt, "scgpt")] if scgpt is not None else [])):
         if (place / "args.json").is_file() and (place / "vocab.json").is_file():
-            return read_dictionary(place / "args.json"), read_vocabulary(place / "vocab.json")
+            return read_args(place), read_vocabulary(place / "vocab.json")
     raise AssetError(
         f"{folder} has no args.json and vocab.json, which give sizes and tokens; name scGPT's folder with scgpt="
     )
@@ -256,17 +270,23 @@ def from_published(
 # %% ../../nbs/scgenept/checkpoint.ipynb #8a79f2b0
 def from_folder(folder: Path, gene_vectors: Source | Mapping[str, Source] | None, device: str) -> ScGenePTCheckpoint:
     "What `save_pretrained` wrote. AssetError: damaged, of another version; OptionError: vectors that are not those."
-    record = read_dictionary(folder / RECORD)
-    if record.get("format") != "scellfm scGenePT" or record.get("version") != 1:
-        raise AssetError(f"{folder / RECORD} does not describe a scGenePT of version 1; save the model again")
-    args, vocabulary = read_dictionary(folder / "args.json"), read_vocabulary(folder / "vocab.json")
+    record = check_record(read_dictionary(folder / RECORD), SCGENEPT, folder / RECORD)
+    args, vocabulary = read_args(folder), read_vocabulary(folder / "vocab.json")
     inputs, genes = Inputs(record["tokens"], record["counts"], record["languages"]), record["genes"]
-    encoder = sized(args, vocabulary, n_cls=1)
-    model = ScGenePTModel(ScGenePTConfig(encoder, len(genes), record["widths"], inputs.tokens, inputs.counts))
+    if set(record["widths"]) != set(inputs.languages):
+        raise AssetError(
+            f"{folder / RECORD} gives widths of other tables than {sorted(inputs.languages)}; save it again"
+        )
     tensors, left_out = (
         read_tensors(folder / "model.safetensors"),
         record["settings"]["freeze_language"] and inputs.languages,
     )
+    encoder = sized(args, vocabulary, n_cls=1)
+    check_scgpt_sizes(replace(encoder, n_cls=0), tensors)
+    tables = {f"languages.{n}.proj_layer.weight": (encoder.d_model, width) for n, width in record["widths"].items()}
+    check_sizes(tables, tensors, folder / RECORD)
+    with parts_fit(folder):
+        model = ScGenePTModel(ScGenePTConfig(encoder, len(genes), record["widths"], inputs.tokens, inputs.counts))
     if left_out:
         vectors = named_vectors(gene_vectors, inputs)
         tables = initial_tables(vectors, pd.Index(genes), vocabulary, record["settings"])
@@ -292,6 +312,7 @@ def check_widths(tables: Mapping[str, np.ndarray], widths: Mapping[str, int]) ->
             )
 
 # %% ../../nbs/scgenept/checkpoint.ipynb #5656b29e
+@plain_arguments
 def from_pretrained(
     cls: type[ScGenePTCheckpoint],
     path_or_hub_id: str | Path,  # folder of scGPT or of a trained scGenePT, file of published weights, or a hub id
@@ -310,8 +331,7 @@ def from_pretrained(
     """A model to train, from scGPT, or a trained one; `load_report` says what became of each tensor.
 
     AssetError: files that are missing, damaged, of another vocabulary or size. OptionError: names and vectors."""
-    path = Path(path_or_hub_id).expanduser()
-    path = path if path.exists() else Path(find(path_or_hub_id))
+    path = Path(find(path_or_hub_id))
     if (path / RECORD).is_file():
         made = adopted(cls, from_folder(path, gene_vectors, device))
         made.freeze(made.settings["freeze_language"] if freeze_language is None else freeze_language)
@@ -350,6 +370,7 @@ def adopted(cls: type[ScGenePTCheckpoint], made: ScGenePTCheckpoint) -> ScGenePT
     return made
 
 # %% ../../nbs/scgenept/checkpoint.ipynb #2c42a982
+@plain_arguments
 def from_config(
     cls: type[ScGenePTCheckpoint],
     name: Literal["tiny", "human"],
@@ -379,7 +400,7 @@ def from_config(
 # %% ../../nbs/scgenept/checkpoint.ipynb #5a5a424f
 def save_pretrained(model: ScGenePTCheckpoint, folder: str | PathLike, *, original: bool = False) -> None:
     "Write args.json, vocab.json, scgenept.json and model.safetensors; original=True: best_model.pt as well."
-    folder = Path(folder).expanduser()
+    folder = result_folder(folder, SCGENEPT_MODEL)
     frozen = model.settings["freeze_language"]
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.model.state_dict().items()}
     tables = [f"languages.{name}.embedding.weight" for name in model.inputs.languages]
@@ -401,9 +422,11 @@ def save_pretrained(model: ScGenePTCheckpoint, folder: str | PathLike, *, origin
         "args.json": model.args | model.model.config.encoder.to_args(),
         "vocab.json": model.vocabulary,
     }
-    for name, content in files.items():
+    for name, content in plain(files).items():
         with atomic_write(folder / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+            temporary.write_text(
+                json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8", errors="backslashreplace"
+            )
     if original:
         with atomic_write(folder / "best_model.pt") as temporary:
             torch.save(published_tensors(model, tensors), temporary)

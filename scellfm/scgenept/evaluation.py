@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, one_of, warn
+from ..core import DataError, OptionError, one_of, warn
 from .baselines import perturbation_baselines
 from .checkpoint import ScGenePTCheckpoint
 from .gears_folder import gears_table
@@ -34,7 +34,7 @@ MODEL = "scGenePT"
 def evaluate(
     model: ScGenePTCheckpoint,
     data: PerturbationData,
-    split: PerturbationSplit,
+    split: PerturbationSplit | None = None,  # data.split("simulation", seed=1)
     *,
     part: Literal["test", "valid"] = "test",
     metrics: str | Sequence[str] = "default",
@@ -47,6 +47,8 @@ def evaluate(
 
     DataError: a split of other data, a part without perturbations. Warns where the model saw some in training."""
     one_of("part", part, ("test", "valid"))
+    if not hasattr(data, "check_split"):
+        raise OptionError(f"data is a {type(data).__name__}; make perturbation data of it: PerturbationData(adata)")
     data.check_split(split)
     names = split.perturbations(part)
     if not names:

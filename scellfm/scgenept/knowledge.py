@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -83,7 +82,7 @@ def as_vectors(source: Source, name: str) -> GeneVectors:
     if isinstance(source, GeneVectors):
         return source
     if isinstance(source, (str, PathLike)):
-        return read_vectors(Path(source).expanduser())
+        return read_vectors(source)
     raise OptionError(f"gene_vectors of {name!r} is a {type(source).__name__}; give GeneVectors, or the path of a file")
 
 # %% ../../nbs/scgenept/knowledge.ipynb #fd286a7e

@@ -5,7 +5,6 @@
 # %% ../../nbs/scgenept/language.ipynb #fed62875
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..core import AssetError, DataError, OptionError, check_number, one_of, war
 from ..data.vectors import GeneVectors
 from .leakage import annotation_sets
 from .texts import sentences_of
+from ..store.records import Absent, Between, Maybe, read_record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,21 +41,18 @@ def for_genes(vectors: GeneVectors, genes: Iterable[str] | None, missing: str, s
     return vectors if genes is None else vectors.take(list(genes), missing=missing, seed=seed)
 
 # %% ../../nbs/scgenept/language.ipynb #90887cab
-def read_json(path: Path) -> dict | list:
-    "A JSON file of the model; empty where there is none. AssetError: damaged."
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AssetError(f"{path} is no readable JSON: {error}; fetch the model again") from error
+def read_json(path: Path, pattern=dict) -> dict | list:
+    "A JSON file of the model that fits a pattern; empty where there is none. AssetError: damaged."
+    return read_record(path, pattern) if path.exists() else {}
 
 
 def pooling_of(folder: Path) -> tuple[str, bool]:
     "'mean' or 'cls', and whether vectors are scaled to length 1, as the model's folder says."
-    modules = read_json(folder / "modules.json") or []
+    modules = read_json(folder / "modules.json", [{"type": Maybe(str), "path": Absent(str)}]) or []
     kinds = [str(module.get("type", "")).rsplit(".", 1)[-1] for module in modules]
-    place = next((module["path"] for module, kind in zip(modules, kinds) if kind == "Pooling"), "1_Pooling")
+    place = next(
+        (module.get("path", "1_Pooling") for module, kind in zip(modules, kinds) if kind == "Pooling"), "1_Pooling"
+    )
     modes = [key for key, on in read_json(folder / place / "config.json").items() if on is True]
     modes = [key.removeprefix("pooling_mode_") for key in modes if key.startswith("pooling_mode_")]
     known = {"mean_tokens": "mean", "cls_token": "cls"}
@@ -79,7 +76,8 @@ class SentenceModel:
         self.tokenizer, self.model = load_encoder(self.folder)
         self.model.to(self.device).eval()
         self.pooling, self.scaled = pooling_of(self.folder)
-        limit = (read_json(self.folder / "sentence_bert_config.json") or {}).get("max_seq_length")
+        told = read_json(self.folder / "sentence_bert_config.json", {"max_seq_length": Maybe(Between(1, 2**24))})
+        limit = told.get("max_seq_length")
         positions = getattr(self.model.config, "max_position_embeddings", None)
         self.limit = min(n for n in (limit, positions, self.tokenizer.model_max_length) if n)
 
@@ -106,7 +104,7 @@ def load_encoder(folder: Path) -> tuple:
         model, report = AutoModel.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
         raise AssetError(f"{folder} is no readable sentence model of transformers: {error}") from error
     lost = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
     if lost or report["mismatched_keys"]:
@@ -153,9 +151,11 @@ def sentence_vectors(
     "Vectors (float32) of different sentences, and how many sentences were cut."
     from scellfm.core import progress
     from scellfm.store import rows_in_blocks
+    from scellfm.store.identity import run_inputs
 
     tokens, cut = model.tokens(sentences)
-    inputs = {"sentences": sentences, "weights": dict(model.model.state_dict())} if folder is not None else {}
+    made_from = dict(weights=model.model.state_dict(), config=model.model.config, cells=[tokens], sentences=sentences)
+    inputs = {} if folder is None else run_inputs(**made_from)
     settings = {"limit": model.limit, "pooling": model.pooling, "scaled": model.scaled, "token_budget": token_budget}
     with progress(desc="reading sentences", total=len(tokens), unit="sentence") as bar:
         found = rows_in_blocks(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['OWN_SPLITS', 'gene_names', 'warn_of_unmeasured', 'PerturbedCells', 'CellStatistics', 'PerturbationData']
+__all__ = ['OWN_SPLITS', 'gene_names', 'warn_of_unmeasured', 'cells_of', 'check_names', 'PerturbedCells', 'CellStatistics',
+           'PerturbationData']
 
 # %% ../../nbs/scgenept/perturbseq.ipynb #82f57fd7
 def gene_names(var: pd.DataFrame, names: list[str]) -> pd.Index:
@@ -110,12 +112,34 @@ def _assembled(adata, matrix, ids: list[str], labels: np.ndarray, names: np.ndar
     return anndata.AnnData(matrix, obs=obs, var=var)
 
 # %% ../../nbs/scgenept/perturbseq.ipynb #4ed0755e
+def cells_of(adata: AnnData | str | PathLike) -> AnnData:
+    "Cells as they are, or read from the path of a file; OptionError for anything else."
+    from scellfm.data import read
+
+    if isinstance(adata, (str, PathLike)):
+        return read(adata)
+    if not hasattr(adata, "obs_names"):
+        raise OptionError(
+            f"perturbation data are made of an AnnData or the path of a file, not a {type(adata).__name__}"
+        )
+    return adata
+
+
+def check_names(genes: pd.Index, var: pd.DataFrame) -> None:
+    "DataError where the names of genes are integers, which name nothing."
+    if len(genes) and all(str(gene).isdigit() for gene in genes):
+        raise DataError(
+            f"the genes are called {list(genes[:3])}, integers (a lost index, or Entrez ids): put their symbols into "
+            f"var['gene_name'] (var has {list(var.columns)[:8]})"
+        )
+
+
 class PerturbedCells:
     "Cells by perturbation: rows, labels, genes and flags; the ground of `PerturbationData`."
 
     def __init__(
         self,
-        adata: AnnData,
+        adata: AnnData | str | PathLike,
         *,
         condition: str = "condition",
         control: str | Iterable[str] = CONTROL,
@@ -126,6 +150,7 @@ class PerturbedCells:
         original: bool = False,  # refuse what GEARS cannot represent: a perturbed gene that is not measured
     ):
         "DataError: no control, a missing label, counts for logs or the reverse, repeated genes, NaN."
+        adata = cells_of(adata)
         labels, names = _labels(adata, condition, control)
         self.perturbed = sorted({gene for name in dict.fromkeys(names) for gene in perturbed_genes(name)})
         if normalize:
@@ -137,6 +162,7 @@ class PerturbedCells:
             matrix, ids = log_expression(adata, layer)
         self.adata = _assembled(adata, matrix, ids, labels, names, layer)
         self.genes = self.adata.var_names.rename("gene")
+        check_names(self.genes, adata.var)
         named = cell_type is not None or "cell_type" in adata.obs
         self.cell_types = column_of(adata.obs, cell_type or "cell_type", "cell_type") if named else None
         self.control_names = control_names(control) | FILLERS

@@ -138,7 +138,7 @@ def known_genes(model: ScGenePTCheckpoint, found: Controls) -> Controls:
 # %% ../../nbs/scgenept/prediction.ipynb #4aa78894
 def check_question(model: ScGenePTCheckpoint, names: Sequence[str]) -> None:
     "Warn of perturbations that a model was not made for. OptionError where there are none."
-    if isinstance(names, str) or not len(names):
+    if names is None or isinstance(names, str) or not len(names):
         raise OptionError("perturbations must be a list of names, such as ['FOSB+ctrl', 'FOSB+CEBPE']")
     genes = {name: perturbed_genes(name) for name in names}
     many = [name for name, parts in genes.items() if len(parts) > 2]

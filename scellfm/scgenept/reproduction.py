@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, OptionError, one_of, tell
+from ..core import DataError, OptionError, StoreError, one_of, tell
 from ..data.vectors import GeneVectors
 from .checkpoint import ScGenePTCheckpoint, from_pretrained
 from .evaluation import evaluate_published
@@ -21,6 +21,7 @@ from .knowledge import KNOWLEDGE, Source, plain_name
 from .perturbseq import PerturbationData
 from .training import fit
 from ..store import atomic_write, fingerprint
+from ..store.records import Maybe, read_record
 
 # %% auto #0
 __all__ = ['SEEDS', 'CARD_COLUMNS', 'COLUMNS', 'PUBLISHED', 'own_numbers', 'one_run', 'reproduce']
@@ -98,7 +99,7 @@ def one_run(
     settings = run_settings(data, scgpt, vectors, seed, training)
     path = folder / f"{knowledge or 'scgpt'}-{seed}.json"
     if path.is_file():
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_record(path, {"settings": dict, "numbers": {...: Maybe(float)}}, StoreError)
         if record["settings"] != json.loads(json.dumps(settings)):
             found = record["settings"]
             other = [name for name, value in settings.items() if json.loads(json.dumps(value)) != found.get(name)]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core import AssetError, DataError, one_of, warn
+from ..core import AssetError, DataError, one_of, user_path, warn
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ def read_frame(table: pd.DataFrame | str | os.PathLike) -> pd.DataFrame:
 
     if hasattr(table, "columns"):
         return table
-    path = Path(table)
+    path = user_path(table)
     from scellfm.assets.files import usable
 
     usable(path)
@@ -151,7 +151,7 @@ def read_texts(path: str | os.PathLike) -> dict[str, str]:
     "{gene: text} from a JSON file; empty texts are left out, with a warning. AssetError: another kind of file."
     from scellfm.assets.files import usable
 
-    path = Path(path)
+    path = user_path(path)
     usable(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))

@@ -14,7 +14,7 @@ import torch
 from scipy import sparse
 
 from .. import training
-from ..core import DataError, OptionError, check_number, keyed_generator, warn
+from ..core import DataError, OptionError, check_number, keyed_generator, plain_arguments, warn
 from .checkpoint import ScGenePTCheckpoint, bind
 from .model import ScGenePTModel
 from .pairing import occurrences
@@ -209,10 +209,11 @@ def train_pairs(
     return history
 
 # %% ../../nbs/scgenept/training.ipynb #0d0be43a
+@plain_arguments
 def fit(
     model: ScGenePTCheckpoint,
     data: PerturbationData,
-    split: PerturbationSplit,
+    split: PerturbationSplit | None = None,  # data.split("simulation", seed=1)
     *,
     epochs: int = 20,
     batch_size: int = 64,
@@ -229,6 +230,8 @@ def fit(
 
     The best epoch by the loss on the validation perturbations is kept. DataError: other data. StoreError: a folder of
     another run."""
+    if not hasattr(data, "check_split"):
+        raise OptionError(f"data is a {type(data).__name__}; make perturbation data of it: PerturbationData(adata)")
     data.check_split(split)
     if not split.perturbations("train"):
         raise DataError(f"the split {split.name!r} has no training perturbation; take another seed or kind of split")
@@ -243,6 +246,8 @@ def fit(
     inputs = {
         "perturbed genes": fingerprint(np.concatenate(flags), np.array([len(genes) for genes in flags])),
         "cells": fingerprint(train.matrix, train.controls, train.targets, valid.controls, valid.targets),
+        "names": fingerprint(train.keys, valid.keys),
+        "perturbed": fingerprint(train.flags, valid.flags),
         "labels": fingerprint(sorted(split.train), sorted(split.valid)),
         "dropout": str((dropout, attention_dropout)),
         "language": str((model.settings["freeze_language"], list(model.inputs.languages))),

@@ -21,7 +21,7 @@ __all__ = ['CellAnnotator', 'CellClassifier', 'finetune']
 # %% ../../nbs/scgpt/annotation.ipynb #c5d0ba3b
 from ..assets import find
 from ..assets.contents import wrong_folder
-from ..core import check_number, keyed_seed, plain_arguments, warn
+from ..core import check_adata, check_number, keyed_seed, plain_arguments, warn
 from ..crossfit.check import check_overfit, fewer_epochs, freeze_more, hold_out_donors, untried
 from ..crossfit.evidence import Evidence, evidence_of, write_record
 from ..crossfit.labels import check_class_folds, classes_of, predicted_classes, write_predictions
@@ -218,6 +218,7 @@ def finetune(
     "Fine-tune one annotator per fold; judge it on the cells held out, beside simple methods. DataError, OptionError."
     check_split(split)
     adata = read(adata) if isinstance(adata, (str, Path)) else adata
+    check_adata(adata)
     classes, codes = classes_of(column_of(adata.obs, label, "label"), label)
     cells, index = binned_cells(gpt, adata, layer=layer, names=dict(gene_column=gene_column, match=match), seed=seed)
     parts, groups = folds_of(adata, cells.lengths, split)

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from ..core import AssetError, DataError, OptionError, check_number, keyed_generator, one_of, plain, warn
+from scellfm.core import (
+    AssetError,
+    DataError,
+    OptionError,
+    check_number,
+    keyed_generator,
+    one_of,
+    plain,
+    user_path,
+    warn,
+)
 from ..data.splits import column_of
 from .neighbours import SEARCHES, TIES, VOTES, Subset, nearest, nearest_faiss, vote_shares, winners
 from ..scores.table import Scores
@@ -168,7 +178,8 @@ def belong_together(vectors: np.ndarray, codes: np.ndarray, record: dict) -> boo
 # %% ../../nbs/scgpt/mapping.ipynb #553956d3
 def open_map(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict]:
     "(vectors mapped from the file, codes, record) of a saved map. AssetError: missing, damaged, or of another kind."
-    file, described = Path(path) / "index.safetensors", Path(path) / "index.json"
+    path = user_path(path)
+    file, described = path / "index.safetensors", path / "index.json"
     for part in (file, described):
         if not part.is_file():
             raise AssetError(

@@ -79,7 +79,9 @@ class Vocabulary:
     def save(self, path: str | Path) -> None:
         "Write vocab.json, which the original opens too."
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(self.ids, indent=0, ensure_ascii=False), encoding="utf-8")
+            temporary.write_text(
+                json.dumps(self.ids, indent=0, ensure_ascii=False), encoding="utf-8", errors="backslashreplace"
+            )
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from ..core import DataError, OptionError, optional, progress, threads_kept, warn
+from ..core import DataError, OptionError, check_adata, optional, progress, threads_kept, warn
 from .table import Scores
 
 if TYPE_CHECKING:
@@ -273,6 +273,7 @@ def integration(
     one batch, one label or none leave nothing to tell. layer: the counts of baselines and of PCR's start (None: X).
     DataError: missing columns, embeddings or values.
     """
+    check_adata(adata)
     reps = [reps] if isinstance(reps, str) else list(reps)
     if adata.n_obs < 3 or not (batch or label):
         raise DataError(

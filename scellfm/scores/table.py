@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import DataError, one_of
+from ..core import DataError, one_of, storable
 from ..metrics import direction, is_aside, metric_name, smaller_is_better
 
 if TYPE_CHECKING:
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['STYLE', 'CONSTANT', 'FORMULA', 'plain', 'plain_number', 'table_from', 'short', 'interval', 'Scores', 'holds',
-           'checked_bounds', 'is_constant', 'safe_text', 'safe_table', 'scores_markdown', 'scores_html']
+           'checked_bounds', 'is_constant', 'safe_text', 'safe_table', 'storable_table', 'scores_markdown',
+           'scores_html']
 
 # %% ../../nbs/scores/table.ipynb #cbc1810c
 def plain(value: Any) -> Any:
@@ -220,6 +221,23 @@ def safe_table(table: pd.DataFrame) -> pd.DataFrame:
     safe.columns = table.columns.map(safe_text)
     index = table.index if table.index.nlevels > 1 else table.index.map(safe_text)
     return safe.set_axis(index, axis=0).rename_axis(table.index.names)
+
+# %% ../../nbs/scores/table.ipynb #79ab4ca2
+def storable_table(table: pd.DataFrame) -> pd.DataFrame:
+    "The table for a file: lone surrogates in its texts and in the names of rows and columns are written out."
+
+    def written(value: Any) -> Any:
+        return storable(value) if isinstance(value, str) else value
+
+    changed = table.copy(deep=False)
+    for place, (_, values) in enumerate(table.items()):
+        if isinstance(values.dtype, pd.CategoricalDtype):
+            changed.isetitem(place, values.cat.rename_categories(written))
+        elif values.dtype == object:
+            changed.isetitem(place, values.map(written))
+    changed.columns = changed.columns.map(written)
+    named = changed.index.nlevels == 1 and changed.index.dtype == object
+    return changed.set_axis(changed.index.map(written)) if named else changed
 
 # %% ../../nbs/scores/table.ipynb #5b17452d
 def scores_markdown(scores: Scores) -> str:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHARE', 'BERT', 'BERT_MODEL', 'TOKENS', 'MEDIANS', 'NAMES', 'TOKENIZER_SETTINGS', 'TOKENIZER', 'SCGPT_ARGS',
-           'SCGPT_MODEL', 'ENFORMER_MODEL', 'NUMBERS', 'SCORES', 'CHECK', 'HISTORY', 'EVIDENCE', 'FOLDS', 'OF_CELLS',
-           'OF_TASKS', 'OF_GENES', 'CELL_CLASSIFIER', 'TASK_CLASSIFIER', 'GENE_CLASSIFIER', 'ANNOTATOR', 'DATASET',
-           'SCREEN', 'REFERENCE_MAP', 'PAGE', 'REPORT', 'VECTORS']
+           'SCGPT_MODEL', 'ENFORMER', 'ENFORMER_MODEL', 'NUMBERS', 'SCORES', 'CHECK', 'HISTORY', 'EVIDENCE', 'FOLDS',
+           'OF_CELLS', 'OF_TASKS', 'OF_GENES', 'CELL_CLASSIFIER', 'TASK_CLASSIFIER', 'GENE_CLASSIFIER', 'ANNOTATOR',
+           'DATASET', 'SCREEN', 'REFERENCE_MAP', 'PAGE', 'REPORT', 'VECTORS', 'MANIFEST_OF_VECTORS', 'SCGENEPT',
+           'SCGENEPT_MODEL', 'ROSA_SIZES', 'ROSA', 'ROSA_MODEL', 'GRID_SCORES']
 
 # %% ../../nbs/store/layouts.ipynb #6b0928b8
 from .outputs import FolderKind
@@ -67,7 +68,24 @@ SCGPT_ARGS = {
 SCGPT_MODEL = FolderKind(
     "a scGPT model", {"args.json": SCGPT_ARGS, "vocab.json": {...: int}}, ("best_model.pt", "model.safetensors")
 )
-ENFORMER_MODEL = FolderKind("an Enformer", {"config.json": {"model_type": Only(("enformer",))}}, ("model.safetensors",))
+ENFORMER = {
+    "dim": Absent(Between(1, 2**14)),
+    "depth": Absent(Between(1, 200)),
+    "heads": Absent(Between(1, 2**10)),
+    "output_heads": Absent({...: Between(1, 2**20)}),
+    "target_length": Absent(Between(-1, 2**20)),
+    "attn_dim_key": Absent(Between(1, 2**12)),
+    "dropout_rate": Absent(SHARE),
+    "attn_dropout": Absent(SHARE),
+    "pos_dropout": Absent(SHARE),
+    "num_downsamples": Absent(Between(1, 16)),
+    "dim_divisible_by": Absent(Between(1, 2**12)),
+    "use_tf_gamma": Absent(bool),
+    "_name_or_path": Maybe(str),
+}
+ENFORMER_MODEL = FolderKind(
+    "an Enformer", {"config.json": {"model_type": Only(("enformer",)), **ENFORMER}}, ("model.safetensors",)
+)
 
 # %% ../../nbs/store/layouts.ipynb #38a30f12
 NUMBERS = {"index": [str], "columns": [str], "data": [[Maybe(float)]]}
@@ -158,3 +176,61 @@ VECTORS = FolderKind(
     {"vectors.json": {"format": str, "version": int, "genes": [str], "width": int}},
     ("vectors.safetensors",),
 )
+
+# %% ../../nbs/store/layouts.ipynb #1f75f264
+MANIFEST_OF_VECTORS = {"steps": Maybe([dict]), "read": Maybe({...: {"bin": Between(0, 2**32)}})}
+SCGENEPT = {
+    "format": Only(("scellfm scGenePT",)),
+    "version": Between(1, 1),
+    "tokens": bool,
+    "counts": bool,
+    "languages": {...: str},
+    "widths": {...: Between(1, 2**20)},
+    "genes": [str],
+    "settings": {
+        "freeze_language": bool,
+        "original": bool,
+        "missing": Only(("mean", "zeros", "random", "error")),
+        "seed": Between(0),
+    },
+    "vectors": Maybe({...: MANIFEST_OF_VECTORS}),
+    "trained": [str],
+}
+SCGENEPT_MODEL = FolderKind(
+    "a scGenePT",
+    {"scgenept.json": SCGENEPT, "args.json": SCGPT_ARGS, "vocab.json": {...: int}},
+    ("model.safetensors", "best_model.pt"),
+)
+
+# %% ../../nbs/store/layouts.ipynb #32caddf0
+ROSA_SIZES = {
+    **dict.fromkeys(("n_bins", "dim", "heads", "dim_head", "latents", "latent_dim"), Absent(Between(1, 2**16))),
+    "depth": Absent(Between(0, 1000)),
+    "dropout": Absent(SHARE),
+    "gated": Absent(bool),
+}
+ROSA = {
+    "format": Only(("scellfm rosa",)),
+    "version": Between(1, 1),
+    "settings": {
+        "kind": str,
+        "loss": str,
+        "n_bins": Between(2, 2**16),
+        "normalise": str,
+        "size": Either((str, ROSA_SIZES)),
+        "read": Between(1),
+        "asked": Between(1),
+        "class_weights": bool,
+        "seed": Between(0),
+    },
+    "share": SHARE,
+    "genes": [str],
+    "cells": [str],
+    "left_out": [str],
+    "obs": {...: [Maybe(str)]},
+    "manifest": MANIFEST_OF_VECTORS,
+}
+ROSA_MODEL = FolderKind(
+    "a model of rosa", {"config.json": ROSA}, ("model.safetensors", "task.safetensors", "scores.json")
+)
+GRID_SCORES = {"quadrants": {...: SCORES}, "origin": dict}

@@ -227,7 +227,8 @@ def judge_of(
     "The function of settings that trains on the inner training cells of fold k and scores the inner test cells."
     codes, classes, cells = prepared[:3]
     sequences = gf.readable(cells)
-    known = training_inputs(gf, sequences, part, notes.path, labels=codes, classes=classes, test=part.test)
+    both = Split(part.train, part.test, part.test, part.by, part.n)  # the tokens of the cells that judge count, too
+    known = training_inputs(gf, sequences, both, notes.path, labels=codes, classes=classes)
     known |= {} if notes.path is None else identity_of(gf.model)
 
     def score(settings: dict) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ...core import DataError, OptionError, check_number, keyed_seed, one_of, warn
+from ...core import DataError, OptionError, check_named, check_number, keyed_seed, one_of, warn
 from ...data.splits import known_labels
 from ..model import GeneformerModel
 from .edits import KINDS
@@ -212,7 +212,8 @@ def take(cells: Sequences, rows: np.ndarray, gf: GeneformerModel) -> Sequences:
 
 
 def cell_names(cells) -> np.ndarray:
-    "Unique names of tokenized cells: the index of their obs."
+    "Unique names of tokenized cells: the index of their obs; OptionError for lists of tokens, which have none."
+    check_named(cells)
     return unique_names(cells.obs.index)
 
 # %% ../../../nbs/geneformer/perturbation/design.ipynb #a4738b1f
@@ -355,6 +356,8 @@ def params(self: GeneChange, tokenizer: RankTokenizer) -> dict:
 # %% ../../../nbs/geneformer/perturbation/design.ipynb #4c736d15
 def resolve_change(tokenizer, kind: str, genes, combine=None, matched=None, anchor=None, quartiles=None) -> GeneChange:
     "The change that the arguments of a screen describe; OptionError where they do not go together."
+    if genes is None or isinstance(genes, (bytes, int, float)):
+        raise OptionError(f"genes={genes!r}: give 'all', a gene or a list of genes")
     if isinstance(genes, str):
         genes = genes if genes == "all" else [genes]
     else:

@@ -20,10 +20,10 @@ __all__ = ['Method', 'METHODS', 'check_method', 'Screen']
 
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #541d7fe0
 from ... import statistics
-from ...core import AssetError, OptionError, one_of
+from ...core import AssetError, OptionError, one_of, user_path
 from . import original_modes
 from .combinations import ROUNDING, combination_table, pair_rows
-from ...scores.table import plain
+from ...scores.table import plain, storable_table
 from ...statistics.screen import COLUMNS, MIN_GENES
 from ...store import atomic_write
 from ...store.layouts import SCREEN
@@ -307,15 +307,15 @@ def save(self: Screen, path: str | Path) -> None:
     "Write the screen as a folder of shifts.parquet, genes.parquet and screen.json."
     with atomic_write(path, kind=SCREEN) as folder:
         Path(folder).mkdir()
-        self.shifts.to_parquet(Path(folder) / "shifts.parquet", index=False)
-        self.genes.to_parquet(Path(folder) / "genes.parquet", index=False)
+        for name in ("shifts", "genes"):
+            storable_table(getattr(self, name)).to_parquet(Path(folder) / f"{name}.parquet", index=False)
         (Path(folder) / "screen.json").write_text(json.dumps(plain(self.params), indent=1), encoding="utf8")
 
 
 @patch(cls_method=True)
 def load(cls: Screen, path: str | Path) -> Screen:
     "Read a folder that `save` wrote; AssetError where it is none, or a file in it is damaged."
-    path = Path(path)
+    path = user_path(path)
     if not (path / "screen.json").exists():
         raise AssetError(f"{path} is no saved screen (it has no screen.json); give the folder that Screen.save wrote")
     tables = (saved_table(path / f"{name}.parquet") for name in ("shifts", "genes"))

@@ -119,7 +119,9 @@ def write_dictionaries(found: Dictionaries, folder: str | Path) -> None:
         content = getattr(found, kind)
         if content is not None:
             with atomic_write(Path(folder) / name) as path:
-                Path(path).write_text(json.dumps(content, indent=0, ensure_ascii=False), encoding="utf8")
+                Path(path).write_text(
+                    json.dumps(content, indent=0, ensure_ascii=False), encoding="utf8", errors="backslashreplace"
+                )
 
 # %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #373a6ed0
 PLACES = (".", "geneformer", "geneformer/gene_dictionaries_30m", "gene_dictionaries_30m")

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ...core import DataError, optional, user_path
+from ...core import DataError, optional, storable, user_path
 from ...data.columns import from_codes
 from ...store import atomic_write, fingerprint, sha256
 from ...store.layouts import DATASET
@@ -156,7 +156,7 @@ def arrow_column(values: pd.Series) -> pyarrow.Array:
     if kind != pa.string() and isinstance(values.dtype, np.dtype):
         return pa.array(values.to_numpy().astype(values.dtype.newbyteorder("=")), kind)
     missing = values.isna().to_numpy()
-    plain = str if kind == pa.string() else lambda value: value
+    plain = (lambda value: storable(str(value))) if kind == pa.string() else lambda value: value
     return pa.array([None if gone else plain(value) for value, gone in zip(values, missing)], kind)
 
 # %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #4225e326
@@ -250,7 +250,7 @@ def write(self: DatasetWriter, cells: TokenizedCells, file: str = "") -> None:
     self.stream.write_table(table)
     self.filled += table.nbytes
     origin = {
-        "name": pa.array(cells.obs.index.astype(str)),
+        "name": pa.array([storable(str(name)) for name in cells.obs.index], pa.string()),
         "cell_index": pa.array(cells.cell_index, pa.int64()),
         "file": pa.array([file] * len(cells), pa.string()),
     }
