@@ -39,10 +39,7 @@ def model_of(args, dtype="float32", device="cpu") -> Enformer:
         for layer in enformer.module.transformer:
             torch.nn.init.normal_(layer[0].fn[1].to_out.weight, std=0.02)
         liven(enformer)
-        if dtype != "float32":
-            enformer.module.to(torch.bfloat16)
-            enformer.dtype = torch.bfloat16
-    return enformer
+    return Enformer(enformer.module, gammas=enformer.gammas, device=device, dtype=dtype)
 
 
 def liven(enformer: Enformer) -> None:

@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import harness  # first: it sets the number of threads
 import numpy as np
-from harness import peak_memory
 
 SECONDS, MEGABYTES = 10, 1024
 
@@ -30,7 +30,7 @@ def run_side(side: str, path: str) -> dict:
     import scellfm.assets.dictionaries  # noqa: F401
     from scellfm.data import read_vectors
 
-    before, start = peak_memory(reset=True), time.perf_counter()
+    before, start = harness.peak_memory(reset=True), time.perf_counter()
     if side == "pickle":
         with open(path, "rb") as file:
             found = pickle.load(file)
@@ -38,14 +38,13 @@ def run_side(side: str, path: str) -> dict:
     else:
         values = read_vectors(path).values[:2]
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "mb": peak_memory() - before, "rows": np.asarray(values, dtype=float).tolist()}
+    return {"seconds": seconds, "mb": harness.peak_memory() - before, "rows": np.asarray(values, dtype=float).tolist()}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, pairs=None, quick="2,000 genes")
     parser.add_argument("--genes", type=int, default=20_000)
     parser.add_argument("--width", type=int, default=1536)
-    parser.add_argument("--quick", action="store_true", help="2,000 genes")
     parser.add_argument("--side", choices=("scellfm", "pickle"), help=argparse.SUPPRESS)
     parser.add_argument("--input", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -11,8 +11,9 @@ positions have nothing in common."""
 import sys
 
 import harness  # first: it sets the number of threads
+import numpy as np
 import torch
-from deletion import np, perturb, problem
+from deletion import perturb, problem
 
 from scellfm.geneformer.embedding import embed_cells
 from scellfm.geneformer.perturbation.edits import make_edits

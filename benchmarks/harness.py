@@ -71,13 +71,18 @@ def print_growth(function: Callable) -> None:
     print(json.dumps({"mb": peak_memory() - before}))
 
 
-def growth_of(script: str, *arguments: object) -> float:
-    "MB by which the peak memory of one side grows in a process of its own, that calls `print_growth`."
+def figures_of(script: str, *arguments: object, env: dict[str, str] | None = None) -> dict:
+    "What a process of its own prints as its last line, in JSON; `env` adds to its environment."
     command = [sys.executable, script, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}))
     if done.returncode:
         sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])["mb"]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def growth_of(script: str, *arguments: object, env: dict[str, str] | None = None) -> float:
+    "MB by which the peak memory of one side grows in a process of its own, that calls `print_growth`."
+    return figures_of(script, *arguments, env=env)["mb"]
 
 
 def verdict(*checks: tuple[str, float, str, float], more: str = "") -> int:

@@ -7,13 +7,13 @@ to 16 cells, and of 25 to 200 genes by name in 4 cells. Printed: seconds, and mi
 within a third of one another; and by how much the peak memory of a process grows while it screens 8 or 32 cells of
 100 genes, enough for full batches, which may differ by a tenth."""
 
-import json
-import os
-import subprocess
+import argparse
 import sys
 import time
 
-from deletion import BUDGET, argparse, np, peak_memory, perturb, problem
+import harness  # first: it sets the number of threads
+import numpy as np
+from deletion import BUDGET, perturb, problem
 
 SPREAD, MORE_MEMORY = 4 / 3, 1.1
 
@@ -33,45 +33,39 @@ def screen(n_cells: int, genes: int, names=None) -> tuple[float, int]:
 
 def growth(n_cells: int, genes: int) -> float:
     "MB by which the peak memory of a process grows while it screens so many cells."
-    command = [sys.executable, __file__, "--side", str(n_cells), "--genes", str(genes)]
-    steady = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # freed memory goes back at once
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=steady).stdout)["mb"]
+    steady = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # freed memory goes back at once
+    return harness.growth_of(__file__, "--side", n_cells, "--genes", genes, env=steady)
 
 
-def series(title: str, sizes: list[int], run) -> bool:
-    "Print a series of sizes and whether the time per edit stays the same."
+def series(title: str, sizes: list[int], run) -> float:
+    "Print a series of sizes; the time of the slowest edit over that of the fastest."
     each = []
     for size in sizes:
         seconds, edits = run(size)
         each.append(1000 * seconds / edits)
         print(f"{size:6d} {title:6s} {edits:7,} edits {seconds:8.2f} s {each[-1]:8.2f} ms per edit")
-    print(f"slowest over fastest edit {max(each) / min(each):.2f} (limit {SPREAD:.2f})")
-    return max(each) / min(each) <= SPREAD
+    return max(each) / min(each)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int | None:
+    parser = harness.parser(__doc__, pairs=None, quick="100 genes, up to 8 cells")
     parser.add_argument("--genes", type=int, default=200)
-    parser.add_argument("--quick", action="store_true", help="100 genes, up to 8 cells")
     parser.add_argument("--side", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.side:
-        screen(1, 20)
-        before = peak_memory()
-        screen(args.side, args.genes)
-        print(json.dumps({"mb": peak_memory() - before}))
-        return
-    genes, most = (100, 8) if args.quick else (args.genes, 16)
     screen(1, 20)  # warm up
+    if args.side:
+        return harness.print_growth(lambda: screen(args.side, args.genes))
+    genes, most = (100, 8) if args.quick else (args.genes, 16)
     cells = series("cells", [n for n in (2, 4, 8, 16) if n <= most], lambda n: screen(n, genes))
     names = series("genes", [genes // 8, genes // 4, genes // 2, genes], lambda n: screen(4, genes, n))
     few, many = growth(most // 2, 100), growth(2 * most, 100)
-    print(
-        f"peak memory +{few:,.0f} MB with {most // 2} cells, +{many:,.0f} MB with {2 * most} (limit "
-        f"{MORE_MEMORY:.1f} times)"
+    return harness.verdict(
+        ("slowest over fastest edit, more cells:", cells, "ceiling", SPREAD),
+        ("slowest over fastest edit, more genes:", names, "ceiling", SPREAD),
+        (f"peak memory with {2 * most} cells over that with {most // 2}:", many / few, "ceiling", MORE_MEMORY),
+        more=f"peak memory +{few:,.0f} MB with {most // 2} cells, +{many:,.0f} MB with {2 * most}",
     )
-    sys.exit(0 if cells and names and many <= MORE_MEMORY * few else 1)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

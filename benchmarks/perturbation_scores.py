@@ -8,17 +8,11 @@ growth of the peak memory above the cells, and its total. Limits: 30 s and 2 GB 
 perturbations are computed again by hand in float64 from dense cells; exit code 1 where a number differs by 1e-6 or a
 limit is broken."""
 
-import os
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ[name] = "1"
-
-import argparse
 import sys
 import time
 
+import harness  # first: it sets the number of threads
 import numpy as np
-from harness import peak_memory
 
 SECONDS, MEGABYTES = 30, 2048
 METRICS = ["mse", "mse_de", "pearson_delta", "pearson_delta_de", "r2_w", "wmse", "nir"]
@@ -77,11 +71,10 @@ def by_hand(cells, table, names, name: str) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, pairs=None, quick="10,000 cells x 1,000 genes, 40 perturbations")
     parser.add_argument("--cells", type=int, default=100_000)
     parser.add_argument("--genes", type=int, default=5000)
     parser.add_argument("--perturbations", type=int, default=200)
-    parser.add_argument("--quick", action="store_true", help="10,000 cells x 1,000 genes, 40 perturbations")
     options = parser.parse_args()
     if options.quick:
         options.cells, options.genes, options.perturbations = 10_000, 1000, 40
@@ -94,11 +87,11 @@ def main() -> int:
     print(
         f"{cells.n_obs:,} cells x {cells.n_vars:,} genes, {len(names)} perturbations, {stored:,.0f} MB of stored values"
     )
-    before = peak_memory(reset=True)
+    before = harness.peak_memory(reset=True)
     start, busy = time.perf_counter(), time.process_time()
     scores = perturbation(cells, predictions, train=names, metrics=METRICS)
     seconds, cpu = time.perf_counter() - start, time.process_time() - busy
-    grown, total = peak_memory() - before, peak_memory()
+    grown, total = harness.peak_memory() - before, harness.peak_memory()
     print(f"{seconds:.1f} s wall, {cpu:.1f} s CPU; peak memory +{grown:,.0f} MB, {total:,.0f} MB in all")
     print(scores.table.round(4).to_string())
     values = scores.details["near"]["by_condition"]

@@ -10,21 +10,17 @@ written to a folder; each run is a process of its own. Printed: median seconds o
 growth of the peak memory, the size of the sparse matrix, and in how many conditions the 20 most changed genes agree.
 """
 
-import os
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
-    os.environ[name] = "1"
-
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 
+import harness  # first: it sets the number of threads
 import numpy as np
-from harness import peak_memory
 
 TOP = 20
 
@@ -92,10 +88,10 @@ def run_side(side: str, path: str) -> None:
         import scellfm.scgenept.perturbseq  # noqa: F401
     cells = anndata.read_h5ad(path)
     with tempfile.TemporaryDirectory() as folder:
-        before, wall, busy = peak_memory(reset=True), time.perf_counter(), time.process_time()
+        before, wall, busy = harness.peak_memory(reset=True), time.perf_counter(), time.process_time()
         top = SIDES[side](cells, folder)
         times = time.perf_counter() - wall, time.process_time() - busy
-    print(json.dumps({"wall": times[0], "cpu": times[1], "mb": peak_memory() - before, "top": top}))
+    print(json.dumps({"wall": times[0], "cpu": times[1], "mb": harness.peak_memory() - before, "top": top}))
 
 
 def measure(python: str, side: str, path: str) -> dict:
@@ -126,13 +122,11 @@ def report(runs: dict[str, list[dict]], nnz: int) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, quick="1,000 cells x 500 genes x 20 conditions, one pair")
     parser.add_argument("--gears", default=os.environ.get("SCELLFM_GEARS_PYTHON"), help="interpreter with cell-gears")
     parser.add_argument("--cells", type=int, default=5000)
     parser.add_argument("--genes", type=int, default=2000)
     parser.add_argument("--conditions", type=int, default=50)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="1,000 cells x 500 genes x 20 conditions, one pair")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--input", help=argparse.SUPPRESS)
     options = parser.parse_args()

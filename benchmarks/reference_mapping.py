@@ -9,14 +9,13 @@ runs beside it."""
 import argparse
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import harness  # first: it sets the number of threads
+
 K, N_QUERY, DIM, N_LABELS = 10, 1_000, 512, 200
 MEMORY = 600  # MB above the imports, file pages not counted
 
@@ -91,6 +90,18 @@ def watched(function):
     return result, took, max(peak)
 
 
+def blocks(vectors, size: int = 20_000):
+    "Rows of a large table, some at a time."
+    return (vectors[start : start + size] for start in range(0, len(vectors), size))
+
+
+def squared_distances(block, query):
+    "Squared distances [query, rows of the block] in double precision, one query at a time."
+    import numpy as np
+
+    return np.stack([((block.astype(np.float64) - one) ** 2).sum(1) for one in query])
+
+
 def measure(folder: Path) -> dict:
     "Open the map and transfer, in a process of its own."
     import anndata
@@ -116,31 +127,9 @@ def measure(folder: Path) -> dict:
         "accuracy": float((query.obs["cell_type_transferred"].astype(str) == [f"type {i:03d}" for i in truth]).mean()),
     }
     chosen = np.arange(0, N_QUERY, N_QUERY // 10)
-    distances = (
-        np.concatenate(
-            [
-                ((reference.vectors[start : start + 20_000][None].astype(np.float64) - vectors[chosen, None]) ** 2).sum(
-                    -1
-                )
-                for start in range(0, len(reference.vectors), 20_000)
-            ],
-            1,
-        )
-        if len(reference.vectors) <= 10**5
-        else np.stack(
-            [
-                np.concatenate(
-                    [
-                        ((reference.vectors[start : start + 20_000].astype(np.float64) - vectors[i]) ** 2).sum(1)
-                        for start in range(0, len(reference.vectors), 20_000)
-                    ]
-                )
-                for i in chosen
-            ]
-        )
-    )
+    distances = np.concatenate([squared_distances(block, vectors[chosen]) for block in blocks(reference.vectors)], 1)
     found = reference.neighbours(query[chosen].copy())[1]
-    result["exact"] = bool((np.argsort(distances, axis=1, kind="stable")[:, :K] == found).all())
+    result["other"] = int((np.argsort(distances, axis=1, kind="stable")[:, :K] != found).any(axis=1).sum())
     if importlib.util.find_spec("faiss"):
         import faiss
 
@@ -151,8 +140,7 @@ def measure(folder: Path) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="100,000 reference cells")
+    parser = harness.parser(__doc__, pairs=None, quick="100,000 reference cells")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -161,16 +149,11 @@ def main() -> int:
     n = 100_000 if options.quick else 1_000_000
     with tempfile.TemporaryDirectory() as folder:
         simulate(Path(folder), n)
-        done = subprocess.run(
-            [sys.executable, __file__, "--measure", folder], capture_output=True, text=True, check=True
-        )
-    found = json.loads(done.stdout.splitlines()[-1])
+        found = harness.figures_of(__file__, "--measure", folder)
     print(
         f"reference mapping: {N_QUERY:,} cells to {n:,} x {DIM} ({n * DIM * 4 / 1e9:.1f} GB), k={K}, one thread: "
         f"opened in {found['opened']:.2f} s, "
-        f"mapped in {found['took']:.1f} s, {found['memory']:.0f} MB above the imports (ceiling {MEMORY}), exact: "
-        f"{found['exact']}, "
-        f"accuracy {found['accuracy']:.3f}"
+        f"mapped in {found['took']:.1f} s, accuracy {found['accuracy']:.3f}"
     )
     if "faiss" in found:
         print(
@@ -178,7 +161,10 @@ def main() -> int:
             f"same neighbours {found['same']:.5f}; "
             f"ours takes {found['took'] / found['faiss']:.2f} of its time"
         )
-    return int(not found["exact"] or found["memory"] > MEMORY)
+    return harness.verdict(
+        ("MB above the imports", found["memory"], "ceiling", MEMORY),
+        ("queries with other neighbours than all distances give", found["other"], "ceiling", 0),
+    )
 
 
 if __name__ == "__main__":

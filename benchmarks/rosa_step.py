@@ -1,91 +1,102 @@
 """Seconds and memory of one training step of rosa's networks, by the number of genes of a cell, on one thread.
 
-    python benchmarks/rosa_step.py [--genes 1000 5000 20000] [--steps 3] [--batch 1] [--quick]
+    python benchmarks/rosa_step.py [--genes 1000 5000 20000] [--steps 3] [--batch 1] [--limit 12] [--quick]
 
 rosa's README gives linear attention (performer, perceiver) as the way to long contexts. Here each network of the small
 shape, with gene vectors of 3,072 numbers, reads 80 % of the genes of a cell and is asked for the rest: forward,
-backward, and a step of AdamW. Each cell of the table is a process of its own; printed are the median seconds of a step,
-the peak memory above that of a process that has imported everything and built the network, and both relative to the
-exact transformer.
+backward, and a step of AdamW. 'transformer' is ours, which never keeps a matrix of all pairs of genes; 'matrix' is the
+same network with that matrix kept, as it was written when the original chose between them. Each row is a process of its
+own, which may take --limit GB. Printed: the median seconds of a step after the first, which warms up; the memory that
+the steps add at their peak, weights and inputs not counted; both relative to the transformer.
 """
 
-import os
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"
-
-import argparse
 import json
+import resource
 import subprocess
 import sys
-import time
 
-import numpy as np
-import torch
-from harness import peak_memory
+from harness import parser, peak_memory, timed
 
-from scellfm.rosa.losses import mse
-from scellfm.rosa.networks import NetworkConfig, build_network
-
-KINDS = ("transformer", "performer", "perceiver", "encoder_decoder")
+KINDS = ("transformer", "matrix", "performer", "perceiver", "encoder_decoder")
 WIDTH = 3072
 
 
-def one(kind: str, genes: int, steps: int, batch: int) -> dict:
-    "Median seconds and peak memory of training steps, in this process."
+def steps_of(kind: str, genes: int, steps: int, batch: int) -> dict:
+    "Median seconds of training steps and the memory that they add (MB), in this process."
+    from contextlib import nullcontext
+    from statistics import median
+
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from scellfm.rosa.losses import mse
+    from scellfm.rosa.networks import NetworkConfig, build_network
+
     torch.set_num_threads(1)
-    network = build_network(kind, NetworkConfig(width=WIDTH, n_out=1), seed=0).train()
+    name = "transformer" if kind == "matrix" else kind
+    network = build_network(name, NetworkConfig(width=WIDTH, n_out=1), seed=0).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     draw, asked = torch.Generator().manual_seed(0), genes // 5
     vectors = torch.randn(genes, WIDTH, generator=draw)
     bins = torch.randint(0, 8, (batch, genes), generator=draw)
     values = torch.randn(batch, asked, generator=draw)
-    before, seconds = peak_memory(), []
-    for _ in range(steps):
-        start = time.perf_counter()
+
+    def step() -> None:
         answers = network.answer(bins[:, asked:], vectors[asked:], vectors[:asked])
         total, number = mse(answers, values)
         optimizer.zero_grad(set_to_none=True)
         (total / number).backward()
         optimizer.step()
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": float(np.median(seconds)), "memory": peak_memory() - before}
+
+    before = peak_memory(reset=True)
+    with sdpa_kernel(SDPBackend.MATH) if kind == "matrix" else nullcontext():
+        seconds = [timed(step)[0] for _ in range(steps + 1)][1:]
+    return {"seconds": median(seconds), "mb": peak_memory() - before}
 
 
 def measured(kind: str, genes: int, args) -> dict | None:
-    "The same in a process of its own; None where it failed, for instance for want of memory."
-    command = [sys.executable, __file__, "--one", kind, "--genes", str(genes)]
+    "The same in a process of its own; None where it needs more memory than it may take."
+    command = [sys.executable, __file__, "--one", kind, "--genes", str(genes), "--limit", str(args.limit)]
     command += ["--steps", str(args.steps), "--batch", str(args.batch)]
     done = subprocess.run(command, capture_output=True, text=True)
-    return json.loads(done.stdout) if done.returncode == 0 else None
+    if done.returncode and "alloc" not in done.stderr and "MemoryError" not in done.stderr:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def row_of(kind: str, genes: int, found: dict | None, base: dict | None, limit: float) -> str:
+    "One line of the table."
+    name = f"{genes:>6,} genes  {kind:<16}"
+    if found is None:
+        return f"{name} needs more than {limit:g} GB"
+    figures = f"{name} {found['seconds']:8.3f} s {found['mb']:8,.0f} MB"
+    if not base:
+        return figures
+    times, memory = found["seconds"] / base["seconds"], found["mb"] / max(base["mb"], 1e-9)
+    return f"{figures}  ({times:.2f} x the time, {memory:.2f} x the memory of the transformer)"
 
 
 def main() -> None:
     "Measure and print."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--genes", type=int, nargs="+", default=[1000, 5000, 20000])
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="300 and 600 genes, two steps")
-    parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    reader = parser(__doc__, pairs=None, quick="300 and 600 genes, one step")
+    reader.add_argument("--genes", type=int, nargs="+", default=[1000, 5000, 20000])
+    reader.add_argument("--steps", type=int, default=3)
+    reader.add_argument("--batch", type=int, default=1)
+    reader.add_argument("--limit", type=float, default=12, help="GB that a network may take")
+    reader.add_argument("--one", choices=KINDS, help="measure one kind in this process and print JSON")
+    args = reader.parse_args()
     if args.one:
-        print(json.dumps(one(args.one, args.genes[0], args.steps, args.batch)))
+        resource.setrlimit(resource.RLIMIT_DATA, (int(args.limit * 2**30),) * 2)
+        print(json.dumps(steps_of(args.one, args.genes[0], args.steps, args.batch)))
         return
     if args.quick:
-        args.genes, args.steps = [300, 600], 2
+        args.genes, args.steps = [300, 600], 1
     for genes in args.genes:
         base = None
         for kind in KINDS:
             found = measured(kind, genes, args)
-            if found is None:
-                print(f"{genes:>6,} genes  {kind:<16} failed (memory?)", flush=True)
-                continue
+            print(row_of(kind, genes, found, base, args.limit), flush=True)
             base = base or found
-            ratio = f"{found['seconds'] / base['seconds']:.2f} x the time"
-            ratio += f", {found['memory'] / max(base['memory'], 1e-9):.2f} x the memory of the transformer"
-            figures = f"{found['seconds']:.3f} s  {found['memory']:,.0f} MB"
-            print(f"{genes:>6,} genes  {kind:<16} {figures}  ({ratio})", flush=True)
 
 
 if __name__ == "__main__":

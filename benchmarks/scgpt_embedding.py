@@ -11,8 +11,8 @@ import statistics
 import sys
 import warnings
 
-import anndata
 import harness
+import anndata
 import numpy as np
 import torch
 from scipy import sparse

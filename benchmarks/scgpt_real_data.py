@@ -9,14 +9,13 @@ trained on the reference cells without and with their labels (`continue_pretrain
 scored for integration, are never trained on. Not a benchmark of the published model: what it shows is that the whole
 path runs on real cells, and what a small model does not do."""
 
-import argparse
 import os
 import sys
 import time
 import warnings
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import harness  # first: it sets the number of threads
 import anndata
 import numpy as np
 import pandas as pd
@@ -167,9 +166,8 @@ def pbmc_2batch(epochs: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one epoch instead of twenty")
-    epochs = 1 if parser.parse_args().quick else 20
+    options = harness.parser(__doc__, pairs=None, quick="one epoch instead of twenty").parse_args()
+    epochs = 1 if options.quick else 20
     warnings.filterwarnings("ignore", category=ScellfmWarning)
     if not DATA.exists():
         print(f"real data are not here (SCELLFM_DATA={DATA}): nothing to do")

@@ -11,9 +11,7 @@ Seeds are the outer loop, so that an interrupted run is balanced over the settin
 one line per run.
 """
 
-import argparse
 import json
-import os
 import sys
 import time
 import warnings
@@ -22,9 +20,7 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "1")
-
+import harness  # first: it sets the number of threads
 import numpy as np
 import pandas as pd
 
@@ -242,9 +238,8 @@ def measure(todo: list, processes: int, deadline: float, out: Path | None) -> li
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, pairs=None, quick="2 seeds, 50 and 200 cells")
     parser.add_argument("--seeds", type=int, default=40)
-    parser.add_argument("--quick", action="store_true", help="2 seeds, 50 and 200 cells")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e6, help="stop starting runs after so many minutes")
     parser.add_argument("--out", type=Path, help="results so far (JSON lines), read at the start")

@@ -9,20 +9,15 @@ cells embedded per second, deletions per second (the first genes of one cell, ea
 layer), and the memory at its peak in all and beyond the imports. `--quick` takes V1-10M alone; `--full` adds V2-316M,
 whose weights are 1.3 GB."""
 
-import os
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"
-os.environ["SCELLFM_PROGRESS"] = "0"
-
 import argparse
 import json
+import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+import harness  # first: it sets the number of threads
 
 DATA = Path(os.environ.get("SCELLFM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 MODELS = {
@@ -32,12 +27,6 @@ MODELS = {
     "V2-316M": "geneformer-v2",
 }
 TIED = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")  # one with the embeddings; not in the files
-
-
-def memory() -> float:
-    "Peak memory of this process so far, MB (Linux)."
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def checkpoint(name: str, folder: Path) -> Path:
@@ -73,7 +62,7 @@ def measure(place: Path, n_cells: int, n_genes: int) -> dict:
     torch.set_num_threads(1)
     adata, before, start = (
         anndata.read_h5ad(DATA / "kang18" / "kang18_2000.h5ad")[:n_cells].copy(),
-        memory(),
+        harness.peak_memory(),
         time.perf_counter(),
     )
     classifier = place.name.endswith("classifier")
@@ -84,7 +73,7 @@ def measure(place: Path, n_cells: int, n_genes: int) -> dict:
         "tensors": len(gf.load_report.loaded),
         "unused": len(gf.load_report.unused),
         "fresh": len(gf.load_report.fresh),
-        "memory to load, MB": memory() - before,
+        "memory to load, MB": harness.peak_memory() - before,
     }
     cells = gf.cells(adata)
     start = time.perf_counter()
@@ -103,18 +92,18 @@ def measure(place: Path, n_cells: int, n_genes: int) -> dict:
         "deletions/s": len(screen.shifts) / (time.perf_counter() - start),
         "cell perturbed, tokens": int(one.lengths[0]),
     }
-    return figures | {"memory, MB": memory(), "of it beyond the imports": memory() - before}
+    peak = harness.peak_memory()
+    return figures | {"memory, MB": peak, "of it beyond the imports": peak - before}
 
 
 def main() -> None:
     "Print one table."
     import pandas as pd
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = harness.parser(__doc__, pairs=None, quick="V1-10M alone")
     parser.add_argument("--cells", type=int, default=8)
     parser.add_argument("--genes", type=int, default=300)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--full", action="store_true", help="V2-316M too, whose weights are 1.3 GB")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     ask = parser.parse_args()
     if ask.measure:
@@ -127,19 +116,9 @@ def main() -> None:
     for name in list(MODELS)[: 1 if ask.quick else 4 if ask.full else 3]:
         with tempfile.TemporaryDirectory() as folder:
             place = checkpoint(name, Path(folder))
-            command = [
-                sys.executable,
-                __file__,
-                "--cells",
-                str(ask.cells),
-                "--genes",
-                str(ask.genes),
-                "--measure",
-                str(place),
-            ]
             size = (place / "model.safetensors").stat().st_size / 2**20
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            rows[name] = {"file, MB": size, **json.loads(done.stdout.splitlines()[-1])}
+            options = ("--cells", ask.cells, "--genes", ask.genes, "--measure", place)
+            rows[name] = {"file, MB": size, **harness.figures_of(__file__, *options)}
     print(pd.DataFrame(rows).round(1).to_string())
 
 

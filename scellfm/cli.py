@@ -18,7 +18,7 @@ from .core import ScellfmError, ScellfmWarning, printable, settings
 
 # %% ../nbs/cli.ipynb #2542a44d
 MODULES = ("demonstration", "tokens", "vectors", "classifiers", "screens", "references", "perturbations")
-GROUPS = {"sequence": "DNA around genes: windows, gene vectors, effects of variants"}  # commands below a command
+GROUPS = {"sequence": "DNA around genes: windows, gene vectors, variants, expression"}  # commands below a command
 
 
 def build_parser(only: str | None = None) -> Parser:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .core import DataError, OptionError, check_number, logger, one_of, progress, warn
+from .core import DataError, OptionError, check_number, logger, one_of, progress, tell, warn
 
 if TYPE_CHECKING:
     import tqdm
@@ -40,6 +40,23 @@ def pick_dtype(dtype: str | torch.dtype = "float32") -> torch.dtype:
     name = str(dtype).removeprefix("torch.")
     one_of("dtype", name, ("float32", "bfloat16"))
     return getattr(torch, name)
+
+# %% ../nbs/inference.ipynb #69b0af57
+def computes_bfloat16(device: torch.device) -> bool:
+    "Whether a device has instructions for bfloat16."
+    known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return device.type != "cpu" or (known is not None and bool(known()))
+
+
+def in_precision(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    "The module on a device in a precision; bfloat16 weights are computed in float32 where the processor has no other."
+    module = module.to(device=device, dtype=dtype)
+    if dtype is torch.bfloat16 and not computes_bfloat16(device):
+        tell(
+            "this processor has no bfloat16: the weights are rounded to it and computed in float32, as slow as float32"
+        )
+        module = module.float()
+    return module
 
 # %% ../nbs/inference.ipynb #3c24a5d0
 def plan_batches(lengths: np.ndarray, token_budget: int = 16384, spread: float = 0.25) -> list[np.ndarray]:

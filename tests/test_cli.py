@@ -792,6 +792,13 @@ def test_quiet_turns_progress_off_for_the_call_alone(monkeypatch):
     assert seen == [False, True] and settings.progress
 
 
+def test_published_numbers_stand_beside_their_own_data_alone(tmp_path):
+    from scellfm.commands.perturbations import card_of
+
+    assert card_of("norman") == card_of(str(tmp_path / "norman")) == "norman"
+    assert card_of(str(tmp_path / "adamson")) == "adamson" and card_of(str(tmp_path / "mine")) is None
+
+
 def test_a_scgenept_predicts_and_is_scored_and_nothing_else(tmp_path, capsys):
     made = tmp_path / "made"
     assert call(["reproduce", "simulated", "--out", str(made), "--seeds", "42", "--epochs", "1"], capsys)[0] == 0
@@ -804,6 +811,7 @@ def test_a_scgenept_predicts_and_is_scored_and_nothing_else(tmp_path, capsys):
     for command in (
         ["embed", cells, "--model", model, *out],
         ["integrate", cells, "--model", model, "--batch", "x", *out],
+        ["map", cells, cells, "--model", model, "--label", "condition", *out],
     ):
         code, _, error = call(command, capsys)
         assert code == 2 and "scGenePT" in error

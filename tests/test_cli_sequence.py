@@ -1,4 +1,4 @@
-"""scellfm sequence windows | embed | variants: the same numbers as the Python, one sentence for a user's error."""
+"""scellfm sequence windows | embed | variants | fit: the numbers of the Python, one sentence for a user's error."""
 
 import inspect
 
@@ -8,8 +8,8 @@ import pytest
 
 from scellfm import cli
 from scellfm.commands import options, signatures
-from scellfm.data import GeneVectors, simulate_genome
-from scellfm.rosa import Enformer, KmerEncoder, embed_genes, tss_windows, variant_effect
+from scellfm.data import GeneVectors, read, simulate_genome
+from scellfm.rosa import Enformer, KmerEncoder, Rosa, embed_genes, hold_out_grid, tss_windows, variant_effect
 
 COMMANDS = options.commands_in("scellfm.commands.sequence")
 
@@ -84,6 +84,73 @@ def test_a_users_errors_are_one_sentence(place, capsys, tmp_path):
         assert code == 2 and not out and words in err.splitlines()[-1] and "Traceback" not in err
     assert run(capsys, "sequence")[0] == 2
     assert run(capsys, "sequence", "windows", place / "genes.gtf", "--out", tmp_path / "x.doc")[0] == 2
+
+
+@pytest.fixture(scope="module")
+def expression(tmp_path_factory):
+    "A folder with cells.h5ad and the vectors of words of DNA of its genes."
+    folder = tmp_path_factory.mktemp("expression")
+    simulation = simulate_genome(n_genes=32, n_chromosomes=4, n_cells=3, seed=1)
+    paths = simulation.write(folder)
+    simulation.adata.write_h5ad(folder / "cells.h5ad")
+    windows = tss_windows(paths["annotation"], paths["fasta"], length=256)
+    embed_genes(windows, model=KmerEncoder(3, None), rule="mean").save(folder / "vectors")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["ridge", "mlp"])
+def test_expression_is_fitted_scored_and_predicted_as_by_the_functions(expression, capsys, tmp_path, kind):
+    given = ["sequence", "fit", expression / "cells.h5ad", "--vectors", expression / "vectors", "--kind", kind]
+    more = ["--hold-genes", "chromosome", "--held-genes", "chr2", "--hold-cells", "donor", "--seed", 3]
+    more += ["--kmers", expression / "vectors", "--device", "cpu"]
+    more += [] if kind == "ridge" else ["--epochs", 2, "--batch-size", 8]
+    code, out, err = run(capsys, *given, *more, "--out", tmp_path / "fitted")
+    assert code == 0, err
+    assert "new genes and cells" in out and "permuted vectors" in out and out.strip().endswith("model")
+    cells, vectors = read(expression / "cells.h5ad"), GeneVectors.load(expression / "vectors")
+    grid = hold_out_grid(cells, genes="chromosome", held_genes=["chr2"], cells="donor", seed=3)
+    rosa, recipe = Rosa(kind, device="cpu", seed=3), {} if kind == "ridge" else {"epochs": 2, "batch_size": 8}
+    rosa.fit(cells, vectors, grid, **recipe)
+    expected = rosa.score(references={"k-mer ridge": vectors})
+    table = pd.read_csv(tmp_path / "fitted" / "scores.csv").set_index(["quadrant", "method"])
+    for quadrant, scores in expected.quadrants.items():
+        columns = list(scores.table)
+        np.testing.assert_allclose(table.loc[quadrant][columns], scores.table, atol=1e-6)
+        np.testing.assert_allclose(table.loc[quadrant][[f"{c}_low" for c in columns]], scores.low, atol=1e-6)
+    assert np.isfinite(table.loc[("new genes", "k-mer ridge")]).all()
+    predicted = pd.read_parquet(tmp_path / "fitted" / "predictions.parquet")
+    held = [name for name, part in zip(grid.genes, grid.gene_part) if part == "test"]
+    assert list(predicted) == held and set(cells.var.loc[held, "chrom"]) == {"chr2"}
+    rows = grid.cells if kind != "mlp" else grid.cells[grid.cell_part == "train"]
+    assert set(predicted.index) == set(rows) and np.isfinite(predicted.to_numpy()).all()
+    again = Rosa.from_pretrained(tmp_path / "fitted" / "model", device="cpu")
+    np.testing.assert_allclose(again.predict(held), predicted.loc[again.task.cells], rtol=1e-5, atol=1e-6)
+    assert again.scores.table.equals(expected.table)
+    page = (tmp_path / "fitted" / "report.html").read_text()
+    assert "New genes and cells" in page and "vectors" in page
+
+
+def test_errors_of_fit_are_one_sentence_and_write_nothing(expression, capsys, tmp_path):
+    given = ["sequence", "fit", expression / "cells.h5ad", "--out", tmp_path / "none"]
+    own = ["--vectors", expression / "vectors"]
+    GeneVectors([f"X{i}" for i in range(32)], np.eye(32)).save(tmp_path / "others")
+    for more, words in (
+        (["--vectors", tmp_path / "nothing"], "nothing"),
+        (["--vectors", tmp_path / "others"], "0 of 32 genes have a vector"),
+        ([*own, "--kind", "forest"], "kind='forest'"),
+        ([*own, "--loss", "poisson"], "closed form"),
+        ([*own, "--epochs", 3], "training loop"),
+        ([*own, "--hold-genes", "famly"], "not a column of var"),
+        ([*own, "--hold-cells", "tissue"], "not a column of obs"),
+        ([*own, "--hold-genes", "chromosome", "--held-genes", "chr9"], "chr9"),
+        ([*own, "--context", 2], "context=2"),
+        ([*own, "--layer", "logs"], "logs"),
+    ):
+        code, out, err = run(capsys, *given, *more)
+        assert code == 2 and not out and words in err.splitlines()[-1] and "Traceback" not in err, (more, err)
+    assert not (tmp_path / "none" / "model").exists() and not (tmp_path / "none" / "scores.csv").exists()
+    code, _, err = run(capsys, *given[:3], *own, "--out", expression / "cells.h5ad")
+    assert code == 2 and "cells.h5ad" in err and read(expression / "cells.h5ad").n_vars == 32
 
 
 @pytest.mark.parametrize("path", COMMANDS)

@@ -3,6 +3,7 @@
 import gzip
 import os
 import stat
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -13,8 +14,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from scellfm.core import AssetError, DataError, OptionError, ScellfmError, ScellfmWarning
-from scellfm.rosa import Genome, encode, read_annotation, tss_windows
+from scellfm.rosa import Genome, encode, read_annotation, start_table, tss_windows
 from scellfm.rosa.blockgzip import write_blocks
+from scellfm.rosa.effects import exon_bins
 from scellfm.rosa.windows import read_sizes
 
 MOUSE = [
@@ -69,6 +71,34 @@ def test_bad_lines_of_a_gtf_are_counted_and_too_many_refused(tmp_path):
     many = gtf() + "1\tH\tgene\tbad\t9\t.\t+\t.\tgene_id 5;\n" * 1_000_000
     with pytest.raises(DataError, match="1,000,000 of 1,000,006 lines .* first line 7 .* is this a GTF file"):
         read_annotation(write(tmp_path, "many.gtf", many))
+
+
+def test_the_release_of_a_gtf_is_kept(tmp_path):
+    said = "##description: evidence of the mouse (GRCm39), version M33\n##provider: X\n#!genome-version GRCm39\n"
+    annotation = read_annotation(write(tmp_path, "m.gtf", said + gtf()))
+    assert annotation.release == "description: evidence of the mouse (GRCm39), version M33; genome-version GRCm39"
+    assert annotation.protein_coding().release == annotation.release
+    assert read_annotation(write(tmp_path, "n.gtf", gtf())).release == ""
+
+
+def test_a_gtf_from_windows_and_one_without_names_of_genes(tmp_path):
+    crlf = b"\xef\xbb\xbf" + gtf().replace("\n", "\r\n").encode()
+    plain = read_annotation(write(tmp_path, "m.gtf", gtf()))
+    assert read_annotation(write(tmp_path, "crlf.gtf", crlf)).table.equals(plain.table)
+    with pytest.warns(ScellfmWarning, match="1 of 7 lines .* no gene_id"):
+        unnamed = read_annotation(write(tmp_path, "u.gtf", gtf() + '1\tH\tgene\t5\t9\t.\t+\t.\tgene_id "";\n'))
+    assert unnamed.table.equals(plain.table)
+
+
+def test_starts_at_the_3_prime_end_are_told(tmp_path):
+    table = pd.DataFrame({"gene": list("abc"), "chrom": "1", "strand": list("+--"), "start": 10, "end": 90})
+    with pytest.warns(ScellfmWarning, match="2 of 2 genes on the negative strand have their tss at the smaller end"):
+        read_annotation(table.assign(tss=10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_annotation(table.assign(tss=[10, 89, 89]))
+    for columns in (["gene", "chrom", "strand"], ["gene", "chrom", "strand", "start"]):  # without both ends
+        assert read_annotation(table[columns].assign(tss=10)).table["end"].tolist() == [11, 11, 11]
 
 
 def test_gff3_and_other_files_are_not_taken_for_gtf(tmp_path):
@@ -168,6 +198,32 @@ def test_chromosomes_under_another_name_or_none(tmp_path, fasta):
         tss_windows(write(tmp_path, "c.bed", "chr7\t5\t9\tc\t0\t+\n"), fasta, length=10)
 
 
+@pytest.mark.parametrize(
+    "given, in_genome",
+    [("chr20", "20"), ("20", "chr20"), ("CHR20", "chr20"), ("20", "Chr20"), ("Chr20", "20")]
+    + [(one, other) for one in ("chrM", "MT", "M", "chrMT") for other in ("chrM", "MT", "M", "chrMT")],
+)
+def test_usual_spellings_of_a_chromosome_are_one(tmp_path, given, in_genome):
+    path = write(tmp_path, "one.fa", f">{in_genome}\n{'ACGTTGCAAC' * 5}\n")
+    windows = tss_windows(write(tmp_path, "a.bed", f"{given}\t20\t40\ta\t0\t-\n"), path, length=10)
+    assert windows.table["chrom"].tolist() == [in_genome] and len(windows.sequence(0)) == 10
+    assert len(start_table(windows, bin_size=5)) == 1
+
+
+def test_a_gene_on_two_chromosomes_has_the_starts_of_each(tmp_path):
+    rows = [("g", "chrX", "+", 100, "x1"), ("g", "chrX", "+", 104, "x2"), ("g", "chrY", "+", 103, "y1")]
+    table = pd.DataFrame(rows, columns=["gene", "chrom", "strand", "start", "transcript"]).assign(end=200)
+    windows = tss_windows(table, chrom_sizes={"X": 500, "Y": 500}, length=64, tss="all")
+    starts = start_table(windows, bin_size=8)
+    for row, chrom in enumerate(windows.table["chrom"]):
+        assert set(starts.loc[starts["row"] == row, "transcript"]) == ({"x1", "x2"} if chrom == "X" else {"y1"})
+    exons = pd.DataFrame({"gene": "g", "chrom": ["chrX", "chrY"], "start": [104, 120], "end": [108, 124]})
+    windows.annotation.exons = exons.assign(transcript=["x1", "y1"])
+    for row, (chrom, start) in enumerate(zip(windows.table["chrom"], windows.table["start"])):
+        exon = 104 if chrom == "X" else 120
+        assert exon_bins(windows, row, 4, 0, 16).tolist() == sorted({(exon - start) // 4, (exon + 3 - start) // 4})
+
+
 def test_a_start_beyond_its_chromosome_is_another_build(tmp_path, fasta):
     with pytest.raises(DataError, match="gene 'c' starts at 20:899, and the chromosome has 140 bases in g.fa"):
         tss_windows(write(tmp_path, "a.bed", BED + "20\t5\t900\tc\t0\t-\n"), fasta, length=10)
@@ -243,6 +299,16 @@ def test_plain_gzip_and_damaged_blocks_are_named(tmp_path):
         genome.letters("1", 0, 100)
 
 
+@pytest.mark.parametrize("at", [0, 25, 60, -30, -60])
+def test_a_damaged_bgzip_genome_is_named_while_it_is_indexed(tmp_path, at):
+    write_blocks(tmp_path / "x.fa.gz", b">1\n" + b"ACGTTGCA\n" * 30)
+    data = bytearray((tmp_path / "x.fa.gz").read_bytes())
+    data[at] ^= 255
+    (tmp_path / "x.fa.gz").write_bytes(bytes(data))
+    with pytest.raises(AssetError, match="damaged|was cut|compressed"):
+        Genome(tmp_path / "x.fa.gz")
+
+
 @pytest.mark.parametrize(
     "line", ["20\t140\t12\t14\t15", "20\t140\t11\t13\t15", "20\t150\t12\t14\t15", "X\t140\t12\t14\t15"]
 )
@@ -305,21 +371,26 @@ def test_sizes_of_chromosomes_that_are_none(tmp_path):
 
 @hypothesis_settings(max_examples=150)
 @given(
-    kind=st.sampled_from(["x.gtf", "x.bed", "x.tsv", "x.fa", "x.fai"]),
+    kind=st.sampled_from(["x.gtf", "x.bed", "x.tsv", "x.fa", "x.fai", "x.fa.gz"]),
     at=st.integers(0, 10_000),
     junk=st.binary(min_size=1, max_size=8),
 )
 def test_any_damage_is_read_or_refused_in_words(tmp_path_factory, kind, at, junk):
     folder = tmp_path_factory.getbasetemp()
-    texts = {"x.gtf": gtf(), "x.bed": BED, "x.tsv": "gene\tchrom\tstrand\ttss\na\t1\t+\t5\nb\t1\t-\t9\n"}
-    texts |= {"x.fa": ">20\nACGT\nACGT\n>M\nAC\n", "x.fai": "20\t8\t4\t4\t5\nM\t2\t17\t2\t3\n"}
+    tsv = "gene\tchrom\tstrand\ttss\tstart\tend\na\t1\t+\t5\t5\t8\nb\t1\t-\t9\t7\t10\n"
+    texts = {"x.gtf": gtf(), "x.bed": BED, "x.tsv": tsv, "x.fa": ">20\nACGT\nACGT\n>M\nAC\n"}
+    texts |= {"x.fai": "20\t8\t4\t4\t5\nM\t2\t17\t2\t3\n", "x.fa.gz": texts["x.fa"]}
     whole = texts[kind].encode()
+    if kind == "x.fa.gz":
+        write_blocks(folder / "whole.gz", whole)
+        whole = (folder / "whole.gz").read_bytes()
     at = at % len(whole)
     damaged = whole[:at] + junk + whole[at + len(junk) :]
     try:
-        if kind in ("x.fa", "x.fai"):
-            path = write(folder, "fuzz.fa", damaged if kind == "x.fa" else texts["x.fa"])
-            (folder / "fuzz.fa.fai").unlink(missing_ok=True)
+        if kind in ("x.fa", "x.fai", "x.fa.gz"):
+            name = "fuzz.fa.gz" if kind == "x.fa.gz" else "fuzz.fa"
+            path = write(folder, name, texts["x.fa"] if kind == "x.fai" else damaged)
+            (folder / f"{name}.fai").unlink(missing_ok=True)
             if kind == "x.fai":
                 os.utime(write(folder, "fuzz.fa.fai", damaged), (2e9, 2e9))
             genome = Genome(path)

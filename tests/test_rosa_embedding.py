@@ -1,5 +1,6 @@
 """Gene vectors: rosa's own variants as recorded, the right bins on both strands, folders that survive being killed."""
 
+import hashlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import pytest
+from anndata import AnnData
 from conftest import golden
 from rosa_models import lively
 
@@ -203,6 +205,24 @@ def test_vectors_can_be_saved_and_opened(windows, enformer, tmp_path):
     vectors = embed_genes(windows[:2], model=enformer)
     vectors.save(tmp_path)
     assert GeneVectors.load(tmp_path).manifest == vectors.manifest
+
+
+def test_the_manifest_says_what_the_vectors_were_made_of(genome, enformer, tmp_path):
+    columns = (
+        'gene_id "ENSG01.2"; transcript_id "T1"; gene_name "AAA"; transcript_type "protein_coding"; tag "MANE_Select";'
+    )
+    line = f"one\tH\ttranscript\t4001\t4400\t.\t-\t.\t{columns}\n"
+    (tmp_path / "g.gtf").write_text("##description: a test (GRCt1), version 7\n" + line)
+    planned = tss_windows(tmp_path / "g.gtf", genome[0], length=2048)
+    vectors = embed_genes(planned, model=enformer, folder=tmp_path / "kept")
+    found = vectors.manifest
+    assert found["genome"]["sha256"] == hashlib.sha256(genome[0].read_bytes()).hexdigest()
+    assert found["annotation"]["release"] == "description: a test (GRCt1), version 7"
+    assert found["model"] == enformer.fingerprint() and found["rule"] == "strongest_cage"
+    assert found["windows"] == planned.settings and set(found["read"]["ENSG01"]) == {"bin", "cage"}
+    adata = AnnData(np.ones((2, 2), np.float32), var=pd.DataFrame(index=["ENSG01", "ENSG02"]))
+    vectors.write_varm(adata, key_added="dna")
+    assert np.array_equal(adata.varm["dna"][0], vectors.values[0]) and np.isnan(adata.varm["dna"][1]).all()
 
 
 def bytes_of(folder) -> dict[str, bytes]:

@@ -107,7 +107,8 @@ def test_a_variant_and_the_bins_it_changes(enformer, recorded):
         before, after = (conv_bins(enformer.module, as_bases(b)) for b in (recorded["indices"], codes))
         stretch = conv_bins(enformer.module, as_bases(codes), first, last)
     moved = (before - after).abs().amax((0, 2))
-    assert moved[:first].max() < 1e-5 and moved[last:].max() < 1e-5 and moved[first:last].max() > 1e-3
+    outside, largest = torch.cat([moved[:first], moved[last:]]), moved.max()  # whatever the size of the weights
+    assert largest > 0 and moved[first:last].max() == largest and bool((outside < 1e-2 * largest).all())
     assert np.allclose(stretch, after[:, first:last], atol=1e-5)
 
 
@@ -166,7 +167,7 @@ def test_pooling_an_odd_length_is_the_originals():
 def test_only_the_bins_asked_for_are_the_same_numbers(enformer, recorded):
     codes, whole = recorded["indices"], enformer.embed(recorded["indices"])
     last = whole.shape[1] - 1
-    bins = np.array([[0, last], [last // 2, 1]])
+    bins = np.array([[row % 2 * last // 2, last * (1 - row % 2) + row % 2] for row in range(len(codes))])
     assert np.allclose(enformer.embed(codes, bins=bins), np.take_along_axis(whole, bins[:, :, None], 1), atol=1e-4)
     assert np.allclose(enformer.embed(codes, batch_size=2), whole, atol=1e-4)
 
@@ -231,7 +232,7 @@ def test_wrong_inputs_are_named(enformer):
     with pytest.raises(OptionError, match="names"):
         enformer.predict(long, tracks="CAGE")
     with pytest.raises(OptionError, match="head"):
-        enformer.predict(long, head="rat")
+        enformer.predict(long, head="no such head")
 
 
 def test_published_tracks_are_found_by_name():

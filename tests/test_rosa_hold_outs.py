@@ -75,6 +75,19 @@ def test_folds_of_a_user_and_of_borzoi():
         assert hold_out_grid(adata, genes=folds, held_genes="fold3").gene_part[0] == "unused"
 
 
+def test_a_file_of_folds_such_as_borzois_holds_out_the_genes_of_its_regions(tmp_path):
+    adata = some_cells()
+    starts = np.arange(80) * 1000 + 500
+    positions = pd.DataFrame({"gene": adata.var_names, "chrom": "chr1", "tss": starts})
+    rows = [f"chr1\t{i * 10_000}\t{(i + 1) * 10_000 + 200}\tfold{i}" for i in range(8)]  # neighbours overlap
+    (tmp_path / "sequences_human.bed").write_text("\n".join(rows + ["chr1\t2000\t9000\tfold0"]) + "\n")
+    folds = region_sets(positions, tmp_path / "sequences_human.bed")
+    grid = hold_out_grid(adata, genes=folds, held_genes=["fold3", "fold4"])
+    held = grid.genes[grid.gene_part == "test"]
+    assert set(held) == set(adata.var_names[(starts >= 30_000) & (starts < 50_000)])
+    assert not set(folds[held]) & set(folds[grid.genes[grid.gene_part == "train"]])
+
+
 def test_a_split_of_cells_is_taken_as_it_is():
     adata = some_cells()
     split = hold_out(adata, by="donor", fractions=(0.5, 0.25, 0.25))

@@ -150,10 +150,11 @@ def test_all_baselines_have_a_row_given_or_not():
 
 def test_hypothesis_table_tells_vectors_that_know_from_those_that_do_not():
     noise = GeneVectors(VECTORS.genes, np.random.default_rng(3).normal(size=VECTORS.values.shape))
-    scores = compare_vectors(read_expression(CELLS), {"true": VECTORS, "noise": noise}, GRID)
+    scores = compare_vectors(read_expression(CELLS), {"true": VECTORS, "ESM": None, "noise": noise}, GRID)
     table = scores["new genes"].table["pearson_across_cells_centred"]
     assert table["true"] > 0.5 and abs(table["one-hot"]) < 0.2 and table["true"] > table["noise"] + 0.3
-    assert list(table.index) == ["true", "noise", "one-hot", "permuted", "gene mean"]
+    assert list(table.index) == ["true", "ESM", "noise", "one-hot", "permuted", "gene mean"]
+    assert scores["new genes"].table.loc["ESM"].isna().all()
 
 
 @pytest.mark.parametrize("kind", ["ridge", "mlp", "transformer", "performer", "encoder_decoder", "perceiver"])
@@ -163,14 +164,17 @@ def test_contributions_sum_to_the_difference_of_predictions(kind):
     task, rows = rosa.task, np.flatnonzero(rosa.grid.obs.loc[rosa.task.cells, "cell_type"] == "B")
     at = task.genes.get_indexer(["G004", "G010"])
     asked = np.concatenate([task.vectors[at], np.zeros((1, task.vectors.shape[1]), np.float32)])
-    whole = rosa.fitted.known_cells(task, asked, task.known())[rows].mean(axis=0)
+    whole = rosa.fitted.known_cells(task, asked, task.known(at))[rows].mean(axis=0)
+    np.testing.assert_allclose(
+        whole[:2], rosa.predict(["G004", "G010"]).to_numpy()[rows].mean(axis=0), rtol=1e-4, atol=1e-5
+    )
     np.testing.assert_allclose(found.sum(axis=1), whole[:2] - whole[2], rtol=0.03, atol=0.01)
     if kind in ("ridge", "mlp"):
         with pytest.raises(OptionError, match="reads no genes of a cell"):
             rosa.explain("G004", of="cell")
     elif kind == "transformer":
         both = rosa.explain("G004", ["cell0"] if "cell0" in task.cells else None, of="both", steps=8)
-        assert set(both) == {"gene", "cell"} and both["cell"].shape[1] == 40
+        assert set(both) == {"gene", "cell"} and both["cell"].shape[1] == 40 and "G004" not in both["cell"]
 
 
 def test_effects_of_variants_by_cell_type_are_differences_of_predictions(tmp_path):
@@ -191,7 +195,8 @@ def test_effects_of_variants_by_cell_type_are_differences_of_predictions(tmp_pat
     (tmp_path / "a.gtf").write_text("\n".join(rows) + "\n")
     model = lively()
     windows = tss_windows(tmp_path / "a.gtf", fasta, length=model.bin_size * 16)
-    vectors = embed_genes(windows, fasta, model=model, rule="tss")
+    how = {"rule": "tss", "strands": "both", "shifts": (0, 1)}
+    vectors = embed_genes(windows, fasta, model=model, **how)
     cells = CELLS[:, :12].copy()
     grid = hold_out_grid(
         cells, genes={g: "test" if i > 8 else "train" for i, g in enumerate(genes)}, held_genes=["test"]
@@ -206,9 +211,7 @@ def test_effects_of_variants_by_cell_type_are_differences_of_predictions(tmp_pat
     changed = letters[:at] + table["alt"][0] + letters[at + 1 :]
     other = tmp_path / "h.fa"
     other.write_text(">1\n" + "\n".join(changed[i : i + 60] for i in range(0, len(changed), 60)) + "\n")
-    after = embed_genes(
-        tss_windows(tmp_path / "a.gtf", other, length=model.bin_size * 16), other, model=model, rule="tss"
-    )
+    after = embed_genes(tss_windows(tmp_path / "a.gtf", other, length=windows.length), other, model=model, **how)
     difference = rosa.predict(after.take([genes[9]])) - rosa.predict(vectors.take([genes[9]]))
     types = grid.obs["cell_type"].reindex(rosa.task.cells)
     expected = difference[genes[9]].groupby(types.to_numpy()).mean()
@@ -216,6 +219,21 @@ def test_effects_of_variants_by_cell_type_are_differences_of_predictions(tmp_pat
     assert abs(expected).max() > 1e-6
     bases = rosa.explain_bases(genes[9], windows, model)
     assert bases.shape == (windows.length, 4) and ((bases != 0).sum(axis=1) <= 1).all() and bases.to_numpy().any()
+    whole = rosa.explain_bases(genes[9], windows, model, method="integrated_gradients", steps=40).to_numpy().sum()
+    nothing = windows.codes([9]) * 0 + 4
+    bin = vectors.manifest["read"][genes[9]]["bin"]
+    empty = model.embed(nothing, bins=[bin], strands="both", shifts=(0, 1))[:, 0]
+    parts = [
+        rosa.predict(GeneVectors([genes[9]], v)).to_numpy().mean() for v in (vectors.take([genes[9]]).values, empty)
+    ]
+    np.testing.assert_allclose(whole, parts[0] - parts[1], rtol=0.1, atol=1e-3)
+    stranger = lively(seed=5)
+    for ask in (
+        lambda: rosa.explain_bases(genes[9], windows, stranger),
+        lambda: rosa.variant_effect(table, fasta, model=stranger, windows=windows),
+    ):
+        with pytest.raises(DataError, match="is not the model that made the vectors"):
+            ask()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Alleles get into windows as a naive edit of the whole chromosome puts them; files are read whole or refused."""
 
 import gzip
+import re
 
 import numpy as np
 import pandas as pd
@@ -103,10 +104,15 @@ def test_pairs_tell_where_an_snv_lies_and_what_it_changes(place, strand):
     assert (pairs["distance"] == at - windows.table["index"].iloc[0]).all()
 
 
-@pytest.mark.parametrize("length", [4096, 4097])
-def test_snvs_and_indels_of_the_real_chromosome(length):
+@pytest.fixture(scope="module")
+def real_variants():
     genome = Genome(real_data("chr20-1mb/z.fa"))
-    variants = read_variants(real_data("chr20-1mb/z.vcf.gz"), genome)
+    return genome, read_variants(real_data("chr20-1mb/z.vcf.gz"), genome)
+
+
+@pytest.mark.parametrize("length", [4096, 4097])
+def test_snvs_and_indels_of_the_real_chromosome(real_variants, length):
+    genome, variants = real_variants
     table = variants.table
     alone = ~table["record"].duplicated(keep=False)
     assert table[alone]["kind"].value_counts().to_dict() == {"snv": 28_017, "indel": 819}
@@ -164,7 +170,7 @@ GOOD = f"20\t5\t.\t{LETTERS[4]}\t{'A' if LETTERS[4] != 'A' else 'C'}\t.\t.\t.\n"
 
 
 def test_windows_line_ends_and_a_missing_header_are_accepted(place):
-    crlf = write(place, (HEADER + GOOD).replace("\n", "\r\n").encode(), name="crlf.vcf")
+    crlf = write(place, b"\xef\xbb\xbf" + (HEADER + GOOD).replace("\n", "\r\n").encode(), name="crlf.vcf")
     assert len(read_variants(crlf, place / "g.fa")) == 1
     with pytest.warns(ScellfmWarning, match="no line that begins with #CHROM"):
         bare = read_variants(write(place, GOOD, header=""), place / "g.fa")
@@ -185,6 +191,8 @@ def test_windows_line_ends_and_a_missing_header_are_accepted(place):
         ("20\t5\t.\tA\t<DEL>\n", "holds no allele that can be put into a sequence"),
         ("", "holds no allele"),
         (b"\xff\xfe\x00binary", "is not text"),
+        ("20\t5\u00b2\t.\tA\tC\n", "line 3: a record has a chromosome, a place"),
+        ("20\t" + "5" * 5000 + "\t.\tA\tC\n", "line 3: a record has a chromosome, a place"),
     ],
 )
 def test_a_damaged_record_is_named(place, body, words):
@@ -212,7 +220,8 @@ def test_a_truncated_file_is_refused(place, kind, cut):
         write_blocks(path, text)
     else:
         path.write_bytes(gzip.compress(text))
-    assert len(read_variants(path)) == 20_000
+    if cut == 5:
+        assert len(read_variants(path)) == 20_000
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(ScellfmError, match="was cut"):
         read_variants(path)
@@ -224,6 +233,14 @@ def test_unphased_genotypes_are_refused(place):
         read_variants(write(place, GOOD.strip() + "\tGT\t0/1\n", header), samples="a")
     with pytest.raises(DataError, match="has no sample 'b'; it has a"):
         read_variants(write(place, GOOD.strip() + "\tGT\t0|1\n", header), samples="b")
+    for more, words in (
+        ("GT\t0|7", "'0|7' names an allele that the record does not have: it has 1"),
+        ("GT\t0|" + "7" * 5000, "is not one or two numbers"),
+        ("DP:GT\t31:0|1", "FORMAT is 'DP:GT', which does not begin with GT"),
+        ("DP\t1", "FORMAT is 'DP'"),
+    ):
+        with pytest.raises(DataError, match=re.escape(words)):
+            read_variants(write(place, GOOD.strip() + f"\t{more}\n", header), samples="a")
     windows = windows_at(place, 50, "+", 20)
     with pytest.raises(DataError, match="no genotypes of 'a' were read"):
         personal_codes(read_variants(place / "x.vcf"), windows, "a")
@@ -238,6 +255,20 @@ def test_overlapping_alleles_of_one_copy_are_counted(place):
     variants = read_variants(write(place, body, header), windows.genome, samples="a")
     with pytest.warns(ScellfmWarning, match="1 alleles of 'a' overlap others"):
         personal_codes(variants, windows, "a")
+
+
+def test_two_spellings_of_a_chromosome_in_one_file_are_one(place):
+    header = HEADER.replace("INFO\n", "INFO\tFORMAT\ta\n")
+    other = {"A": "C", "C": "G", "G": "T", "T": "A"}
+    body = "".join(
+        f"{chrom}\t{pos}\t.\t{LETTERS[pos - 1]}\t{other[LETTERS[pos - 1]]}\t.\t.\t.\tGT\t1|1\n"
+        for chrom, pos in (("20", 48), ("chr20", 52), ("CHR20", 55))
+    )
+    windows = windows_at(place, 50, "+", 20)
+    variants = read_variants(write(place, body, header, name="two.vcf"), windows.genome, samples="a")
+    assert len(pair_with_windows(variants, windows)) == 3
+    copies = personal_codes(variants, windows, "a")
+    assert (copies[0] != windows.codes()).sum() == 6  # three bases on each of two copies
 
 
 def test_wrong_kinds_of_input_are_named(place):

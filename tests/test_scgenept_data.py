@@ -182,6 +182,22 @@ def test_cell_types_are_compared_with_their_own_controls():
     assert np.allclose(data.scores("A"), first.scores("A"))
 
 
+def test_a_column_of_cell_types_that_is_named_must_be_there():
+    with pytest.raises(DataError, match="celltype"):
+        PerturbationData(small(LABELS), cell_type="celltype")
+
+
+def test_perturbed_genes_of_raw_are_kept_among_the_variable_ones():
+    draw = np.random.default_rng(0)
+    genes = [f"g{i}" for i in range(60)]
+    values = sparse.csr_matrix(draw.poisson(np.r_[np.full(59, 3.0), 0.05], (50, 60)).astype(np.float32))
+    obs = pd.DataFrame({"condition": ["ctrl"] * 30 + ["g59+ctrl"] * 20}, index=[f"c{i}" for i in range(50)])
+    adata = anndata.AnnData(values, obs, pd.DataFrame(index=genes))
+    adata.raw = adata.copy()
+    data = PerturbationData(adata[:, :40].copy(), layer="raw", normalize=True, n_variable=10)
+    assert "g59" in data.genes and not data.unmeasured
+
+
 @pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")
 def test_an_unmeasured_perturbed_gene_has_an_input_position_and_is_counted():
     adata = small([*LABELS, "Z+ctrl", "Z+ctrl", "A+Z", "A+Z"])

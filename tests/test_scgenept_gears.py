@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import stat
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import golden
 
 from scellfm import DataError, ExtraError, OptionError, ScellfmWarning
 from scellfm.data import simulate_perturbations
@@ -16,15 +20,20 @@ from scellfm.scores import perturbation
 
 PROCESS = """
 import json, sys
-import numpy as np, anndata
+import h5py, numpy as np  # and no anndata, which takes seconds to import
 from pathlib import Path
 folder = Path(sys.argv[2])
 job = json.loads((folder / "job.json").read_text())
-cells = anndata.read_h5ad(folder / "data" / "perturb_processed.h5ad")
-genes = np.array(cells.var["gene_name"], dtype=str)[::-1]
-assert set(cells.obs["condition"].astype(str)) == {*job["train"], *job["valid"]}
-rows = np.array([[len(wanted) + i for i in range(len(genes))] for wanted in job["wanted"]], dtype=np.float32)
-np.savez(folder / "predictions.npz", genes=genes, rows=rows)
+def column(found):
+    if isinstance(found, h5py.Dataset):
+        return found.asstr()[:]
+    return found["categories"].asstr()[:][found["codes"][:]]
+with h5py.File(folder / "data" / "perturb_processed.h5ad") as cells:
+    genes, labels = column(cells["var"]["gene_name"])[::-1], column(cells["obs"]["condition"])
+assert set(labels) == {*job["train"], *job["valid"]}
+assert genes[-1] not in {gene for wanted in job["wanted"] for gene in wanted}  # GEARS does not see the first gene
+rows = np.array([[len(wanted) + int(gene[1:]) for gene in genes] for wanted in job["wanted"]], dtype=np.float32)
+np.savez(folder / "predictions.npz", genes=genes.astype(str), rows=rows)
 """
 
 
@@ -64,7 +73,7 @@ def test_predictions_come_back_by_name_and_a_gene_that_is_not_measured_is_a_dash
     with pytest.warns(ScellfmWarning, match="GEARS answers 4 of 5"):
         table = gears_baseline(data, split, annotations, python=stand_in(tmp_path, PROCESS))
     assert list(table.index) == split["test"] and list(table.columns) == list(data.genes)
-    assert table.loc["AWAY"].isna().all() and table.loc["G01"].iloc[-1] == 1 and table.loc["G01"].iloc[0] == 50
+    assert table.loc["AWAY"].isna().all() and table.loc["G01", "G30"] == 31 and table.loc["G01", "G00"] == 1
     scores = perturbation(data, {"GEARS": table.clip(upper=5) / 7}, train=split["train"])
     assert "GEARS (4 of 5)" in scores.title
 
@@ -73,6 +82,18 @@ def test_the_interpreter_is_named_by_the_environment_too(data, split, annotation
     monkeypatch.setenv("SCELLFM_GEARS_PYTHON", str(stand_in(tmp_path, PROCESS)))
     with pytest.warns(ScellfmWarning):
         assert gears_baseline(data, split, annotations).notna().any().all()
+
+
+def test_the_process_finds_the_package_gears_and_no_module_of_ours(data, split, annotations, tmp_path):
+    looks = """
+import os, sys
+from importlib.machinery import PathFinder
+beside = os.path.dirname(os.path.abspath(sys.argv[1]))  # where python looks first for what a script imports
+found = [name for name in ("gears", "scellfm", "model") if PathFinder.find_spec(name, [beside])]
+raise SystemExit(f"beside the script: {found}")
+"""
+    with pytest.warns(ScellfmWarning), pytest.raises(ExtraError, match=r"beside the script: \[\]"):
+        gears_baseline(data, split, annotations, python=stand_in(tmp_path, looks))
 
 
 @pytest.mark.filterwarnings("ignore::scellfm.core.ScellfmWarning")
@@ -86,6 +107,14 @@ def test_gears_is_among_all_baselines_where_it_is_at_hand(data, split, annotatio
     assert list(perturbation_baselines(data, split, annotations=annotations, baselines="GEARS")) == ["GEARS"]
     with pytest.raises(OptionError, match="annotations="):
         perturbation_baselines(data, split, baselines=["GEARS"])
+
+
+def test_a_fold_that_gears_cannot_answer_is_dashes(data, split, annotations, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCELLFM_GEARS_PYTHON", str(stand_in(tmp_path, PROCESS)))
+    folds = [{"train": split["train"], "test": ["AWAY"]}, {"train": split["train"], "test": ["G01"]}]
+    with pytest.warns(ScellfmWarning, match="GEARS predicts nothing of a fold"):
+        found = perturbation_baselines(data, folds, annotations=annotations, baselines=["GEARS", "training mean"])
+    assert found.counts().to_dict() == {"training mean": 2, "GEARS": 1} and found["GEARS"].loc["AWAY"].isna().all()
 
 
 def test_what_is_missing_or_fails_is_said(data, split, annotations, tmp_path, monkeypatch):
@@ -103,13 +132,46 @@ def test_what_is_missing_or_fails_is_said(data, split, annotations, tmp_path, mo
         gears_baseline(data, {"train": split["train"], "test": ["AWAY"]}, annotations, python=failing)
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_original_answers(data, split, annotations):
-    if "SCELLFM_GEARS_PYTHON" not in os.environ:
-        pytest.skip("SCELLFM_GEARS_PYTHON names no environment with cell-gears")
+    original_python()
     found, again = (gears_baseline(data, split, annotations, epochs=2, seed=1) for _ in range(2))
     pd.testing.assert_frame_equal(found, again, atol=1e-5)
     control = data.means().loc["ctrl"]
     assert found.loc["AWAY"].isna().all() and np.corrcoef(found.loc["G01"], control)[0, 1] > 0.5
     json.dumps(found.dropna().round(3).to_dict())
+
+
+def original_python() -> str:
+    "The interpreter with cell-gears; the test is skipped where none is named."
+    if "SCELLFM_GEARS_PYTHON" not in os.environ:
+        pytest.skip("SCELLFM_GEARS_PYTHON names no environment with cell-gears")
+    return os.environ["SCELLFM_GEARS_PYTHON"]
+
+
+CHECKED = "original or ranked or equals or folder_of or every_published or overall or published_numbers"
+
+
+@pytest.mark.parametrize("seed, sizes, types", [(5, ("90", "11", "6"), "K562"), (8, ("130", "15", "8"), "K562,RPE1")])
+def test_what_the_original_makes_of_other_data_is_made_here_too(tmp_path, seed, sizes, types):
+    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    out, here = tmp_path / "scgenept", Path(__file__).parent
+    script = [original_python(), here / "original_gears.py", golden("scgenept"), out, str(seed), *sizes, types]
+    made = subprocess.run(list(map(str, script)), env=kept, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-2000:]
+    files = [str(here / f"test_{name}.py") for name in ("scgenept_data", "scgenept_splits", "scores_gears")]
+    checks = [sys.executable, "-m", "pytest", "-q", *files, "-k", CHECKED, "-p", "no:cacheprovider", "--tb=short"]
+    found = subprocess.run(checks, env=os.environ | {"SCELLFM_GOLDEN": str(tmp_path)}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-4000:]
+    print(found.stdout.splitlines()[-1])
+
+
+def test_the_preparation_finds_the_genes_of_the_original(capsys):
+    script = Path(__file__).parent.parent / "benchmarks" / "perturbseq_preparation.py"
+    command = [sys.executable, str(script), "--quick", "--gears", original_python()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = re.search(r"the same 20 genes in (\d+) of (\d+) conditions", done.stdout)
+    with capsys.disabled():
+        print(done.stdout)  # seconds and memory of both sides
+    assert found, done.stderr[-2000:]
+    assert found[1] == found[2] == "19"

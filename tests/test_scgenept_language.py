@@ -1,5 +1,6 @@
 """Gene vectors from texts: what the sentence model gives, resumable, honest about genes and words that are missing."""
 
+import gzip
 import json
 
 import numpy as np
@@ -14,7 +15,16 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from scellfm import AssetError, DataError, OptionError, ScellfmWarning, StoreError
 from scellfm.data import GeneVectors
-from scellfm.scgenept import go_annotations, go_texts, go_vectors, merge_texts, read_texts, text_vectors, tfidf_vectors
+from scellfm.scgenept import (
+    go_annotations,
+    go_texts,
+    go_vectors,
+    merge_texts,
+    read_texts,
+    read_uniprot,
+    text_vectors,
+    tfidf_vectors,
+)
 
 WORDS = "kinase receptor ribosome translation signal binds of the nucleus cytosol factor".split()
 DRAW = np.random.default_rng(0)
@@ -234,6 +244,93 @@ def test_empty_and_foreign_files_of_texts(tmp_path):
     path.write_text(json.dumps({"A": ["kinase"]}))
     with pytest.raises(AssetError, match="no dictionary of texts"):
         read_texts(path)
+
+
+PROTEINS = """ID   AAA_HUMAN               Reviewed;         100 AA.
+AC   Q00001;
+GN   Name=AAA {ECO:0000312|HGNC:HGNC:1}; Synonyms=ZZZ, YYY; ORFNames=XXX;
+GN   and
+GN   Name=AAB; OrderedLocusNames=WWW;
+OS   Homo sapiens (Human).
+OX   NCBI_TaxID=9606 {ECO:0000312|Proteomes:UP000005640};
+CC   -!- FUNCTION: [Isoform 1]: Cuts long chains
+CC       (PubMed:111,
+CC       PubMed:222). Needs "zinc" (By similarity). {ECO:0000250|UniProtKB:Q9,
+CC       ECO:0000269|PubMed:111}.
+CC   -!- FUNCTION: Binds DNA.
+CC   ---------------------------------------------------------------------------
+CC   Copyrighted by nobody.
+CC   ---------------------------------------------------------------------------
+DR   EMBL; X; Y; -; mRNA.
+//
+ID   AAA2_HUMAN              Unreviewed;       100 AA.
+GN   Name=AAA;
+OX   NCBI_TaxID=9606;
+CC   -!- FUNCTION: A guess.
+//
+ID   AAA_MOUSE               Reviewed;         100 AA.
+GN   Name=Aaa;
+OX   NCBI_TaxID=10090;
+CC   -!- FUNCTION: Of a mouse.
+//
+ID   CCC_HUMAN               Reviewed;          50 AA.
+GN   Name=CCC;
+OX   NCBI_TaxID=9606;
+CC   -!- SUBUNIT: Alone.
+//
+"""
+FUNCTIONS = (
+    'FUNCTION: [Isoform 1]: Cuts long chains (PubMed:111, PubMed:222). Needs "zinc" (By similarity).'
+    " {ECO:0000250|UniProtKB:Q9, ECO:0000269|PubMed:111}. FUNCTION: Binds DNA."
+)
+TABLE = [
+    ["Entry", "Reviewed", "Gene Names (primary)", "Organism (ID)", "Function [CC]"],
+    ["Q1", "reviewed", "AAA; AAB", "9606", FUNCTIONS],
+    ["Q2", "unreviewed", "AAA", "9606", "FUNCTION: A guess."],
+    ["Q3", "reviewed", "Aaa", "10090", "FUNCTION: Of a mouse."],
+    ["Q4", "reviewed", "CCC", "9606", ""],
+]
+ROWS = "".join("\t".join(row) + "\n" for row in TABLE)
+
+
+@pytest.mark.parametrize(
+    "name, content", [("p.txt", PROTEINS), ("p.dat.gz", PROTEINS), ("p.tsv", ROWS), ("p.tsv.gz", ROWS)]
+)
+def test_uniprot_is_read_in_both_forms(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
+    with pytest.warns(ScellfmWarning, match="1 of 3 genes have no FUNCTION text"):
+        found = read_uniprot(path)
+    said = ['[Isoform 1]: Cuts long chains. Needs "zinc" (By similarity).', "Binds DNA."]
+    assert found == {"AAA": said, "AAB": said}
+    with pytest.warns(ScellfmWarning):
+        assert read_uniprot(path, unreviewed=True)["AAA"] == [*said, "A guess."]
+    assert read_uniprot(path, taxon=10090) == {"Aaa": ["Of a mouse."]}
+    with pytest.warns(ScellfmWarning):
+        assert set(read_uniprot(path, taxon=None)) == {"AAA", "AAB", "Aaa"}
+    with pytest.raises(DataError, match=r"species 7227; it holds \['10090', '9606'\]"):
+        read_uniprot(path, taxon=7227)
+    assert merge_texts({"AAB": "NCBI."}, found)["AAB"] == ["NCBI.", *said]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("cut.txt", PROTEINS[:-20].encode(), "cut.txt ends inside an entry"),
+        ("cut.txt.gz", gzip.compress(PROTEINS.encode())[:-30], "cut.txt.gz cannot be read"),
+        ("page.txt", b"<!DOCTYPE html><html></html>", "page.txt is"),
+        ("other.tsv", b"gene\ttext\nA\tb\n", "those of UniProt are"),
+        ("other.txt", b">sp|Q1|AAA_HUMAN\nMKV\n", "no file of UniProt"),
+        ("latin.txt", PROTEINS.replace("zinc", "z\u00efnc").encode("latin-1"), "cannot be read"),
+        ("plain.tsv.gz", ROWS.encode(), "cannot be read"),
+    ],
+)
+def test_files_that_are_not_of_uniprot_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(AssetError, match=message):
+        read_uniprot(tmp_path / name)
+    with pytest.raises(AssetError, match="does not exist"):
+        read_uniprot(tmp_path / "nowhere.txt")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from scgenept_golden import OUTPUTS, SETTINGS, VARIANTS, genes, model_of
 
 from scellfm.core import DataError, OptionError, ScellfmWarning
 from scellfm.data import read, simulate_perturbations
-from scellfm.scgenept import PerturbationData, ScGenePT, evaluate_which, predict_values
+from scellfm.scgenept import PerturbationData, ScGenePT, evaluate_published, evaluate_which, predict_values
 from scellfm.scgpt.perturbation import predict as predict_scgpt
 
 BATCH = OUTPUTS["batch/expr"], OUTPUTS["batch/flags"]
@@ -71,6 +71,19 @@ def test_the_order_of_genes_is_no_matter(model, data):
     found = model.predict(["G01+ctrl"], controls=shuffled)
     pd.testing.assert_frame_equal(found[wanted.columns], wanted, atol=1e-5, rtol=1e-5)
     pd.testing.assert_frame_equal(model.predict(["G01+ctrl"]), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_data_with_genes_in_another_order_are_scored_and_learnt_from_by_name(tmp_path, model, simulated, data):
+    order = np.random.default_rng(1).permutation(data.adata.n_vars)
+    turned = PerturbationData(simulated.adata[:, order].copy())
+    model.save_pretrained(tmp_path)
+    again, split = ScGenePT.from_pretrained(tmp_path, device="cpu"), data.split("simulation", seed=1)
+    found, wanted = again.evaluate(turned, split).values("mse"), model.evaluate(data, split).values("mse")
+    pd.testing.assert_series_equal(found["scGenePT"], wanted["scGenePT"], rtol=1e-4)
+    with pytest.raises(DataError, match="other genes"):
+        evaluate_published(ScGenePT.from_pretrained(tmp_path, device="cpu"), turned, split)
+    again.fit(turned, split, epochs=1, batch_size=32)
+    assert list(again.genes) == list(turned.input_genes)
 
 
 def test_a_perturbation_is_one_however_it_is_written(model):
@@ -144,6 +157,12 @@ def test_a_profile_is_explained_by_the_perturbation_that_has_it(model, data):
     scores = evaluate_which(model, data, data.split("simulation", seed=1))
     ranks = pd.DataFrame({name: detail["by_condition"]["rank"] for name, detail in scores.details.items()})
     assert set(ranks) == {"scGenePT", "change of its own gene", "chance"}
+    np.testing.assert_allclose(scores.table["mean_reciprocal_rank"], (1 / ranks).mean()[scores.table.index])
+    low, mean, high = (t["mean_reciprocal_rank"].dropna() for t in (scores.low, scores.table, scores.high))
+    assert len(low) and (low <= mean[low.index]).all() and (mean[high.index] <= high).all()
+    written = [f"ctrl+{name}" if "+" not in name else name for name in data.conditions] + ["G01+ctrl", "G01"]
+    other = evaluate_which(model, data, data.split("simulation", seed=1), candidates=written)
+    pd.testing.assert_frame_equal(other.table, scores.table)
     with pytest.raises(DataError, match="both symbols"):
         model.which(pd.Series([1.0, 2.0, 3.0], index=["a", "b", "c"]), data.conditions)
 

@@ -1,10 +1,12 @@
 "Published models are fetched from their store by name, and the protocol of their tables can be repeated and resumed."
 
 import json
+import shutil
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 from scgenept_golden import fine_tuned, genes, scgpt_folder
 
@@ -62,13 +64,44 @@ def test_the_protocol_resumes_and_refuses_other_settings(tmp_path):
     vectors = {"ncbi": simulated.vectors["know"]}
     call = dict(seeds=(42, 23), epochs=1, batch_size=32)
     first = reproduce(data, tmp_path / "scgpt", vectors, tmp_path / "runs", **call)
-    assert list(first.index) == ["scgpt", "ncbi"] and first.loc["ncbi", ("pearson_delta", "card")] == 0.548
+    assert list(first.index) == ["scgpt", "ncbi"]
+    for column in ("pearson_delta", "pearson_delta_by_subgroup"):  # the card does not say which of both it reports
+        assert first.loc["ncbi", (column, "card")] == 0.548 and np.isfinite(first.loc["ncbi", (column, "here")])
     files = sorted((tmp_path / "runs").glob("*.json"))
     stamps = [file.stat().st_mtime_ns for file in files]
     again = reproduce(data, tmp_path / "scgpt", vectors, tmp_path / "runs", **call)
     assert first.equals(again) and stamps == [file.stat().st_mtime_ns for file in files]
     assert len(files) == 4 and json.loads(files[0].read_text())["settings"]["training"]["epochs"] == 1
-    with pytest.raises(OptionError, match="another run"):
+    with pytest.raises(OptionError, match="differs in training"):
         reproduce(data, tmp_path / "scgpt", vectors, tmp_path / "runs", **call | {"epochs": 2})
+    with pytest.raises(OptionError, match="differs in vectors"):
+        reproduce(data, tmp_path / "scgpt", {"ncbi": simulated.vectors["none"]}, tmp_path / "runs", **call)
+    turned = simulated.adata.copy()
+    turned.obs["condition"] = turned.obs["condition"].astype(str).replace({"G00": "G01", "G01": "G00"})
+    with pytest.raises(OptionError, match="differs in data"):
+        reproduce(PerturbationData(turned), tmp_path / "scgpt", vectors, tmp_path / "runs", **call)
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "scgpt", other)
+    weights = ScGPTModel(start.model.config.encoder).state_dict()
+    save_tensors(other / "model.safetensors", {name: value + 1 for name, value in weights.items()})
+    with pytest.raises(OptionError, match="differs in scgpt"):
+        reproduce(data, other, vectors, tmp_path / "runs", **call)
+    alone = reproduce(data, tmp_path / "scgpt", vectors, tmp_path / "runs", dataset=None, **call)
+    assert alone.xs("card", axis=1, level=1).isna().all(axis=None) and (
+        alone.dropna(axis=1) == first[alone.dropna(axis=1).columns]
+    ).all(axis=None)
     with pytest.raises(DataError, match="no vectors for 'go_f'"):
         reproduce(data, tmp_path / "scgpt", vectors, tmp_path / "runs", knowledge=["go_f"], **call)
+
+
+def test_the_pearson_numbers_are_means_of_conditions_and_of_subgroups():
+    from scellfm.scgenept.reproduction import own_numbers
+
+    found = {"test_mse": 1.0, "test_mse_de": 2.0}
+    for group, value in (("combo_seen1", 0.8), ("unseen_single", 0.2)):
+        found |= {f"test_{group}_pearson_delta": value, f"test_{group}_pearson_delta_de": value / 2}
+    numbers = own_numbers(found, {"combo_seen1": ["A+B", "A+C", "A+D"], "unseen_single": ["B"], "combo_seen0": []})
+    assert numbers["pearson_delta"] == pytest.approx((3 * 0.8 + 0.2) / 4)
+    assert numbers["pearson_delta_by_subgroup"] == pytest.approx(0.5)
+    assert numbers["pearson_delta_top20"] == pytest.approx((3 * 0.4 + 0.1) / 4)
+    assert numbers["pearson_delta_top20_by_subgroup"] == pytest.approx(0.25)

@@ -125,6 +125,12 @@ def test_an_interrupted_fit_goes_on_exactly_and_other_settings_are_refused(tmp_p
         new(data, simulated, "none").fit(data, split, folder=tmp_path, save_every=2, **FAST)
     with pytest.raises(StoreError, match="another run"):
         new(data, simulated).fit(data, data.split("simulation", seed=2), folder=tmp_path, save_every=2, **FAST)
+    one, two = [name for name in split.perturbations("train") if "+" not in name][:2]
+    turned = simulated.adata.copy()
+    turned.obs["condition"] = turned.obs["condition"].astype(str).replace({one: two, two: one})
+    turned = PerturbationData(turned)  # the same cells under other labels
+    with pytest.raises(StoreError, match="another run"):
+        new(turned, simulated).fit(turned, turned.split("simulation", seed=1), folder=tmp_path, save_every=2, **FAST)
     resumed = new(data, simulated).fit(data, split, folder=tmp_path, save_every=2, **FAST)
     assert resumed.history.step_rows == whole.history.step_rows and same_weights(resumed, whole)
 

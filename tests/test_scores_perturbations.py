@@ -128,9 +128,10 @@ def test_an_attack_predicting_absolute_effects_does_not_help(world):
     honest, attack = partly_right(), m + (partly_right() - m).abs()
     found = score(world, {"honest": honest, "attack": attack}).table
     for name in ("pearson_delta", "pearson_delta_de", "r2_w", "nir", "de_direction", "share"):
-        assert found.loc["attack", name] <= found.loc["honest", name]
+        assert found.loc["attack", name] < found.loc["honest", name], name  # a score of |delta| would find them equal
     for name in ("mse", "mse_de", "wmse"):
-        assert found.loc["attack", name] >= found.loc["honest", name]
+        assert found.loc["attack", name] > found.loc["honest", name], name
+    assert found.loc["attack", "de_recall"] == found.loc["honest", "de_recall"]  # which genes change, not how
 
 
 def test_an_attack_with_shifted_controls_changes_nothing(world):
@@ -179,6 +180,32 @@ def test_an_attack_that_counts_a_perturbation_twice_is_merged(world):
     np.testing.assert_allclose(first.table["mse"][:3], second.table["mse"][:3], atol=1e-9)
     published = doubled.rename(index={TEST[0]: f"{TEST[0]}+ctrl"})
     assert len(score(twice, published, original=True).values("mse")) == len(TEST) + 1
+
+
+def test_labels_are_read_as_perturbation_data_reads_them(world):
+    from scellfm.scgenept import perturbation_of
+    from scellfm.scores.effects import perturbation_name
+
+    for label in (
+        "A",
+        "A+ctrl",
+        "ctrl+A",
+        " A + CTRL ",
+        "Control+A",
+        "B+A",
+        "A+A",
+        "ctrl",
+        "Control",
+        "ctrl+ctrl",
+        "A+B+C",
+    ):
+        assert perturbation_name(label) == perturbation_of(label), label
+    written = world.copy()
+    written.obs["condition"] = [f"{n} + CTRL" if n != "ctrl" else n for n in world.obs.condition.astype(str)]
+    pd.testing.assert_frame_equal(score(written, partly_right()).table, score(world, partly_right()).table)
+    written.obs["condition"] = written.obs["condition"].astype(str).replace({f"{TEST[0]} + CTRL": f"{TEST[0]}+"})
+    with pytest.raises(DataError, match="empty part"):
+        score(written, partly_right())
 
 
 def test_subgroups_strata_and_dashes(world):
@@ -258,6 +285,16 @@ def test_a_condition_of_one_cell_is_scored_where_it_can_be(world):
     counts = found.counts().loc["model"]
     assert counts["mse"] == len(TEST) and counts["wmse"] == counts["mse_de_ab"] == len(TEST) - 1
     assert np.isfinite(found.table.loc["model", ["mse", "wmse", "share"]].astype(float)).all()
+
+
+def test_a_constant_prediction_has_no_correlation_and_is_counted(world):
+    flat = pd.DataFrame(1.0, TEST, COLUMNS)
+    rest = pd.DataFrame(np.tile(means(world, ["ctrl"]).to_numpy(), (len(TEST), 1)), TEST, COLUMNS)
+    for guess, metric in ((flat, "pearson"), (rest, "pearson_delta"), (rest.astype(np.float32), "pearson_delta")):
+        found, original = score(world, guess), score(world, guess, original=True)
+        assert found.values(metric, "model").isna().all() and np.isnan(found.table.loc["model", metric])
+        assert found.counts().loc["model", metric] == 0 and found.counts().loc["model", "mse"] == len(TEST)
+        assert (original.values(metric, "model") == 0).all() and original.table.loc["model", metric] == 0
 
 
 def test_a_missing_prediction_is_counted_and_no_zero(world):
@@ -359,6 +396,10 @@ def test_shares_are_drawn_for_the_metrics_that_can_judge(world):
     assert shown == set(found.table.index)
     order = [label.get_text() for label in ax.get_yticklabels()]
     assert order.index("training mean") < order.index("half") < order.index("most")
+    assert not ax.texts
+    silent = partly_right() * np.nan
+    drawn = score(world, {"most": partly_right(0.9), "silent": silent}).plot()
+    assert [text.get_text() for text in drawn.texts] == ["no prediction"]
     assert found.plot(kind="scores") is not ax
     with pytest.raises(OptionError, match="kind='roc'"):
         found.plot(kind="roc")

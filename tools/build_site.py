@@ -106,21 +106,24 @@ def finish(out: Path, pages: list[site.Page]) -> None:
 def examples_of(pages: list[site.Page]) -> dict[str, str]:
     "A piece of code for each documented method: of its own page, else of a neighbour, else of a tutorial."
     sources = {page.path: site.shown_sources(page) for page in pages}
-    tutorials = [cells for path, cells in sources.items() if path.parts[0] == "tutorials"]
+    tutorials = [cells for path, cells in sources.items() if path.parts[0] == "tutorials" or len(path.parts) == 1]
     found = {}
     for page in pages:
         beside = [cells for path, cells in sources.items() if path.parts[0] == page.path.parts[0] and path != page.path]
-        for method in (method for shown in page.entries for method in shown.methods):
-            known = [cells for cells in tutorials if any(method.name.split(".")[0] in cell for cell in cells)]
-            example = reference.find_example(method.name, [sources[page.path], *beside, *known])
-            if example and not isinstance(method.object, property):
-                found[method.name] = example
+        for shown in page.entries:
+            owners = reference.heirs(shown.object) if shown.methods else []
+            known = [cells for cells in tutorials if any(owner in cell for cell in cells for owner in owners)]
+            for method in shown.methods:
+                name = method.name.split(".")[1]
+                example = reference.find_example(name, owners, [sources[page.path], *beside, *known])
+                if example and not isinstance(method.object, property):
+                    found[method.name] = example
     return found
 
 
-def write_pages(pages: list[site.Page], folder: Path) -> None:
-    "The Markdown of every page and its pictures, in `folder`."
-    places, examples = site.documented_places(pages), examples_of(pages)
+def write_pages(pages: list[site.Page], examples: dict[str, str], folder: Path) -> None:
+    "The Markdown of every page and its pictures, in `folder`; `examples`: a piece of code for each method."
+    places = site.documented_places(pages)
     for page in pages:
         target = folder / page.path.with_suffix(".md")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -170,12 +173,13 @@ def main() -> int:
     problems += [f"{page} is missing from the sidebar of _quarto.yml" for page in notebooks if page not in sidebar]
     out, pages = ROOT / "_docs", [site.read_page(Path(page), NOTEBOOKS) for page in notebooks]
     if not problems:
+        examples = examples_of(pages)
         with tempfile.TemporaryDirectory() as folder:
-            write_pages(pages, Path(folder) / "pages")
+            write_pages(pages, examples, Path(folder) / "pages")
             build(Path(folder) / "pages", out)
         finish(out, pages)
         problems += checks.broken_links(out) + checks.raw_text(out) + checks.missing_methods(out, pages)
-        problems += checks.summaries(pages)
+        problems += checks.summaries(pages) + checks.missing_examples(pages, examples)
     text, pictures = readme(Path("index.ipynb"))
     if check:
         problems += [

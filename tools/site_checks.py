@@ -7,6 +7,10 @@ from urllib.parse import unquote, urlparse
 
 import site_reference as reference
 
+USED = (
+    "__call__ from_pretrained save_pretrained fit embed embed_genes pretrain finetune perturb transfer predict evaluate"
+)
+PACKAGES = ("geneformer", "scgpt", "scgenept", "rosa", "data", "crossfit")
 PLAIN = re.compile(r"<(script|style|pre|code|math)\b.*?</\1>|<[^>]+>", re.S)
 
 
@@ -54,12 +58,27 @@ def summaries(pages: list) -> list[str]:
     return found
 
 
+def public_methods(page) -> list[reference.Entry]:
+    "The public methods of every public class that the module of a page defines, whatever the page documents."
+    if not page.module:
+        return []
+    module = reference.module_of(page.module)
+    found = [getattr(module, name) for name in module.__all__]
+    classes = [each for each in found if isinstance(each, type) and each.__module__ == module.__name__]
+    return [
+        reference.Entry(f"{cls.__name__}.{name}", method)
+        for cls in classes
+        if not cls.__name__.startswith("_")
+        for name, method in reference.own_methods(cls)
+    ]
+
+
 def missing_methods(site: Path, pages: list) -> list[str]:
-    "Public methods of documented classes that the class's page does not show with all their parameters."
+    "Public methods that the page of their class does not show with all their parameters."
     found = []
     for page in pages:
         text = (site / page.html).read_text(encoding="utf8")
-        for method in (method for entry in page.entries for method in entry.methods):
+        for method in public_methods(page):
             start = text.find(f'id="{method.anchor}"')
             part = html.unescape(re.sub(r"<[^>]+>", "", text[start : text.find("<h", start + 1)])) if start >= 0 else ""
             sign = reference.signature(method)
@@ -67,3 +86,13 @@ def missing_methods(site: Path, pages: list) -> list[str]:
             if start < 0 or lacking:
                 found.append(f"{page.html} lacks `{method.name}` {', '.join(lacking)}".rstrip())
     return found
+
+
+def missing_examples(pages: list, examples: dict[str, str]) -> list[str]:
+    "The methods that users call, of the classes that a package exports, of which the site shows no example."
+    exported = {name for package in PACKAGES for name in reference.module_of(package).__all__}
+    methods = [(page, method) for page in pages for method in public_methods(page)]
+    used = [
+        (page, m) for page, m in methods if m.name.split(".")[0] in exported and m.name.split(".")[1] in USED.split()
+    ]
+    return [f"{page.html} has no example of `{method.name}`" for page, method in used if method.name not in examples]

@@ -69,10 +69,11 @@ def read_page(path: Path, folder: Path) -> Page:
 
 
 def shown_sources(page: Page) -> list[str]:
-    "The code that the page shows, cell by cell."
-    cells = [cell for cell in page.notebook.cells if cell.cell_type == "code"]
+    "The code that the page shows: cell by cell, then the blocks of Python in its prose."
     hidden = {"export", "exporti", "exports", "hide", "echo: false", "include: false"}
-    return [code_of(cell) for cell in cells if not directives(cell) & hidden]
+    code = [cell for cell in page.notebook.cells if cell.cell_type == "code" and not directives(cell) & hidden]
+    prose = "\n".join(cell.source for cell in page.notebook.cells if cell.cell_type == "markdown")
+    return [code_of(cell) for cell in code] + re.findall(r"^```python\n(.*?)^```", prose, flags=re.S | re.M)
 
 
 def formulas(text: str, page: Page) -> str:

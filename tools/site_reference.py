@@ -198,26 +198,39 @@ def block(shown: Entry, examples: dict[str, str], level: int = 3) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def statements_calling(source: str, name: str) -> Iterator[str]:
-    "The statements of a cell that call a method of this name, as they are written."
+def made_from(owner: str, cells: list[str]) -> set[str]:
+    "The variables of a page that are assigned from a class: `name = Owner(...)` or `name = Owner.method(...)`."
+    return set(re.findall(rf"^(\w+) = {owner}[.(]", "\n".join(cells), flags=re.M))
+
+
+def statements_calling(source: str, name: str, variables: set[str] = frozenset()) -> Iterator[str]:
+    "The statements of a cell that call a method of this name, or call one of `variables`, as they are written."
     try:
         body = ast.parse(source).body
     except SyntaxError:
         return
     for node in body:
         for part in ast.walk(node):
-            if isinstance(part, ast.Call) and isinstance(part.func, ast.Attribute) and part.func.attr == name:
+            function = part.func if isinstance(part, ast.Call) else None
+            method = isinstance(function, ast.Attribute) and function.attr == name
+            if method or (isinstance(function, ast.Name) and function.id in variables):
                 yield ast.get_source_segment(source, node) or ""
                 break
 
 
-def find_example(entry_name: str, pages: list[list[str]]) -> str | None:
-    "A short statement of the pages (sources of cells, nearest page first) that calls the method; None where none does."
-    owner, _, method = entry_name.partition(".")
+def heirs(cls: type) -> list[str]:
+    "The names of a class and of all classes that inherit from it."
+    return [cls.__name__, *(name for child in cls.__subclasses__() for name in heirs(child))]
+
+
+def find_example(method: str, owners: list[str], pages: list[list[str]]) -> str | None:
+    "A short statement of the pages (sources of cells, nearest page first) that calls a method; None where none does."
     asserted = None
-    for source in (source for cells in pages for source in cells):
-        for text in statements_calling(source, method):
-            if len(text.splitlines()) > 8 or (method.startswith("from_") and f"{owner}.{method}(" not in text):
+    for cells in pages:
+        variables = made_from(owners[0], cells) if method == "__call__" else set()
+        for text in (text for source in cells for text in statements_calling(source, method, variables)):
+            named = any(f"{owner}.{method}(" in text for owner in owners)
+            if len(text.splitlines()) > 8 or (method.startswith("from_") and not named):
                 continue
             if not text.startswith("assert"):
                 return text

@@ -97,9 +97,15 @@ def named_files(gene_vectors: list[str]) -> dict[str, str]:
         raise OptionError("--gene-vectors takes pairs such as ncbi=ncbi.pickle go_f=go_f.pickle")
     return {name: path for name, _, path in pairs}
 
+
+def card_of(data: str) -> str | None:
+    "Whose published numbers stand beside: those of the set that a name or the last part of a path says, or of none."
+    name = Path(data).expanduser().name
+    return {"norman": "norman", "adamson": "adamson", "simulated": "norman"}.get(name)
+
 # %% ../../nbs/commands/perturbations.ipynb #3b8312c1
 def reproduce(
-    data: str,  # norman or adamson, a folder in GEARS's layout, or the word simulated
+    data: str,  # norman or adamson, a folder in GEARS's layout (of that name), or the word simulated
     *,
     out: str,  # folder of the runs and their table; the same command goes on from there
     scgpt: str | None = None,  # folder of scGPT's whole-human checkpoint
@@ -122,7 +128,7 @@ def reproduce(
         if scgpt is None:
             raise OptionError("--scgpt: name the folder of scGPT's whole-human checkpoint, or try the word simulated")
         cells, vectors = PerturbationData.load(data, root=root), named_files(gene_vectors or [])
-    dataset = data if data in ("norman", "adamson") else "norman"
+    dataset = card_of(data)
     chosen = {} if seeds is None else {"seeds": seeds}
     table = reproduce(cells, scgpt, vectors, folder / "runs", dataset=dataset, epochs=epochs, **chosen)
     write_table(table, folder / "table.csv")

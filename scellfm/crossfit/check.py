@@ -85,7 +85,7 @@ class Remedy(NamedTuple):
 
 def hold_out_donors(by: str | None) -> Remedy:
     "Judge on donors that were not trained on; `by` is the column whose groups the split kept whole."
-    advice = "hold out whole donors: split=folds(adata, by='donor')"
+    advice = "if the cells come from several donors, hold out whole donors: split=folds(adata, by=<their column>)"
     return Remedy(by is None, advice, f"whole groups held out (split= by={by!r})")
 
 

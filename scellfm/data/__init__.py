@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = _lazy(
         "Folds": "splits",
         "check_leakage": "splits",
         "demo": "demonstration",
+        "interferon_cells": "stimulated",
         "simulate_cells": "cells",
         "simulate_shifts": "shifts",
         "GeneVectors": "vectors",

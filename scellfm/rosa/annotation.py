@@ -16,18 +16,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..assets.files import usable
 from ..core import DataError, OptionError, one_of, optional, warn
-from .blockgzip import open_text
+from .blockgzip import BOM, open_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['STABLE', 'COLUMNS', 'MARKS', 'ALIASES', 'NUMBERS', 'without_version', 'Annotation', 'mark_canonical', 'annotation_of',
-           'good_lines', 'wrong_place', 'wrong_gtf', 'gtf_rows', 'joined_exons', 'transcripts_of', 'read_gtf',
-           'wrong_bed', 'read_bed', 'named_columns', 'annotation_table', 'read_annotation', 'read_table']
+__all__ = ['STABLE', 'COLUMNS', 'MARKS', 'RELEASE', 'ALIASES', 'NUMBERS', 'without_version', 'Annotation', 'mark_canonical',
+           'annotation_of', 'good_lines', 'report_bad_lines', 'wrong_place', 'wrong_gtf', 'gtf_rows', 'joined_exons',
+           'transcripts_of', 'release_of', 'read_gtf', 'wrong_bed', 'read_bed', 'named_columns', 'warn_of_3_prime_ends',
+           'annotation_table', 'read_annotation', 'read_table']
 
 # %% ../../nbs/rosa/annotation.ipynb #a5463396
 STABLE = re.compile(r"^(ENS[A-Z]*\d+)\.\d+(_PAR_Y)?$")
@@ -40,7 +42,7 @@ def without_version(gene: str) -> str:
 # %% ../../nbs/rosa/annotation.ipynb #77f63521
 COLUMNS = ("gene", "symbol", "transcript", "chrom", "strand", "tss", "start", "end", "biotype", "canonical")
 
-
+# %% ../../nbs/rosa/annotation.ipynb #d1ed88c3
 @dataclass(repr=False)
 class Annotation:
     """
@@ -48,13 +50,14 @@ class Annotation:
 
     Columns: gene (id without version), symbol, transcript, chrom, strand ('+' or '-'), tss, start, end (from 0, end not
     included), gene_start, gene_end, biotype ('' where unknown), canonical (bool). `exons` has gene, transcript, chrom,
-    start and end of each exon, if they were asked for.
+    start and end of each exon, if they were asked for. `release`: what a GTF file says of itself in its first lines.
     """
 
     table: pd.DataFrame
     source: str
     counts: dict[str, int] = field(default_factory=dict)
     exons: pd.DataFrame | None = None
+    release: str = ""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -64,56 +67,62 @@ class Annotation:
         left_out = "".join(f", {count:,} {what}" for what, count in self.counts.items() if count)
         return f"Annotation({self.source}: {genes:,} genes, {len(self.table):,} transcripts{left_out})"
 
-    def _replaced(self, rows) -> Annotation:
-        "The same with only these rows of the table."
-        table = self.table.loc[rows].reset_index(drop=True)
-        exons = self.exons
-        if exons is not None:
-            exons = exons[exons["transcript"].isin(table["transcript"])].reset_index(drop=True)
-        return Annotation(table, self.source, dict(self.counts), exons)
+# %% ../../nbs/rosa/annotation.ipynb #e1a7daf7
+@patch
+def _replaced(self: Annotation, rows) -> Annotation:
+    "The same with only these rows of the table."
+    table = self.table.loc[rows].reset_index(drop=True)
+    exons = self.exons
+    if exons is not None:
+        exons = exons[exons["transcript"].isin(table["transcript"])].reset_index(drop=True)
+    return Annotation(table, self.source, dict(self.counts), exons, self.release)
 
-    def protein_coding(self) -> Annotation:
-        "Only the transcripts whose biotype is protein_coding; DataError where the source names no biotype."
-        biotype = self.table["biotype"]
-        if not (biotype != "").any():
-            raise DataError(
-                f"{self.source} names no biotype, so protein-coding transcripts cannot be told; use a GTF file"
-            )
-        return self._replaced((biotype == "protein_coding").to_numpy())
 
-    def select(self, genes: Iterable[str]) -> Annotation:
-        """
-        Only these genes, given by id (with or without version) or by symbol, in the order of the annotation.
+@patch
+def protein_coding(self: Annotation) -> Annotation:
+    "Only the transcripts whose biotype is protein_coding; DataError where the source names no biotype."
+    biotype = self.table["biotype"]
+    if not (biotype != "").any():
+        raise DataError(f"{self.source} names no biotype, so protein-coding transcripts cannot be told; use a GTF file")
+    return self._replaced((biotype == "protein_coding").to_numpy())
 
-        Genes that are not there are counted in a warning; DataError where none or less than a tenth is there.
-        """
-        wanted = {without_version(gene) for gene in genes}
-        known = self.table["gene"].isin(wanted) | self.table["symbol"].isin(wanted)
-        found = wanted & {*self.table["gene"], *self.table["symbol"]}
-        lost = sorted(wanted - found)
-        message = f"{len(lost):,} of {len(wanted):,} genes are not in {self.source}, e.g. {', '.join(lost[:3])}"
-        if len(found) < 0.1 * len(wanted) or not found:
-            first = self.table["gene"].iloc[0]
-            raise DataError(f"{message}; its genes look like {first!r}: another species, another kind of name?")
-        if lost:
-            warn(message)
-        return self._replaced(known.to_numpy())
+# %% ../../nbs/rosa/annotation.ipynb #6a7ac7ab
+@patch
+def select(self: Annotation, genes: Iterable[str]) -> Annotation:
+    """
+    Only these genes, given by id (with or without version) or by symbol, in the order of the annotation.
 
-    def starts(self, tss: str = "canonical") -> pd.DataFrame:
-        """
-        The rows to centre windows on: one per gene ('canonical', 'gene') or one per distinct start of a gene ('all').
+    Genes that are not there are counted in a warning; DataError where none or less than a tenth is there.
+    """
+    wanted = {without_version(gene) for gene in genes}
+    known = self.table["gene"].isin(wanted) | self.table["symbol"].isin(wanted)
+    found = wanted & {*self.table["gene"], *self.table["symbol"]}
+    lost = sorted(wanted - found)
+    message = f"{len(lost):,} of {len(wanted):,} genes are not in {self.source}, e.g. {', '.join(lost[:3])}"
+    if len(found) < 0.1 * len(wanted) or not found:
+        first = self.table["gene"].iloc[0]
+        raise DataError(f"{message}; its genes look like {first!r}: another species, another kind of name?")
+    if lost:
+        warn(message)
+    return self._replaced(known.to_numpy())
 
-        'canonical' is the transcript chosen by `mark_canonical`; 'gene' is the 5' end of the whole gene.
-        """
-        one_of("tss", tss, ("canonical", "all", "gene"))
-        table = self.table
-        if tss == "all":
-            return table.drop_duplicates(["gene", "chrom", "tss"]).reset_index(drop=True)
-        table = table[table["canonical"]].reset_index(drop=True)
-        if tss == "gene":
-            ends = np.where(table["strand"] == "-", table["gene_end"] - 1, table["gene_start"])
-            table = table.assign(tss=ends, transcript="")
-        return table
+# %% ../../nbs/rosa/annotation.ipynb #b1c75cda
+@patch
+def starts(self: Annotation, tss: str = "canonical") -> pd.DataFrame:
+    """
+    The rows to centre windows on: one per gene ('canonical', 'gene') or one per distinct start of a gene ('all').
+
+    'canonical' is the transcript chosen by `mark_canonical`; 'gene' is the 5' end of the whole gene.
+    """
+    one_of("tss", tss, ("canonical", "all", "gene"))
+    table = self.table
+    if tss == "all":
+        return table.drop_duplicates(["gene", "chrom", "tss"]).reset_index(drop=True)
+    table = table[table["canonical"]].reset_index(drop=True)
+    if tss == "gene":
+        ends = np.where(table["strand"] == "-", table["gene_end"] - 1, table["gene_start"])
+        table = table.assign(tss=ends, transcript="")
+    return table
 
 # %% ../../nbs/rosa/annotation.ipynb #f1d24b9a
 MARKS = ("Ensembl_canonical", "MANE_Select")
@@ -160,7 +169,7 @@ def annotation_of(
     order = [*COLUMNS[:8], "gene_start", "gene_end", *COLUMNS[8:]]
     return Annotation(table[order], source, counts)
 
-
+# %% ../../nbs/rosa/annotation.ipynb #cce25ec1
 def _completed(table: pd.DataFrame) -> pd.DataFrame:
     "The table with the columns that may be absent: symbol, transcript, biotype, tss, gene_start, gene_end."
     table = table.copy()
@@ -190,7 +199,7 @@ def good_lines(path: Path, check: Callable, kind: str, counts: Counter) -> Itera
     try:
         with open_text(path) as lines:
             for number, line in enumerate(lines, 1):
-                line = line.rstrip(b"\r\n")
+                line = line.rstrip(b"\r\n").removeprefix(BOM)
                 if not line.strip() or line.startswith((b"#", b"track", b"browser")):
                     continue
                 fields = line.split(b"\t")
@@ -203,13 +212,19 @@ def good_lines(path: Path, check: Callable, kind: str, counts: Counter) -> Itera
                     first = first or f"line {number} ({line[:60].decode('utf-8', 'replace')!r}): {complaint}"
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is damaged or was cut ({error}); fetch it again") from error
-    if counts["bad lines"]:
-        message = f"{counts['bad lines']:,} of {counts['lines']:,} lines of {path} are not {kind}, first {first}"
-        if 2 * counts["bad lines"] > counts["lines"]:
-            raise DataError(f"{message}; is this a {kind} file?")
-        warn(f"{message}; they are left out")
+    report_bad_lines(path, kind, counts, first)
 
+# %% ../../nbs/rosa/annotation.ipynb #a692ec77
+def report_bad_lines(path: Path, kind: str, counts: Counter, first: str) -> None:
+    "Warn of the bad lines, of which `first` describes the first; DataError where they are more than half of all."
+    if not counts["bad lines"]:
+        return
+    message = f"{counts['bad lines']:,} of {counts['lines']:,} lines of {path} are not {kind}, first {first}"
+    if 2 * counts["bad lines"] > counts["lines"]:
+        raise DataError(f"{message}; is this a {kind} file?")
+    warn(f"{message}; they are left out")
 
+# %% ../../nbs/rosa/annotation.ipynb #b8ec6cb8
 def wrong_place(start: bytes, end: bytes, least: int) -> str | None:
     "What is wrong with a start and an end (no whole numbers of less than 12 digits, out of order); None if nothing is."
     if not (start.isdigit() and end.isdigit() and len(start) < 12 and len(end) < 12):
@@ -223,13 +238,13 @@ def wrong_gtf(fields: list[bytes]) -> str | None:
     "What is wrong with the fields of a GTF line; None if nothing is."
     if len(fields) != 9:
         return f"{len(fields)} fields and not 9"
-    if b"gene_id" not in fields[8]:
+    if b"gene_id" not in fields[8] or b'gene_id ""' in fields[8]:
         return "no gene_id"
     if fields[6] not in (b"+", b"-", b"."):
         return "its strand is not '+', '-' or '.'"
     return wrong_place(fields[3], fields[4], 1)
 
-
+# %% ../../nbs/rosa/annotation.ipynb #d7f74926
 def gtf_rows(path: Path, features: set[bytes], counts: Counter) -> pd.DataFrame:
     "The lines of a GTF file with one of `features`, read by gtfparse; start and end as in the file."
     import io
@@ -264,7 +279,7 @@ def joined_exons(rows: pd.DataFrame) -> pd.DataFrame:
     rest = rows.drop_duplicates(keys).drop(columns=["start", "end"])
     return bounds.merge(rest, on=keys, how="left").assign(feature="transcript")
 
-
+# %% ../../nbs/rosa/annotation.ipynb #d11d973e
 def transcripts_of(rows: pd.DataFrame) -> pd.DataFrame:
     "Transcripts with gene_start and gene_end, from the gene and transcript rows of a GTF file."
     genes, transcripts = rows[rows["feature"] == "gene"], rows[rows["feature"] != "gene"]
@@ -288,6 +303,22 @@ def transcripts_of(rows: pd.DataFrame) -> pd.DataFrame:
         result["gene_end"] = extent["end"].reindex(keys).to_numpy().astype("int64")
     return result
 
+# %% ../../nbs/rosa/annotation.ipynb #f3d1a073
+RELEASE = (b"##description:", b"#!genome-build ", b"#!genome-version ", b"#!genebuild-last-updated ")
+
+
+def release_of(path: Path) -> str:
+    "What a GTF file says of its genome and release in the comments before its first line; '' where it says nothing."
+    said = []
+    with open_text(path) as lines:
+        for line in lines:
+            line = line.removeprefix(BOM)
+            if not line.startswith(b"#"):
+                break
+            if line.startswith(RELEASE):
+                said.append(line.lstrip(b"#!").decode("utf-8", "replace").strip()[:200])
+    return "; ".join(said)
+
 # %% ../../nbs/rosa/annotation.ipynb #22c0be63
 def read_gtf(path: Path, exons: bool = False) -> Annotation:
     "The transcripts of a GTF file (plain or gzip); with `exons`, the exons too. See `read_annotation`."
@@ -302,6 +333,7 @@ def read_gtf(path: Path, exons: bool = False) -> Annotation:
         )
     table = transcripts_of(rows)
     annotation = annotation_of(table, path.name, {"bad lines": counts["bad lines"]}, table["tag"].tolist())
+    annotation.release = release_of(path)
     if exons and len(of_exons):
         names = {"gene_id": "gene", "transcript_id": "transcript", "seqname": "chrom"}
         kept = of_exons.rename(columns=names)[["gene", "transcript", "chrom", "start", "end"]]
@@ -350,7 +382,7 @@ ALIASES = {
 }
 NUMBERS = ("tss", "start", "end", "gene_start", "gene_end")
 
-
+# %% ../../nbs/rosa/annotation.ipynb #3718f65f
 def named_columns(table: pd.DataFrame, source: str) -> pd.DataFrame:
     "The table with the usual names of columns; DataError where gene, chromosome, strand or the place are missing."
     import pandas as pd
@@ -366,7 +398,20 @@ def named_columns(table: pd.DataFrame, source: str) -> pd.DataFrame:
         raise DataError(f"{source} has no column {', '.join(missing)}; it has {', '.join(map(str, table.columns))}")
     return pd.DataFrame(columns)
 
+# %% ../../nbs/rosa/annotation.ipynb #063e6f03
+def warn_of_3_prime_ends(table: pd.DataFrame, source: str) -> None:
+    "Warn where most of the starts (`tss`) on the negative strand are the smaller end of their gene, its 3' end."
+    if "tss" not in table:
+        return
+    minus = table[(table["strand"] == "-") & (table["end"] - table["start"] > 1)]
+    wrong = int((minus["tss"] == minus["start"]).sum())
+    if 2 * wrong > len(minus):
+        warn(
+            f"{source}: {wrong:,} of {len(minus):,} genes on the negative strand have their tss at the smaller end,"
+            " which is their 3' end; leave the column tss out, and it is taken from start, end and strand"
+        )
 
+# %% ../../nbs/rosa/annotation.ipynb #1176834a
 def annotation_table(table: pd.DataFrame, source: str = "the table", one_based: bool = False) -> Annotation:
     "An Annotation of a table; see `read_annotation`. DataError: missing columns or values, numbers that are no places."
     import pandas as pd
@@ -381,8 +426,9 @@ def annotation_table(table: pd.DataFrame, source: str = "the table", one_based: 
         table[name] = numbers.astype("int64") - (one_based and name in ("tss", "start", "gene_start"))
     if table[["gene", "chrom"]].isna().any(axis=None):
         raise DataError(f"{source} has rows without a gene or a chromosome; leave them out")
-    if "start" not in table:
+    if "start" not in table or "end" not in table:
         table = table.assign(start=table["tss"], end=table["tss"] + 1)
+    warn_of_3_prime_ends(table, source)
     if (table["end"] <= table["start"]).any():
         at = int((table["end"] <= table["start"]).to_numpy().argmax())
         raise DataError(
@@ -412,7 +458,7 @@ def read_annotation(
         raise DataError(f"{annotation.source} has no exons; they are read from GTF files")
     return annotation.protein_coding() if protein_coding else annotation
 
-
+# %% ../../nbs/rosa/annotation.ipynb #eed3cfdd
 def _annotation_from(source, exons: bool, one_based: bool) -> Annotation:
     "An Annotation from whatever it is given as."
     if isinstance(source, Annotation):
@@ -434,7 +480,7 @@ def _annotation_from(source, exons: bool, one_based: bool) -> Annotation:
         f"{path} ends in {suffix!r}; an annotation is a .gtf, .bed, .tsv, .csv or .txt file (or .gz of these)"
     )
 
-
+# %% ../../nbs/rosa/annotation.ipynb #d62a6c1e
 def read_table(path: Path) -> pd.DataFrame:
     "A table with a header, separated by commas (.csv) or tabs; DataError where it is not one."
     import pandas as pd

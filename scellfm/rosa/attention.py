@@ -12,7 +12,7 @@ from torch import nn
 from .positional import positional_features
 
 # %% auto #0
-__all__ = ['BLOCK', 'sliding', 'distance_logits', 'chosen_logits', 'split_heads', 'weigh', 'attend', 'take', 'transform',
+__all__ = ['BLOCK', 'sliding', 'distance_logits', 'chosen_logits', 'split_heads', 'weigh', 'take', 'attend', 'transform',
            'pointwise', 'head_output']
 
 # %% ../../nbs/rosa/attention.ipynb #f8ebad96
@@ -50,6 +50,11 @@ def weigh(attention: nn.Module, logits: torch.Tensor, values: torch.Tensor) -> t
     return (shares @ values).transpose(1, 2).flatten(2)
 
 
+def take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    "The rows [b, k] of x [b, n, d]."
+    return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
+
+# %% ../../nbs/rosa/attention.ipynb #80808d99
 def attend(
     attention: nn.Module, x: torch.Tensor, rows: torch.Tensor | None = None, gammas: str = "port"
 ) -> torch.Tensor:
@@ -71,11 +76,6 @@ def attend(
         logits = logits + distance_logits(position[:, :, part], distances, start, n)
         blocks.append(weigh(attention, logits, values))
     return attention.to_out(torch.cat(blocks, dim=1))
-
-
-def take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    "The rows [b, k] of x [b, n, d]."
-    return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))
 
 # %% ../../nbs/rosa/attention.ipynb #382f5a55
 def transform(

@@ -45,7 +45,7 @@ def letters_to_codes(sequences: list[str]) -> np.ndarray:
         table[[ord(letter), ord(letter.lower())]] = code
     return np.stack([table[np.frombuffer(text.encode("latin-1", "replace"), np.uint8)] for text in sequences])
 
-
+# %% ../../nbs/rosa/chunks.ipynb #f91a1ceb
 def as_bases(sequences: object) -> torch.Tensor:
     """
     Codes uint8 [n, L] or probabilities float32 [n, L, 4] of Windows (anything with `.codes()`), arrays, tensors, texts.

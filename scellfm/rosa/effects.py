@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core import DataError, OptionError, check_number, one_of, warn
 from .embedding import with_genome
 from .enformer import Enformer
+from .genome import same_contig
 from .in_silico import log2_ratio
 from .pictures import lollipops
 from .substitution import WindowReader
@@ -72,6 +74,7 @@ def exon_bins(windows: Windows, row: int, size: int, first: int, count: int) -> 
         raise OptionError("score='ln_mean_exons' needs exons: read them with read_annotation(gtf, exons=True)")
     window = windows.table.iloc[row]
     own = exons[(exons["gene"] == window["gene"]) & (exons["end"] > window["start"]) & (exons["start"] < window["end"])]
+    own = own[own["chrom"] == same_contig(window["chrom"], set(own["chrom"]))]  # genes that X and Y share
     found = set()
     for start, end in zip(own["start"], own["end"]):
         low, high = start - window["start"], end - 1 - window["start"]
@@ -123,24 +126,26 @@ class VariantEffects:
         up, down = ((self.table["direction"] == way).sum() for way in ("up", "down"))
         return f"VariantEffects({len(self):,} variant-gene pairs: {up:,} up, {down:,} down; {self.settings['score']})"
 
-    def _repr_html_(self) -> str:
-        largest = self.table["effect"].abs().sort_values(ascending=False, kind="stable").index[:20]
-        shown = self.table.loc[largest].to_html(index=False, float_format="{:.3g}".format)
-        caveat = "Such models often miss the direction of differences between people: test on labelled variants."
-        return f"<p>{self!r}; the largest:</p>{shown}<p>{caveat}</p>"
+# %% ../../nbs/rosa/effects.ipynb #5e7ea477
+@patch
+def _repr_html_(self: VariantEffects) -> str:
+    largest = self.table["effect"].abs().sort_values(ascending=False, kind="stable").index[:20]
+    shown = self.table.loc[largest].to_html(index=False, float_format="{:.3g}".format)
+    caveat = "Such models often miss the direction of differences between people: test on labelled variants."
+    return f"<p>{self!r}; the largest:</p>{shown}<p>{caveat}</p>"
 
-    def plot(self, gene: str | None = None, ax: Axes | None = None) -> Axes:
-        "Lollipops of the variants of one gene (default: that with the largest effect) by distance; returns the axes."
-        if gene is None:
-            gene = self.table.loc[self.table["effect"].abs().idxmax(), "gene"]
-        part = self.table[self.table["gene"] == gene]
-        if not len(part):
-            raise OptionError(
-                f"gene={gene!r} has no variant here; others are {self.table['gene'].unique()[:3].tolist()}"
-            )
-        ax = lollipops(part, ax=ax)
-        ax.set(title=str(gene), ylabel=f"effect, {self.settings['score']}")
-        return ax
+# %% ../../nbs/rosa/effects.ipynb #67dede13
+@patch
+def plot(self: VariantEffects, gene: str | None = None, ax: Axes | None = None) -> Axes:
+    "Lollipops of the variants of one gene (default: that with the largest effect) by distance; returns the axes."
+    if gene is None:
+        gene = self.table.loc[self.table["effect"].abs().idxmax(), "gene"]
+    part = self.table[self.table["gene"] == gene]
+    if not len(part):
+        raise OptionError(f"gene={gene!r} has no variant here; others are {self.table['gene'].unique()[:3].tolist()}")
+    ax = lollipops(part, ax=ax)
+    ax.set(title=str(gene), ylabel=f"effect, {self.settings['score']}")
+    return ax
 
 # %% ../../nbs/rosa/effects.ipynb #d668f19c
 def wanted_bins(
@@ -155,7 +160,7 @@ def wanted_bins(
     place = pairs["index"] if around == "variant" else windows.table["index"].to_numpy()[pairs["window"]]
     return [bins_around(int(index), width, size, first, count) for index in place]
 
-
+# %% ../../nbs/rosa/effects.ipynb #4b6bc724
 def without_bins(pairs: pd.DataFrame, bins: list[np.ndarray], score: str) -> tuple[pd.DataFrame, list[np.ndarray]]:
     "The pairs that have bins; the others are counted in a warning."
     kept = np.array([len(wanted) > 0 for wanted in bins], dtype=bool)
@@ -167,7 +172,7 @@ def without_bins(pairs: pd.DataFrame, bins: list[np.ndarray], score: str) -> tup
         raise DataError("no variant has bins that the model gives; take variants nearer to starts, or longer windows")
     return pairs[kept].reset_index(drop=True), [wanted for wanted, keep in zip(bins, kept) if keep]
 
-
+# %% ../../nbs/rosa/effects.ipynb #313bc804
 def variant_effect(
     variants: str | os.PathLike | pd.DataFrame | Variants,
     fasta: str | os.PathLike | Genome | None = None,
@@ -215,7 +220,7 @@ def variant_effect(
     table = effect_table(variants, pairs, by_track, model, tracks)
     return VariantEffects(table, model.track_names(tracks), by_track, settings)
 
-
+# %% ../../nbs/rosa/effects.ipynb #09c5808b
 def in_windows(
     folder: str | os.PathLike | None,
     pairs: pd.DataFrame,
@@ -245,7 +250,7 @@ def in_windows(
             store.close()
     return effects
 
-
+# %% ../../nbs/rosa/effects.ipynb #f60682ac
 def effect_table(
     variants: Variants, pairs: pd.DataFrame, by_track: np.ndarray, model: Enformer, tracks: str | list
 ) -> pd.DataFrame:

@@ -200,14 +200,15 @@ def manifest_of(windows: Windows, model: object, rule: str, settings: dict, name
         "left_out": [] if windows.left_out is None else windows.left_out["gene"].astype(str).tolist(),
     }
 
-
+# %% ../../nbs/rosa/embedding.ipynb #6decefb5
 def annotation_of(annotation: Annotation | None) -> dict | None:
     "What is known of an annotation: its hash, and its release where it has one."
     if annotation is None:
         return None
-    return {"source": str(annotation.source), "fingerprint": fingerprint(annotation.table)}
+    named = {"source": str(annotation.source), "release": annotation.release}
+    return named | {"fingerprint": fingerprint(annotation.table)}
 
-
+# %% ../../nbs/rosa/embedding.ipynb #36bcc9cd
 def embed_genes(
     windows: Windows,
     fasta: str | os.PathLike | Genome | None = None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import DataError, OptionError, check_number, optional
 from .chunks import COMPLEMENT, as_bases
@@ -29,42 +30,49 @@ class KmerEncoder:
         if self.bin_size is not None:
             check_number("bin_size", self.bin_size, self.k)
 
-    @property
-    def words(self) -> list[str]:
-        "The words, in the order of the columns."
-        names = ["".join("ACGT"[code // 4**place % 4] for place in range(self.k)[::-1]) for code in range(4**self.k)]
-        return [names[code] for code in np.unique(self._column()[1])]
+# %% ../../nbs/rosa/encoders.ipynb #357dc189
+@patch(as_prop=True)
+def words(self: KmerEncoder) -> list[str]:
+    "The words, in the order of the columns."
+    names = ["".join("ACGT"[code // 4**place % 4] for place in range(self.k)[::-1]) for code in range(4**self.k)]
+    return [names[code] for code in np.unique(self._column()[1])]
 
-    def _column(self) -> tuple[np.ndarray, np.ndarray]:
-        "Column of each of the 4^k words, and the word that stands for it."
-        codes = np.arange(4**self.k)
-        turned = np.zeros_like(codes)
-        for place in range(self.k):
-            turned = turned * 4 + COMPLEMENT.numpy()[codes // 4**place % 4]
-        stands = np.minimum(codes, turned) if self.both_strands else codes
-        return np.unique(stands, return_inverse=True)[1], stands
 
-    def embed(self, windows: object) -> np.ndarray:
-        "Shares float32 [windows, bins, words], or [windows, words]; DataError: no whole number of bins."
-        bases = as_bases(windows)
-        if bases.ndim != 2:
-            raise DataError("words are counted in codes or text, not in probabilities")
-        codes = bases.numpy().astype(np.int64)
-        size = codes.shape[1] if self.bin_size is None else self.bin_size
-        if codes.shape[1] % size or codes.shape[1] < self.k:
-            raise DataError(f"windows of {codes.shape[1]:,} bases are no whole number of bins of {size:,}")
-        column, width = self._column()[0], len(np.unique(self._column()[1]))
-        shares = np.stack([self._count(row.reshape(-1, size), column, width) for row in codes])
-        return shares[:, 0] if self.bin_size is None else shares
+@patch
+def _column(self: KmerEncoder) -> tuple[np.ndarray, np.ndarray]:
+    "Column of each of the 4^k words, and the word that stands for it."
+    codes = np.arange(4**self.k)
+    turned = np.zeros_like(codes)
+    for place in range(self.k):
+        turned = turned * 4 + COMPLEMENT.numpy()[codes // 4**place % 4]
+    stands = np.minimum(codes, turned) if self.both_strands else codes
+    return np.unique(stands, return_inverse=True)[1], stands
 
-    def _count(self, bins: np.ndarray, column: np.ndarray, width: int) -> np.ndarray:
-        "Shares [bins, words] of one window cut into bins [bins, bases]."
-        last = bins.shape[1] - self.k + 1
-        word = sum(np.minimum(bins[:, i : i + last], 3) * 4 ** (self.k - 1 - i) for i in range(self.k))
-        real = np.logical_and.reduce([bins[:, i : i + last] < 4 for i in range(self.k)])
-        at = np.where(real, column[word] + width * np.arange(len(bins))[:, None], len(bins) * width)
-        counts = np.bincount(at.ravel(), minlength=len(bins) * width + 1)[:-1].reshape(len(bins), width)
-        return (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).astype(np.float32)
+# %% ../../nbs/rosa/encoders.ipynb #93fd6ad5
+@patch
+def embed(self: KmerEncoder, windows: object) -> np.ndarray:
+    "Shares float32 [windows, bins, words], or [windows, words]; DataError: no whole number of bins."
+    bases = as_bases(windows)
+    if bases.ndim != 2:
+        raise DataError("words are counted in codes or text, not in probabilities")
+    codes = bases.numpy().astype(np.int64)
+    size = codes.shape[1] if self.bin_size is None else self.bin_size
+    if codes.shape[1] % size or codes.shape[1] < self.k:
+        raise DataError(f"windows of {codes.shape[1]:,} bases are no whole number of bins of {size:,}")
+    column, width = self._column()[0], len(np.unique(self._column()[1]))
+    shares = np.stack([self._count(row.reshape(-1, size), column, width) for row in codes])
+    return shares[:, 0] if self.bin_size is None else shares
+
+
+@patch
+def _count(self: KmerEncoder, bins: np.ndarray, column: np.ndarray, width: int) -> np.ndarray:
+    "Shares [bins, words] of one window cut into bins [bins, bases]."
+    last = bins.shape[1] - self.k + 1
+    word = sum(np.minimum(bins[:, i : i + last], 3) * 4 ** (self.k - 1 - i) for i in range(self.k))
+    real = np.logical_and.reduce([bins[:, i : i + last] < 4 for i in range(self.k)])
+    at = np.where(real, column[word] + width * np.arange(len(bins))[:, None], len(bins) * width)
+    counts = np.bincount(at.ravel(), minlength=len(bins) * width + 1)[:-1].reshape(len(bins), width)
+    return (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).astype(np.float32)
 
 # %% ../../nbs/rosa/encoders.ipynb #6ce6e3ae
 class BorzoiEncoder:
@@ -88,15 +96,17 @@ class BorzoiEncoder:
 
         return fingerprint("Borzoi", dict(self.model.state_dict()))
 
-    def embed(self, windows: object) -> np.ndarray:
-        "Vectors float32 [windows, bins, width] of the bins that the model keeps."
-        import torch
+# %% ../../nbs/rosa/encoders.ipynb #4230d83f
+@patch
+def embed(self: BorzoiEncoder, windows: object) -> np.ndarray:  # noqa: F811
+    "Vectors float32 [windows, bins, width] of the bins that the model keeps."
+    import torch
 
-        from scellfm.rosa.chunks import one_hot
+    from scellfm.rosa.chunks import one_hot
 
-        results = []
-        with torch.inference_mode():
-            for row in as_bases(windows):
-                vectors = self.model.get_embs_after_crop(one_hot(row[None]).to(self.device))
-                results.append(vectors.transpose(1, 2).float().cpu())
-        return torch.cat(results).numpy()
+    results = []
+    with torch.inference_mode():
+        for row in as_bases(windows):
+            vectors = self.model.get_embs_after_crop(one_hot(row[None]).to(self.device))
+            results.append(vectors.transpose(1, 2).float().cpu())
+    return torch.cat(results).numpy()

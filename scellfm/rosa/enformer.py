@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from .. import inference
 from ..assets import find, load_state, read_dictionary, read_tensors, save_tensors
@@ -49,7 +50,7 @@ TINY |= {"output_heads": {"human": 4, "mouse": 2}, "dropout_rate": 0.1}
 SHAPES = {"published": {"use_tf_gamma": True}, "tiny": TINY}
 TINY_TRACKS = ["DNASE:tiny", "CHIP:H3K27ac:tiny", "CAGE:tiny", "CAGE:tiny, other strand"]
 
-
+# %% ../../nbs/rosa/enformer.ipynb #9dbf03f7
 def build(config: Mapping) -> torch.nn.Module:
     "The enformer-pytorch module of a configuration; OptionError where its numbers do not fit each other."
     published = optional("enformer_pytorch", "sequence")
@@ -157,7 +158,7 @@ class Enformer:
     ):
         one_of("gammas", gammas, GAMMAS)
         self.device, self.dtype = inference.pick_device(device), inference.pick_dtype(dtype)
-        self.module, self.gammas = module.to(device=self.device, dtype=self.dtype).eval(), gammas
+        self.module, self.gammas = inference.in_precision(module, self.device, self.dtype).eval(), gammas
         self.tracks = None if tracks is None else read_tracks(tracks)
         if self.tracks is not None and len(self.tracks) != self.heads.get("human"):
             raise OptionError(f"{len(self.tracks)} tracks are named and the heads have {self.heads}; name each one")
@@ -217,196 +218,228 @@ class Enformer:
             module = build(config)
         return cls(module, gammas=choose_gammas(gammas, config, ""), tracks=tracks, device=device, dtype=dtype)
 
-    @property
-    def config(self) -> dict:
-        "What config.json holds, with the positional features that are used."
-        values = {key: getattr(self.module.config, key) for key in PUBLISHED}
-        return values | {"use_tf_gamma": self.gammas == "published"}
-
-    @property
-    def heads(self) -> dict[str, int]:
-        "Number of tracks by head."
-        return {name: head[0].out_features for name, head in self.module._heads.items()}
-
-    @property
-    def bin_size(self) -> int:
-        "Bases per bin."
-        return bin_size(self.module)
-
-    @property
-    def width(self) -> int:
-        "Numbers in the vector of a bin."
-        return 2 * self.module.config.dim
-
-    def bins(self, length: int, original: bool = False) -> tuple[int, int]:
-        "(bins before the first that is given, number of bins given) for windows of `length` bases."
-        return cropped(-(-length // self.bin_size), self.module.config.target_length, original)
-
-    def track_numbers(self, tracks: str | int | list | slice | None = None, head: str = "human") -> np.ndarray:
-        "Numbers of the tracks asked for by number or name; OptionError: no such head or track."
-        one_of("head", head, tuple(self.heads))
-        return find_tracks(tracks, self.heads[head], self.tracks if head == "human" else None)
-
-    def track_names(self, tracks: str | int | list | slice | None = None, head: str = "human") -> list[str]:
-        "Their names."
-        return track_names(self.track_numbers(tracks, head), self.tracks if head == "human" else None)
-
-    def fingerprint(self) -> str:
-        "A hash of weights, configuration and positional features: the model's name in a manifest."
-        return fingerprint(self.config, dict(self.module.named_parameters()), dict(self.module.named_buffers()))
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        "Write config.json and model.safetensors, which `from_pretrained` opens."
-        folder, state = result_folder(folder, ENFORMER_MODEL), self.module.state_dict()
-        with atomic_write(folder / "config.json") as part:
-            part.write_text(json.dumps({"model_type": "enformer"} | self.config, indent=1) + "\n", encoding="utf-8")
-        save_tensors(folder / "model.safetensors", {k: v for k, v in state.items() if not k.startswith("_trunk.")})
-
     def __repr__(self) -> str:
         size = sum(parameter.numel() for parameter in self.module.parameters()) / 1e6
         heads = ", ".join(f"{name} {tracks:,}" for name, tracks in self.heads.items())
         dtype = str(self.dtype).removeprefix("torch.")
         return f"Enformer({size:,.1f} M parameters, tracks: {heads}; {self.gammas} positions, {self.device}, {dtype})"
 
-    def forward(self, bases: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        "Embeddings [b, k, width] of the bins rows [b, k] (among all of the window; None: all) of bases on any device."
-        x = conv_bins(self.module, bases)
-        return self.from_convolutions(x, rows)
-
-    def from_convolutions(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        "The rest of `forward`, from the output [b, n, d] of the convolutions."
-        few = rows is not None and 2 * rows.shape[1] < x.shape[1]
-        x = transform(self.module, x, rows if few else None, self.gammas)
-        return pointwise(self.module, x if few or rows is None else take(x, rows))
-
-    @torch.inference_mode()
-    def read(self, bases: torch.Tensor, rows: np.ndarray, plan: list, output: Callable) -> torch.Tensor:
-        "Mean of output(embeddings) over the readings of `plan`, for the bins rows [b, k]; float32 on the CPU."
-        total = -(-bases.shape[1] // self.bin_size)
-        fill, mean = any(reverse for _, reverse in plan), 0
-        for shift, reverse in plan:
-            seen = reading(bases, self.bin_size, shift, reverse, fill)
-            places = torch.tensor(total - 1 - rows if reverse else rows).to(self.device)
-            mean = mean + output(self.forward(seen, places)).float().cpu() / len(plan)
-        return mean
-
-    def over_windows(
-        self,
-        windows: object,
-        output: Callable,
-        bins: np.ndarray | list | None,
-        strands: str,
-        shifts: tuple[int, ...],
-        batch_size: int | None,
-        original: bool,
-    ) -> np.ndarray:
-        "`read` over all windows, in batches."
-        plan, results = readings(strands, shifts), []
-        size = (1 if self.device.type == "cpu" else 4) if batch_size is None else batch_size
-        check_number("batch_size", size, 1)
-        number, target = count_windows(windows), self.module.config.target_length
-        given = None if bins is None else np.asarray(bins)
-        with progress(desc="Enformer", total=number, unit="window") as bar:
-            for part, bases in batched(windows, size):
-                chosen = given[part] if given is not None and given.ndim == 2 else given
-                rows = wanted_rows(chosen, len(bases), -(-bases.shape[1] // self.bin_size), target, original)
-                results.append(self.read(bases, rows, plan, output))
-                bar.update(len(bases))
-        return torch.cat(results).numpy()
-
-    def embed(
-        self,
-        windows: object,
-        *,
-        bins: np.ndarray | list | None = None,
-        strands: Literal["forward", "reverse", "both"] = "forward",
-        shifts: tuple[int, ...] = (0,),
-        batch_size: int | None = None,
-        original: bool = False,
-    ) -> np.ndarray:
-        """
-        Embeddings float32 [windows, bins, width] of windows (see as_bases).
-
-        bins: which of the model's bins, [k] for all windows or [windows, k] (None: all). strands: 'forward' as given,
-        'reverse', or 'both' averaged; shifts: bases by which readings are shifted before they are averaged. original:
-        enformer-pytorch's crop, one bin short where the difference is odd.
-        """
-        return self.over_windows(windows, lambda x: x, bins, strands, shifts, batch_size, original)
-
-    def predict(
-        self,
-        windows: object,
-        *,
-        tracks: str | int | list | slice | None = None,
-        head: str = "human",
-        bins: np.ndarray | list | None = None,
-        strands: Literal["forward", "reverse", "both"] = "forward",
-        shifts: tuple[int, ...] = (0,),
-        batch_size: int | None = None,
-        original: bool = False,
-    ) -> np.ndarray:
-        "Predicted coverage float32 [windows, bins, tracks]; tracks by number or name, the rest as in `embed`."
-        numbers = self.track_numbers(tracks, head)
-        wanted = None if tracks is None else torch.from_numpy(numbers).to(self.device)
-
-        def output(embeddings):
-            return head_output(self.module, embeddings, head, wanted)
-
-        return self.over_windows(windows, output, bins, strands, shifts, batch_size, original)
-
-    def knows_tracks(self, name: str, head: str = "human") -> bool:
-        "Whether tracks can be found by this name."
-        named = self.tracks is not None and head == "human"
-        if named:
-            return bool(self.tracks["description"].str.contains(name, case=False, regex=False).any())
-        return name.upper().rstrip(":") == "CAGE" and self.heads.get(head) == PUBLISHED_TRACKS
-
-    def embed_with_coverage(
-        self,
-        windows: object,
-        *,
-        bins: np.ndarray | list | None = None,
-        tracks: str | int | list = "CAGE",
-        head: str = "human",
-        strands: Literal["forward", "reverse", "both"] = "forward",
-        shifts: tuple[int, ...] = (0,),
-        batch_size: int | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        "`embed` and the mean coverage float32 [windows, bins] of `tracks`, in one pass."
-        wanted = torch.from_numpy(self.track_numbers(tracks, head)).to(self.device)
-
-        def output(embeddings):
-            coverage = head_output(self.module, embeddings, head, wanted).mean(dim=2, keepdim=True)
-            return torch.cat([embeddings, coverage], dim=2)
-
-        both = self.over_windows(windows, output, bins, strands, shifts, batch_size, False)
-        return both[:, :, :-1], both[:, :, -1]
-
-    def gradient(
-        self,
-        windows: object,
-        *,
-        track: str | int | list,
-        bins: np.ndarray | list,
-        head: str = "human",
-        original: bool = False,
-    ) -> np.ndarray:
-        """
-        Derivative float32 [windows, bases, 4], by each base, of the coverage of tracks summed over them and `bins`.
-
-        At true size this needs several times the memory of a prediction.
-        """
-        numbers = torch.from_numpy(self.track_numbers(track, head)).to(self.device)
-        results = []
-        for _, bases in batched(windows, 1):
-            total = -(-bases.shape[1] // self.bin_size)
-            rows = wanted_rows(bins, 1, total, self.module.config.target_length, original)
-            probabilities = bases if bases.ndim == 3 else one_hot(bases).transpose(1, 2).contiguous()
-            probabilities = probabilities.to(self.device).requires_grad_()
-            embeddings = self.forward(probabilities, torch.tensor(rows).to(self.device))
-            head_output(self.module, embeddings, head, numbers).sum().backward()
-            results.append(probabilities.grad.cpu())
-            self.module.zero_grad(set_to_none=True)
-        return torch.cat(results).numpy()
-
     fit = fit_tracks
+
+# %% ../../nbs/rosa/enformer.ipynb #88ff59ba
+@patch(as_prop=True)
+def config(self: Enformer) -> dict:
+    "What config.json holds, with the positional features that are used."
+    values = {key: getattr(self.module.config, key) for key in PUBLISHED}
+    return values | {"use_tf_gamma": self.gammas == "published"}
+
+
+@patch(as_prop=True)
+def heads(self: Enformer) -> dict[str, int]:
+    "Number of tracks by head."
+    return {name: head[0].out_features for name, head in self.module._heads.items()}
+
+
+@patch(as_prop=True)
+def bin_size(self: Enformer) -> int:  # noqa: F811
+    "Bases per bin."
+    return bin_size(self.module)
+
+
+@patch(as_prop=True)
+def width(self: Enformer) -> int:
+    "Numbers in the vector of a bin."
+    return 2 * self.module.config.dim
+
+# %% ../../nbs/rosa/enformer.ipynb #31c4d246
+@patch
+def bins(self: Enformer, length: int, original: bool = False) -> tuple[int, int]:
+    "(bins before the first that is given, number of bins given) for windows of `length` bases."
+    return cropped(-(-length // self.bin_size), self.module.config.target_length, original)
+
+
+@patch
+def track_numbers(self: Enformer, tracks: str | int | list | slice | None = None, head: str = "human") -> np.ndarray:
+    "Numbers of the tracks asked for by number or name; OptionError: no such head or track."
+    one_of("head", head, tuple(self.heads))
+    return find_tracks(tracks, self.heads[head], self.tracks if head == "human" else None)
+
+
+@patch
+def track_names(self: Enformer, tracks: str | int | list | slice | None = None, head: str = "human") -> list[str]:  # noqa: F811
+    "Their names."
+    return track_names(self.track_numbers(tracks, head), self.tracks if head == "human" else None)
+
+# %% ../../nbs/rosa/enformer.ipynb #bb1aa3db
+@patch
+def knows_tracks(self: Enformer, name: str, head: str = "human") -> bool:
+    "Whether tracks can be found by this name."
+    named = self.tracks is not None and head == "human"
+    if named:
+        return bool(self.tracks["description"].str.contains(name, case=False, regex=False).any())
+    return name.upper().rstrip(":") == "CAGE" and self.heads.get(head) == PUBLISHED_TRACKS
+
+# %% ../../nbs/rosa/enformer.ipynb #6510b4c6
+@patch
+def fingerprint(self: Enformer) -> str:  # noqa: F811
+    "A hash of weights, configuration and positional features: the model's name in a manifest."
+    return fingerprint(self.config, dict(self.module.named_parameters()), dict(self.module.named_buffers()))
+
+
+@patch
+def save_pretrained(self: Enformer, folder: str | Path) -> None:
+    "Write config.json and model.safetensors, which `from_pretrained` opens."
+    folder, state = result_folder(folder, ENFORMER_MODEL), self.module.state_dict()
+    with atomic_write(folder / "config.json") as part:
+        part.write_text(json.dumps({"model_type": "enformer"} | self.config, indent=1) + "\n", encoding="utf-8")
+    save_tensors(folder / "model.safetensors", {k: v for k, v in state.items() if not k.startswith("_trunk.")})
+
+# %% ../../nbs/rosa/enformer.ipynb #ccccf94f
+@patch
+def forward(self: Enformer, bases: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    "Embeddings [b, k, width] of the bins rows [b, k] (among all of the window; None: all) of bases on any device."
+    x = conv_bins(self.module, bases)
+    return self.from_convolutions(x, rows)
+
+
+@patch
+def from_convolutions(self: Enformer, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    "The rest of `forward`, from the output [b, n, d] of the convolutions."
+    few = rows is not None and 2 * rows.shape[1] < x.shape[1]
+    x = transform(self.module, x, rows if few else None, self.gammas)
+    return pointwise(self.module, x if few or rows is None else take(x, rows))
+
+# %% ../../nbs/rosa/enformer.ipynb #82331877
+@patch
+@torch.inference_mode()
+def read(self: Enformer, bases: torch.Tensor, rows: np.ndarray, plan: list, output: Callable) -> torch.Tensor:
+    "Mean of output(embeddings) over the readings of `plan`, for the bins rows [b, k]; float32 on the CPU."
+    total = -(-bases.shape[1] // self.bin_size)
+    fill, mean = any(reverse for _, reverse in plan), 0
+    for shift, reverse in plan:
+        seen = reading(bases, self.bin_size, shift, reverse, fill)
+        places = torch.tensor(total - 1 - rows if reverse else rows).to(self.device)
+        mean = mean + output(self.forward(seen, places)).float().cpu() / len(plan)
+    return mean
+
+# %% ../../nbs/rosa/enformer.ipynb #cb9bdc02
+@patch
+def over_windows(
+    self: Enformer,
+    windows: object,
+    output: Callable,
+    bins: np.ndarray | list | None,
+    strands: str,
+    shifts: tuple[int, ...],
+    batch_size: int | None,
+    original: bool,
+) -> np.ndarray:
+    "`read` over all windows, in batches."
+    plan, results = readings(strands, shifts), []
+    size = (1 if self.device.type == "cpu" else 4) if batch_size is None else batch_size
+    check_number("batch_size", size, 1)
+    number, target = count_windows(windows), self.module.config.target_length
+    given = None if bins is None else np.asarray(bins)
+    with progress(desc="Enformer", total=number, unit="window") as bar:
+        for part, bases in batched(windows, size):
+            chosen = given[part] if given is not None and given.ndim == 2 else given
+            rows = wanted_rows(chosen, len(bases), -(-bases.shape[1] // self.bin_size), target, original)
+            results.append(self.read(bases, rows, plan, output))
+            bar.update(len(bases))
+    return torch.cat(results).numpy()
+
+# %% ../../nbs/rosa/enformer.ipynb #19bccdd7
+@patch
+def embed(
+    self: Enformer,
+    windows: object,
+    *,
+    bins: np.ndarray | list | None = None,
+    strands: Literal["forward", "reverse", "both"] = "forward",
+    shifts: tuple[int, ...] = (0,),
+    batch_size: int | None = None,
+    original: bool = False,
+) -> np.ndarray:
+    """
+    Embeddings float32 [windows, bins, width] of windows (see as_bases).
+
+    bins: which of the model's bins, [k] for all windows or [windows, k] (None: all). strands: 'forward' as given,
+    'reverse', or 'both' averaged; shifts: bases by which readings are shifted before they are averaged. original:
+    enformer-pytorch's crop, one bin short where the difference is odd.
+    """
+    return self.over_windows(windows, lambda x: x, bins, strands, shifts, batch_size, original)
+
+# %% ../../nbs/rosa/enformer.ipynb #62af2d9e
+@patch
+def predict(
+    self: Enformer,
+    windows: object,
+    *,
+    tracks: str | int | list | slice | None = None,
+    head: str = "human",
+    bins: np.ndarray | list | None = None,
+    strands: Literal["forward", "reverse", "both"] = "forward",
+    shifts: tuple[int, ...] = (0,),
+    batch_size: int | None = None,
+    original: bool = False,
+) -> np.ndarray:
+    "Predicted coverage float32 [windows, bins, tracks]; tracks by number or name, the rest as in `embed`."
+    numbers = self.track_numbers(tracks, head)
+    wanted = None if tracks is None else torch.from_numpy(numbers).to(self.device)
+
+    def output(embeddings):
+        return head_output(self.module, embeddings, head, wanted)
+
+    return self.over_windows(windows, output, bins, strands, shifts, batch_size, original)
+
+# %% ../../nbs/rosa/enformer.ipynb #dd3ec8ae
+@patch
+def embed_with_coverage(
+    self: Enformer,
+    windows: object,
+    *,
+    bins: np.ndarray | list | None = None,
+    tracks: str | int | list = "CAGE",
+    head: str = "human",
+    strands: Literal["forward", "reverse", "both"] = "forward",
+    shifts: tuple[int, ...] = (0,),
+    batch_size: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    "`embed` and the mean coverage float32 [windows, bins] of `tracks`, in one pass."
+    wanted = torch.from_numpy(self.track_numbers(tracks, head)).to(self.device)
+
+    def output(embeddings):
+        coverage = head_output(self.module, embeddings, head, wanted).mean(dim=2, keepdim=True)
+        return torch.cat([embeddings, coverage], dim=2)
+
+    both = self.over_windows(windows, output, bins, strands, shifts, batch_size, False)
+    return both[:, :, :-1], both[:, :, -1]
+
+# %% ../../nbs/rosa/enformer.ipynb #729589c8
+@patch
+def gradient(
+    self: Enformer,
+    windows: object,
+    *,
+    track: str | int | list,
+    bins: np.ndarray | list,
+    head: str = "human",
+    original: bool = False,
+) -> np.ndarray:
+    """
+    Derivative float32 [windows, bases, 4], by each base, of the coverage of tracks summed over them and `bins`.
+
+    At true size this needs several times the memory of a prediction.
+    """
+    numbers = torch.from_numpy(self.track_numbers(track, head)).to(self.device)
+    results = []
+    for _, bases in batched(windows, 1):
+        total = -(-bases.shape[1] // self.bin_size)
+        rows = wanted_rows(bins, 1, total, self.module.config.target_length, original)
+        probabilities = bases if bases.ndim == 3 else one_hot(bases).transpose(1, 2).contiguous()
+        probabilities = probabilities.to(self.device).requires_grad_()
+        embeddings = self.forward(probabilities, torch.tensor(rows).to(self.device))
+        head_output(self.module, embeddings, head, numbers).sum().backward()
+        results.append(probabilities.grad.cpu())
+        self.module.zero_grad(set_to_none=True)
+    return torch.cat(results).numpy()

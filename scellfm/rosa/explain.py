@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -16,12 +17,12 @@ from torch.nn import functional as F
 
 from ..core import OptionError, check_number, one_of
 from .chunks import one_hot
-from .enformer import Enformer
+from .enformer import Enformer, reading, readings
 from .training import Fitted, FittedNetwork, FittedProfile, FittedRidge, Readable, Task, kept_genes
 
 # %% auto #0
-__all__ = ['Method', 'METHODS', 'mean_prediction', 'attribution', 'vector_attribution', 'vector_gradient', 'cell_attribution',
-           'base_gradient', 'base_attribution']
+__all__ = ['Method', 'METHODS', 'mean_prediction', 'attribution', 'vector_attribution', 'cell_attribution', 'window_vector',
+           'base_attribution']
 
 # %% ../../nbs/rosa/explain.ipynb #6e88a19d
 Method = Literal["integrated_gradients", "input_x_gradient"]
@@ -33,26 +34,46 @@ def mean_prediction(fitted: Fitted, task: Task, vectors: Tensor, rows: np.ndarra
     if isinstance(fitted, FittedRidge):
         weights = torch.from_numpy(fitted.weights[:, rows].mean(axis=1)).to(vectors.dtype)
         return vectors @ weights + float(fitted.intercept[rows].mean())
+    device, loss = next(fitted.network.parameters()).device, task.settings.loss
+    vectors = vectors.to(device)
     if isinstance(fitted, FittedProfile):
-        return fitted.targets.logs(task.settings.loss, fitted.network(vectors)[:, torch.from_numpy(rows)]).mean(dim=1)
+        return fitted.targets.logs(loss, fitted.network(vectors)[:, torch.from_numpy(rows)]).mean(dim=1).cpu()
     kept = kept_genes(len(readable.genes), task.settings.read, task.settings.seed)
-    known = torch.from_numpy(task.vectors[readable.genes[kept]])
-    bins = torch.from_numpy(readable.bins[np.ix_(rows, kept)])
-    return fitted.targets.logs(task.settings.loss, fitted.network.answer(bins, known, vectors)).mean(dim=0)
+    known = torch.from_numpy(task.vectors[readable.genes[kept]]).to(device)
+    bins = torch.from_numpy(readable.bins[np.ix_(rows, kept)]).to(device)
+    return fitted.targets.logs(loss, fitted.network.answer(bins, known, vectors)).mean(dim=0).cpu()
 
-
-def attribution(
-    function: Callable[[Tensor], Tensor], x: Tensor, baseline: Tensor, method: Method, steps: int
-) -> Tensor:
-    "Contributions, shaped as x, to the sum of function(x)."
+# %% ../../nbs/rosa/explain.ipynb #4d73e7df
+def attribution(slope: Callable[[Tensor], Tensor], x: Tensor, baseline: Tensor, method: Method, steps: int) -> Tensor:
+    "Contributions, shaped as x, to a function with the derivative `slope`, shaped as its argument."
     one_of("method", method, METHODS)
     check_number("steps", steps, 1)
     places = (torch.arange(steps) + 0.5) / steps if method == "integrated_gradients" else torch.ones(1)
     total = torch.zeros_like(x)
     for place in places:
-        at = (baseline + place * (x - baseline)).detach().requires_grad_()
-        total += torch.autograd.grad(function(at).sum(), at)[0]
+        total += slope(baseline + place * (x - baseline))
     return (x - baseline) * total / len(places)
+
+# %% ../../nbs/rosa/explain.ipynb #2f82a6de
+def parts_of(fitted: Fitted, task: Task, rows: np.ndarray, asked: int) -> list[np.ndarray]:
+    "The cells (rows) in parts that a network reads at once; in one part for the other kinds."
+    if not isinstance(fitted, FittedNetwork):
+        return [rows]
+    size = max(1, 16_384 // (min(len(task.train), task.settings.read) + asked))
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
+
+
+def derivative(total: Tensor, x: Tensor) -> Tensor:
+    "The derivative of a number by x, without what led to it."
+    return torch.autograd.grad(total, x)[0].detach()
+
+
+def vector_slope(fitted: Fitted, task: Task, vectors: Tensor, rows: np.ndarray, readable: Readable) -> Tensor:
+    "Derivative [k, width] of the mean prediction over training cells (rows) by (standardised) vectors [k, width]."
+    x = vectors.detach().requires_grad_()
+    parts = parts_of(fitted, task, rows, len(x))
+    sums = (mean_prediction(fitted, task, x, part, readable).sum() * (len(part) / len(rows)) for part in parts)
+    return sum(derivative(total, x) for total in sums)
 
 # %% ../../nbs/rosa/explain.ipynb #fa783fe3
 def vector_attribution(
@@ -66,19 +87,16 @@ def vector_attribution(
 ) -> np.ndarray:
     "Contributions float32 [genes, width] of each number of a gene's (standardised) vector."
     x = torch.from_numpy(task.vectors[np.asarray(genes)])
-    readable = task.known()
+    rows, readable = np.asarray(rows), task.known(genes)
+    slope = partial(vector_slope, fitted, task, rows=rows, readable=readable)
+    return attribution(slope, x, torch.zeros_like(x), method, steps).numpy()
 
-    def function(vectors: Tensor) -> Tensor:
-        return mean_prediction(fitted, task, vectors, np.asarray(rows), readable)
-
-    return attribution(function, x, torch.zeros_like(x), method, steps).numpy()
-
-
-def vector_gradient(fitted: Fitted, task: Task, genes: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    "Derivative float32 [genes, width] of the mean prediction by each number of a gene's vector as it was given."
-    x = torch.from_numpy(task.vectors[np.asarray(genes)]).requires_grad_()
-    mean_prediction(fitted, task, x, np.asarray(rows), task.known()).sum().backward()
-    return (x.grad.numpy() / task.scale).astype(np.float32)
+# %% ../../nbs/rosa/explain.ipynb #ecb33248
+def cell_slope(fitted: FittedNetwork, task: Task, known: Tensor, asked: Tensor, shares: Tensor) -> Tensor:
+    "Derivative of one gene's summed prediction by what is read: shares of all bins [cells, genes, bins]."
+    device, x = next(fitted.network.parameters()).device, shares.detach().requires_grad_()
+    answers = fitted.network.answer(x.to(device), known.to(device), asked.to(device))
+    return derivative(fitted.targets.logs(task.settings.loss, answers).sum(), x)
 
 # %% ../../nbs/rosa/explain.ipynb #a5599110
 def cell_attribution(
@@ -93,39 +111,52 @@ def cell_attribution(
     "(positions of the genes that were read, contributions float32 [genes, read]) against a cell without expression."
     if not isinstance(fitted, FittedNetwork):
         raise OptionError(f"kind={task.settings.kind!r} reads no genes of a cell; explain of='gene'")
-    readable, rows = task.known(), np.asarray(rows)
+    readable, rows = task.known(genes), np.asarray(rows)
     kept = kept_genes(len(readable.genes), task.settings.read, task.settings.seed)
     known = torch.from_numpy(task.vectors[readable.genes[kept]])
-    x = F.one_hot(torch.from_numpy(readable.bins[np.ix_(rows, kept)]), task.settings.n_bins).float()
-    nothing = torch.zeros_like(x)
-    nothing[..., 0] = 1.0
-    found = []
-    for gene in np.asarray(genes):
-        asked = torch.from_numpy(task.vectors[[gene]])
-
-        def function(shares: Tensor) -> Tensor:
-            answers = fitted.network.answer(shares, known, asked)
-            return fitted.targets.logs(task.settings.loss, answers) / len(rows)
-
-        found.append(attribution(function, x, nothing, method, steps).sum(dim=(0, 2)).numpy())
-    return readable.genes[kept], np.stack(found)
+    found = np.zeros((len(genes), len(kept)), np.float32)
+    for part in parts_of(fitted, task, rows, 1):
+        x = F.one_hot(torch.from_numpy(readable.bins[np.ix_(part, kept)]), task.settings.n_bins).float()
+        nothing = F.one_hot(torch.zeros(x.shape[:2], dtype=torch.int64), task.settings.n_bins).float()
+        for place, gene in enumerate(np.asarray(genes)):
+            slope = partial(cell_slope, fitted, task, known, torch.from_numpy(task.vectors[[gene]]))
+            found[place] += attribution(slope, x, nothing, method, steps).sum(dim=(0, 2)).numpy() / len(rows)
+    return readable.genes[kept], found
 
 # %% ../../nbs/rosa/explain.ipynb #33c8c6b8
-def base_gradient(model: Enformer, bases: np.ndarray, bin: int, weights: np.ndarray) -> np.ndarray:
-    "Derivative float32 [bases, 4] of weights · embedding of one of the model's bins, by each base of a window (codes)."
-    first, count = model.bins(len(bases))
+def window_vector(
+    model: Enformer, bases: Tensor, bin: int, strands: str = "forward", shifts: tuple[int, ...] = (0,)
+) -> Tensor:
+    "The vector [1, width] of one of the model's bins of a window of probabilities [1, bases, 4], with a derivative."
+    first, count = model.bins(bases.shape[1])
     if not 0 <= bin < count:
-        raise OptionError(f"bin={bin} is not one of the model's {count} bins of a window of {len(bases):,} bases")
+        raise OptionError(f"bin={bin} is not one of the model's {count} bins of a window of {bases.shape[1]:,} bases")
+    plan, total = readings(strands, shifts), -(-bases.shape[1] // model.bin_size)
+    fill, mean = any(reverse for _, reverse in plan), 0
+    for shift, reverse in plan:
+        seen = reading(bases, model.bin_size, shift, reverse, fill)
+        place = total - 1 - first - bin if reverse else first + bin
+        mean = mean + model.forward(seen, torch.tensor([[place]]).to(model.device))[:, 0] / len(plan)
+    return mean.float()
+
+# %% ../../nbs/rosa/explain.ipynb #9b9ff83c
+def base_attribution(
+    model: Enformer,
+    bases: np.ndarray,  # codes of one window
+    bin: int,  # one of the model's
+    slope: Callable[[Tensor], Tensor],  # vectors [1, width] -> the prediction's derivative by them [1, width]
+    *,
+    method: Method = "input_x_gradient",
+    steps: int = 32,
+    strands: str = "forward",
+    shifts: tuple[int, ...] = (0,),
+) -> np.ndarray:
+    "Contributions float32 [bases, 4] to a function of the vector of a window's bin; zero where no base is."
     x = one_hot(torch.from_numpy(np.asarray(bases, dtype=np.uint8))[None]).transpose(1, 2).contiguous()
-    x = x.to(model.device).requires_grad_()
-    embedding = model.forward(x, torch.tensor([[first + bin]]).to(model.device))[0, 0]
-    total = embedding.float() @ torch.from_numpy(np.asarray(weights, dtype=np.float32)).to(model.device)
-    (gradient,) = torch.autograd.grad(total, x)
-    return gradient[0].cpu().numpy()
 
+    def by_base(probabilities: Tensor) -> Tensor:
+        p = probabilities.detach().requires_grad_()
+        vector = window_vector(model, p.to(model.device), bin, strands, shifts).cpu()
+        return derivative((vector * slope(vector.detach())).sum(), p)
 
-def base_attribution(model: Enformer, bases: np.ndarray, bin: int, weights: np.ndarray) -> np.ndarray:
-    "Input times gradient: float32 [bases, 4], zero but for the base that is there."
-    gradient = base_gradient(model, bases, bin, weights)
-    present = np.asarray(bases)[:, None] == np.arange(4)
-    return np.where(present, gradient, 0.0).astype(np.float32)
+    return attribution(by_base, x, torch.zeros_like(x), method, steps)[0].numpy()

@@ -60,7 +60,7 @@ def original_bins(cage: np.ndarray, starts: np.ndarray, centre: int, variant: st
         near = [order[:, place] + step for place in range(order.shape[1]) for step in (0, -2, -1, 1, 2)]
     return np.clip(np.stack(near, axis=1), 0, last)
 
-
+# %% ../../nbs/rosa/extraction.ipynb #beda7c28
 def original_smoothing(variant: str) -> tuple[str, int | None]:
     "'amax' or 'sum' and sigma of a name such as 'sum_s8'; (variant, None) for the others. OptionError: no such name."
     kind, _, sigma = variant.partition("_s")
@@ -70,7 +70,7 @@ def original_smoothing(variant: str) -> tuple[str, int | None]:
         one_of("original", variant, (*ORIGINAL, "amax_s8", "sum_s8"))
     return variant, None
 
-
+# %% ../../nbs/rosa/extraction.ipynb #f572ea51
 def original_vectors(
     embeddings: np.ndarray, cage: np.ndarray, starts: np.ndarray, centre: int, variant: str, size: int | None = None
 ) -> np.ndarray:

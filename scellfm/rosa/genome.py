@@ -5,7 +5,9 @@
 # %% ../../nbs/rosa/genome.ipynb #e27d13cf
 from __future__ import annotations
 
+import gzip
 import os
+import zlib
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..assets.files import usable
 from ..assets.hub import cache_folder
@@ -22,8 +25,8 @@ from .sequence import encode, reverse_complement_letters
 from ..store import atomic_write, fingerprint, sha256
 
 # %% auto #0
-__all__ = ['Record', 'index_lines', 'read_index', 'write_index', 'make_index', 'find_index', 'other_name', 'same_contig',
-           'PlainFile', 'check_record', 'Genome', 'interval_codes']
+__all__ = ['Record', 'index_lines', 'read_index', 'write_index', 'make_index', 'find_index', 'other_name', 'spellings',
+           'same_contig', 'PlainFile', 'check_record', 'Genome', 'interval_codes']
 
 # %% ../../nbs/rosa/genome.ipynb #b1d38916
 class Record(NamedTuple):
@@ -93,8 +96,13 @@ def write_index(index: dict[str, Record], path: str | Path) -> None:
 def make_index(path: Path) -> dict[str, Record]:
     "The index of a FASTA file, plain (by pyfaidx) or bgzip."
     if is_zipped(path):
-        with open_text(path) as lines:
-            return index_lines(lines, path)
+        try:
+            with open_text(path) as lines:
+                return index_lines(lines, path)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise AssetError(f"{path} is damaged ({error}); fetch it again") from error
+    if path.suffix in (".gz", ".bgz"):
+        raise AssetError(f"{path} is named as a compressed file and is none; it is damaged, or has the wrong name")
     pyfaidx = optional("pyfaidx", "sequence")
     with TemporaryDirectory() as folder:
         place = f"{folder}/index.fai"
@@ -104,7 +112,7 @@ def make_index(path: Path) -> dict[str, Record]:
             raise AssetError(f"{path} cannot be read as a FASTA file: {error}") from error
         return read_index(place)
 
-
+# %% ../../nbs/rosa/genome.ipynb #14dc9921
 def find_index(path: Path) -> dict[str, Record]:
     "The index beside a FASTA file or in the cache of scellfm; made, and kept where there is room, if neither is fresh."
     made = path.stat().st_mtime
@@ -130,9 +138,17 @@ def other_name(chrom: str) -> str:
     return "chrM" if chrom in ("M", "MT") else f"chr{chrom}"
 
 
+def spellings(chrom: str) -> list[str]:
+    "The usual spellings of a chromosome's name, its own first: 20, chr20, Chr20, CHR20; M, MT, chrM, chrMT, ..."
+    bare = chrom[3:] if chrom.lower().startswith("chr") else chrom
+    bares = [bare, "MT", "M"] if bare.upper() in ("M", "MT") else [bare]
+    made = [f"{prefix}{name}" for prefix in ("chr", "", "Chr", "CHR") for name in bares]
+    return list(dict.fromkeys([chrom, other_name(chrom), *made]))
+
+
 def same_contig(chrom: str, names: Iterable[str]) -> str | None:
-    "The name among `names` that stands for `chrom`: itself, or its other spelling; None where neither is there."
-    return next((name for name in (chrom, other_name(chrom)) if name in names), None)
+    "The name among `names` that stands for `chrom`: itself, or another spelling of it; None where none is there."
+    return next((name for name in spellings(chrom) if name in names), None)
 
 # %% ../../nbs/rosa/genome.ipynb #f98c4ef2
 class PlainFile:
@@ -184,49 +200,57 @@ class Genome:
         "The hash of the file's content."
         return sha256(self.path)
 
-    def contig(self, chrom: str) -> str:
-        "The file's own name for `chrom` (chr20 and 20 are the same); DataError where it has none."
-        name = same_contig(str(chrom), self.sizes)
-        if name is None:
-            some = ", ".join(list(self.sizes)[:6])
-            raise DataError(
-                f"{self.path} has no sequence {chrom!r} (nor {other_name(str(chrom))!r}); it has {some}, ..."
-            )
-        return name
+# %% ../../nbs/rosa/genome.ipynb #8b7a7662
+@patch
+def contig(self: Genome, chrom: str) -> str:
+    "The file's own name for `chrom` (chr20 and 20 are the same); DataError where it has none."
+    name = same_contig(str(chrom), self.sizes)
+    if name is None:
+        some = ", ".join(list(self.sizes)[:6])
+        raise DataError(f"{self.path} has no sequence {chrom!r} (nor {other_name(str(chrom))!r}); it has {some}, ...")
+    return name
 
-    def inside(self, name: str, start: int, end: int) -> np.ndarray:
-        "The letters (ASCII, upper case) of a stretch that lies within the sequence `name`."
-        record = self._index[name]
-        if name not in self._checked:
-            check_record(self._file, name, record)
-            self._checked.add(name)
-        if end <= start:
-            return np.empty(0, dtype=np.uint8)
-        first, last = record.byte(start), record.byte(end - 1)
-        letters = np.frombuffer(self._file.read_at(first, last + 1 - first).upper(), dtype=np.uint8)
-        letters = letters[letters > 32]
-        if len(letters) != end - start:
-            raise AssetError(
-                f"{self.path} holds {len(letters):,} bases at {name}:{start:,}-{end:,}; its index is of another file"
-            )
-        return letters
+# %% ../../nbs/rosa/genome.ipynb #7ca75e4f
+@patch
+def inside(self: Genome, name: str, start: int, end: int) -> np.ndarray:
+    "The letters (ASCII, upper case) of a stretch that lies within the sequence `name`."
+    record = self._index[name]
+    if name not in self._checked:
+        check_record(self._file, name, record)
+        self._checked.add(name)
+    if end <= start:
+        return np.empty(0, dtype=np.uint8)
+    first, last = record.byte(start), record.byte(end - 1)
+    letters = np.frombuffer(self._file.read_at(first, last + 1 - first).upper(), dtype=np.uint8)
+    letters = letters[letters > 32]
+    if len(letters) != end - start:
+        raise AssetError(
+            f"{self.path} holds {len(letters):,} bases at {name}:{start:,}-{end:,}; its index is of another file"
+        )
+    return letters
 
-    def ascii(self, chrom: str, start: int, end: int, strand: str = "+", pad: str = "N") -> np.ndarray:
-        "The letters [start, end) as ASCII numbers (uint8): padded beyond the ends, then, for '-', the other strand."
-        name = self.contig(chrom)
-        left = min(max(-start, 0), max(end - start, 0))
-        within = self.inside(name, max(start, 0), min(end, self.sizes[name]))
-        right = max(end - start, 0) - left - len(within)
-        letters = np.pad(within, (left, right), constant_values=ord(pad))
-        return reverse_complement_letters(letters) if strand == "-" else letters
+# %% ../../nbs/rosa/genome.ipynb #32c6cf04
+@patch
+def ascii(self: Genome, chrom: str, start: int, end: int, strand: str = "+", pad: str = "N") -> np.ndarray:
+    "The letters [start, end) as ASCII numbers (uint8): padded beyond the ends, then, for '-', the other strand."
+    name = self.contig(chrom)
+    left = min(max(-start, 0), max(end - start, 0))
+    within = self.inside(name, max(start, 0), min(end, self.sizes[name]))
+    right = max(end - start, 0) - left - len(within)
+    letters = np.pad(within, (left, right), constant_values=ord(pad))
+    return reverse_complement_letters(letters) if strand == "-" else letters
 
-    def letters(self, chrom: str, start: int, end: int, strand: str = "+", pad: str = "N") -> str:
-        "The letters [start, end), counted from 0, of either strand; `pad` stands beyond the ends of the chromosome."
-        return self.ascii(chrom, start, end, strand, pad).tobytes().decode()
 
-    def codes(self, chrom: str, start: int, end: int, strand: str = "+", pad: str = "N") -> np.ndarray:
-        "The codes (uint8: A 0, C 1, G 2, T 3, N 4, '.' 5) of a stretch; see `letters`."
-        return encode(self.ascii(chrom, start, end, strand, pad))
+@patch
+def letters(self: Genome, chrom: str, start: int, end: int, strand: str = "+", pad: str = "N") -> str:
+    "The letters [start, end), counted from 0, of either strand; `pad` stands beyond the ends of the chromosome."
+    return self.ascii(chrom, start, end, strand, pad).tobytes().decode()
+
+
+@patch
+def codes(self: Genome, chrom: str, start: int, end: int, strand: str = "+", pad: str = "N") -> np.ndarray:
+    "The codes (uint8: A 0, C 1, G 2, T 3, N 4, '.' 5) of a stretch; see `letters`."
+    return encode(self.ascii(chrom, start, end, strand, pad))
 
 # %% ../../nbs/rosa/genome.ipynb #631adeb6
 def interval_codes(genome: Genome, chrom: str, start: int, end: int, context_length: int | None = None) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core import DataError, OptionError, check_number, keyed_seed, user_path, warn
 from ..data.splits import Split, check_fractions, hold_out
@@ -53,7 +54,7 @@ def column_in(table: pd.DataFrame, name: str, where: str) -> pd.Series:
         )
     return table[found]
 
-
+# %% ../../nbs/rosa/hold_outs.ipynb #1a7a1585
 def groups_of(names: pd.Index, scheme, table: pd.DataFrame, where: str) -> pd.Series:
     "The group (text or NaN) of each name, from a column or from a mapping."
     if isinstance(scheme, str):
@@ -205,42 +206,58 @@ class HoldOutGrid:
     obs: pd.DataFrame
     settings: dict = field(default_factory=dict)
 
-    def n_genes(self, part: str) -> int:
-        "Number of genes of a part."
-        return int((self.gene_part == part).sum())
+# %% ../../nbs/rosa/hold_outs.ipynb #f98e1864
+@patch
+def n_genes(self: HoldOutGrid, part: str) -> int:
+    "Number of genes of a part."
+    return int((self.gene_part == part).sum())
 
-    def n_cells(self, part: str) -> int:
-        "Number of cells of a part."
-        return int((self.cell_part == part).sum())
 
-    def quadrant(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        "(positions of cells, positions of genes) that are scored in a quadrant; the context never is."
-        gene_part, cell_part = QUADRANTS[name]
-        genes = (self.gene_part == gene_part) & ~self.context
-        return np.flatnonzero(self.cell_part == cell_part), np.flatnonzero(genes)
+@patch
+def n_cells(self: HoldOutGrid, part: str) -> int:
+    "Number of cells of a part."
+    return int((self.cell_part == part).sum())
 
-    def table(self) -> pd.DataFrame:
-        "Cells and genes of each quadrant."
-        sizes = {name: [len(part) for part in self.quadrant(name)] for name in QUADRANTS}
-        return pd.DataFrame(sizes, index=["cells", "genes"]).T
 
-    def __repr__(self) -> str:
-        sizes = "; ".join(f"{name} {row['cells']:,} x {row['genes']:,}" for name, row in self.table().iterrows())
-        return f"HoldOutGrid(cells x genes: {sizes}; context {int(self.context.sum()):,} genes)"
+@patch
+def quadrant(self: HoldOutGrid, name: str) -> tuple[np.ndarray, np.ndarray]:
+    "(positions of cells, positions of genes) that are scored in a quadrant; the context never is."
+    gene_part, cell_part = QUADRANTS[name]
+    genes = (self.gene_part == gene_part) & ~self.context
+    return np.flatnonzero(self.cell_part == cell_part), np.flatnonzero(genes)
 
-    def _repr_html_(self) -> str:
-        note = f"context: {int(self.context.sum()):,} training genes; early stopping: {int(self.stopping.sum()):,}"
-        unused = self.n_genes(UNUSED), self.n_cells(UNUSED)
-        note += f"; unused: {unused[0]:,} genes, {unused[1]:,} cells" if any(unused) else ""
-        return f"<p>Hold-out grid ({note})</p>{self.table().to_html()}"
 
-    def plot(self, ax: Axes | None = None) -> Axes:
-        "The four quadrants to scale; returns the axes."
-        return grid_picture(self, ax)
+@patch
+def table(self: HoldOutGrid) -> pd.DataFrame:
+    "Cells and genes of each quadrant."
+    sizes = {name: [len(part) for part in self.quadrant(name)] for name in QUADRANTS}
+    return pd.DataFrame(sizes, index=["cells", "genes"]).T
 
-    def rows_in(self, found: Expression) -> tuple[np.ndarray, np.ndarray]:
-        "(rows, columns) of the grid's cells and genes in some cells; DataError where these are other data."
-        return places_in(self, found)
+# %% ../../nbs/rosa/hold_outs.ipynb #21ac02e7
+@patch
+def __repr__(self: HoldOutGrid) -> str:
+    sizes = "; ".join(f"{name} {row['cells']:,} x {row['genes']:,}" for name, row in self.table().iterrows())
+    return f"HoldOutGrid(cells x genes: {sizes}; context {int(self.context.sum()):,} genes)"
+
+
+@patch
+def _repr_html_(self: HoldOutGrid) -> str:
+    note = f"context: {int(self.context.sum()):,} training genes; early stopping: {int(self.stopping.sum()):,}"
+    unused = self.n_genes(UNUSED), self.n_cells(UNUSED)
+    note += f"; unused: {unused[0]:,} genes, {unused[1]:,} cells" if any(unused) else ""
+    return f"<p>Hold-out grid ({note})</p>{self.table().to_html()}"
+
+
+@patch
+def plot(self: HoldOutGrid, ax: Axes | None = None) -> Axes:
+    "The four quadrants to scale; returns the axes."
+    return grid_picture(self, ax)
+
+
+@patch
+def rows_in(self: HoldOutGrid, found: Expression) -> tuple[np.ndarray, np.ndarray]:
+    "(rows, columns) of the grid's cells and genes in some cells; DataError where these are other data."
+    return places_in(self, found)
 
 # %% ../../nbs/rosa/hold_outs.ipynb #c0bfafe2
 def places_in(grid: HoldOutGrid, found: Expression) -> tuple[np.ndarray, np.ndarray]:
@@ -340,7 +357,7 @@ def hold_out_grid(
     cell_type: str | None = None,  # column of obs; None: "cell_type" where it is there
     gene_column: str | None = None,  # column of var with the names of genes
     layer: str | None = None,  # layer that will be read; "raw" may have other genes than X
-    seed: int = 0,
+    seed: int = 0,  # seed of every random draw
 ) -> HoldOutGrid:
     """
     Hold out genes and cells, whole groups at a time; the result depends on names and the seed alone.

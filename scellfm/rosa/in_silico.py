@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import DataError, OptionError, check_number, progress
 from .chunks import BASES, as_bases
@@ -42,24 +43,6 @@ class Mutagenesis:
         "Minus the mean effect of the three changes of each base, float32 [bases]."
         return -self.effects.sum(axis=1) / 3
 
-    def frame(self) -> pd.DataFrame:
-        "One row per change: place in the window (from 0), ref, alt, effect."
-        import pandas as pd
-
-        rows = [
-            (self.start + place, ref, alt, float(self.effects[place, code]))
-            for place, ref in enumerate(self.letters)
-            for code, alt in enumerate("ACGT")
-            if alt != ref
-        ]
-        return pd.DataFrame(rows, columns=["place", "ref", "alt", "effect"])
-
-    def plot(self, ax: Axes | None = None) -> Axes:
-        "Logo of the importance; returns the axes."
-        ax = logo(self.letters, self.importance, start=self.start, ax=ax)
-        ax.set(xlabel="base of the window", ylabel="importance, log2")
-        return ax
-
     def __len__(self) -> int:
         return len(self.letters)
 
@@ -68,13 +51,35 @@ class Mutagenesis:
         letter = f"{self.letters[best]} at {self.start + best}"
         return f"Mutagenesis({len(self):,} bases from {self.start}; most important: {letter})"
 
+# %% ../../nbs/rosa/in_silico.ipynb #b46b4c0a
+@patch
+def frame(self: Mutagenesis) -> pd.DataFrame:
+    "One row per change: place in the window (from 0), ref, alt, effect."
+    import pandas as pd
+
+    rows = [
+        (self.start + place, ref, alt, float(self.effects[place, code]))
+        for place, ref in enumerate(self.letters)
+        for code, alt in enumerate("ACGT")
+        if alt != ref
+    ]
+    return pd.DataFrame(rows, columns=["place", "ref", "alt", "effect"])
+
+# %% ../../nbs/rosa/in_silico.ipynb #3e21baaf
+@patch
+def plot(self: Mutagenesis, ax: Axes | None = None) -> Axes:
+    "Logo of the importance; returns the axes."
+    ax = logo(self.letters, self.importance, start=self.start, ax=ax)
+    ax.set(xlabel="base of the window", ylabel="importance, log2")
+    return ax
+
 # %% ../../nbs/rosa/in_silico.ipynb #d2d01194
 def log2_ratio(after: np.ndarray, before: np.ndarray, pseudocount: float = 1.0) -> np.ndarray:
     "log2((after + pseudocount) / (before + pseudocount)), in double precision."
     after, before = (np.asarray(values, dtype=np.float64) + pseudocount for values in (after, before))
     return np.log2(after) - np.log2(before)
 
-
+# %% ../../nbs/rosa/in_silico.ipynb #db678c16
 def mutagenesis(
     model: Enformer,
     window: object,

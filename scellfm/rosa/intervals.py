@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from fastcore.basics import patch
+
 from ..core import OptionError, check_number, one_of
 
 # %% auto #0
@@ -32,21 +34,25 @@ class Interval:
         odd = (self.start + self.end) % 2
         return (self.start + self.end) // 2 + (odd if use_strand and self.strand != "-" else 0)
 
-    def resize(self, length: int, use_strand: bool = True) -> Interval:
-        "The interval of `length` bases around the centre; the odd base lies upstream of it."
-        check_number("length", length, 0)
-        middle, half, odd = self.center(), length // 2, length % 2
-        if use_strand and self.strand == "-":
-            return replace(self, start=middle - half, end=middle + half + odd)
-        return replace(self, start=middle - half - odd, end=middle + half)
+# %% ../../nbs/rosa/intervals.ipynb #b79c061e
+@patch
+def resize(self: Interval, length: int, use_strand: bool = True) -> Interval:
+    "The interval of `length` bases around the centre; the odd base lies upstream of it."
+    check_number("length", length, 0)
+    middle, half, odd = self.center(), length // 2, length % 2
+    if use_strand and self.strand == "-":
+        return replace(self, start=middle - half, end=middle + half + odd)
+    return replace(self, start=middle - half - odd, end=middle + half)
 
-    def trim(self, low: int, high: int, original: bool = False) -> Interval:
-        """
-        The part that lies within [low, high).
+# %% ../../nbs/rosa/intervals.ipynb #0aaf0dec
+@patch
+def trim(self: Interval, low: int, high: int, original: bool = False) -> Interval:
+    """
+    The part that lies within [low, high).
 
-        OptionError where no part does; with `original`, an interval whose end lies before its start, as there.
-        """
-        start, end = max(self.start, low), min(self.end, high)
-        if start > end and not original:
-            raise OptionError(f"the interval {self.start:,}-{self.end:,} has no base within {low:,}-{high:,}")
-        return replace(self, start=start, end=end)
+    OptionError where no part does; with `original`, an interval whose end lies before its start, as there.
+    """
+    start, end = max(self.start, low), min(self.end, high)
+    if start > end and not original:
+        raise OptionError(f"the interval {self.start:,}-{self.end:,} has no base within {low:,}-{high:,}")
+    return replace(self, start=start, end=end)

@@ -85,14 +85,14 @@ def labels_of(variants: Variants) -> Labels:
 # %% ../../nbs/rosa/labelled.ipynb #605055f2
 def effects_by_name(effects: VariantEffects, table: pd.DataFrame) -> np.ndarray:
     "The effect of each variant of the table (NaN where it has none): of its own gene, or the largest."
-    from scellfm.rosa.genome import other_name
+    from scellfm.rosa.genome import same_contig
 
     keys = ["chrom", "pos", "ref", "alt", *(["gene"] if "gene" in table else [])]
     found = effects.table.assign(size=effects.table["effect"].abs()).sort_values("size", ascending=False, kind="stable")
     known = found.drop_duplicates(keys).set_index(keys)["effect"]
-    values = known.reindex(pd.MultiIndex.from_frame(table[keys])).to_numpy()
-    respelt = table[keys].assign(chrom=table["chrom"].map(other_name))
-    return np.where(np.isnan(values), known.reindex(pd.MultiIndex.from_frame(respelt)).to_numpy(), values)
+    chroms = set(found["chrom"])
+    respelt = table[keys].assign(chrom=[same_contig(name, chroms) or name for name in table["chrom"]])
+    return known.reindex(pd.MultiIndex.from_frame(respelt)).to_numpy()
 
 # %% ../../nbs/rosa/labelled.ipynb #232bb2ca
 def effect_values(effects, table: pd.DataFrame, name: str) -> np.ndarray:

@@ -47,7 +47,7 @@ class NetworkConfig:
         check_number("dim_head", self.dim_head, 2)
         check_number("dropout", self.dropout, 0, 1, whole=False)
 
-
+# %% ../../nbs/rosa/networks.ipynb #672d774a
 SIZES: dict[str, dict] = {
     "small": {},
     "original": {
@@ -342,6 +342,8 @@ RENAMED = (  # (a part of the original's name, ours), applied in this order
     (r"net\.0\.", "up."),
     (r"net\.2\.", "down."),
 )
+
+# %% ../../nbs/rosa/networks.ipynb #407a2f4b
 CROSS = (  # of the cross transformer, whose heads lie apart
     (r"^expression_params$", "levels"),
     (r"^transformer\.core\.", ""),

@@ -31,7 +31,7 @@ def axes_or_new(ax: Axes | None, width: float = 7, height: float = 2) -> Axes:
 
     return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
-
+# %% ../../nbs/rosa/pictures.ipynb #11b92b34
 def draw_letter(ax: Axes, letter: str, left: float, height: float) -> None:
     "One letter from 0 to `height`, one base wide."
     from matplotlib.font_manager import FontProperties
@@ -44,7 +44,7 @@ def draw_letter(ax: Axes, letter: str, left: float, height: float) -> None:
     fit = Affine2D().translate(-box.x0, -box.y0).scale(0.92 / box.width, height / box.height).translate(left + 0.04, 0)
     ax.add_patch(PathPatch(fit.transform_path(path), color=COLOURS[letter], linewidth=0))
 
-
+# %% ../../nbs/rosa/pictures.ipynb #c704842c
 def logo(letters: str, heights: np.ndarray, *, start: int = 0, ax: Axes | None = None) -> Axes:
     "Draw the letters of a sequence as tall as `heights` [L]; `start`: the number of the first base. Returns the axes."
     heights = np.asarray(heights, dtype=float)

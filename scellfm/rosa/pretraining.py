@@ -77,7 +77,7 @@ def track_rows(enformer: Enformer, windows: object, targets: np.ndarray, head: s
 
     return Rows(len(bases), batch)
 
-
+# %% ../../nbs/rosa/pretraining.ipynb #63990299
 def fit_tracks(
     enformer: Enformer,
     windows: object,

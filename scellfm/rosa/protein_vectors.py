@@ -82,7 +82,7 @@ class ESM2:
 
     def __init__(self, model: EsmModel, device: str | torch.device = "auto", dtype: str = "float32"):
         self.device, self.dtype = inference.pick_device(device), inference.pick_dtype(dtype)
-        self.model = model.to(device=self.device, dtype=self.dtype).eval()
+        self.model = inference.in_precision(model, self.device, self.dtype).eval()
         self.load_report = None
 
     @classmethod
@@ -113,19 +113,24 @@ class ESM2:
             model = build_esm(config)
         return cls(model, device)
 
-    @property
-    def width(self) -> int:
-        "Numbers in a vector."
-        return self.model.config.hidden_size
+# %% ../../nbs/rosa/protein_vectors.ipynb #64d22005
+@patch(as_prop=True)
+def width(self: ESM2) -> int:
+    "Numbers in a vector."
+    return self.model.config.hidden_size
 
-    def fingerprint(self) -> str:
-        "A hash of the weights and the configuration."
-        config = {key: getattr(self.model.config, key) for key in (*TINY, *ESM2_WAYS)}
-        return fingerprint("ESM2", config, dict(self.model.named_parameters()))
 
-    def __repr__(self) -> str:
-        size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
-        return f"ESM2({size:,.1f} M parameters, {self.model.config.num_hidden_layers} layers, {self.device})"
+@patch
+def fingerprint(self: ESM2) -> str:  # noqa: F811
+    "A hash of the weights and the configuration."
+    config = {key: getattr(self.model.config, key) for key in (*TINY, *ESM2_WAYS)}
+    return fingerprint("ESM2", config, dict(self.model.named_parameters()))
+
+
+@patch
+def __repr__(self: ESM2) -> str:
+    size = sum(parameter.numel() for parameter in self.model.parameters()) / 1e6
+    return f"ESM2({size:,.1f} M parameters, {self.model.config.num_hidden_layers} layers, {self.device})"
 
 # %% ../../nbs/rosa/protein_vectors.ipynb #d32f0df1
 @patch

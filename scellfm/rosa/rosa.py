@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,18 +14,20 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 from fastcore.basics import patch
 
 from ..core import AssetError, DataError, OptionError, one_of, warn
 from ..data.vectors import GeneVectors
 from .effects import variant_vectors
-from .explain import Method, base_attribution, cell_attribution, vector_attribution, vector_gradient
+from .explain import Method, base_attribution, cell_attribution, vector_attribution, vector_slope
 from .expression import read_expression
 from .hold_outs import HoldOutGrid
 from .losses import Loss
 from .scores import score_grid
 from .training import Kind, Readable, Settings, Task, fit_kind, learnable, restore_kind
 from ..scores.sequence import GridScores
+from ..store import FolderKind
 from ..training import History
 
 if TYPE_CHECKING:
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
     from scellfm.rosa.windows import Windows
 
 # %% auto #0
-__all__ = ['ARRAYS', 'read_cells', 'effects_by_type', 'Rosa', 'asked_vectors', 'rows_of']
+__all__ = ['ARRAYS', 'ROSA_MODEL', 'read_cells', 'effects_by_type', 'types_of', 'Rosa', 'asked_vectors', 'rows_of']
 
 # %% ../../nbs/rosa/rosa.ipynb #e95aac88
 def read_cells(adata: AnnData, task: Task, layer: str | None, gene_column: str | None) -> tuple[Readable, pd.Index]:
@@ -64,6 +67,15 @@ def effects_by_type(predicted: np.ndarray, types: pd.Series) -> pd.DataFrame:
     frame = pd.DataFrame(predicted, index=types.to_numpy())
     return frame.groupby(level=0, sort=True).mean().T
 
+
+def types_of(rosa: Rosa) -> pd.Series:
+    "The cell type of each training cell, with a warning of those without; 'all cells' where there are no types."
+    cells, obs = rosa.task.cells, rosa.grid.obs.reindex(rosa.task.cells)
+    types = obs["cell_type"].astype(object) if "cell_type" in obs else pd.Series("all cells", index=cells)
+    if types.isna().any():
+        warn(f"{types.isna().sum():,} training cells have no cell type; they are in no column of the effects")
+    return types
+
 # %% ../../nbs/rosa/rosa.ipynb #47775fa1
 class Rosa:
     """
@@ -84,67 +96,73 @@ class Rosa:
         self.task = self.fitted = self.grid = self.vectors = self._expression = self._scores = None
         self._recipe: dict = {}
 
-    def fit(
-        self,
-        adata: AnnData,
-        genes: GeneVectors,
-        grid: HoldOutGrid,
-        *,
-        layer: str | None = None,
-        gene_column: str | None = None,
-        **recipe,
-    ) -> Rosa:
-        "Train on training genes in training cells alone; `recipe`: epochs, learning_rate, ..., folder (see training)."
-        if not isinstance(genes, GeneVectors) or not isinstance(grid, HoldOutGrid):
-            raise OptionError(
-                f"fit takes cells, GeneVectors and a HoldOutGrid; got {type(genes).__name__} and {type(grid).__name__}"
-            )
-        self._expression = read_expression(adata, layer=layer, gene_column=gene_column)
-        self.grid, self.vectors, self._scores, self._recipe = grid, genes, None, recipe
-        self.task = learnable(self._expression, genes, grid, self.settings)
-        self.fitted = fit_kind(self.task, device=self.device, **recipe)
-        return self
-
-    @property
-    def history(self) -> History | None:
-        "The course of the training; None for ridge regression."
-        return self._ready().history
-
-    @property
-    def scores(self) -> GridScores:
-        "Scores in the four quadrants beside the default baselines; computed once."
-        if self._scores is None:
-            self.score()
-        return self._scores
-
-    def score(
-        self,
-        *,
-        baselines: Literal["default", "all", "none"] = "default",
-        references: Mapping[str, GeneVectors] | None = None,
-        positions: pd.DataFrame | None = None,
-        most_cells: int = 2000,
-    ) -> GridScores:
-        "Compute the scores; see `scellfm.rosa.scores.score_grid` for the arguments. They are kept as `scores`."
-        fitted = self._ready()
-        if self._expression is None:
-            raise DataError(
-                "a model that was opened from a folder has no cells to be scored on; its kept scores: .scores"
-            )
-        refit = {k: v for k, v in self._recipe.items() if k != "folder"} | {"device": self.device}
-        how = {"references": references, "positions": positions, "most_cells": most_cells, "refit": refit}
-        data = (self._expression, self.vectors, self.grid)
-        self._scores = score_grid(fitted, self.task, *data, baselines=baselines, **how)
-        return self._scores
-
     def _ready(self):
         if self.fitted is None:
             raise DataError("this model is not fitted; call fit(adata, genes, grid) first")
         return self.fitted
 
-    def __repr__(self) -> str:
-        state = "not fitted" if self.task is None else repr(self.task)
-        return f"Rosa(kind={self.settings.kind!r}, loss={self.settings.loss!r}; {state})"
+# %% ../../nbs/rosa/rosa.ipynb #2b1073b4
+@patch
+def fit(
+    self: Rosa,
+    adata: AnnData,
+    genes: GeneVectors,
+    grid: HoldOutGrid,
+    *,
+    layer: str | None = None,
+    gene_column: str | None = None,
+    **recipe,
+) -> Rosa:
+    "Train on training genes in training cells alone; `recipe`: epochs, learning_rate, ..., folder (see training)."
+    if not isinstance(genes, GeneVectors) or not isinstance(grid, HoldOutGrid):
+        raise OptionError(
+            f"fit takes cells, GeneVectors and a HoldOutGrid; got {type(genes).__name__} and {type(grid).__name__}"
+        )
+    self._expression = read_expression(adata, layer=layer, gene_column=gene_column)
+    self.grid, self.vectors, self._scores, self._recipe = grid, genes, None, recipe
+    self.task = learnable(self._expression, genes, grid, self.settings)
+    self.fitted = fit_kind(self.task, device=self.device, **recipe)
+    return self
+
+# %% ../../nbs/rosa/rosa.ipynb #7d24c028
+@patch
+def score(
+    self: Rosa,
+    *,
+    baselines: Literal["default", "all", "none"] = "default",
+    references: Mapping[str, GeneVectors] | None = None,
+    positions: pd.DataFrame | None = None,
+    most_cells: int = 2000,
+) -> GridScores:
+    "Compute the scores; see `scellfm.rosa.scores.score_grid` for the arguments. They are kept as `scores`."
+    fitted = self._ready()
+    if self._expression is None:
+        raise DataError("a model that was opened from a folder has no cells to be scored on; its kept scores: .scores")
+    refit = {k: v for k, v in self._recipe.items() if k != "folder"} | {"device": self.device}
+    how = {"references": references, "positions": positions, "most_cells": most_cells, "refit": refit}
+    data = (self._expression, self.vectors, self.grid)
+    self._scores = score_grid(fitted, self.task, *data, baselines=baselines, **how)
+    return self._scores
+
+# %% ../../nbs/rosa/rosa.ipynb #9d180fd1
+@patch(as_prop=True)
+def scores(self: Rosa) -> GridScores:
+    "Scores in the four quadrants beside the default baselines; computed once."
+    if self._scores is None:
+        self.score()
+    return self._scores
+
+
+@patch(as_prop=True)
+def history(self: Rosa) -> History | None:
+    "The course of the training; None for ridge regression."
+    return self._ready().history
+
+
+@patch
+def __repr__(self: Rosa) -> str:
+    state = "not fitted" if self.task is None else repr(self.task)
+    return f"Rosa(kind={self.settings.kind!r}, loss={self.settings.loss!r}; {state})"
 
 # %% ../../nbs/rosa/rosa.ipynb #e9a5f3dc
 def asked_vectors(self: Rosa, genes: GeneVectors | Iterable[str] | None) -> tuple[pd.Index, np.ndarray]:
@@ -189,11 +207,7 @@ def predict(
             warn(f"{readable.empty.sum():,} cells express no gene that may be read; their predictions are NaN")
             predicted[readable.empty] = np.nan
         return pd.DataFrame(predicted, index=rows, columns=names)
-    readable = task.known()
-    kept = ~np.isin(task.genes[readable.genes], names)
-    if kept.sum() < 2:
-        kept = np.isin(readable.genes, task.context)
-    readable = Readable(readable.genes[kept], readable.bins[:, kept], readable.values[:, kept], readable.empty)
+    readable = task.known(task.genes.get_indexer(names))
     return pd.DataFrame(fitted.known_cells(task, vectors, readable), index=task.cells, columns=names)
 
 # %% ../../nbs/rosa/rosa.ipynb #a53865b1
@@ -236,28 +250,58 @@ def explain(
     return found if of == "both" else found[of]
 
 # %% ../../nbs/rosa/rosa.ipynb #770859f4
+def reading_of(rosa: Rosa, model: Enformer) -> dict:
+    "How `model` read the vectors: strands and shifts; DataError: it did not make them, by its hash or its width."
+    manifest = rosa.vectors.manifest if rosa.vectors is not None else {}
+    if model.width != len(rosa.task.centre) or manifest.get("model") not in (None, model.fingerprint()):
+        raise DataError(
+            f"{model!r} is not the model that made the vectors ({manifest.get('model_name')}, width "
+            f"{len(rosa.task.centre)}); give that one"
+        )
+    settings = manifest.get("settings", {})
+    shifts = tuple(int(n) for n in re.findall(r"-?\d+(?=[,)])", str(settings.get("shifts", "(0,)"))))
+    return {"strands": settings.get("strands", "forward"), "shifts": shifts}
+
+
+def window_of(windows: Windows, gene: str) -> np.ndarray:
+    "The codes of a gene's window. DataError: it has none."
+    row = np.flatnonzero(windows.table["gene"].astype(str) == gene)
+    if not len(row):
+        raise DataError(f"gene={gene!r} has no window among the {len(windows):,} that are given")
+    return windows.codes([row[0]])[0]
+
+
+def bin_of(rosa: Rosa, gene: str, bin: int | None) -> int:
+    "The bin that a gene's vector was read in. OptionError: the vectors do not say it and it is not given."
+    read = (rosa.vectors.manifest.get("read", {}) if rosa.vectors is not None else {}).get(gene)
+    if bin is None and read is None:
+        raise OptionError("the vectors do not say which bin they were read in; give bin=")
+    return int(read["bin"] if bin is None else bin)
+
+# %% ../../nbs/rosa/rosa.ipynb #0465071c
 @patch
 def explain_bases(
     self: Rosa,
     gene: str,
     windows: Windows,
-    model: Enformer,
-    cells: str | Iterable[str] | None = None,
+    model: Enformer,  # that made the vectors
+    cells: str | Iterable[str] | None = None,  # a cell type, or names of training cells; None: all
     *,
-    bin: int | None = None,
+    bin: int | None = None,  # None: the one that the gene's vector was read in
+    method: Method = "input_x_gradient",
+    steps: int = 32,  # of integrated gradients
 ) -> pd.DataFrame:
-    "Input times gradient of each base (rows) of a gene's window, columns A, C, G, T. bin: None, the one that was read."
+    "Contributions of each base (rows) of a gene's window to the predicted expression; columns A, C, G, T."
     fitted, task, rows = self._ready(), self.task, rows_of(self, cells)
     at = task.genes.get_indexer(asked_vectors(self, gene)[0])
-    row = np.flatnonzero(windows.table["gene"].astype(str) == gene)
-    if not len(row):
-        raise DataError(f"gene={gene!r} has no window among the {len(windows):,} that are given")
-    read = (self.vectors.manifest.get("read", {}) if self.vectors is not None else {}).get(gene)
-    if bin is None and read is None:
-        raise OptionError("the vectors do not say which bin they were read in; give bin=")
-    weights = vector_gradient(fitted, task, at, rows)[0]
-    place = int(read["bin"] if bin is None else bin)
-    values = base_attribution(model, windows.codes([row[0]])[0], place, weights)
+    window = window_of(windows, gene)
+    centre, scale = torch.from_numpy(task.centre), torch.from_numpy(task.scale)
+
+    def slope(vector: torch.Tensor) -> torch.Tensor:
+        return vector_slope(fitted, task, ((vector - centre) / scale).float(), rows, task.known(at)) / scale.float()
+
+    how = reading_of(self, model) | {"method": method, "steps": steps}
+    values = base_attribution(model, window, bin_of(self, gene, bin), slope, **how)
     return pd.DataFrame(values, columns=list("ACGT"))
 
 # %% ../../nbs/rosa/rosa.ipynb #3f37b825
@@ -269,82 +313,86 @@ def variant_effect(
     *,
     model: Enformer,  # that made the vectors
     windows: Windows,  # of the genes
-    strands: str = "forward",
 ) -> pd.DataFrame:
     """
     The change of predicted expression by each variant and gene, in each cell type (columns).
 
-    The vectors before and after are read in the bin that the gene's vector was read in.
+    The vectors before and after are read as the gene's vector was: in its bin, on its strands, with its shifts.
     """
     fitted, task = self._ready(), self.task
     read = self.vectors.manifest.get("read", {}) if self.vectors is not None else {}
     bins = {gene: place["bin"] for gene, place in read.items()}
-    how = {"model": model, "windows": windows, "bins": bins, "strands": strands}
+    how = {"model": model, "windows": windows, "bins": bins} | reading_of(self, model)
     pairs, before, after = variant_vectors(variants, fasta, **how)
-    if before.shape[1] != len(task.centre):
-        raise DataError(f"this model makes vectors of {before.shape[1]}, rosa was trained on {len(task.centre)}")
     readable = task.known()
     predictions = [fitted.known_cells(task, task.standardised(part), readable) for part in (before, after)]
-    obs = self.grid.obs.reindex(task.cells)
-    types = obs["cell_type"].astype(object) if "cell_type" in obs else pd.Series("all cells", index=task.cells)
-    if types.isna().any():
-        warn(f"{types.isna().sum():,} training cells have no cell type; they are in no column of the effects")
-    changes = effects_by_type(predictions[1] - predictions[0], types)
+    changes = effects_by_type(predictions[1] - predictions[0], types_of(self))
     kept = pairs[[name for name in ("variant", "gene", "distance") if name in pairs]].reset_index(drop=True)
     return pd.concat([kept, changes], axis=1)
 
-# %% ../../nbs/rosa/rosa.ipynb #786e5f9e
+# %% ../../nbs/rosa/rosa.ipynb #5dfd5742
 ARRAYS = ("vectors", "centre", "scale", "train", "stop", "test", "context", "values", "counts", "sizes")
+ROSA_MODEL = FolderKind(
+    "a model of rosa",
+    {"config.json": {"format": str, "version": int, "genes": [str]}},
+    ("model.safetensors", "task.safetensors", "scores.json"),
+)
 
+# %% ../../nbs/rosa/rosa.ipynb #52c0b8f7
+def record_of(rosa: Rosa) -> dict:
+    "What config.json holds: the settings, and the names of genes, cells and what they are."
+    task = rosa.task
+    record = {"format": "scellfm rosa", "version": 1, "settings": asdict(rosa.settings), "share": task.share}
+    record |= {"genes": list(task.genes), "cells": list(task.cells), "left_out": task.left_out}
+    obs = rosa.grid.obs.reindex(task.cells)
+    record["obs"] = {name: [None if pd.isna(v) else str(v) for v in values] for name, values in obs.items()}
+    return record | {"manifest": {} if rosa.vectors is None else rosa.vectors.manifest}
 
+# %% ../../nbs/rosa/rosa.ipynb #786e5f9e
 @patch
 def save_pretrained(self: Rosa, folder: str | Path) -> None:
     "Write config.json, model.safetensors, task.safetensors, and scores.json where there are scores."
-    import torch
-
     from scellfm.assets.tensors import save_tensors
-    from scellfm.store import FolderKind, atomic_files
+    from scellfm.store import atomic_files
 
     fitted, task = self._ready(), self.task
-    record = {"format": "scellfm rosa", "version": 1, "settings": asdict(self.settings), "share": task.share}
-    record |= {"genes": list(task.genes), "cells": list(task.cells), "left_out": task.left_out}
-    obs = self.grid.obs.reindex(task.cells)
-    record["obs"] = {name: [None if pd.isna(v) else str(v) for v in values] for name, values in obs.items()}
-    record["manifest"] = {} if self.vectors is None else self.vectors.manifest
-    records = {"config.json": {"format": str, "version": int, "genes": [str]}}
-    kind = FolderKind("a model of rosa", records, ("model.safetensors", "task.safetensors", "scores.json"))
-    with atomic_files(folder, kind) as part:
+    with atomic_files(folder, ROSA_MODEL) as part:
         save_tensors(part / "model.safetensors", {n: v.contiguous() for n, v in fitted.state().items()})
         arrays = {name: torch.from_numpy(np.ascontiguousarray(getattr(task, name))) for name in ARRAYS}
         save_tensors(part / "task.safetensors", arrays)
-        (part / "config.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        (part / "config.json").write_text(json.dumps(record_of(self)) + "\n", encoding="utf-8")
         if self._scores is not None:
             (part / "scores.json").write_text(json.dumps(self._scores.to_dict()) + "\n", encoding="utf-8")
 
 # %% ../../nbs/rosa/rosa.ipynb #e8775976
+def opened(folder: Path, device: str) -> Rosa:
+    "The model in a folder; the errors are those of whatever is wrong with its files."
+    from scellfm.assets.tensors import read_tensors
+
+    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if (record.get("format"), record.get("version")) != ("scellfm rosa", 1):
+        raise KeyError("format")
+    made = Rosa(device=device, **record["settings"])
+    arrays = {name: value.numpy() for name, value in read_tensors(folder / "task.safetensors").items()}
+    names = {"genes": pd.Index(record["genes"]), "cells": pd.Index(record["cells"])}
+    task = Task(**arrays, **names, share=record["share"], settings=made.settings, left_out=record["left_out"])
+    made.task, made.fitted = task, restore_kind(task, read_tensors(folder / "model.safetensors"))
+    flags, obs = np.zeros(len(task.genes), dtype=bool), pd.DataFrame(record["obs"], index=task.cells)
+    made.grid = HoldOutGrid(task.genes, task.cells, None, None, flags, flags, obs)
+    made.vectors = GeneVectors(task.genes, task.vectors, None, record["manifest"])
+    if (folder / "scores.json").exists():
+        made._scores = GridScores.from_dict(json.loads((folder / "scores.json").read_text(encoding="utf-8")))
+    return made
+
+# %% ../../nbs/rosa/rosa.ipynb #5da066cc
 @patch(cls_method=True)
 def from_pretrained(cls: Rosa, folder: str | Path, *, device: str = "auto") -> Rosa:
     "The model that `save_pretrained` wrote. AssetError: missing, damaged, of another kind."
     from scellfm.assets.files import usable
-    from scellfm.assets.tensors import read_tensors
 
     folder = Path(folder)
     usable(folder / "config.json")
     try:
-        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if record.get("format") != "scellfm rosa" or record.get("version") != 1:
-            raise KeyError("format")
-        made = cls(device=device, **record["settings"])
-        arrays = {name: value.numpy() for name, value in read_tensors(folder / "task.safetensors").items()}
-        names = {"genes": pd.Index(record["genes"]), "cells": pd.Index(record["cells"])}
-        made.task = Task(**arrays, **names, share=record["share"], settings=made.settings, left_out=record["left_out"])
-        made.fitted = restore_kind(made.task, read_tensors(folder / "model.safetensors"))
+        return opened(folder, device)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise AssetError(f"{folder} holds no model of rosa that can be opened: {error}") from error
-    obs = pd.DataFrame(record["obs"], index=made.task.cells)
-    flags = np.zeros(len(made.task.genes), dtype=bool)
-    made.grid = HoldOutGrid(made.task.genes, made.task.cells, None, None, flags, flags, obs)
-    made.vectors = GeneVectors(made.task.genes, made.task.vectors, None, record["manifest"])
-    if (folder / "scores.json").exists():
-        made._scores = GridScores.from_dict(json.loads((folder / "scores.json").read_text(encoding="utf-8")))
-    return made

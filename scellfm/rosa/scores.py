@@ -232,7 +232,7 @@ def scored(quadrant: Quadrant, rows: dict, task: Task, grid: HoldOutGrid):
     genes = task.genes[quadrant.genes]
     return expression_scores(rows, quadrant.measured, genes=genes, donors=donors, seed=task.settings.seed, title=title)
 
-
+# %% ../../nbs/rosa/scores.ipynb #79f881cb
 def origin_of(task: Task, grid: HoldOutGrid) -> dict:
     "What the scores came from, in plain words and numbers."
     settings = task.settings
@@ -252,29 +252,40 @@ class Shared:
 
     genes: pd.Index
 
+# %% ../../nbs/rosa/scores.ipynb #89d5efba
+def vectors_of_rows(
+    vectors: Mapping[str, GeneVectors | None], grid: HoldOutGrid, seed: int
+) -> tuple[HoldOutGrid, dict[str, GeneVectors | None]]:
+    "The grid over the genes that all kinds have, and the vectors of each row on them: one-hot and permuted come last."
+    known = {name: given for name, given in vectors.items() if given is not None}
+    if not known:
+        raise OptionError("there are no vectors to compare; give at least one kind, such as {'Enformer': vectors}")
+    shared = set.intersection(*(set(given.genes[given.covered]) for given in known.values()))
+    genes = [gene for gene in grid.genes if gene in shared]
+    if len(genes) < 5:
+        raise DataError(f"{len(genes)} genes have a vector of every kind: {list(known)}; are they named alike?")
+    rows = {name: None if given is None else given.take(genes) for name, given in vectors.items()}
+    permuted = rows[next(iter(known))].permuted(seed)
+    return grid_of(grid, Shared(pd.Index(genes))), rows | {"one-hot": identity_vectors(genes), "permuted": permuted}
+
 # %% ../../nbs/rosa/scores.ipynb #4458ece5
 def compare_vectors(
     found: Expression,
-    vectors: Mapping[str, GeneVectors],  # by name, such as {"Enformer": ..., "ESM": ..., "k-mers": ...}
+    vectors: Mapping[str, GeneVectors | None],  # by name, such as {"Enformer": ..., "ESM": None}; None: dashes
     grid: HoldOutGrid,
     settings: Settings | None = None,
     *,
-    most_cells: int = 2000,
+    most_cells: int = 2000,  # of a quadrant that are scored
     **options,
 ) -> GridScores:
     "One model per kind of vectors, and for one-hot and permuted ones, on the genes that all of them have."
-    if not vectors:
-        raise OptionError("vectors is empty; give at least one, such as {'Enformer': vectors}")
-    settings, first = settings or Settings(), next(iter(vectors.values()))
-    shared = set.intersection(*(set(v.genes[v.covered]) for v in vectors.values()))
-    genes = [gene for gene in grid.genes if gene in shared]
-    if len(genes) < 5:
-        raise DataError(f"{len(genes)} genes have a vector of every kind: {list(vectors)}; are they named alike?")
-    own = grid_of(grid, Shared(pd.Index(genes)))
-    every = {name: v.take(genes) for name, v in vectors.items()}
-    every |= {"one-hot": identity_vectors(genes), "permuted": first.take(genes).permuted(settings.seed)}
+    settings = settings or Settings()
+    own, every = vectors_of_rows(vectors, grid, settings.seed)
     rows: Rows = {name: {} for name in QUADRANTS}
     for method, given in every.items():
+        if given is None:
+            rows = {name: part | {method: None} for name, part in rows.items()}
+            continue
         task = learnable(found, given, own, settings)
         fitted = fit_kind(task, **options)
         quadrants = {name: quadrant_of(name, found, task, own, most_cells) for name in QUADRANTS}

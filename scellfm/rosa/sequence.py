@@ -36,7 +36,7 @@ def _code_table() -> np.ndarray:
 
 CODES = _code_table()
 
-
+# %% ../../nbs/rosa/sequence.ipynb #718fcb47
 def encode(sequence: str | bytes | np.ndarray) -> np.ndarray:
     """
     The codes (uint8) of a sequence given as text, bytes or ASCII numbers: A 0, C 1, G 2, T 3, N 4, '.' 5.
@@ -53,7 +53,7 @@ def encode(sequence: str | bytes | np.ndarray) -> np.ndarray:
         )
     return codes
 
-
+# %% ../../nbs/rosa/sequence.ipynb #b2124451
 def ascii_letters(sequence: str | bytes | np.ndarray) -> np.ndarray:
     "The ASCII numbers (uint8) of a sequence; DataError for text that is not ASCII."
     if isinstance(sequence, np.ndarray):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..core import OptionError, check_number
 from .attention import head_output
@@ -50,62 +51,76 @@ class WindowReader:
         with torch.inference_mode():
             self.convolved = [conv_bins(model.module, seen) for seen in self.bases]
 
-    def rows(self, bins: np.ndarray | list | None) -> list[torch.Tensor]:
-        "The wanted bins [1, k] in each reading."
-        total = -(-self.length // self.model.bin_size)
-        rows = wanted_rows(bins, 1, total, self.model.module.config.target_length)
-        places = [total - 1 - rows if reverse else rows for _, reverse in self.plan]
-        return [torch.tensor(place).to(self.model.device) for place in places]
+# %% ../../nbs/rosa/substitution.ipynb #3381bd0e
+@patch
+def rows(self: WindowReader, bins: np.ndarray | list | None) -> list[torch.Tensor]:
+    "The wanted bins [1, k] in each reading."
+    total = -(-self.length // self.model.bin_size)
+    rows = wanted_rows(bins, 1, total, self.model.module.config.target_length)
+    places = [total - 1 - rows if reverse else rows for _, reverse in self.plan]
+    return [torch.tensor(place).to(self.model.device) for place in places]
 
-    def output(self, convolved: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        "Coverage [b, k, tracks] or embeddings [b, k, width] from convolutions [b, n, d]."
-        embeddings = self.model.from_convolutions(convolved, rows.expand(len(convolved), -1))
-        if self.numbers is None:
-            return embeddings.float().cpu()
-        return head_output(self.model.module, embeddings, self.head, self.numbers).float().cpu()
 
-    @torch.inference_mode()
-    def reference(self, bins: np.ndarray | list | None = None) -> np.ndarray:
-        "Coverage (or embeddings) float32 [bins, tracks] of the window as it is; bins=None: all that the model gives."
-        parts = [self.output(seen, rows) for seen, rows in zip(self.convolved, self.rows(bins))]
-        return (sum(parts) / len(parts))[0].numpy()
+@patch
+def output(self: WindowReader, convolved: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    "Coverage [b, k, tracks] or embeddings [b, k, width] from convolutions [b, n, d]."
+    embeddings = self.model.from_convolutions(convolved, rows.expand(len(convolved), -1))
+    if self.numbers is None:
+        return embeddings.float().cpu()
+    return head_output(self.model.module, embeddings, self.head, self.numbers).float().cpu()
 
-    def place(self, index: int, code: int, number: int) -> tuple[int, int]:
-        "Where a base of the window, and which, lies in a reading (from 0; outside: -1)."
-        shift, reverse = self.plan[number]
-        place, length = index + shift, self.bases[number].shape[1]
-        if not 0 <= place < length:
-            return -1, code
-        return (length - 1 - place, int(COMPLEMENT[code])) if reverse else (place, code)
+# %% ../../nbs/rosa/substitution.ipynb #a8d6e604
+@patch
+@torch.inference_mode()
+def reference(self: WindowReader, bins: np.ndarray | list | None = None) -> np.ndarray:
+    "Coverage (or embeddings) float32 [bins, tracks] of the window as it is; bins=None: all that the model gives."
+    parts = [self.output(seen, rows) for seen, rows in zip(self.convolved, self.rows(bins))]
+    return (sum(parts) / len(parts))[0].numpy()
 
-    def convolve_changed(self, index: int, code: int, number: int) -> torch.Tensor:
-        "Convolutions [1, n, d] of a reading with one base changed: a copy in which a short stretch is computed anew."
-        place, letter = self.place(index, code, number)
-        convolved = self.convolved[number].clone()
-        if place < 0:
-            return convolved
-        bases = self.bases[number].clone()
-        bases[0, place] = letter
-        first, last = changed_bins(self.model.module, place, bases.shape[1])
-        convolved[:, first:last] = conv_bins(self.model.module, bases, first, last)
+# %% ../../nbs/rosa/substitution.ipynb #1a178974
+@patch
+def place(self: WindowReader, index: int, code: int, number: int) -> tuple[int, int]:
+    "Where a base of the window, and which, lies in a reading (from 0; outside: -1)."
+    shift, reverse = self.plan[number]
+    place, length = index + shift, self.bases[number].shape[1]
+    if not 0 <= place < length:
+        return -1, code
+    return (length - 1 - place, int(COMPLEMENT[code])) if reverse else (place, code)
+
+
+@patch
+def convolve_changed(self: WindowReader, index: int, code: int, number: int) -> torch.Tensor:
+    "Convolutions [1, n, d] of a reading with one base changed: a copy in which a short stretch is computed anew."
+    place, letter = self.place(index, code, number)
+    convolved = self.convolved[number].clone()
+    if place < 0:
         return convolved
+    bases = self.bases[number].clone()
+    bases[0, place] = letter
+    first, last = changed_bins(self.model.module, place, bases.shape[1])
+    convolved[:, first:last] = conv_bins(self.model.module, bases, first, last)
+    return convolved
 
-    @torch.inference_mode()
-    def substituted(self, changes: Sequence[tuple[int, int]], bins: np.ndarray | list | None = None) -> np.ndarray:
-        """
-        Coverage (or embeddings) float32 [changes, bins, tracks] with one base changed at a time.
+# %% ../../nbs/rosa/substitution.ipynb #1c156e4a
+@patch
+@torch.inference_mode()
+def substituted(
+    self: WindowReader, changes: Sequence[tuple[int, int]], bins: np.ndarray | list | None = None
+) -> np.ndarray:
+    """
+    Coverage (or embeddings) float32 [changes, bins, tracks] with one base changed at a time.
 
-        changes: (place in the window from 0, code of the new base). bins: as in `reference`. OptionError: no such place
-        or base.
-        """
-        for index, code in changes:
-            check_number("place", index, 0, self.length - 1)
-            check_number("code", code, 0, 4)
-        results = []
-        for start in range(0, len(changes), self.batch_size):
-            part, mean = changes[start : start + self.batch_size], 0
-            for number, rows in enumerate(self.rows(bins)):
-                convolved = [self.convolve_changed(int(index), int(code), number) for index, code in part]
-                mean = mean + self.output(torch.cat(convolved), rows) / len(self.plan)
-            results.append(mean)
-        return torch.cat(results).numpy() if results else np.empty((0, *self.reference(bins).shape), np.float32)
+    changes: (place in the window from 0, code of the new base). bins: as in `reference`. OptionError: no such place
+    or base.
+    """
+    for index, code in changes:
+        check_number("place", index, 0, self.length - 1)
+        check_number("code", code, 0, 4)
+    results = []
+    for start in range(0, len(changes), self.batch_size):
+        part, mean = changes[start : start + self.batch_size], 0
+        for number, rows in enumerate(self.rows(bins)):
+            convolved = [self.convolve_changed(int(index), int(code), number) for index, code in part]
+            mean = mean + self.output(torch.cat(convolved), rows) / len(self.plan)
+        results.append(mean)
+    return torch.cat(results).numpy() if results else np.empty((0, *self.reference(bins).shape), np.float32)

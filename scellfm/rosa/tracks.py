@@ -38,7 +38,7 @@ def read_tracks(source: str | os.PathLike | pd.DataFrame | list[str]) -> pd.Data
     table = table.reset_index(drop=True)
     return table.assign(description=table["description"].astype(str))
 
-
+# %% ../../nbs/rosa/tracks.ipynb #3f9d523e
 def _read_file(path: Path) -> pd.DataFrame:
     "The table in a file of tracks."
     import pandas as pd
@@ -71,7 +71,7 @@ def _by_name(name: str, tracks: pd.DataFrame | None, total: int) -> np.ndarray:
         raise OptionError(f"no track is named {name!r} or has it in its description; near it are {close or 'none'}")
     return found
 
-
+# %% ../../nbs/rosa/tracks.ipynb #da43671e
 def find_tracks(which: str | int | list | slice | None, total: int, tracks: pd.DataFrame | None = None) -> np.ndarray:
     """
     Numbers (int64) of the tracks `which` among `total`: None (all), numbers, names, or a list of either.

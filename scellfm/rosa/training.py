@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 
 from ..core import DataError, OptionError, keyed_generator, one_of, warn
 from ..data.vectors import GeneVectors
@@ -32,7 +33,7 @@ Kind = Literal["ridge", "mlp", "transformer", "encoder_decoder", "performer", "p
 KINDS = ("ridge", "mlp", "transformer", "encoder_decoder", "performer", "perceiver")
 NORMALISE = ("train", "all", "none")
 
-
+# %% ../../nbs/rosa/training.ipynb #de5905ec
 @dataclass(frozen=True)
 class Settings:
     "How a model is made: its kind, loss, bins, size, and how much of a cell it reads."
@@ -58,10 +59,12 @@ class Settings:
         if self.normalise == "none" and self.loss in ("poisson", "negative_binomial"):
             raise OptionError(f"loss={self.loss!r} needs counts, and normalise='none' says that there are none")
 
-    def network(self, width: int) -> NetworkConfig:
-        "The shape of the network for vectors of a width."
-        shape = SIZES[self.size] if isinstance(self.size, str) else dict(self.size)
-        return NetworkConfig(width=width, n_out=width_of(self.loss, self.n_bins), **{"n_bins": self.n_bins, **shape})
+# %% ../../nbs/rosa/training.ipynb #2f3ac8e2
+@patch
+def network(self: Settings, width: int) -> NetworkConfig:
+    "The shape of the network for vectors of a width."
+    shape = SIZES[self.size] if isinstance(self.size, str) else dict(self.size)
+    return NetworkConfig(width=width, n_out=width_of(self.loss, self.n_bins), **{"n_bins": self.n_bins, **shape})
 
 # %% ../../nbs/rosa/training.ipynb #a7b88e37
 @dataclass
@@ -113,29 +116,41 @@ class Task:
     settings: Settings
     left_out: list = field(default_factory=list)
 
-    def __repr__(self) -> str:
-        parts = ", ".join(f"{name} {len(getattr(self, name)):,}" for name in ("train", "stop", "test", "context"))
-        return f"Task({len(self.cells):,} training cells; genes: {parts}; vectors of {self.vectors.shape[1]:,})"
+# %% ../../nbs/rosa/training.ipynb #acaa5a12
+@patch
+def __repr__(self: Task) -> str:
+    parts = ", ".join(f"{name} {len(getattr(self, name)):,}" for name in ("train", "stop", "test", "context"))
+    return f"Task({len(self.cells):,} training cells; genes: {parts}; vectors of {self.vectors.shape[1]:,})"
 
-    @property
-    def learn(self) -> np.ndarray:
-        "Columns of `values` that are learned from while it is judged when to stop."
-        return np.flatnonzero(~np.isin(self.train, self.stop))
 
-    def standardised(self, vectors: np.ndarray) -> np.ndarray:
-        "Vectors [k, width] of any genes as the models take them."
-        return ((np.asarray(vectors) - self.centre) / self.scale).astype(np.float32)
+@patch(as_prop=True)
+def learn(self: Task) -> np.ndarray:
+    "Columns of `values` that are learned from while it is judged when to stop."
+    return np.flatnonzero(~np.isin(self.train, self.stop))
 
-    def readable(self, counts: np.ndarray, genes: np.ndarray, share: float) -> Readable:
-        "What may be read of cells, from their counts [cells, genes]."
-        given = self.settings.normalise == "none"
-        logs = logs_of(counts, sizes_of(counts, share), given)
-        bins = quantile_bins(logs, self.settings.n_bins) if logs.size else np.zeros(logs.shape, np.int64)
-        return Readable(genes, bins, logs, ~(counts > 0).any(axis=1))
 
-    def known(self) -> Readable:
-        "What may be read of the training cells when new genes are asked for: all training genes."
-        return self.readable(self.counts, self.train, 1.0)
+@patch
+def standardised(self: Task, vectors: np.ndarray) -> np.ndarray:
+    "Vectors [k, width] of any genes as the models take them."
+    return ((np.asarray(vectors) - self.centre) / self.scale).astype(np.float32)
+
+# %% ../../nbs/rosa/training.ipynb #325931ae
+@patch
+def readable(self: Task, counts: np.ndarray, genes: np.ndarray, share: float) -> Readable:
+    "What may be read of cells, from their counts [cells, genes]."
+    given = self.settings.normalise == "none"
+    logs = logs_of(counts, sizes_of(counts, share), given)
+    bins = quantile_bins(logs, self.settings.n_bins) if logs.size else np.zeros(logs.shape, np.int64)
+    return Readable(genes, bins, logs, ~(counts > 0).any(axis=1))
+
+
+@patch
+def known(self: Task, without: np.ndarray | tuple = ()) -> Readable:
+    "What may be read of the training cells: training genes but those `without` (positions), or else the context."
+    found, kept = self.readable(self.counts, self.train, 1.0), ~np.isin(self.train, without)
+    if kept.sum() < 2:
+        kept = np.isin(self.train, self.context)
+    return Readable(found.genes[kept], found.bins[:, kept], found.values[:, kept], found.empty)
 
 # %% ../../nbs/rosa/training.ipynb #c5f85ed7
 def usable_genes(vectors: GeneVectors, grid: HoldOutGrid) -> tuple[GeneVectors, np.ndarray]:
@@ -224,17 +239,20 @@ class FittedRidge:
         W, b = ridge_weights(X, readable.values.T, alpha)
         return (vectors @ W + b).T.astype(np.float32)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        "The fitted numbers by name."
-        numbers = {"weights": self.weights, "intercept": self.intercept}
-        numbers["penalty"] = np.array([self.alpha, self.n_genes], dtype=np.float64)
-        return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in numbers.items()}
+# %% ../../nbs/rosa/training.ipynb #8df101c7
+@patch
+def state(self: FittedRidge) -> dict[str, torch.Tensor]:
+    "The fitted numbers by name."
+    numbers = {"weights": self.weights, "intercept": self.intercept}
+    numbers["penalty"] = np.array([self.alpha, self.n_genes], dtype=np.float64)
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in numbers.items()}
 
-    @classmethod
-    def from_state(cls, task: Task, state: dict) -> FittedRidge:
-        "The inverse of `state`."
-        alpha, n_genes = state["penalty"].tolist()
-        return cls(state["weights"].numpy(), state["intercept"].numpy(), alpha, int(n_genes))
+
+@patch(cls_method=True)
+def from_state(cls: FittedRidge, task: Task, state: dict) -> FittedRidge:
+    "The inverse of `state`."
+    alpha, n_genes = state["penalty"].tolist()
+    return cls(state["weights"].numpy(), state["intercept"].numpy(), alpha, int(n_genes))
 
 # %% ../../nbs/rosa/training.ipynb #0f5702ae
 @dataclass

@@ -80,7 +80,7 @@ def pair_with_windows(variants: Variants, windows: Windows) -> pd.DataFrame:
         pairs[name] = np.where(minus & (codes < 255), COMPLEMENT[np.minimum(codes, 5)], codes).astype(np.uint8)
     return pairs
 
-
+# %% ../../nbs/rosa/variants.ipynb #d2dfbc7b
 def _snv_codes(variants: Variants, edits: list[Edit]) -> np.ndarray:
     "The codes of the base before and after each SNV, on the positive strand; 255 for other kinds. uint8 [alleles, 2]."
     columns = (variants.table[name].to_numpy() for name in ("kind", "pos", "ref"))
@@ -91,7 +91,7 @@ def _snv_codes(variants: Variants, edits: list[Edit]) -> np.ndarray:
     codes = encode("".join(letters)).reshape(len(edits), 2)
     return np.where(codes == PADDING, np.uint8(255), codes)
 
-
+# %% ../../nbs/rosa/variants.ipynb #4d0c0a1c
 def _overlaps(variants: Variants, windows: Windows, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
     "The pairs (variant, window) that share a base, by window and then by place."
     places, longest, found = {}, int((ends - starts).max(initial=1)), [np.empty((0, 2), dtype=np.int64)]
@@ -99,6 +99,7 @@ def _overlaps(variants: Variants, windows: Windows, starts: np.ndarray, ends: np
     for chrom, rows in variants.table.groupby("chrom").indices.items():
         name = same_contig(chrom, set(chroms))
         if name is not None:
+            rows = np.concatenate([places.get(name, rows[:0]), rows])
             places[name] = rows[np.argsort(starts[rows], kind="stable")]
     bounds = zip(windows.table["chrom"], windows.table["start"], windows.table["end"])
     for window, (chrom, start, end) in enumerate(bounds):
@@ -116,7 +117,7 @@ class Edited(NamedTuple):
     codes: np.ndarray
     places: np.ndarray
 
-
+# %% ../../nbs/rosa/variants.ipynb #8f2e3303
 def ordered_edits(edits: Iterable[Edit]) -> tuple[list[Edit], int]:
     "Changes by place, without those that overlap the one before; and the number of these."
     kept, refused, end = [], 0, -1
@@ -128,7 +129,7 @@ def ordered_edits(edits: Iterable[Edit]) -> tuple[list[Edit], int]:
         end = edit.start + edit.length
     return kept, refused
 
-
+# %% ../../nbs/rosa/variants.ipynb #d117f167
 def edited_window(windows: Windows, row: int, edits: list[Edit]) -> Edited:
     """
     A window with changes (ordered, not overlapping) put in, read on the strand of its gene.
@@ -211,7 +212,7 @@ def personal_codes(
         warn(f"{refused:,} alleles of {sample!r} overlap others on the same copy and were left out")
     return codes
 
-
+# %% ../../nbs/rosa/variants.ipynb #8f1ea5b9
 def _edits_of_copies(variants: Variants, sample: int, windows: Windows) -> tuple[dict, int]:
     "The ordered changes of each (chromosome, copy) of a sample, and how many alleles overlap others."
     edits, copies, refused = edits_of(variants), {}, 0
@@ -220,6 +221,6 @@ def _edits_of_copies(variants: Variants, sample: int, windows: Windows) -> tuple
         name = same_contig(chrom, chroms)
         for copy in range(2) if name is not None else ():
             carried = [edits[row] for row in rows if variants.genotypes[row, sample, copy]]
-            copies[name, copy], overlapping = ordered_edits(carried)
+            copies[name, copy], overlapping = ordered_edits([*copies.get((name, copy), []), *carried])
             refused += overlapping
     return copies, refused

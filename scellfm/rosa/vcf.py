@@ -15,18 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..assets.files import usable
 from ..core import DataError, OptionError, one_of, warn
-from .blockgzip import open_text
+from .blockgzip import BOM, open_text
 from .genome import Genome, same_contig
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['KINDS', 'DNA', 'Variants', 'kind_of_allele', 'allele_numbers', 'vcf_lines', 'sample_columns', 'alleles_of_line',
-           'read_vcf', 'reference_fits', 'check_reference', 'variants_of_table', 'read_variants']
+__all__ = ['KINDS', 'DNA', 'Variants', 'kind_of_allele', 'is_number', 'allele_numbers', 'vcf_lines', 'sample_columns',
+           'genotypes_of_line', 'alleles_of_line', 'read_vcf', 'reference_fits', 'check_reference', 'variants_of_table',
+           'read_variants']
 
 # %% ../../nbs/rosa/vcf.ipynb #3a30e6c2
 KINDS = ("snv", "mnv", "indel")
@@ -56,11 +58,13 @@ class Variants:
         records = f"{self.counts.get('records', 0):,} records"
         return f"Variants({self.source}: {len(self):,} alleles ({kinds}); {records}{refused})"
 
-    def __getitem__(self, rows) -> Variants:
-        "The alleles at these positions (a slice, or an array of positions or of booleans)."
-        rows = np.atleast_1d(np.arange(len(self))[rows])
-        genotypes = None if self.genotypes is None else self.genotypes[rows]
-        return Variants(self.table.iloc[rows].reset_index(drop=True), self.source, self.counts, genotypes, self.samples)
+# %% ../../nbs/rosa/vcf.ipynb #9c803034
+@patch
+def __getitem__(self: Variants, rows) -> Variants:
+    "The alleles at these positions (a slice, or an array of positions or of booleans)."
+    rows = np.atleast_1d(np.arange(len(self))[rows])
+    genotypes = None if self.genotypes is None else self.genotypes[rows]
+    return Variants(self.table.iloc[rows].reset_index(drop=True), self.source, self.counts, genotypes, self.samples)
 
 # %% ../../nbs/rosa/vcf.ipynb #c941cfeb
 DNA = frozenset("ACGTN")
@@ -81,17 +85,28 @@ def kind_of_allele(ref: str, alt: str) -> str:
     return "snv" if sum(one != other for one, other in zip(ref, alt)) == 1 else "mnv"
 
 # %% ../../nbs/rosa/vcf.ipynb #66e8ffef
-def allele_numbers(call: str, counts: Counter) -> tuple[int, int]:
-    "The alleles on the two copies, from a sample's column; DataError for a heterozygous call without phase."
+def is_number(text: str, digits: int) -> bool:
+    "True for 1 to `digits` digits, 0 to 9."
+    return text.isascii() and text.isdigit() and len(text) <= digits
+
+
+def allele_numbers(call: str, counts: Counter, most: int) -> tuple[int, int]:
+    """
+    The alleles on the two copies, from a sample's column; `most`: the alternatives of the record.
+
+    DataError: a heterozygous call without phase, an allele that the record does not have.
+    """
     genotype = call.split(":", 1)[0]
     phased = "|" in genotype
     numbers = genotype.replace("|", "/").split("/")
-    if len(numbers) > 2 or not all(number == "." or number.isdigit() for number in numbers):
+    if len(numbers) > 2 or not all(number == "." or is_number(number, 5) for number in numbers):
         raise DataError(f"genotype {genotype[:20]!r} is not one or two numbers")
     counts["missing genotypes"] += "." in numbers
     first, second = (0 if number == "." else int(number) for number in (numbers * 2)[:2])
     if first != second and not phased:
         raise DataError(f"genotype {genotype!r} is heterozygous and not phased ('0|1'); phase the file first")
+    if max(first, second) > most:
+        raise DataError(f"genotype {genotype!r} names an allele that the record does not have: it has {most}")
     return first, second
 
 # %% ../../nbs/rosa/vcf.ipynb #60787827
@@ -100,7 +115,7 @@ def vcf_lines(path: Path) -> Iterator:
     try:
         with open_text(path) as lines:
             for number, line in enumerate(lines, 1):
-                line = line.rstrip(b"\r\n")
+                line = line.rstrip(b"\r\n").removeprefix(BOM)
                 if line.strip() and not line.startswith(b"##"):
                     yield number, line.decode("utf-8").split("\t")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -108,7 +123,7 @@ def vcf_lines(path: Path) -> Iterator:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no VCF file: line {number} is not text") from error
 
-
+# %% ../../nbs/rosa/vcf.ipynb #c4b30508
 def sample_columns(fields: list[str], samples: Iterable[str], path: Path) -> list[int]:
     "The columns of the samples in the line that names the columns; DataError for a sample that is not there."
     missing = [sample for sample in samples if sample not in fields[9:]]
@@ -116,12 +131,20 @@ def sample_columns(fields: list[str], samples: Iterable[str], path: Path) -> lis
         raise DataError(f"{path} has no sample {missing[0]!r}; it has {', '.join(fields[9:13]) or 'no samples'}")
     return [9 + fields[9:].index(sample) for sample in samples]
 
+# %% ../../nbs/rosa/vcf.ipynb #67a922e0
+def genotypes_of_line(fields: list[str], columns: list[int], counts: Counter) -> list[tuple[int, int]]:
+    "The alleles on the two copies of the sample in each column; DataError where the record has no genotypes."
+    if columns and fields[8].split(":")[0] != "GT":
+        raise DataError(f"its FORMAT is {fields[8][:20]!r}, which does not begin with GT, so it has no genotypes")
+    most = fields[4].count(",") + 1
+    return [allele_numbers(fields[column], counts, most) for column in columns]
 
+# %% ../../nbs/rosa/vcf.ipynb #b8e9319d
 def alleles_of_line(fields: list[str], counts: Counter) -> list[dict]:
     "The alleles of a record that can be put into a sequence, one row each; the others are counted."
     chrom, pos, name, ref, alt = fields[:5]
     ref, alts = ref.upper(), alt.upper().split(",")
-    if not pos.isdigit() or not 1 <= int(pos) < 10**11 or not ref.isalpha() or not chrom:
+    if not is_number(pos, 11) or int(pos) < 1 or not ref.isalpha() or not chrom:
         raise DataError("a record has a chromosome, a place that counts from 1, REF letters and ALT")
     counts["records"] += 1
     counts["multi-allelic"] += len(alts) > 1
@@ -138,7 +161,7 @@ def alleles_of_line(fields: list[str], counts: Counter) -> list[dict]:
         )
     return rows
 
-
+# %% ../../nbs/rosa/vcf.ipynb #e64e3d31
 def _frequencies(info: str, n: int) -> list[float]:
     "The values of AF in the INFO column; NaN where there are none."
     values = next((part[3:] for part in info.split(";") if part.startswith("AF=")), "").split(",")
@@ -168,7 +191,7 @@ def read_vcf(path: Path, samples: Iterable[str] = ()) -> Variants:
             if len(fields) < 5 or len(fields) <= max(columns, default=0):
                 raise DataError(f"it has {len(fields)} columns, separated by tabs")
             alleles = alleles_of_line(fields, counts)
-            copies = [allele_numbers(fields[column], counts) for column in columns]
+            copies = genotypes_of_line(fields, columns, counts)
         except DataError as error:
             raise DataError(f"{path}, line {number}: {error}") from error
         rows += alleles
@@ -191,7 +214,7 @@ def reference_fits(table: pd.DataFrame, genome: Genome) -> np.ndarray:
         fits[rows] = _fits_along(places[rows].tolist(), table["ref"].to_numpy()[rows], genome, name)
     return fits
 
-
+# %% ../../nbs/rosa/vcf.ipynb #8bb79a65
 def _fits_along(places: list[int], refs, genome: Genome, name: str) -> list[bool]:
     "Whether the genome has each REF at its place (ascending, from 0); a million bases are read at a time."
     fits, start, letters, size = [], 0, "", genome.sizes[name]
@@ -203,7 +226,7 @@ def _fits_along(places: list[int], refs, genome: Genome, name: str) -> list[bool
         fits.append(end <= size and letters.startswith(ref, place - start))
     return fits
 
-
+# %% ../../nbs/rosa/vcf.ipynb #f51e5561
 def check_reference(variants: Variants, genome: Genome, mismatch: str = "error") -> Variants:
     """
     The variants whose REF is what the genome has.
@@ -283,7 +306,7 @@ def read_variants(
         return variants
     return check_reference(variants, fasta if isinstance(fasta, Genome) else Genome(fasta), mismatch)
 
-
+# %% ../../nbs/rosa/vcf.ipynb #b81a69b4
 def _variants_from(source, samples: Iterable[str]) -> Variants:
     "Variants from whatever they are given as."
     if isinstance(source, Variants):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import DataError, OptionError, check_number, one_of, tell, warn
 from .annotation import Annotation, read_annotation
@@ -47,7 +48,7 @@ def window_bounds(
     index = np.where(minus, start + length - 1 - tss, tss - start)
     return start, start + length, index.astype(np.int64)
 
-
+# %% ../../nbs/rosa/windows.ipynb #504748f6
 def original_bounds(
     gene_start: np.ndarray, strand: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -130,67 +131,81 @@ class Windows:
         where = "no genome" if self.genome is None else self.genome.path.name
         return f"Windows({len(self):,} of {self.length:,} bases, {where})"
 
-    def __getitem__(self, rows) -> Windows:
-        "The windows at these positions (a slice, or an array of positions or of booleans)."
-        rows = np.atleast_1d(np.arange(len(self))[rows])
-        return replace(self, table=self.table.iloc[rows].reset_index(drop=True))
+# %% ../../nbs/rosa/windows.ipynb #ff8188c9
+@patch
+def __getitem__(self: Windows, rows) -> Windows:
+    "The windows at these positions (a slice, or an array of positions or of booleans)."
+    rows = np.atleast_1d(np.arange(len(self))[rows])
+    return replace(self, table=self.table.iloc[rows].reset_index(drop=True))
 
-    def select(self, genes: Iterable[str]) -> Windows:
-        "The windows of these genes, by id or symbol; see `Annotation.select`."
-        if self.annotation is None:
-            raise OptionError("these windows have no annotation; choose them by position")
-        kept = self.annotation.select(genes).table["gene"]
-        return self[self.table["gene"].isin(kept).to_numpy()]
+# %% ../../nbs/rosa/windows.ipynb #ca716384
+@patch
+def select(self: Windows, genes: Iterable[str]) -> Windows:
+    "The windows of these genes, by id or symbol; see `Annotation.select`."
+    if self.annotation is None:
+        raise OptionError("these windows have no annotation; choose them by position")
+    kept = self.annotation.select(genes).table["gene"]
+    return self[self.table["gene"].isin(kept).to_numpy()]
 
-    def ascii(self, row: int) -> np.ndarray:
-        "The letters of one window as ASCII numbers (uint8 [L]), 5' to 3' on the gene's own strand."
-        if self.genome is None:
-            raise OptionError("the windows were planned without a FASTA file; give one: tss_windows(annotation, fasta)")
-        window = self.table.iloc[row]
-        place = window["chrom"], int(window["start"]), int(window["end"])
-        if not self.settings.get("original"):
-            return self.genome.ascii(*place, strand=window["strand"], pad=self.pad)
-        letters = self.genome.ascii(*place, pad=self.pad)
-        if (
-            window["strand"] == "-"
-        ):  # the original turns what lies on the chromosome and leaves the padding where it was
-            size = self.genome.sizes[window["chrom"]]
-            within = slice(max(-place[1], 0), max(min(size - place[1], self.length), 0))
-            letters = letters.copy()
-            letters[within] = reverse_complement_letters(letters[within])
-        return letters
+# %% ../../nbs/rosa/windows.ipynb #7a4d88fb
+@patch
+def ascii(self: Windows, row: int) -> np.ndarray:
+    "The letters of one window as ASCII numbers (uint8 [L]), 5' to 3' on the gene's own strand."
+    if self.genome is None:
+        raise OptionError("the windows were planned without a FASTA file; give one: tss_windows(annotation, fasta)")
+    window = self.table.iloc[row]
+    place = window["chrom"], int(window["start"]), int(window["end"])
+    if not self.settings.get("original"):
+        return self.genome.ascii(*place, strand=window["strand"], pad=self.pad)
+    letters = self.genome.ascii(*place, pad=self.pad)
+    if window["strand"] == "-":  # the original turns what lies on the chromosome and leaves the padding where it was
+        size = self.genome.sizes[window["chrom"]]
+        within = slice(max(-place[1], 0), max(min(size - place[1], self.length), 0))
+        letters = letters.copy()
+        letters[within] = reverse_complement_letters(letters[within])
+    return letters
 
-    def sequence(self, row: int) -> str:
-        "The letters of one window in upper case, 5' to 3' on the gene's own strand, N beyond the chromosome."
-        return self.ascii(row).tobytes().decode()
 
-    def codes(self, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
-        "The codes of windows, uint8 [n, L] (A 0, C 1, G 2, T 3, other letters 4, '.' 5), on the gene's own strand."
-        rows = np.atleast_1d(np.arange(len(self))[rows])
-        codes = np.empty((len(rows), self.length), dtype=np.uint8)
-        for at, row in enumerate(rows):
-            codes[at] = encode(self.ascii(row))
-        return codes
+@patch
+def sequence(self: Windows, row: int) -> str:
+    "The letters of one window in upper case, 5' to 3' on the gene's own strand, N beyond the chromosome."
+    return self.ascii(row).tobytes().decode()
 
-    def one_hot(
-        self,
-        rows: slice | np.ndarray = slice(None),
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> torch.Tensor:
-        "The channels of windows, [n, L, 4], made on `device` from the codes."
-        return one_hot(self.codes(rows), device, dtype)
+# %% ../../nbs/rosa/windows.ipynb #f1914670
+@patch
+def codes(self: Windows, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
+    "The codes of windows, uint8 [n, L] (A 0, C 1, G 2, T 3, other letters 4, '.' 5), on the gene's own strand."
+    rows = np.atleast_1d(np.arange(len(self))[rows])
+    codes = np.empty((len(rows), self.length), dtype=np.uint8)
+    for at, row in enumerate(rows):
+        codes[at] = encode(self.ascii(row))
+    return codes
 
-    def bins(self, n_bins: int | None = None, bin_size: int = BIN) -> np.ndarray:
-        "The bin (int64) of each start, counted from the first of the `n_bins` central bins (default: all bins)."
-        return self.table["index"].to_numpy() // bin_size - self._cropped(n_bins, bin_size)
 
-    def _cropped(self, n_bins: int | None, bin_size: int) -> int:
-        "How many bins are cut on the left to keep `n_bins`."
-        whole = self.length // bin_size
-        n_bins = whole if n_bins is None else n_bins
-        check_number("n_bins", n_bins, 1, whole)
-        return (whole - n_bins) // 2
+@patch
+def one_hot(  # noqa: F811
+    self: Windows,
+    rows: slice | np.ndarray = slice(None),
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    "The channels of windows, [n, L, 4], made on `device` from the codes."
+    return one_hot(self.codes(rows), device, dtype)
+
+# %% ../../nbs/rosa/windows.ipynb #b328b921
+@patch
+def bins(self: Windows, n_bins: int | None = None, bin_size: int = BIN) -> np.ndarray:
+    "The bin (int64) of each start, counted from the first of the `n_bins` central bins (default: all bins)."
+    return self.table["index"].to_numpy() // bin_size - self._cropped(n_bins, bin_size)
+
+
+@patch
+def _cropped(self: Windows, n_bins: int | None, bin_size: int) -> int:
+    "How many bins are cut on the left to keep `n_bins`."
+    whole = self.length // bin_size
+    n_bins = whole if n_bins is None else n_bins
+    check_number("n_bins", n_bins, 1, whole)
+    return (whole - n_bins) // 2
 
 # %% ../../nbs/rosa/windows.ipynb #ed83d35f
 def tss_windows(
@@ -247,10 +262,14 @@ def start_table(windows: Windows, n_bins: int | None = None, bin_size: int = BIN
 
     if windows.annotation is None:
         raise OptionError("these windows have no annotation, so the other starts of their genes are unknown")
-    names = ["gene", "strand", "transcript", "tss", "biotype"]
-    starts = windows.annotation.table[names].drop_duplicates(["gene", "strand", "tss"])
-    rows = windows.table[["gene", "strand", "start", "end"]].assign(row=np.arange(len(windows)))
-    table = rows.merge(starts, on=["gene", "strand"], how="inner")
+    names, keys = ["gene", "strand", "chrom", "transcript", "tss", "biotype"], ["gene", "strand", "chrom"]
+    starts = windows.annotation.table[names].drop_duplicates([*keys, "tss"])
+    chroms = set(windows.table["chrom"])  # as the genome spells them
+    starts = starts.assign(
+        chrom=starts["chrom"].map({name: same_contig(name, chroms) for name in starts["chrom"].unique()})
+    )
+    rows = windows.table[[*keys, "start", "end"]].assign(row=np.arange(len(windows)))
+    table = rows.merge(starts, on=keys, how="inner")
     forward = table["tss"] - table["start"]
     table["index"] = np.where(table["strand"] == "-", table["end"] - 1 - table["tss"], forward)
     table["bin"] = table["index"] // bin_size - windows._cropped(n_bins, bin_size)

@@ -22,6 +22,7 @@ __getattr__, __dir__, __all__ = _lazy(
         "go_annotations": "texts",
         "go_texts": "texts",
         "read_texts": "texts",
+        "read_uniprot": "texts",
         "merge_texts": "texts",
         "text_vectors": "language",
         "tfidf_vectors": "language",

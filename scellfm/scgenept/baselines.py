@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core import DataError, OptionError, check_number, keyed_generator, one_of, tell, warn
 from ..data.vectors import GeneVectors
-from .gears import VARIABLE, gears_baseline
+from .gears import VARIABLE, gears_baseline, parts_of
 from ..scores.effects import CONTROL, Effects, measure_effects, names_of
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def perturbation_baselines(
             one_of("baselines", name, list(makers))
             parts[name].append(pd.DataFrame(makers[name](), training.wanted, effects.genes))
     if gears:
-        parts[GEARS] = [gears_baseline(data, fold, annotations, seed=seed) for fold in folds]
+        parts[GEARS] = [gears_of_fold(data, *pair, annotations, effects.genes) for pair in zip(folds, trainings)]
     return PerturbationBaselines({name: pd.concat(tables) for name, tables in parts.items()})
 
 # %% ../../nbs/scgenept/baselines.ipynb #85d2bc13
@@ -277,6 +277,17 @@ def wants_gears(chosen: list[str], baselines: str | Sequence[str], annotations) 
     if VARIABLE not in os.environ:
         tell(f"GEARS is not among the baselines: {VARIABLE} names no interpreter with cell-gears")
     return VARIABLE in os.environ
+
+# %% ../../nbs/scgenept/baselines.ipynb #69a1e344
+def gears_of_fold(data: PerturbationData, fold, training: Training, annotations, genes: pd.Index) -> pd.DataFrame:
+    "GEARS's predictions of one fold; dashes where too few of its perturbations have measured genes."
+    if hasattr(data, "adata"):
+        try:
+            parts_of(data, fold, training.seed)
+        except DataError as error:
+            warn(f"GEARS predicts nothing of a fold: {error}")
+            return pd.DataFrame(np.nan, training.wanted, genes)
+    return gears_baseline(data, fold, annotations, seed=training.seed)
 
 # %% ../../nbs/scgenept/baselines.ipynb #74c54798
 def all_versions(trainings: Sequence[Training], named: Mapping[str, GeneVectors], seed: int) -> dict[str, dict]:

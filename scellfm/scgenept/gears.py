@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,7 +74,8 @@ def write_folder(
     from scellfm.scgenept.perturbseq import PerturbationData
 
     keep = {CONTROL, *parts["train"], *parts["valid"]}
-    cells = data.adata[data.adata.obs["condition"].isin(keep).to_numpy()].copy()
+    order = np.argsort(np.isin(data.genes, data.perturbed), kind="stable")
+    cells = data.adata[data.adata.obs["condition"].isin(keep).to_numpy(), order].copy()
     table = gears_table(PerturbationData(cells))
     write_processed(folder / "data", table)
     go_graph(annotations, list(data.genes)).to_csv(folder / "data" / "go.csv", index=False)
@@ -104,7 +106,8 @@ def run_process(python: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     from scellfm.scgenept import gears_process
 
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-    command = [python, str(Path(gears_process.__file__).resolve()), str(folder)]
+    script = shutil.copy(gears_process.__file__, folder / "train_gears.py")
+    command = [python, str(script), str(folder)]
     done = subprocess.run(command, cwd=folder, env=kept, capture_output=True, text=True)
     written = folder / "predictions.npz"
     if done.returncode or not written.exists():

@@ -26,12 +26,43 @@ def prepared(folder: Path, job: dict):
     data.get_dataloader(batch_size=job["batch_size"])
     return data
 
+# %% ../../nbs/scgenept/gears_process.ipynb #7c084f22
+def select_by_series() -> None:
+    "Let a sparse matrix of this process be indexed by a pandas Series of booleans."
+    from pandas import Series
+    from scipy.sparse import csr_matrix
+
+    plain = csr_matrix.__getitem__
+
+    def getitem(self, key):
+        return plain(self, key.to_numpy() if isinstance(key, Series) else key)
+
+    csr_matrix.__getitem__ = getitem
+
+# %% ../../nbs/scgenept/gears_process.ipynb #91c81740
+def gears_loss(pred, y, perts, ctrl=None, direction_lambda=1e-3, dict_filter=None):
+    "GEARS's loss of a batch [cells, genes], averaged over its perturbations."
+    import numpy as np
+    import torch
+
+    perts, parts = np.array(perts), []
+    for name in sorted(set(perts)):
+        rows = np.where(perts == name)[0]
+        genes = slice(None) if name == "ctrl" else dict_filter[name]
+        found, wanted, rest = pred[rows][:, genes], y[rows][:, genes], ctrl[genes]
+        signs = torch.sign(wanted - rest) - torch.sign(found - rest)
+        parts.append(((found - wanted) ** 4).mean() + direction_lambda * (signs**2).mean())
+    return torch.stack(parts).mean()
+
 # %% ../../nbs/scgenept/gears_process.ipynb #37c79eae
 def predictions(folder: Path, job: dict) -> dict:
     "Genes, and the predicted mean [genes] of each wanted list of genes."
+    import gears.gears
     import numpy as np
     from gears import GEARS
 
+    select_by_series()
+    gears.gears.loss_fct = gears_loss
     data = prepared(folder, job)
     model = GEARS(data, device=job["device"])
     model.model_initialize(hidden_size=job["hidden_size"])

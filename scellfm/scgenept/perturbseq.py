@@ -120,7 +120,7 @@ class PerturbedCells:
         condition: str = "condition",
         control: str | Iterable[str] = CONTROL,
         layer: str | None = None,  # None: X, "raw": adata.raw.X
-        cell_type: str = "cell_type",  # the column of obs; where it is missing all cells are of one type
+        cell_type: str | None = None,  # the column of obs; None: "cell_type" where there is one, else all are one type
         normalize: bool = False,  # the layer holds raw counts
         n_variable: int | None = None,  # with normalize: how many variable genes to keep; None: all
         original: bool = False,  # refuse what GEARS cannot represent: a perturbed gene that is not measured
@@ -129,14 +129,16 @@ class PerturbedCells:
         labels, names = _labels(adata, condition, control)
         self.perturbed = sorted({gene for name in dict.fromkeys(names) for gene in perturbed_genes(name)})
         if normalize:
-            symbols = adata.var["gene_name"].astype(str) if "gene_name" in adata.var else pd.Series(adata.var_names)
-            keep = adata.var_names[np.isin(symbols, self.perturbed)]
+            var = genes_of(adata, layer).var
+            symbols = var["gene_name"] if "gene_name" in var else var.index
+            keep = var.index[np.isin(symbols.astype(str), self.perturbed)]
             matrix, ids = normalized_expression(adata, layer, n_variable=n_variable, keep=keep)
         else:
             matrix, ids = log_expression(adata, layer)
         self.adata = _assembled(adata, matrix, ids, labels, names, layer)
         self.genes = self.adata.var_names.rename("gene")
-        self.cell_types = column_of(adata.obs, cell_type, "cell_type") if cell_type in adata.obs else None
+        named = cell_type is not None or "cell_type" in adata.obs
+        self.cell_types = column_of(adata.obs, cell_type or "cell_type", "cell_type") if named else None
         self.control_names = control_names(control) | FILLERS
         self.stored = stored_top(adata)
         self.labels = list(dict.fromkeys(labels))

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core import DataError, OptionError, one_of, tell
+from ..data.vectors import GeneVectors
 from .checkpoint import ScGenePTCheckpoint, from_pretrained
 from .evaluation import evaluate_published
 from .knowledge import KNOWLEDGE, Source, plain_name
@@ -22,11 +23,19 @@ from .training import fit
 from ..store import atomic_write, fingerprint
 
 # %% auto #0
-__all__ = ['SEEDS', 'COLUMNS', 'PUBLISHED', 'own_numbers', 'one_run', 'reproduce']
+__all__ = ['SEEDS', 'CARD_COLUMNS', 'COLUMNS', 'PUBLISHED', 'own_numbers', 'one_run', 'reproduce']
 
 # %% ../../nbs/scgenept/reproduction.ipynb #f4d2edb8
 SEEDS = (42, 23, 89, 30, 12)
-COLUMNS = ("pearson_delta", "pearson_delta_top20", "mse", "mse_top20")
+CARD_COLUMNS = ("pearson_delta", "pearson_delta_top20", "mse", "mse_top20")
+COLUMNS = {  # ours, each with the column of the card that it stands beside
+    "pearson_delta": "pearson_delta",
+    "pearson_delta_by_subgroup": "pearson_delta",
+    "pearson_delta_top20": "pearson_delta_top20",
+    "pearson_delta_top20_by_subgroup": "pearson_delta_top20",
+    "mse": "mse",
+    "mse_top20": "mse_top20",
+}
 PUBLISHED: dict[str, dict[str | None, tuple[float, float, float, float]]] = {
     "norman": {
         None: (0.534, 0.665, 0.00421, 0.223),
@@ -50,15 +59,31 @@ PUBLISHED: dict[str, dict[str | None, tuple[float, float, float, float]]] = {
 
 # %% ../../nbs/scgenept/reproduction.ipynb #080c0c8f
 def own_numbers(found: Mapping[str, float], subgroups: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    "The card's four columns from the original's names; Pearson numbers are means over subgroups."
-    groups = [name for name in subgroups if f"test_{name}_pearson_delta" in found]
-    means = {
-        column: float(np.mean([float(found[f"test_{name}_{key}"]) for name in groups])) if groups else np.nan
-        for column, key in (("pearson_delta", "pearson_delta"), ("pearson_delta_top20", "pearson_delta_de"))
+    "Our columns from the original's names: each Pearson number as a mean over conditions, and over subgroups."
+    sizes = {name: len(labels) for name, labels in subgroups.items() if f"test_{name}_pearson_delta" in found}
+    numbers = {}
+    for column, key in (("pearson_delta", "pearson_delta"), ("pearson_delta_top20", "pearson_delta_de")):
+        means = [float(found[f"test_{name}_{key}"]) for name in sizes]
+        numbers[column] = float(np.average(means, weights=list(sizes.values()))) if means else np.nan
+        numbers[f"{column}_by_subgroup"] = float(np.mean(means)) if means else np.nan
+    return {**numbers, "mse": float(found["test_mse"]), "mse_top20": float(found["test_mse_de"])}
+
+# %% ../../nbs/scgenept/reproduction.ipynb #f48b5ab9
+def run_settings(data: PerturbationData, scgpt: str | PathLike, vectors: Source | None, seed: int, training: Mapping):
+    "What a run depends on, as plain values and fingerprints."
+    labels = data.adata.obs["label"].astype(str).tolist()
+    start = Path(scgpt).expanduser()
+    read = Path(vectors).expanduser() if isinstance(vectors, (str, PathLike)) else vectors
+    content = [read.genes, read.values, read.covered] if isinstance(read, GeneVectors) else read
+    return {
+        "training": dict(training),
+        "data": fingerprint(data.adata.X, labels, list(data.input_genes)),
+        "scgpt": fingerprint(start) if start.exists() else str(scgpt),
+        "vectors": fingerprint(content),
+        "seed": seed,
     }
-    return {**means, "mse": float(found["test_mse"]), "mse_top20": float(found["test_mse_de"])}
 
-
+# %% ../../nbs/scgenept/reproduction.ipynb #583705cd
 def one_run(
     data: PerturbationData,
     scgpt: str | PathLike,
@@ -70,12 +95,17 @@ def one_run(
 ) -> dict[str, float]:
     "Train and score one variant with one seed, or read what an earlier call wrote. OptionError: other settings."
     split = data.split("simulation", seed=1)
-    settings = {"training": dict(training), "data": fingerprint(data.adata.X, data.labels), "seed": seed}
+    settings = run_settings(data, scgpt, vectors, seed, training)
     path = folder / f"{knowledge or 'scgpt'}-{seed}.json"
     if path.is_file():
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["settings"] != json.loads(json.dumps(settings)):
-            raise OptionError(f"{path} is of another run ({record['settings']}); choose another folder, or delete it")
+            found = record["settings"]
+            other = [name for name, value in settings.items() if json.loads(json.dumps(value)) != found.get(name)]
+            raise OptionError(
+                f"{path} is of another run: it differs in {', '.join(other)} (it holds {found}); take another folder,"
+                " or delete it"
+            )
         return record["numbers"]
     model = from_pretrained(
         ScGenePTCheckpoint, scgpt, knowledge=knowledge, gene_vectors=vectors, original=True, seed=seed, device="auto"
@@ -93,13 +123,13 @@ def reproduce(
     vectors: Mapping[str, Source],  # {knowledge: vectors, file or folder}; the row without knowledge needs none
     folder: str | PathLike,  # where runs are kept; the same call goes on from there
     *,
-    dataset: str = "norman",  # whose published numbers are set beside: norman or adamson
+    dataset: str | None = "norman",  # whose published numbers are set beside: norman or adamson; None: of neither
     knowledge: Sequence[str | None] | None = None,  # None: all that vectors are given for, and none
     seeds: Sequence[int] = SEEDS,
     **training: float,  # changes to the card's settings, as fit takes them
 ) -> pd.DataFrame:
     "Mean and spread over seeds of each variant's numbers beside the published ones: a row per variant."
-    one_of("dataset", dataset, tuple(PUBLISHED))
+    one_of("dataset", dataset, (None, *PUBLISHED))
     wanted = [None, *vectors] if knowledge is None else [plain_name(name) for name in knowledge]
     for name in wanted:
         one_of("knowledge", name, tuple(KNOWLEDGE))
@@ -112,11 +142,15 @@ def reproduce(
             tell(f"{name or 'scgpt'}, seed {seed}")
             runs.append(one_run(data, scgpt, name, vectors.get(name), seed, Path(folder).expanduser(), training))
         table = pd.DataFrame(runs)[list(COLUMNS)]
-        published = dict(zip(COLUMNS, PUBLISHED[dataset][name]))
+        published = dict(zip(CARD_COLUMNS, PUBLISHED[dataset][name] if dataset else [np.nan] * len(CARD_COLUMNS)))
         spread = table.std(ddof=1) if len(table) > 1 else table.mean() * np.nan
         rows[name or "scgpt"] = {
             (column, what): value
             for column in COLUMNS
-            for what, value in (("here", table[column].mean()), ("spread", spread[column]), ("card", published[column]))
+            for what, value in (
+                ("here", table[column].mean()),
+                ("spread", spread[column]),
+                ("card", published[COLUMNS[column]]),
+            )
         }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")

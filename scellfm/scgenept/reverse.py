@@ -13,8 +13,9 @@ import pandas as pd
 
 from ..core import DataError, OptionError, keyed_generator
 from .checkpoint import ScGenePTCheckpoint
-from .conditions import perturbed_genes
+from .conditions import perturbation_of, perturbed_genes
 from .prediction import Controls, controls_of, predict
+from ..scores.perturbations import bounds, resamples, weighted_means
 from ..scores.prediction_metrics import row_pearson
 from ..scores.table import Scores
 
@@ -92,10 +93,19 @@ def rank_among(values: pd.Series, true: str) -> float:
 
 # %% ../../nbs/scgenept/reverse.ipynb #e9694c41
 def rank_scores(ranks: pd.DataFrame, n_candidates: int) -> Scores:
-    "Mean reciprocal rank and recall at 10 of every way to rank [perturbations, ways]."
-    table = pd.DataFrame({"mean_reciprocal_rank": (1 / ranks).mean(), "recall_at_10": (ranks <= 10).mean()})
+    "Mean reciprocal rank and recall at 10 of each way [perturbations, ways], with intervals over perturbations."
+    draws = resamples(len(ranks), seed=0)
+    values = {"mean_reciprocal_rank": 1 / ranks, "recall_at_10": (ranks <= 10).astype(float)}
+    found = {
+        metric: {way: bounds(weighted_means(part[way].to_numpy(), draws)) for way in ranks}
+        for metric, part in values.items()
+    }
+    tables = [
+        pd.DataFrame({metric: {way: row[i] for way, row in ways.items()} for metric, ways in found.items()})
+        for i in range(3)
+    ]
     return Scores(
-        table,
+        *tables,
         details={name: {"by_condition": ranks[[name]].set_axis(["rank"], axis=1)} for name in ranks},
         title=f"the true one of {n_candidates} candidates, for {len(ranks)} held-out perturbations",
         origin={"n_candidates": n_candidates},
@@ -113,7 +123,7 @@ def evaluate_which(
 ) -> Scores:
     "How high the true perturbation of each held-out profile is ranked, beside differential expression and chance."
     data.check_split(split)
-    names = list(data.conditions if candidates is None else candidates)
+    names = list(dict.fromkeys(map(perturbation_of, data.conditions if candidates is None else candidates)))
     asked = [name for name in split.perturbations("test") if name in names]
     if not asked:
         raise DataError("none of the test perturbations is among the candidates; name them in candidates=")

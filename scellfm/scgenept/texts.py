@@ -5,9 +5,14 @@
 # %% ../../nbs/scgenept/texts.ipynb #71a5b6f4
 from __future__ import annotations
 
+import gzip
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['ASPECTS', 'go_annotations', 'go_texts', 'aspect_letter', 'read_texts', 'merge_texts', 'sentences_of']
+__all__ = ['ASPECTS', 'go_annotations', 'go_texts', 'aspect_letter', 'read_texts', 'read_uniprot', 'merge_texts', 'sentences_of']
 
 # %% ../../nbs/scgenept/texts.ipynb #59a767bd
 COLUMNS = {
@@ -159,6 +164,114 @@ def read_texts(path: str | os.PathLike) -> dict[str, str]:
     if empty:
         warn(f"{path.name}: {len(empty)} of {len(texts)} genes have no text, e.g. {empty[:3]}")
     return {gene: text for gene, text in texts.items() if text}
+
+# %% ../../nbs/scgenept/texts.ipynb #d3ec7c46
+def plain_function(text: str) -> str:
+    "A FUNCTION comment as plain sentences, without codes of evidence and numbers of papers."
+    text = re.sub(r"\s*\{ECO:[^}]*\}", "", " ".join(text.split()))
+    text = re.sub(r"\s*\(PubMed:\s?\d+(?:,\s*PubMed:\s?\d+)*\)", "", text)
+    return re.sub(r"\.\.(?=\s|$)", ".", re.sub(r"\s+([.,;])", r"\1", text)).strip()
+
+# %% ../../nbs/scgenept/texts.ipynb #caa73515
+@dataclass
+class ProteinEntry:
+    "What is used of one entry of UniProt."
+
+    genes: list[str]
+    taxon: str | None  # NCBI's number of the species; None where the file does not say
+    reviewed: bool
+    functions: list[str]
+
+
+def flat_entry(lines: Mapping[str, list[str]]) -> ProteinEntry:
+    "An entry of the text format from its lines by their two letters."
+    text = {code: " ".join(lines.get(code, [])) for code in ("ID", "GN", "OX", "CC")}
+    taxon = re.search(r"NCBI_TaxID=(\d+)", text["OX"])
+    comments = [part for part in text["CC"].split("-!- ") if part.startswith("FUNCTION:")]
+    found = [plain_function(part.removeprefix("FUNCTION:").split("-----")[0]) for part in comments]
+    genes = [name.strip() for name in re.findall(r"\bName=([^;{]+)", text["GN"])]
+    return ProteinEntry(genes, taxon and taxon.group(1), "Unreviewed;" not in text["ID"], found)
+
+# %% ../../nbs/scgenept/texts.ipynb #ae4613fc
+def flat_entries(lines: Iterable[str], name: str = "the text") -> Iterator[ProteinEntry]:
+    "The entries of UniProt's text format; AssetError where the last one has no end."
+    kept: defaultdict[str, list[str]] = defaultdict(list)
+    for line in lines:
+        if line.startswith("//"):
+            yield flat_entry(kept)
+            kept.clear()
+        elif line.strip():
+            kept[line[:2]].append(line[5:].rstrip())
+    if kept:
+        raise AssetError(f"{name} ends inside an entry of UniProt; fetch it again")
+
+# %% ../../nbs/scgenept/texts.ipynb #63c3bfd4
+PRIMARY, ALL_NAMES, FUNCTION = "Gene Names (primary)", "Gene Names", "Function [CC]"
+
+
+def table_entries(table: pd.DataFrame, path: Path) -> Iterator[ProteinEntry]:
+    "The entries of a table of UniProt; AssetError where columns are missing."
+    names = next((column for column in (PRIMARY, ALL_NAMES) if column in table), None)
+    if names is None or FUNCTION not in table:
+        raise AssetError(f"{path} has the columns {list(table)[:8]}; those of UniProt are {PRIMARY!r} and {FUNCTION!r}")
+    for row in table.to_dict("records"):
+        genes = [part.split()[0] for part in str(row[names] or "").split(";") if part.split()]
+        found = [plain_function(part) for part in str(row[FUNCTION] or "").split("FUNCTION:") if part.strip()]
+        taxon = str(row["Organism (ID)"]).strip() if "Organism (ID)" in table else None
+        yield ProteinEntry(genes, taxon, str(row.get("Reviewed", "reviewed")).strip() != "unreviewed", found)
+
+# %% ../../nbs/scgenept/texts.ipynb #fe960eb4
+def uniprot_entries(path: Path) -> Iterator[ProteinEntry]:
+    "The entries of a file of UniProt in either form. AssetError: missing, damaged, of another kind."
+    import pandas
+
+    from scellfm.assets.files import usable
+
+    usable(path)
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as lines:
+            first = lines.readline()
+            lines.seek(0)
+            if first.startswith("ID   "):
+                yield from flat_entries(lines, str(path))
+            elif "\t" in first:
+                yield from table_entries(
+                    pandas.read_csv(lines, sep="\t", dtype=str, keep_default_na=False, quoting=3), path
+                )
+            else:
+                raise AssetError(
+                    f"{path} is no file of UniProt: it begins with {first[:40]!r}; fetch entries as txt or tsv"
+                )
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        if isinstance(error, AssetError):
+            raise
+        raise AssetError(f"{path} cannot be read as a file of UniProt: {error}") from error
+
+# %% ../../nbs/scgenept/texts.ipynb #849ea34d
+def read_uniprot(
+    path: str | os.PathLike,  # .txt, .dat or .tsv, also .gz
+    *,
+    taxon: int | None = 9606,  # NCBI's number of the species; None: all
+    unreviewed: bool = False,  # take entries that no curator has reviewed too
+) -> dict[str, list[str]]:
+    """{gene: its FUNCTION texts} from a file of UniProt, each text once; a warning counts genes without any.
+
+    AssetError: a file that is missing, damaged or of another kind. DataError: no entry of the species."""
+    path, texts, seen = Path(path), {}, set()
+    for entry in uniprot_entries(path):
+        seen.add(entry.taxon)
+        if (taxon is not None and entry.taxon not in (None, str(taxon))) or not (entry.reviewed or unreviewed):
+            continue
+        for gene in entry.genes:
+            kept = texts.setdefault(gene, [])
+            kept += [text for text in dict.fromkeys(entry.functions) if text not in kept]
+    if not texts:
+        raise DataError(f"{path.name} has no gene of the species {taxon}; it holds {sorted(map(str, seen))[:5]}")
+    empty = [gene for gene, found in texts.items() if not found]
+    if empty:
+        warn(f"{path.name}: {len(empty)} of {len(texts)} genes have no FUNCTION text, e.g. {empty[:3]}")
+    return {gene: found for gene, found in texts.items() if found}
 
 # %% ../../nbs/scgenept/texts.ipynb #56d9fa30
 def merge_texts(*sources: Mapping[str, str | Iterable[str]]) -> dict[str, list[str]]:

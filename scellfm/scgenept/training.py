@@ -239,7 +239,9 @@ def fit(
     train, valid = (Pairs.from_split(data, split, part, seed, original) for part in ("train", "valid"))
     if not len(valid):
         warn("the split has no validation perturbation: every epoch is trained and the last one kept")
+    flags = [*train.flags, *valid.flags]
     inputs = {
+        "perturbed genes": fingerprint(np.concatenate(flags), np.array([len(genes) for genes in flags])),
         "cells": fingerprint(train.matrix, train.controls, train.targets, valid.controls, valid.targets),
         "labels": fingerprint(sorted(split.train), sorted(split.valid)),
         "dropout": str((dropout, attention_dropout)),

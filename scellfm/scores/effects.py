@@ -22,13 +22,16 @@ __all__ = ['Effects', 'measure_effects', 'labels_of']
 
 # %% ../../nbs/scores/effects.ipynb #94245776
 CONTROL = "ctrl"
+FILLERS = ("ctrl", "control")  # words for 'no gene', in capitals or not
 
 
 def perturbation_name(label: str, control: str = CONTROL) -> str:
     "The genes of a label sorted and joined by '+'; 'ctrl' where there is none."
     label = str(label).strip()
-    genes = set() if label == control else {part.strip() for part in label.split("+")}
-    return "+".join(sorted(genes - {control, CONTROL, "control", ""})) or CONTROL
+    parts = [] if label == control else [part.strip() for part in label.split("+")]
+    if "" in parts:
+        raise DataError(f"the label {label!r} has an empty part; write gene names joined by '+', e.g. 'FOSB+CEBPE'")
+    return "+".join(sorted({part for part in parts if part != control and part.lower() not in FILLERS})) or CONTROL
 
 
 def names_of(labels: Iterable[str], control: str, as_published: bool = False) -> np.ndarray:

@@ -542,6 +542,7 @@ def assembled(
         negative = NO_CHANGE if metric.startswith("pearson_delta") else TRAINING_MEAN
         controls = (details[name]["by_condition_half"][metric].to_numpy() for name in (negative, INTERPOLATED))
         ranges[metric] = dynamic_range(metric, *controls)
+    ranges |= {name: ranges[metric] for name, metric in AB.items()}  # the controls are chosen on A, scored on B anyway
     blind = [
         metric for metric in columns if metric in ranges and not ranges[metric] > 0 and np.isfinite(ranges[metric])
     ]

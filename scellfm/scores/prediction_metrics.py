@@ -198,10 +198,19 @@ METRICS = (
     "interaction_auprc",
 )
 
+# %% ../../nbs/scores/prediction_metrics.ipynb #4ca0145b
+ROUNDING = 2e-6  # of a value: a few float32 steps
+
+
+def on_control(x: np.ndarray, origin: np.ndarray) -> np.ndarray:
+    "Predictions [perturbations, genes], those that differ from control by rounding alone exactly on it."
+    return np.where(np.abs(x - origin) <= ROUNDING * np.abs(origin) + 1e-12, origin, x)
+
 # %% ../../nbs/scores/prediction_metrics.ipynb #99f43dbf
 def metric_table(target: Target, x: np.ndarray, metrics: tuple[str, ...] = METRICS) -> dict[str, np.ndarray]:
     "Each metric of a prediction [perturbations, genes] as values [perturbations]."
     y, m, top, origin = target.mean, target.control, target.top, target.predicted_from
+    x = on_control(x, origin)
     safe = np.where(target.detected_top < 0, 0, target.detected_top)
     full = (target.detected_top >= 0).all(1)
     pair = interactions(target, x) if any(name.startswith("interaction") for name in metrics) else (None, None)

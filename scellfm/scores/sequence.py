@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core import DataError, check_number, keyed_generator, one_of
 from .table import Scores, scores_html
@@ -107,7 +108,7 @@ def donor_weights(donors: Sequence[str | None], n_draws: int, seed: int) -> np.n
     weights[:, known] = draw_weights(len(names), n_draws, names, seed, "donors")
     return weights
 
-
+# %% ../../nbs/scores/sequence.ipynb #f4905a23
 def bounds(drawn: np.ndarray) -> tuple[float, float]:
     "The 2.5 and 97.5 % quantiles of the draws that are numbers."
     drawn = drawn[np.isfinite(drawn)]
@@ -165,7 +166,7 @@ def check_prediction(predicted, measured: np.ndarray, method: str) -> None:
             "score the cells and genes that were predicted"
         )
 
-
+# %% ../../nbs/scores/sequence.ipynb #aae77f8f
 def scores_from(found: dict, metrics: list[str], genes: Sequence[str] | None, title: str) -> Scores:
     "The Scores of what `score_one` found by method and metric."
     table, low, high, details = {}, {}, {}, {}
@@ -208,21 +209,25 @@ class GridScores:
         return self.to_markdown()
 
     def _repr_html_(self) -> str:
-        parts = (f"<p><b>{html.escape(n)}</b></p>{scores_html(s)}" for n, s in self.quadrants.items())
-        return "".join(parts)
+        return "".join(f"<p><b>{html.escape(n)}</b></p>{scores_html(s)}" for n, s in self.quadrants.items())
 
-    def plot(self, metric: str = "pearson_across_genes", ax: Axes | None = None) -> Axes:
-        "One metric of all methods in each quadrant, with intervals over genes; returns the axes."
-        return quadrant_picture(self, metric, ax)
+# %% ../../nbs/scores/sequence.ipynb #cb87e602
+@patch
+def plot(self: GridScores, metric: str = "pearson_across_genes", ax: Axes | None = None) -> Axes:
+    "One metric of all methods in each quadrant, with intervals over genes; returns the axes."
+    return quadrant_picture(self, metric, ax)
 
-    def to_dict(self) -> dict:
-        "A record that JSON takes."
-        return {"quadrants": {name: s.to_dict() for name, s in self.quadrants.items()}, "origin": self.origin}
 
-    @classmethod
-    def from_dict(cls, record: dict) -> GridScores:
-        "The inverse of `to_dict`."
-        return cls({name: Scores.from_dict(s) for name, s in record["quadrants"].items()}, record["origin"])
+@patch
+def to_dict(self: GridScores) -> dict:
+    "A record that JSON takes."
+    return {"quadrants": {name: s.to_dict() for name, s in self.quadrants.items()}, "origin": self.origin}
+
+
+@patch(cls_method=True)
+def from_dict(cls: GridScores, record: dict) -> GridScores:
+    "The inverse of `to_dict`."
+    return cls({name: Scores.from_dict(s) for name, s in record["quadrants"].items()}, record["origin"])
 
 # %% ../../nbs/scores/sequence.ipynb #0ce4d753
 def quadrant_picture(scores: GridScores, metric: str, ax: Axes | None = None) -> Axes:

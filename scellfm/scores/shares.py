@@ -63,6 +63,8 @@ def draw_shares(table: pd.DataFrame, blind: list[str], *, ax: Axes) -> None:
         ax.scatter(x[inside], place[inside], s=28, c=face, edgecolor=color, lw=1.2, label=metric_name(metric), zorder=3)
         ax.scatter(np.full((x < low).sum(), low), place[x < low], marker="<", s=28, color=color, zorder=3)
         ax.scatter(np.full((x > high).sum(), high), place[x > high], marker=">", s=28, color=color, zorder=3)
+    for place in y[table.isna().all(axis=1).to_numpy()]:
+        ax.text(low, place, "no prediction", color="0.5", fontsize=8, va="center")
     ax.set_yticks(y, table.index)
     ax.set(xlim=(low - 0.04, high + 0.04), xlabel="share: 0 the training mean, 1 the technical duplicate")
     ax.set_title(f"cannot judge here: {', '.join(map(metric_name, blind))}" if blind else "", loc="left", fontsize=9)
