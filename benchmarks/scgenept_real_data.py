@@ -186,6 +186,7 @@ def train(task: Experiment, seeds: tuple = SEEDS) -> None:
 
 
 METRICS = ["wmse", "mse", "pearson_delta", "nir"]
+OWN_GENE = "training mean, own gene as in training"
 PERMUTED, RANDOM, MEAN_OF_ALL = "permuted MiniLM", "random", "training mean of all cells"
 
 
@@ -193,6 +194,7 @@ def predictions(task: Experiment) -> dict[str, pd.DataFrame]:
     "The predictions of every baseline, then of every kind of vectors and seed that is trained in all folds."
     real = {kind: part for kind, part in task.kinds.items() if kind not in (NONE, PERMUTED, RANDOM)}
     found = dict(perturbation_baselines(task.data, task.folds, vectors=real, baselines="all"))
+    found[OWN_GENE] = own_gene_changed(task, found["training mean"])
     found[MEAN_OF_ALL] = perturbation_baselines(task.cells, task.folds, baselines=["training mean"])["training mean"]
     for kind in task.kinds:
         for seed in SEEDS:
@@ -201,6 +203,20 @@ def predictions(task: Experiment) -> dict[str, pd.DataFrame]:
                 tables = [pd.read_csv(path, index_col=0) for path in paths]
                 found[model_name(kind, seed)] = pd.concat(tables)
     return found
+
+
+def own_gene_changed(task: Experiment, table: pd.DataFrame) -> pd.DataFrame:
+    "The training mean, but for a measured target's own expression: what became of other targets' own, in proportion."
+    table, means = table.copy(), task.data.means()
+    control = means.loc["ctrl"]
+    for split in task.folds:
+        known = [name for name in split.perturbations("train") if name in means.columns and control[name] > 0]
+        if known:
+            kept = np.mean([means.loc[name, name] / control[name] for name in known])
+            for name in split.perturbations("test"):
+                own = [gene for gene in name.split("+") if gene in means.columns]
+                table.loc[name, own] = kept * control[own]
+    return table
 
 
 def model_name(kind: str, seed: int | None = None) -> str:
@@ -241,6 +257,7 @@ def difference_table(scores, kinds: list[str]) -> pd.DataFrame:
     "Paired differences, with intervals over perturbations: of every model to the training mean, of texts to controls."
     texts = [kind for kind in kinds if kind not in (NONE, PERMUTED, RANDOM)]
     pairs = [(model_name(kind), TRAINING_MEAN) for kind in kinds]
+    pairs += [(model_name(kind), OWN_GENE) for kind in kinds]
     pairs += [(model_name(kind), model_name(to)) for kind in texts for to in (NONE, PERMUTED, RANDOM)]
     draws, rows = resamples(len(scores.values("wmse")), 0), []
     for metric in ("wmse", "pearson_delta"):
@@ -280,7 +297,7 @@ def score(task: Experiment) -> None:
         "cells": int(task.cells.adata.n_obs),
         "rows trained on": int(task.data.adata.n_obs),
         "genes": len(task.data.genes),
-        "fits": len(list(task.folder.glob("*, seed *, fold *.csv"))),
+        "fits": sum(name.startswith("scGenePT") for name in found) * len(task.folds),
         "dynamic range": scores.dynamic_range["dynamic range"].round(3).reindex(METRICS).to_dict(),
         "recipe": {key: recipe[key] for key in ("rate", "frozen", "epochs", "loss", "valid")},
         "tried": tried,
