@@ -39,7 +39,7 @@ def build_parser(only: str | None = None) -> Parser:
             command_parser(path, inner, options=only in (None, group))
     return parser
 
-
+# %% ../nbs/cli.ipynb #bb85b6d1
 def with_hyphens(argument: str) -> str:
     "The argument with hyphens in an option's name: --emb_layer=-1 is --emb-layer=-1."
     name, equals, value = argument.partition("=")

@@ -34,10 +34,19 @@ def two_states(adata: AnnData) -> AnnData:
     adata.obs["state"] = adata.obs["cell_type"].astype(str).map(STATES).astype("category")
     return adata
 
-# %% ../nbs/demo.ipynb #61c49f72
+# %% ../nbs/demo.ipynb #8d5013a7
 PRETRAIN_EPOCHS = 10
+COLUMNS = ("gene", "effect", "expected", "z", "percentile", "n_cells", "rank", "detection", "log2fc")
+FILES = ("report.html", "report.json", "table.csv", "scores.png", "screen.png", "top_genes.png", "training.png")
+EXPLANATION = (
+    "Deleting a gene from every monocyte: does the cell move towards the T cells (effect > 0, "
+    "in standard deviations), and more\n"
+    "than the genes of like rank and detection (z)? Exploratory: these cells have no donors, "
+    "so there are no p-values. A gene with\n"
+    "a large log2fc (T cell over monocyte) may stand out only because it is a marker of the cell type."
+)
 
-
+# %% ../nbs/demo.ipynb #61c49f72
 @dataclass
 class Demo:
     "What the main job gives: the classifier with its scores, the screen, its table, and the folder with the files."
@@ -52,17 +61,6 @@ class Demo:
         genes = self.table[list(COLUMNS)].head(n).to_string(index=False, float_format="{:.2f}".format)
         files = "\n".join(f"  {self.folder / name}" for name in FILES)
         return f"{self.classifier.scores!r}\n\n{EXPLANATION}\n\n{genes}\n\nFiles:\n{files}"
-
-
-COLUMNS = ("gene", "effect", "expected", "z", "percentile", "n_cells", "rank", "detection", "log2fc")
-FILES = ("report.html", "report.json", "table.csv", "scores.png", "screen.png", "top_genes.png", "training.png")
-EXPLANATION = (
-    "Deleting a gene from every monocyte: does the cell move towards the T cells (effect > 0, "
-    "in standard deviations), and more\n"
-    "than the genes of like rank and detection (z)? Exploratory: these cells have no donors, "
-    "so there are no p-values. A gene with\n"
-    "a large log2fc (T cell over monocyte) may stand out only because it is a marker of the cell type."
-)
 
 # %% ../nbs/demo.ipynb #d592236c
 def journey(
@@ -81,24 +79,10 @@ def journey(
     model = Geneformer.from_config("tiny", RankTokenizer.fit(adata, special=True), seed=seed)
     with one_thread():
         model.pretrain(adata, epochs=pretrain_epochs, learning_rate=3e-3, seed=seed)
-        classifier = model.finetune(
-            cells,
-            label="state",
-            split=folds(cells, k=3, stratify="state", seed=seed),
-            epochs=finetune_epochs,
-            learning_rate=2e-3,
-            seed=seed,
-        )
-    screen = classifier.perturb(
-        cells,
-        kind="delete",
-        genes="all",
-        state="state",
-        start="monocyte",
-        goal="T cell",
-        max_cells=max_cells,
-        seed=seed,
-    )
+        split, how = folds(cells, k=3, stratify="state", seed=seed), dict(epochs=finetune_epochs, learning_rate=2e-3)
+        classifier = model.finetune(cells, label="state", split=split, seed=seed, **how)
+    asked = dict(kind="delete", genes="all", state="state", start="monocyte", goal="T cell")
+    screen = classifier.perturb(cells, max_cells=max_cells, seed=seed, **asked)
     return model, classifier, screen
 
 # %% ../nbs/demo.ipynb #e58288ae

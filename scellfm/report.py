@@ -22,17 +22,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
+# %% auto #0
+__all__ = ['PACKAGES', 'CSS', 'POLICY', 'versions', 'processor', 'hardware', 'describe_path', 'shown', 'scrolling', 'table_html',
+           'facts_html', 'page', 'text_html', 'figure_html', 'scores_section', 'Report', 'warnings_html', 'inputs_html',
+           'duration', 'report_page']
+
+# %% ../nbs/report.ipynb #db8668aa
 from .core import DataError, listeners, user_path
 from .scores.table import Scores, plain, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-# %% auto #0
-__all__ = ['PACKAGES', 'CSS', 'POLICY', 'versions', 'processor', 'hardware', 'describe_input', 'shown', 'scrolling', 'table_html',
-           'facts_html', 'page', 'text_html', 'figure_html', 'scores_section', 'Report', 'warnings_html', 'inputs_html',
-           'duration', 'report_page']
 
 # %% ../nbs/report.ipynb #46f8924a
 PACKAGES = (
@@ -88,34 +90,32 @@ def hardware() -> dict[str, str]:
     return found
 
 # %% ../nbs/report.ipynb #f5e2fbd3
-def describe_input(value: Any) -> dict:
-    "Kind, size and fingerprint of an input: a file (SHA-256), a folder, an AnnData, or what `store.fingerprint` takes."
+def describe_path(path: Path) -> dict:
+    "Kind, size and fingerprint of a file, or of all files of a folder. DataError where there is neither."
     from scellfm.store import fingerprint, sha256
 
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        digest = fingerprint({p.relative_to(path).as_posix(): sha256(p) for p in files})
+        size = f"{len(files)} files, {sum(p.stat().st_size for p in files):,} bytes"
+        return {"kind": "folder", "name": path.name, "size": size, "sha256": digest}
+    if not path.is_file():
+        raise DataError(
+            f"the input {path.name!r} is no file or folder here; add it while it exists, or pass the object itself"
+        )
+    return {"kind": "file", "name": path.name, "size": f"{path.stat().st_size:,} bytes", "sha256": sha256(path)}
+
+# %% ../nbs/report.ipynb #d85125bd
+def describe_input(value: Any) -> dict:
+    "Kind, size and fingerprint of an input: a file (SHA-256), a folder, an AnnData, or what `store.fingerprint` takes."
+    from scellfm.store import fingerprint
+
     if isinstance(value, (str, os.PathLike)):
-        path = Path(value)
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file())
-            digest = fingerprint({p.relative_to(path).as_posix(): sha256(p) for p in files})
-            return {
-                "kind": "folder",
-                "name": path.name,
-                "size": f"{len(files)} files, {sum(p.stat().st_size for p in files):,} bytes",
-                "sha256": digest,
-            }
-        if not path.is_file():
-            raise DataError(
-                f"the input {path.name!r} is no file or folder here; add it while it exists, or pass the object itself"
-            )
-        return {"kind": "file", "name": path.name, "size": f"{path.stat().st_size:,} bytes", "sha256": sha256(path)}
+        return describe_path(Path(value))
     if hasattr(value, "obs_names"):
         digest = fingerprint(value.X, np.asarray(value.obs_names, dtype=str), np.asarray(value.var_names, dtype=str))
-        return {
-            "kind": "AnnData",
-            "name": "X and names",
-            "size": f"{value.n_obs:,} cells x {value.n_vars:,} genes",
-            "sha256": digest,
-        }
+        size = f"{value.n_obs:,} cells x {value.n_vars:,} genes"
+        return {"kind": "AnnData", "name": "X and names", "size": size, "sha256": digest}
     size = " x ".join(map(str, value.shape)) if hasattr(value, "shape") else ""
     return {"kind": type(value).__name__, "name": "", "size": size, "sha256": fingerprint(value)}
 
@@ -269,44 +269,6 @@ class Report:
     def _add(self, kind: str, heading: str, inner: str, **record) -> None:
         self.sections.append((heading, inner, {"kind": kind, "heading": heading, **record}))
 
-    def add_text(self, text: str, heading: str = "") -> None:
-        "Paragraphs (parted by empty lines), below the section before or under a heading of their own."
-        self._add("text", heading, text_html(text), text=text)
-
-    def add_table(self, table: pd.DataFrame, heading: str = "", caption: str = "", rows: int = 50) -> None:
-        "A DataFrame: its first `rows` rows on the page, all of them in the JSON."
-        self._add("table", heading, table_html(table, caption, rows), caption=caption, table=plain(table))
-
-    def add_scores(self, scores: Scores, heading: str = "Scores") -> None:
-        "A `Scores` table with its picture."
-        self._add("scores", heading, scores_section(scores), **{key: value for key, value in scores.to_dict().items()})
-
-    def add_figure(self, figure: Figure, caption: str, heading: str = "") -> None:
-        "A matplotlib figure (or axes). The caption is also read to those who cannot see it, so it is not optional."
-        from scellfm.plotting import png
-
-        picture = png(getattr(figure, "figure", None) or figure, dpi=110)
-        self._add(
-            "figure",
-            heading,
-            figure_html(picture, caption),
-            caption=caption,
-            sha256=hashlib.sha256(picture).hexdigest(),
-        )
-
-    def add_warnings(self, messages: str | Iterable[str]) -> None:
-        "Things that a careful reader should know; the same message is counted."
-        for message in [messages] if isinstance(messages, str) else messages:
-            self.warnings[str(message)] = self.warnings.get(str(message), 0) + 1
-
-    def add_settings(self, settings: dict, **more) -> None:
-        "What was chosen: names and values; a later value of the same name replaces the earlier one."
-        self.settings.update(settings, **more)
-
-    def add_input(self, name: str, value: Any) -> None:
-        "An input by name, with its fingerprint: a path, an AnnData, an array, a table."
-        self.inputs[name] = describe_input(value)
-
     @contextmanager
     def recording(self) -> Iterator[Report]:
         "Within this block every warning of scellfm is written into the report, also one that a filter hides."
@@ -316,44 +278,102 @@ class Report:
         finally:
             listeners.remove(self.add_warnings)
 
-    def to_dict(self) -> dict:
-        "The facts as JSON takes them: NaN is null."
-        return plain(
-            {
-                "format": "scellfm report 1",
-                "title": self.title,
-                "description": self.description,
-                "created": self._created.isoformat(timespec="seconds"),
-                "elapsed_seconds": round(time.monotonic() - self._start, 2),
-                "warnings": [{"message": m, "times": n} for m, n in self.warnings.items()],
-                "sections": [record for _, _, record in self.sections],
-                "settings": self.settings,
-                "inputs": self.inputs,
-                "versions": versions(),
-                "hardware": hardware(),
-            }
-        )
+# %% ../nbs/report.ipynb #f52a190c
+@patch
+def add_text(self: Report, text: str, heading: str = "") -> None:
+    "Paragraphs (parted by empty lines), below the section before or under a heading of their own."
+    self._add("text", heading, text_html(text), text=text)
 
-    def to_html(self) -> str:
-        "The page."
-        return report_page(self, self.to_dict())
 
-    def save(self, folder: str | os.PathLike) -> Path:
-        "Write report.json and report.html into a folder, each whole or not at all; returns the page path. StoreError."
-        from scellfm.store import atomic_write
-        from scellfm.store.layouts import REPORT
-        from scellfm.store.outputs import check_overwritten
+@patch
+def add_table(self: Report, table: pd.DataFrame, heading: str = "", caption: str = "", rows: int = 50) -> None:
+    "A DataFrame: its first `rows` rows on the page, all of them in the JSON."
+    self._add("table", heading, table_html(table, caption, rows), caption=caption, table=plain(table))
 
-        folder, record = user_path(folder, "folder"), self.to_dict()
-        check_overwritten(folder, REPORT)
-        contents = {
-            "report.json": json.dumps(record, indent=1, allow_nan=False),
-            "report.html": report_page(self, record),
+
+@patch
+def add_scores(self: Report, scores: Scores, heading: str = "Scores") -> None:
+    "A `Scores` table with its picture."
+    self._add("scores", heading, scores_section(scores), **{key: value for key, value in scores.to_dict().items()})
+
+# %% ../nbs/report.ipynb #016c0284
+@patch
+def add_figure(self: Report, figure: Figure, caption: str, heading: str = "") -> None:
+    "A matplotlib figure (or axes). The caption is also read to those who cannot see it, so it is not optional."
+    from scellfm.plotting import png
+
+    picture = png(getattr(figure, "figure", None) or figure, dpi=110)
+    self._add(
+        "figure",
+        heading,
+        figure_html(picture, caption),
+        caption=caption,
+        sha256=hashlib.sha256(picture).hexdigest(),
+    )
+
+# %% ../nbs/report.ipynb #a6f7b8aa
+@patch
+def add_warnings(self: Report, messages: str | Iterable[str]) -> None:
+    "Things that a careful reader should know; the same message is counted."
+    for message in [messages] if isinstance(messages, str) else messages:
+        self.warnings[str(message)] = self.warnings.get(str(message), 0) + 1
+
+
+@patch
+def add_settings(self: Report, settings: dict, **more) -> None:
+    "What was chosen: names and values; a later value of the same name replaces the earlier one."
+    self.settings.update(settings, **more)
+
+
+@patch
+def add_input(self: Report, name: str, value: Any) -> None:
+    "An input by name, with its fingerprint: a path, an AnnData, an array, a table."
+    self.inputs[name] = describe_input(value)
+
+# %% ../nbs/report.ipynb #48ae2bf3
+@patch
+def to_dict(self: Report) -> dict:
+    "The facts as JSON takes them: NaN is null."
+    return plain(
+        {
+            "format": "scellfm report 1",
+            "title": self.title,
+            "description": self.description,
+            "created": self._created.isoformat(timespec="seconds"),
+            "elapsed_seconds": round(time.monotonic() - self._start, 2),
+            "warnings": [{"message": m, "times": n} for m, n in self.warnings.items()],
+            "sections": [record for _, _, record in self.sections],
+            "settings": self.settings,
+            "inputs": self.inputs,
+            "versions": versions(),
+            "hardware": hardware(),
         }
-        for name, content in contents.items():
-            with atomic_write(folder / name) as part:
-                Path(part).write_bytes(content.encode("utf8", "backslashreplace"))
-        return folder / "report.html"
+    )
+
+
+@patch
+def to_html(self: Report) -> str:
+    "The page."
+    return report_page(self, self.to_dict())
+
+# %% ../nbs/report.ipynb #c91fa174
+@patch
+def save(self: Report, folder: str | os.PathLike) -> Path:
+    "Write report.json and report.html into a folder, each whole or not at all; returns the page path. StoreError."
+    from scellfm.store import atomic_write
+    from scellfm.store.layouts import REPORT
+    from scellfm.store.outputs import check_overwritten
+
+    folder, record = user_path(folder, "folder"), self.to_dict()
+    check_overwritten(folder, REPORT)
+    contents = {
+        "report.json": json.dumps(record, indent=1, allow_nan=False),
+        "report.html": report_page(self, record),
+    }
+    for name, content in contents.items():
+        with atomic_write(folder / name) as part:
+            Path(part).write_bytes(content.encode("utf8", "backslashreplace"))
+    return folder / "report.html"
 
 # %% ../nbs/report.ipynb #8b9ceaba
 def warnings_html(found: dict[str, int]) -> str:

@@ -819,3 +819,20 @@ def test_a_scgenept_predicts_and_is_scored_and_nothing_else(tmp_path, capsys):
     assert code == 2 and "--perturbations" in error
     code, _, error = call(["evaluate", cells, "--model", str(tmp_path), "--out", str(tmp_path / "s.csv")], capsys)
     assert code == 2 and "no trained scGenePT" in error.replace("holds ", "")
+
+
+@pytest.mark.parametrize("model", ["model", "scgpt"])
+def test_how_genes_are_named_is_said_on_the_command_line(place, tmp_path, capsys, model):
+    import anndata
+
+    renamed = anndata.read_h5ad(place / "cells.h5ad")
+    renamed.var["theirs"], renamed.var_names = renamed.var_names, [f"row{i}" for i in range(renamed.n_vars)]
+    renamed.write_h5ad(tmp_path / "renamed.h5ad")
+    tables = []
+    for cells, more in ((place / "cells.h5ad", []), (tmp_path / "renamed.h5ad", ["--match", "column=theirs"])):
+        out = str(tmp_path / f"{len(tables)}.csv")
+        given = ["embed", str(cells), "--model", str(place / model), "--out", out, "--device", "cpu", *more]
+        code, _, err = call(given, capsys)
+        assert code == 0, err
+        tables.append(pd.read_csv(out))
+    pd.testing.assert_frame_equal(*tables)

@@ -32,7 +32,7 @@ def task(script, tmp_path_factory):
     task.name, task.folder = "small", tmp_path_factory.mktemp("experiment")
     task.cells = PerturbationData(simulated.adata)
     task.data = script.averaged(task.cells)
-    task.folds = task.data.folds(3)
+    task.folds = task.data.folds(2)
     know = simulated.vectors["know"]
     task.kinds = {script.MINILM: know, script.PERMUTED: know.permuted(0), script.RANDOM: know.random_like(0)}
     task.kinds[script.NONE] = None
@@ -87,7 +87,7 @@ def test_scores_are_means_over_seeds_of_each_perturbation(script, task):
 def test_differences_are_of_the_same_perturbations(task):
     gaps = pd.read_csv(task.folder / "tables" / "small_differences.csv", index_col=["metric", "method", "to"])
     scores = pd.read_csv(task.folder / "tables" / "small_scores.csv", index_col="method")
-    assert len(gaps) == 2 * (4 + 3) and (gaps["n"] == 12).all()
+    assert len(gaps) == 2 * (4 + 4 + 3) and (gaps["n"] == 12).all()
     for (metric, method, to), gap in gaps.iterrows():
         assert gap["difference"] == pytest.approx(scores.loc[method, metric] - scores.loc[to, metric], abs=2e-3)
         assert gap["low"] <= gap["difference"] <= gap["high"]

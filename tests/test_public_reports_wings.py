@@ -1,14 +1,17 @@
 """What users bring to the two wings: named right or refused, and every remedy that a message names is tried."""
 
+import inspect
 import re
 import warnings
 from functools import reduce
+from pathlib import Path
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sparse
+import torch
 
 import scellfm
 from scellfm.core import AssetError, DataError, OptionError, ScellfmWarning
@@ -198,13 +201,10 @@ def test_genes_under_other_names_are_found_as_the_message_says(request, wing):
         model.embed(other)
     assert "mapping" in str(caught.value)
     model.embed(adata)
-    if wing == "gf":
-        assert "gf.tokenizer(adata, match=" in str(caught.value)
-        found = model.embed(model.tokenizer(other, match={"mapping": table}))
-        assert np.array_equal(found, adata.obsm["X_geneformer"])
-    else:
-        model.embed(other, match={"mapping": table})
-        assert np.array_equal(other.obsm["X_scGPT"], adata.obsm["X_scGPT"])
+    key = {"gf": "X_geneformer", "gpt": "X_scGPT"}[wing]
+    model.embed(other, match={"mapping": table})
+    assert np.array_equal(other.obsm[key], adata.obsm[key])
+    if wing == "gpt":
         adata.var["symbol of ours"], adata.var_names = adata.var_names, [f"row{i}" for i in range(60)]
         again = model.embed(adata, gene_column="symbol of ours", copy=True)
         assert np.array_equal(again.obsm["X_scGPT"], other.obsm["X_scGPT"])
@@ -249,3 +249,116 @@ def test_logarithms_that_scgpt_takes_are_refused_with_the_argument_that_helps(gp
         except DataError as error:
             assert "baselines=False" in str(error), name
         assert do(baselines=False) is not None
+
+
+# ---- genes under other names, in every method of Geneformer ----
+
+
+def renamed(adata: anndata.AnnData) -> tuple[anndata.AnnData, dict]:
+    "The same cells under ids that no model knows, and the table that leads back."
+    other = adata.copy()
+    other.var_names = [f"ENSG{i:011d}" for i in range(60)]
+    del other.var["id"]
+    return other, {"mapping": dict(zip(other.var_names, adata.var_names))}
+
+
+TAKES_MATCH = {
+    Geneformer: "embed embed_genes state_embeddings perturb pretrain finetune finetune_genes search".split(),
+    CellClassifier: "predict probabilities embed perturb".split(),
+    TaskClassifier: "predict probabilities embed perturb".split(),
+    GeneClassifier: ["predict"],
+}
+
+
+@pytest.mark.parametrize("owner", TAKES_MATCH, ids=lambda owner: owner.__name__)
+def test_every_method_of_geneformer_that_reads_counts_takes_match(owner):
+    for name in TAKES_MATCH[owner]:
+        assert "match" in inspect.signature(getattr(owner, name)).parameters, name
+
+
+def test_embeddings_and_screens_are_the_same_under_other_names(gf, tmp_path):
+    adata = cells()
+    other, match = renamed(adata)
+    other.write_h5ad(tmp_path / "other.h5ad")
+    ours, theirs = gf.embed_genes(adata, copy=True), gf.embed_genes(other, copy=True, match=match)
+    assert np.array_equal(ours.varm["X_geneformer"], theirs.varm["X_geneformer"], equal_nan=True)
+    states = gf.state_embeddings(adata, state="state"), gf.state_embeddings(other, state="state", match=match)
+    assert all(np.array_equal(states[0][name], states[1][name]) for name in ("ill", "well"))
+    how = dict(genes=["GENE0", "GENE1"], combine="each", state="state", start="ill", goal="well")
+    screens = [gf.perturb(adata, **how)]
+    screens += [gf.perturb(given, match=match, **how) for given in (other, tmp_path / "other.h5ad")]
+    for screen in screens[1:]:
+        pd.testing.assert_frame_equal(screens[0].shifts, screen.shifts)
+        pd.testing.assert_frame_equal(screens[0].genes, screen.genes)
+
+
+def test_training_is_the_same_under_other_names(gf):
+    adata = cells()
+    other, match = renamed(adata)
+    split, more = folds(adata, by="donor", k=2), dict(match=match, **QUICK)
+    ours, theirs = gf.finetune(adata, "state", split=split, **QUICK), gf.finetune(other, "state", split=split, **more)
+    assert ours.scores.table.equals(theirs.scores.table)
+    assert ours.probabilities(adata).equals(theirs.probabilities(other, match=match))
+    assert np.array_equal(
+        ours.embed(adata, copy=True).obsm["X_geneformer"],
+        theirs.embed(other, copy=True, match=match).obsm["X_geneformer"],
+    )
+    screens = [
+        clf.perturb(given, genes=["GENE0"], state="state", start="ill", goal="well", match=how)
+        for clf, given, how in ((ours, adata, None), (theirs, other, match))
+    ]
+    pd.testing.assert_frame_equal(screens[0].shifts, screens[1].shifts)
+    pd.testing.assert_frame_equal(screens[0].genes, screens[1].genes)
+    two = [
+        gf.finetune(given, ["state", "donor"], split=folds(adata, k=2), **how)
+        for given, how in ((adata, QUICK), (other, more))
+    ]
+    assert all(two[0].scores[label].table.equals(two[1].scores[label].table) for label in ("state", "donor"))
+    assert two[1].predict(other, copy=True, match=match).obs["state_predicted"].notna().all()
+    classes = {"low": [f"GENE{i}" for i in range(10)], "high": [f"GENE{i}" for i in range(10, 20)]}
+    genes = [gf.finetune_genes(given, classes, folds=2, **how) for given, how in ((adata, QUICK), (other, more))]
+    assert genes[0].scores.table.equals(genes[1].scores.table)
+    assert genes[0].predict(adata).equals(genes[1].predict(other, match=match))
+    models = [Geneformer.from_config("tiny", gf.tokenizer, device="cpu") for _ in range(2)]
+    models[0].pretrain(adata, epochs=1)
+    models[1].pretrain(other, epochs=1, match=match)
+    weights = [model.model.state_dict() for model in models]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_how_genes_are_named_cannot_be_said_of_tokens(gf, tmp_path):
+    adata = cells()
+    gf.tokenizer.tokenize_files(written(adata, tmp_path / "cells.h5ad"), tmp_path / "cells.dataset")
+    for given in (gf.tokenizer(adata), tmp_path / "cells.dataset"):
+        for method in (gf.embed, gf.pretrain, gf.perturb):
+            with pytest.raises(OptionError, match="tokenized already"):
+                method(given, match={"mapping": {"a": "b"}})
+    with pytest.raises(OptionError, match="tokenized already"):
+        gf.pretrain([tmp_path / "cells.dataset"], match={"mapping": {"a": "b"}})
+
+
+def written(adata: anndata.AnnData, path: Path) -> Path:
+    "The path of the file into which the cells were written."
+    adata.write_h5ad(path)
+    return path
+
+
+@pytest.mark.parametrize("layer", [None, "raw", "kept"])
+def test_a_screen_of_a_file_knows_the_fold_changes(gf, tmp_path, layer):
+    adata = cells()
+    adata.layers["kept"] = adata.X.copy()
+    adata.raw = adata.copy()
+    path = written(adata[:, :30].copy(), tmp_path / "cells.h5ad")
+    how = dict(genes=["GENE1", "GENE2"], combine="each", state="state", start="ill", goal="well", layer=layer)
+    by_path, in_memory = gf.perturb(path, donor="donor", **how), gf.perturb(adata[:, :30].copy(), donor="donor", **how)
+    pd.testing.assert_frame_equal(by_path.genes, in_memory.genes)
+    assert by_path.genes["log2fc"].notna().all()
+
+
+def test_a_split_that_is_missing_is_called_so(gf, gpt):
+    adata = cells()
+    for method in (gf.finetune, gf.search, gpt.finetune):
+        with pytest.raises(OptionError, match="split is missing"):
+            method(adata, label="state")
+    with pytest.raises(OptionError, match="split is missing"):
+        gf.finetune(adata, label=["state", "donor"])

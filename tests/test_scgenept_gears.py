@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import golden
 
 from scellfm import DataError, ExtraError, OptionError, ScellfmWarning
 from scellfm.data import simulate_perturbations
@@ -147,23 +146,6 @@ def original_python() -> str:
     if "SCELLFM_GEARS_PYTHON" not in os.environ:
         pytest.skip("SCELLFM_GEARS_PYTHON names no environment with cell-gears")
     return os.environ["SCELLFM_GEARS_PYTHON"]
-
-
-CHECKED = "original or ranked or equals or folder_of or every_published or overall or published_numbers"
-
-
-@pytest.mark.parametrize("seed, sizes, types", [(5, ("90", "11", "6"), "K562"), (8, ("130", "15", "8"), "K562,RPE1")])
-def test_what_the_original_makes_of_other_data_is_made_here_too(tmp_path, seed, sizes, types):
-    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
-    out, here = tmp_path / "scgenept", Path(__file__).parent
-    script = [original_python(), here / "original_gears.py", golden("scgenept"), out, str(seed), *sizes, types]
-    made = subprocess.run(list(map(str, script)), env=kept, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr[-2000:]
-    files = [str(here / f"test_{name}.py") for name in ("scgenept_data", "scgenept_splits", "scores_gears")]
-    checks = [sys.executable, "-m", "pytest", "-q", *files, "-k", CHECKED, "-p", "no:cacheprovider", "--tb=short"]
-    found = subprocess.run(checks, env=os.environ | {"SCELLFM_GOLDEN": str(tmp_path)}, capture_output=True, text=True)
-    assert found.returncode == 0, found.stdout[-4000:]
-    print(found.stdout.splitlines()[-1])
 
 
 def test_the_preparation_finds_the_genes_of_the_original(capsys):

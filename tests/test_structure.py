@@ -335,8 +335,8 @@ def gaps(tree: ast.Module) -> list[str]:
     return found
 
 
-UNTYPED = 26  # public functions that lack a type or a docstring: this number only falls, to 0
-SHORT_CELLS = 0.8  # share of exported cells with at most 25 lines: this number only rises, to 0.9
+UNTYPED = 3  # public functions that lack a type or a docstring: this number only falls, to 0
+SHORT_CELLS = 0.88  # share of exported cells with at most 25 lines: this number only rises, to 0.9
 
 
 def test_functions_are_short():
@@ -372,6 +372,7 @@ MANY = {  # public functions with more parameters than that, and why
     "geneformer.perturbation.runner.perturb": SCREEN,
     "geneformer.finetuning.multitask.finetune": TRAINING,
     "geneformer.finetuning.genes.finetune_genes": TRAINING,
+    "geneformer.finetuning.hyperparameters.search": "a search is described by its space, its metric and its numbers",
     "scgpt.annotation.finetune": TRAINING,
     "scgpt.training.continue_pretraining": TRAINING,
     "scgpt.embedding.embed": "how cells are read, pooled, cut and kept, in one call as in scanpy; all have defaults",

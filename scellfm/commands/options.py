@@ -206,7 +206,7 @@ def as_given(parameter: Parameter, value):
         } or True
     either = "list" in parameter.kinds and isinstance(value, list) and not any("=" in str(word) for word in value)
     if "dict" in parameter.kinds and isinstance(value, list) and not either:
-        return pairs_of(value)
+        return {name: words[0] if len(words) == 1 else words for name, words in pairs_of(value).items()}
     if "str" in parameter.kinds and "list" in parameter.kinds and value == [parameter.default]:
         return parameter.default
     return value

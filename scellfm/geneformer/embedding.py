@@ -5,8 +5,8 @@
 # %% ../../nbs/geneformer/embedding.ipynb #b8101efb
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +25,7 @@ from ..store.identity import run_inputs
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from scellfm.data.genes import MatchOptions
     from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
 
 # %% auto #0
@@ -85,6 +86,7 @@ def embed(
     pool: Literal["auto", "cell", "cls"] = "auto",  # cell: the mean over genes; auto: cls where the tokenizer has it
     key_added: str = "X_geneformer",  # name of the vectors in obsm
     layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     token_budget: int = 16384,  # tokens of one batch, padding included
     folder: str | Path | None = None,  # keeps what is finished, so that the same call goes on where it stopped
     copy: bool = False,  # return a copy, and leave the data as they are
@@ -100,7 +102,7 @@ def embed(
     StoreError for other inputs or settings. DataError, OptionError."""
     index, mode, record = layer_index(emb_layer, gf.n_layers), pooling(pool, gf.special), []
     result = result_of(data, copy)
-    cells = gf.cells(data, layer=layer)
+    cells = gf.cells(data, layer=layer, match=match)
     embeddings = embed_cells(gf, cells, index, mode, token_budget, record, folder)
     if result is None:
         return embeddings
@@ -165,6 +167,16 @@ def token_sums(
     seen = torch.nonzero(counts).ravel()
     return {"tokens": seen.numpy(), "counts": counts[seen].numpy(), "sums": sums[seen].numpy()}
 
+# %% ../../nbs/geneformer/embedding.ipynb #0bda675c
+def store_of_sums(
+    gf: GeneformerModel, sequences: Sequences, index: int, token_budget: int, folder: str | Path | None
+) -> AbstractContextManager[Store | None]:
+    "The store that keeps the sums of finished blocks; none without a folder."
+    if folder is None:
+        return nullcontext()
+    settings = {"hidden_state": index, "token_budget": token_budget, "block": GENE_BLOCK}
+    return Store(folder, store_inputs(gf, sequences), settings)
+
 # %% ../../nbs/geneformer/embedding.ipynb #d632d7d9
 def gene_means(
     gf: GeneformerModel,
@@ -178,8 +190,7 @@ def gene_means(
     [vocabulary]. folder: keeps the sums of finished blocks of 16,384 cells, to resume."""
     sequences, config = gf.readable(cells), gf.model.config
     sums, counts = np.zeros((config.vocab_size, config.hidden_size)), np.zeros(config.vocab_size, dtype=np.int64)
-    settings = {"hidden_state": index, "token_budget": token_budget, "block": GENE_BLOCK}
-    keeping = nullcontext() if folder is None else Store(folder, store_inputs(gf, sequences), settings)
+    keeping = store_of_sums(gf, sequences, index, token_budget, folder)
     with keeping as store, progress(desc="embedding genes", total=len(sequences), unit="cell") as bar:
 
         def compute(rows):
@@ -203,6 +214,7 @@ def embed_genes(
     emb_layer: int | str = -1,  # 0 or last, -1 or second_to_last, and so on down
     key_added: str = "X_geneformer",  # name of the vectors in varm
     layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     token_budget: int = 16384,  # tokens of one batch, padding included
     folder: str | Path | None = None,  # keeps what is finished, so that the same call goes on where it stopped
     copy: bool = False,  # return a copy, and leave the data as they are
@@ -218,12 +230,12 @@ def embed_genes(
     was stopped goes on; StoreError for other inputs or settings."""
     index, record = layer_index(emb_layer, gf.n_layers), []
     result = result_of(data, copy)
-    cells = gf.cells(data, layer=layer)
+    cells = gf.cells(data, layer=layer, match=match)
     means, counts = gene_means(gf, cells, index, token_budget, record, folder)
     if result is None:
         present = counts > 0
         return pd.DataFrame(means[present], index=pd.Index(np.asarray(gf.tokenizer.genes)[present], name="gene"))
-    tokens = gf.tokenizer.match(result).index
+    tokens = gf.tokenizer.match(result, match=match).index
     result.varm[key_added] = np.where((tokens >= 0)[:, None], means[tokens], np.nan).astype(np.float32)
     settings = {"gene_params": parameters(gf, emb_layer, index, layer, record)}
     result.uns[key_added] = result.uns.get(key_added, {}) | settings
@@ -239,10 +251,11 @@ def gene_vectors(
     *,
     emb_layer: int | str = -1,  # 0 or last, -1 or second_to_last, and so on down
     layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     token_budget: int = 16384,  # tokens of one batch, padding included
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     "Yield (cell name, gene ids [n], vectors [n, H]) of every cell with a known gene, in order of rank."
-    index, cells = layer_index(emb_layer, gf.n_layers), gf.cells(data, layer=layer)
+    index, cells = layer_index(emb_layer, gf.n_layers), gf.cells(data, layer=layer, match=match)
     sequences, vocabulary = gf.readable(cells), np.asarray(gf.tokenizer.genes, dtype=object)
     names = getattr(cells, "obs", pd.DataFrame(index=range(len(cells)))).index
     for start in range(0, len(sequences), VECTOR_BLOCK):
@@ -294,6 +307,7 @@ def state_embeddings(
     emb_layer: int | str = -1,  # 0 or last, -1 or second_to_last, and so on down
     pool: Literal["auto", "cell", "cls"] = "auto",  # cell: the mean over genes; auto: cls where the tokenizer has it
     layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     token_budget: int = 16384,  # tokens of one batch, padding included
 ) -> dict[str, np.ndarray] | dict[str, dict[str, np.ndarray]]:
     """One vector [H] per value of obs[state]; with groupby, such a dict for each group of obs[groupby].
@@ -301,7 +315,7 @@ def state_embeddings(
     Cells without a state or a group are left out, with a warning. DataError: a column that is not there."""
     one_of("statistic", statistic, ("mean", "median"))
     columns = [state] if groupby is None else [state, groupby]
-    cells = gf.cells(data, layer=layer, columns=columns)
+    cells = gf.cells(data, layer=layer, match=match, columns=columns)
     missing = [column for column in columns if column not in cells.obs]
     if missing:
         raise DataError(f"obs has no column {missing[0]!r}; it has {', '.join(map(repr, cells.obs.columns))}")

@@ -5,13 +5,18 @@
 # %% ../../nbs/geneformer/model.ipynb #41750ee1
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
+# %% auto #0
+__all__ = ['GeneformerModel']
+
+# %% ../../nbs/geneformer/model.ipynb #e720bad0
 from .. import inference
 from ..assets import LoadReport, check_layers, check_sizes, find, load_state, read_tensors, save_model
 from ..assets.contents import contents_of, folder_and_weights, wrong_folder
@@ -30,8 +35,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from transformers import PretrainedConfig, PreTrainedModel
 
-# %% auto #0
-__all__ = ['GeneformerModel']
+    from scellfm.data.genes import MatchOptions
 
 # %% ../../nbs/geneformer/model.ipynb #69f5706e
 SHAPES = {
@@ -41,7 +45,7 @@ SHAPES = {
     "V2-316M": dict(layers=18, hidden=1152, heads=18, feed_forward=4608, positions=4096, dropout=0.1),
 }
 
-
+# %% ../../nbs/geneformer/model.ipynb #72df89e6
 def shape_config(name: str, vocabulary: int, max_length: int) -> dict:
     "The Hugging Face BertConfig values of a shape by name; 'tiny' has as many positions as the tokenizer's cells."
     one_of("name", name, SHAPES)
@@ -177,7 +181,7 @@ def bert_config(values: dict, where: Path) -> PretrainedConfig:
     except (TypeError, ValueError, AttributeError) as error:
         raise AssetError(f"{where} holds a value that no Geneformer has: {error}") from error
 
-
+# %% ../../nbs/geneformer/model.ipynb #24f8bd98
 def read_config(folder: Path) -> dict:
     "The settings in config.json; AssetError where the folder holds no Geneformer."
     if not (folder / "config.json").exists():
@@ -190,7 +194,7 @@ def read_config(folder: Path) -> dict:
     bert_config(config, folder / "config.json")
     return config
 
-
+# %% ../../nbs/geneformer/model.ipynb #4e72e969
 def load_model(path: Path) -> tuple[PreTrainedModel, LoadReport]:
     "The BertForMaskedLM of a checkpoint folder, or of one file of weights in it, and what became of each tensor."
     folder, weights = folder_and_weights(path)
@@ -302,6 +306,15 @@ def warn_once_if_untrained(gf: GeneformerModel) -> None:
             "says nothing of biology. Train it (pretrain, finetune) or load a checkpoint (from_pretrained)"
         )
 
+# %% ../../nbs/geneformer/model.ipynb #0ad32b4e
+def tokenizer_beside(
+    folder: Path, config: PretrainedConfig, path_or_hub_id: str | Path, revision: str | None, local_files_only: bool
+) -> RankTokenizer:
+    "The tokenizer that fits a checkpoint: beside it, or in its hub repository at the same revision. AssetError."
+    hub = dict(path_or_hub_id=path_or_hub_id, revision=revision, local_files_only=local_files_only)
+    hub = None if Path(path_or_hub_id).expanduser().exists() else hub
+    return fitting_tokenizer(folder, config.vocab_size, config.max_position_embeddings, hub)
+
 # %% ../../nbs/geneformer/model.ipynb #755ac808
 def from_pretrained(
     cls: type[GeneformerModel],
@@ -321,9 +334,7 @@ def from_pretrained(
     path = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
     (model, report), folder = load_model(path), folder_and_weights(path)[0]
     if tokenizer is None:
-        hub = dict(path_or_hub_id=path_or_hub_id, revision=revision, local_files_only=local_files_only)
-        hub = None if Path(path_or_hub_id).expanduser().exists() else hub
-        tokenizer = fitting_tokenizer(folder, model.config.vocab_size, model.config.max_position_embeddings, hub)
+        tokenizer = tokenizer_beside(folder, model.config, path_or_hub_id, revision, local_files_only)
     if settings:
         model = load_quantized(folder, settings, inference.pick_device(device))
     gf = cls(model, as_tokenizer(tokenizer), device=device, dtype=dtype)
@@ -351,15 +362,13 @@ def open_cells(data: AnnData | TokenizedCells | str | Path) -> AnnData | Tokeniz
     return TokenizedCells.load(path) if is_dataset(path) else read(path)
 
 # %% ../../nbs/geneformer/model.ipynb #59763050
-def tokenized(gf: GeneformerModel, data: AnnData | Path, layer: str | None, columns: Sequence[str]) -> TokenizedCells:
-    "The data, tokenized by the model's tokenizer; where genes are not found, the DataError names the way that is open."
-    try:
-        return gf.tokenizer(data, layer=layer, columns=tuple(columns))
-    except DataError as error:
-        if "match={" not in str(error):
-            raise
-        how = "cells = gf.tokenizer(adata, match={...})"
-        raise DataError(f"{error}. A model takes cells that were tokenized so: {how}, gf.embed(cells)") from error
+def refuse_match(match: MatchOptions | Mapping | None) -> None:
+    "OptionError where it is said how genes are named, and the cells are tokenized."
+    if match is not None:
+        raise OptionError(
+            "match= says how the genes of counts are named, and these cells are tokenized already; pass it where they "
+            "are tokenized: tokenizer(adata, match=...)"
+        )
 
 # %% ../../nbs/geneformer/model.ipynb #e456d085
 def cells_of(
@@ -367,14 +376,16 @@ def cells_of(
     data: AnnData | TokenizedCells | str | Path,
     *,
     layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     columns: Sequence[str] = (),  # columns of obs to keep
 ) -> TokenizedCells:
     "Tokenized cells: of an AnnData or a file of cells with the obs `columns`, of a saved data set, or as they are."
     if isinstance(data, (str, Path)):
         path = user_path(data, "data")
-        return TokenizedCells.load(path) if is_dataset(path) else tokenized(gf, path, layer, columns)
-    if hasattr(data, "obs_names") and hasattr(data, "var_names"):
-        return tokenized(gf, data, layer, columns)
+        data = TokenizedCells.load(path) if is_dataset(path) else path
+    if isinstance(data, Path) or (hasattr(data, "obs_names") and hasattr(data, "var_names")):
+        return gf.tokenizer(data, layer=layer, columns=tuple(columns), match=match)
+    refuse_match(match)
     if not hasattr(data, "lengths") and (columns or not isinstance(data, list)):  # plain lists of ids have no obs
         raise DataError(
             f"a {type(data).__name__} holds no cells; give an AnnData, the path of a file of cells or of a saved "
@@ -422,26 +433,32 @@ class GeneformerModel:
     cells = cells_of
     readable = readable
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        "Write config.json, model.safetensors and the tokenizer's dictionaries: opens here and in the original."
-        folder = result_folder(folder, BERT_MODEL, TOKENIZER)
-        save_model(self.model, folder)
-        self.tokenizer.save_pretrained(folder)
-
-    def hidden(self, ids: torch.Tensor, mask: torch.Tensor | None, layer: int) -> torch.Tensor:
-        "hidden_states[layer] [b, L, H] (layer 0 is the input) without running what lies above, in evaluation mode."
-        warn_once_if_untrained(self)
-        return hidden_states(self.model.bert, ids, mask, layer)
-
     n_layers = property(lambda self: self.model.config.num_hidden_layers, doc="The number of layers of the encoder.")
     max_length = property(lambda self: self.model.config.max_position_embeddings, doc="The most tokens of a cell.")
     special = property(lambda self: self.tokenizer.cls is not None, doc="Whether cells carry <cls> and <eos>.")
     untrained = property(is_untrained, doc="Whether the weights are random: made by `from_config` and never trained.")
 
-    def __repr__(self) -> str:
-        config = self.model.config
-        return (
-            f"Geneformer({self.tokenizer.version}: {self.n_layers} layers, hidden size {config.hidden_size}, "
-            f"{config.vocab_size:,} tokens, {self.device}, {str(self.dtype).removeprefix('torch.')}"
-            f"{', never trained' * self.untrained})"
-        )
+# %% ../../nbs/geneformer/model.ipynb #22c1238b
+@patch
+def save_pretrained(self: GeneformerModel, folder: str | Path) -> None:
+    "Write config.json, model.safetensors and the tokenizer's dictionaries: opens here and in the original."
+    folder = result_folder(folder, BERT_MODEL, TOKENIZER)
+    save_model(self.model, folder)
+    self.tokenizer.save_pretrained(folder)
+
+# %% ../../nbs/geneformer/model.ipynb #cbf11258
+@patch
+def hidden(self: GeneformerModel, ids: torch.Tensor, mask: torch.Tensor | None, layer: int) -> torch.Tensor:
+    "hidden_states[layer] [b, L, H] (layer 0 is the input) without running what lies above, in evaluation mode."
+    warn_once_if_untrained(self)
+    return hidden_states(self.model.bert, ids, mask, layer)
+
+# %% ../../nbs/geneformer/model.ipynb #67fd89b8
+@patch
+def __repr__(self: GeneformerModel) -> str:
+    config = self.model.config
+    return (
+        f"Geneformer({self.tokenizer.version}: {self.n_layers} layers, hidden size {config.hidden_size}, "
+        f"{config.vocab_size:,} tokens, {self.device}, {str(self.dtype).removeprefix('torch.')}"
+        f"{', never trained' * self.untrained})"
+    )

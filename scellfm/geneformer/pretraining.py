@@ -5,7 +5,7 @@
 # %% ../../nbs/geneformer/pretraining.ipynb #d5d11bc0
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import torch
 
 from ..core import DivergedError, OptionError, keyed_generator, plain_arguments, progress, warn
 from ..data.splits import Split, check_fractions, check_split, deal_cells
-from .model import GeneformerModel, is_dataset, mark_trained
+from .model import GeneformerModel, is_dataset, mark_trained, refuse_match
 from .quantize import refuse_quantized
 from .tokenizer.corpus import CellNames, Corpus
 from ..inference import pad
@@ -24,6 +24,7 @@ from ..training import History, Rows, fit
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from scellfm.data.genes import MatchOptions
     from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
 
 # %% auto #0
@@ -202,13 +203,17 @@ def warn_if_useless(history: History) -> None:
         )
 
 # %% ../../nbs/geneformer/pretraining.ipynb #f9aeab33
-def cells_to_learn(gf: GeneformerModel, data, layer: str | None) -> TokenizedCells | Corpus:
-    "A Corpus of the saved data sets that are named, else the tokenized cells. DataError."
+def cells_to_learn(
+    gf: GeneformerModel, data, layer: str | None, match: MatchOptions | Mapping | None = None
+) -> TokenizedCells | Corpus:
+    "A Corpus of the saved data sets that are named, else the tokenized cells. DataError, OptionError."
     if isinstance(data, (list, tuple)):
+        refuse_match(match)
         return Corpus(data)
     path = Path(data).expanduser() if isinstance(data, (str, Path)) else None
     if path is None or path.is_file() or path.suffix == ".zarr":
-        return gf.cells(data, layer=layer)
+        return gf.cells(data, layer=layer, match=match)
+    refuse_match(match)
     is_dataset(path)  # a dictionary of data sets holds test cells too: refused
     return Corpus(data)
 
@@ -226,6 +231,7 @@ def pretrain(
     mask_share: float = 0.15,  # share of a cell's genes that is asked for
     seed: int = 0,  # seed of every random draw
     layer: str | None = None,  # where the counts are; None is X
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     folder: str | Path | None = None,  # a checkpoint lies here, and the same call goes on from it
     **recipe,  # further fields of scellfm.training.Recipe (steps, warmup, schedule, stop, ...), and save_every
 ) -> GeneformerModel:
@@ -233,7 +239,7 @@ def pretrain(
 
     OptionError, DataError, StoreError; DivergedError where the loss is no number any more."""
     check_pretraining(gf, split, mask_share)
-    cells = cells_to_learn(gf, data, layer)
+    cells = cells_to_learn(gf, data, layer, match)
     masked = masked_cells(gf, cells, mask_share, seed)
     train, judged = pretraining_split(cells, masked.names, split, held_out, seed)
     gf.model.float()  # weights learn in float32; bfloat16 is for the products

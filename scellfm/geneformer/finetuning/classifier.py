@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from fastcore.meta import delegates
 
 # %% auto #0
@@ -30,6 +31,11 @@ from ...crossfit.membership import TrainedOn, cell_contents, resolve_folds, warn
 from ...crossfit.predictions import cross_fit, predict_held_out
 from ...crossfit.tables import class_score_table
 from ...data.splits import Folds, Split, check_split, column_of
+from ...store.layouts import BERT_MODEL, CELL_CLASSIFIER, OF_CELLS, TOKENIZER
+from ...store.outputs import FolderKind, result_folder
+from ...store.records import parts_fit, read_record
+
+# %% ../../../nbs/geneformer/finetuning/classifier.ipynb #050b6267
 from ..embedding import embed, result_of
 from .evaluation import MODEL, advice_for, counts_of_tokens
 from .heads import probabilities, train_fold
@@ -45,18 +51,19 @@ from scellfm.geneformer.model import (
 from ..perturbation.runner import perturb
 from ..pretraining import token_rows
 from ..reader import GeneformerReader
-from ...store.layouts import BERT_MODEL, CELL_CLASSIFIER, OF_CELLS, TOKENIZER
-from ...store.outputs import FolderKind, result_folder
-from ...store.records import parts_fit, read_record
 
+# %% ../../../nbs/geneformer/finetuning/classifier.ipynb #751d0142
 if TYPE_CHECKING:
     from anndata import AnnData
     from peft import LoraConfig
     from scipy.sparse import csr_matrix
     from transformers import PretrainedConfig
 
+    from scellfm.crossfit.predictions import FoldPredictions
+    from scellfm.data.genes import MatchOptions
     from scellfm.geneformer.tokenizer.rank_tokenizer import RankTokenizer
     from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
+    from scellfm.scores.table import Scores
 
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #ba4981f7
 def held_out_probabilities(
@@ -75,10 +82,11 @@ def cell_probabilities(
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
     *,
     layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     token_budget: int = 16384,  # tokens of one batch, padding included
 ) -> pd.DataFrame:
     "Class probabilities [cells with a known gene, classes]: from the fold that has not seen a cell, else the mean."
-    cells = clf.models[0].cells(data, layer=layer)
+    cells = clf.models[0].cells(data, layer=layer, match=match)
     return table_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
 
 
@@ -91,12 +99,30 @@ def table_of_probabilities(
     values = held_out_probabilities(clf.models, cells, fold, (len(clf.classes),), token_budget)
     return pd.DataFrame(values, index=cells.obs.index, columns=clf.classes)
 
+# %% ../../../nbs/geneformer/finetuning/classifier.ipynb #c9c0eba7
+def written(
+    tables: list[pd.DataFrame],
+    result: AnnData | None,
+    data: object,
+    cells: TokenizedCells,
+    clf: object,
+    layer: str | None,
+) -> AnnData | pd.DataFrame | None:
+    "Write predicted classes into `result`: returned unless it is the data themselves; without a result the tables."
+    if result is None:
+        return pd.concat(tables, axis=1)
+    for table in tables:
+        settings = {"model": repr(clf), "counts": "X" if layer is None else layer}
+        write_predictions(result, cells.cell_index, table, settings)
+    return None if result is data else result
+
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #a85dbd50
 def predict_cells(
     clf: CellClassifier,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
     *,
     layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     token_budget: int = 16384,  # tokens of one batch, padding included
     copy: bool = False,  # return a copy, and leave the data as they are
 ) -> AnnData | pd.DataFrame | None:
@@ -110,14 +136,9 @@ def predict_cells(
     Returns None, with copy=True the copy, for the path of a file of cells an AnnData with its obs and var; for
     tokenized cells the two columns."""
     result = result_of(data, copy)
-    cells = clf.models[0].cells(data, layer=layer)
+    cells = clf.models[0].cells(data, layer=layer, match=match)
     found = table_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
-    table = predicted_classes(found, clf.label)
-    if result is None:
-        return table
-    parameters = {"model": repr(clf), "counts": "X" if layer is None else layer}
-    write_predictions(result, cells.cell_index, table, parameters)
-    return None if result is data else result
+    return written([predicted_classes(found, clf.label)], result, data, cells, clf, layer)
 
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #94b046e6
 @delegates(embed)
@@ -154,6 +175,31 @@ def classifier_from_pretrained(
     model = load_fold(folder, tokenizer, device, dtype)
     return cls([model], label, class_names(folder, model.model.config), TrainedOn.nothing())
 
+# %% ../../../nbs/geneformer/finetuning/classifier.ipynb #61e78416
+def fold_of_cells(
+    clf: CellClassifier,
+    data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
+) -> np.ndarray:
+    "For each cell the fold whose model has not seen it (0 if new to all); warns of cells that all have seen."
+    cells = data
+    if not hasattr(data, "obs"):  # a path, or what has no obs, which is refused
+        cells = clf.models[0].cells(data, layer=layer, match=match, columns=(clf.label,))
+    fold = clf.trained_on.fold_of(cells.obs.index, cell_contents(cells, layer=layer))
+    warn_of_trained(fold)
+    return np.maximum(fold, 0)
+
+# %% ../../../nbs/geneformer/finetuning/classifier.ipynb #6acbd331
+def fold_readers(
+    clf: CellClassifier,
+    data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
+) -> tuple[list[GeneformerReader], np.ndarray, str | None]:
+    "The models, for each cell the one that has not seen it, and the obs column by which cells were held out."
+    return clf.models, fold_of_cells(clf, data, layer, match), clf.settings.get("held_out_by")
+
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #3060d8a4
 @dataclass(repr=False)
 class CellClassifier(Evidence):
@@ -168,6 +214,8 @@ class CellClassifier(Evidence):
     predict = predict_cells
     embed = embed_by_fold
     perturb = perturb
+    model_of = fold_of_cells
+    readers = fold_readers
     from_pretrained = classmethod(classifier_from_pretrained)
 
     def __repr__(self) -> str:
@@ -176,23 +224,11 @@ class CellClassifier(Evidence):
             f"CellClassifier({self.label!r}: {classes}; {len(self.models)} model(s), {self.models[0]!r}{self.learned})"
         )
 
-    def model_of(self, data: AnnData | TokenizedCells | str | Path, layer: str | None = None) -> np.ndarray:
-        "For each cell the fold whose model has not seen it (0 if new to all); warns of cells that all have seen."
-        known = hasattr(data, "obs")
-        cells = data if known else self.models[0].cells(data, columns=(self.label,))  # refuses what has no obs
-        fold = self.trained_on.fold_of(cells.obs.index, cell_contents(cells, layer=layer))
-        warn_of_trained(fold)
-        return np.maximum(fold, 0)
-
-    def readers(
-        self, data: AnnData | TokenizedCells | str | Path, layer: str | None = None
-    ) -> tuple[list[GeneformerReader], np.ndarray, str | None]:
-        "The models, for each cell the one that has not seen it, and the obs column by which cells were held out."
-        return self.models, self.model_of(data, layer), self.settings.get("held_out_by")
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        "One folder per fold in the official layout, the dictionaries, and classifier.json."
-        save_classifier(self, Path(folder))
+# %% ../../../nbs/geneformer/finetuning/classifier.ipynb #da75d1ee
+@patch
+def save_pretrained(self: CellClassifier, folder: str | Path) -> None:
+    "One folder per fold in the official layout, the dictionaries, and classifier.json."
+    save_classifier(self, Path(folder))
 
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #fd1ced2e
 def load_fold(folder: Path, tokenizer: RankTokenizer | None, device: str, dtype: str) -> GeneformerReader:
@@ -323,7 +359,7 @@ def membership(folder: Path, folds: int) -> TrainedOn:
         )
     return found
 
-
+# %% ../../../nbs/geneformer/finetuning/classifier.ipynb #1591c800
 def classifier_from(record: dict, models: list[GeneformerReader], trained_on: TrainedOn, where: Path) -> CellClassifier:
     "The classifier that `record_of` described in the file `where`. AssetError."
     check_outputs(models, len(record["classes"]), where)
@@ -340,12 +376,17 @@ def check_outputs(models: list[GeneformerReader], n: int, where: Path) -> None:
 
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #b3e9b5c6
 def prepare(
-    gf: GeneformerModel, data: AnnData | TokenizedCells, label: str, split: Split | Folds, layer: str | None
+    gf: GeneformerModel,
+    data: AnnData | TokenizedCells,
+    label: str,
+    split: Split | Folds,
+    layer: str | None,
+    match: MatchOptions | Mapping | None = None,
 ) -> tuple[np.ndarray, np.ndarray, TokenizedCells, list[Split], np.ndarray | None]:
     "(class number of each cell, classes, tokenized cells, folds in their positions, donors or None), all checked."
     if hasattr(data, "obs_names"):
         classes_of(column_of(data.obs, label, "label"), label)  # before the work of tokenizing
-    obs, cells, parts, groups = prepare_cells(gf, data, split, layer, (label,))
+    obs, cells, parts, groups = prepare_cells(gf, data, split, layer, (label,), match)
     classes, codes = classes_of(column_of(obs, label, "label"), label)
     check_class_folds(parts, classes, codes, label)
     return codes, classes, cells, parts, groups
@@ -357,11 +398,13 @@ def prepare_cells(
     split: Split | Folds,
     layer: str | None,
     labels: tuple[str, ...],
+    match: MatchOptions | Mapping | None = None,
 ) -> tuple[pd.DataFrame, TokenizedCells, list[Split], np.ndarray | None]:
     "(obs, tokenized cells, folds in the positions of these cells, donors or None), checked."
     check_split(split)
     with_counts = hasattr(data, "obs_names")
-    cells = gf.cells(data, layer=layer, columns=(*labels, *((split.by,) if split.by else ())))
+    columns = (*labels, *((split.by,) if split.by else ()))
+    cells = gf.cells(data, layer=layer, match=match, columns=columns)
     obs = data.obs.iloc[cells.cell_index] if with_counts else cells.obs
     n = data.n_obs if with_counts else len(cells)
     parts, groups = resolve_folds(split, obs, n=n, rows_of=lambda rows: token_rows(cells, rows, n))
@@ -396,6 +439,7 @@ def finetune_cells(
     class_weights: Literal["balanced"] | Mapping[str, float] | None = None,  # None, "balanced" or {class: weight}
     seed: int = 0,  # seed of every random draw
     layer: str | None = None,  # where the counts are; None is X
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals
     folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
     **recipe,  # further fields of scellfm.training.Recipe: stop="valid_loss", patience, schedule, ...
@@ -403,21 +447,29 @@ def finetune_cells(
     "Fine-tune one classifier per fold; judge it on the cells held out, beside simple methods. DataError, OptionError."
     check_split(split)
     data = open_cells(data)
-    prepared = prepare(gf, data, label, split, layer)
-    options = dict(
-        epochs=epochs,
-        freeze_layers=freeze_layers,
-        lora=lora,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        class_weights=class_weights,
-        seed=seed,
-        **recipe,
-    )
+    prepared = prepare(gf, data, label, split, layer, match)
+    options = dict(epochs=epochs, freeze_layers=freeze_layers, lora=lora, learning_rate=learning_rate)
+    options |= dict(batch_size=batch_size, warmup=warmup, weight_decay=weight_decay, class_weights=class_weights)
+    options |= {"seed": seed, **recipe}
     settings = {"label": label, "held_out_by": split.by, "folds": len(split.folds()), **options}
     return train_and_judge(gf, data, prepared, [options] * len(split.folds()), settings, layer, n_boot, folder)
+
+# %% ../../../nbs/geneformer/finetuning/classifier.ipynb #6c48becb
+def cell_scores(
+    own: FoldPredictions,
+    counts: csr_matrix,
+    codes: np.ndarray,
+    classes: np.ndarray,
+    parts: list[Split],
+    groups: np.ndarray | None,
+    n_boot: int,
+    settings: dict,
+) -> Scores:
+    "The scores of the models on held-out cells, and of simple methods that learn from the same training cells."
+    seed = settings["seed"]
+    simple = baseline_predictions(count_classifiers(seed), counts, codes, parts, n_classes=len(classes))
+    how = dict(model=MODEL, n_boot=n_boot, seed=seed, origin=settings)
+    return class_score_table(own, simple, codes, classes, groups, **how)
 
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #84c80b25
 def train_and_judge(
@@ -443,22 +495,11 @@ def train_and_judge(
         return [probabilities(model, sequences.take(rows)) for rows in (part.test, part.train)]
 
     models, own = cross_fit(parts, fit, predict, n_rows=len(cells))
-    seed, counts = options[0]["seed"], counts_for(data, cells, gf, layer)
-    simple = baseline_predictions(count_classifiers(seed), counts, codes, parts, n_classes=len(classes))
-    scores = class_score_table(
-        own, simple, codes, classes, groups, model=MODEL, n_boot=n_boot, seed=seed, origin=settings
-    )
+    scores = cell_scores(own, counts_for(data, cells, gf, layer), codes, classes, parts, groups, n_boot, settings)
     epochs, frozen = max(ask["epochs"] for ask in options), min(ask["freeze_layers"] for ask in options)
     overfit_check = check_overfit(scores, advice_for(parts[0].by, epochs, frozen, gf.n_layers))
     if overfit_check.overfitted:
         warn(str(overfit_check))
-    return CellClassifier(
-        models,
-        settings["label"],
-        classes,
-        TrainedOn.of(cells.obs.index, parts, contents=cell_contents(data, cells, layer)),
-        scores=scores,
-        histories=histories,
-        overfit_check=overfit_check,
-        settings=settings,
-    )
+    trained_on = TrainedOn.of(cells.obs.index, parts, contents=cell_contents(data, cells, layer))
+    evidence = dict(scores=scores, histories=histories, overfit_check=overfit_check, settings=settings)
+    return CellClassifier(models, settings["label"], classes, trained_on, **evidence)

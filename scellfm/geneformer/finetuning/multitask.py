@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from fastcore.meta import delegates
 
 # %% auto #0
@@ -23,18 +24,22 @@ __all__ = ['TaskClassifier', 'finetune']
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #22d41bfa
 from ...assets import find
 from ...assets.contents import wrong_folder
-from ...baselines import count_classifiers
 from ...core import DataError, OptionError, one_of, plain_arguments, warn
-from ...crossfit.baselines import baseline_predictions
 from ...crossfit.check import check_overfit
-from ...crossfit.labels import check_class_folds, classes_of, predicted_classes, write_predictions
+from ...crossfit.labels import check_class_folds, classes_of, predicted_classes
 from ...crossfit.membership import TrainedOn, cell_contents, warn_of_trained
 from ...crossfit.predictions import FoldPredictions, cross_fit
-from ...crossfit.tables import class_score_table
 from ...data.splits import Folds, Split, check_split, column_of
+from ...scores.table import Scores
+from ...store.layouts import OF_TASKS, TASK_CLASSIFIER
+from ...store.records import parts_fit, read_record
+from ...training import History
+
+# %% ../../../nbs/geneformer/finetuning/multitask.ipynb #8cbe3214
 from ..embedding import result_of
 from scellfm.geneformer.finetuning.classifier import (
     CellClassifier,
+    cell_scores,
     check_outputs,
     classifier_from,
     counts_for,
@@ -46,22 +51,22 @@ from scellfm.geneformer.finetuning.classifier import (
     prepare_cells,
     record_of,
     save_models,
+    written,
 )
-from .evaluation import MODEL, advice_for
+from .evaluation import advice_for
 from .heads import probabilities, train_fold, weights_of
 from ..model import GeneformerModel, as_tokenizer, open_cells
 from ..perturbation.runner import perturb
 from ..pretraining import IGNORED
 from ..reader import GeneformerReader
-from ...scores.table import Scores
-from ...store.layouts import OF_TASKS, TASK_CLASSIFIER
-from ...store.records import parts_fit, read_record
-from ...training import History
 
+# %% ../../../nbs/geneformer/finetuning/multitask.ipynb #774247be
 if TYPE_CHECKING:
     from anndata import AnnData
     from peft import LoraConfig
+    from scipy.sparse import csr_matrix
 
+    from scellfm.data.genes import MatchOptions
     from scellfm.geneformer.tokenizer.rank_tokenizer import RankTokenizer
     from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
 
@@ -164,21 +169,6 @@ def view_of(gf: GeneformerModel, classes: np.ndarray, block: slice) -> Geneforme
     return view
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #f6771fb0
-RECORD = "tasks.json"
-
-
-def task_probabilities(
-    clf: TaskClassifier,
-    data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
-    *,
-    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
-    token_budget: int = 16384,  # tokens of one batch, padding included
-) -> dict[str, pd.DataFrame]:
-    "For each label, class probabilities as in `CellClassifier.probabilities`; the cells are read once for all."
-    cells = clf.models[0].cells(data, layer=layer)
-    return tables_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
-
-
 def tables_of_probabilities(
     clf: TaskClassifier, cells: TokenizedCells, contents: dict[str, np.ndarray], token_budget: int
 ) -> dict[str, pd.DataFrame]:
@@ -192,12 +182,26 @@ def tables_of_probabilities(
         for block, (label, task) in zip(np.split(values, np.cumsum(sizes)[:-1], axis=1), clf.tasks.items())
     }
 
+# %% ../../../nbs/geneformer/finetuning/multitask.ipynb #b97a0667
+def task_probabilities(
+    clf: TaskClassifier,
+    data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
+    *,
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
+    token_budget: int = 16384,  # tokens of one batch, padding included
+) -> dict[str, pd.DataFrame]:
+    "For each label, class probabilities as in `CellClassifier.probabilities`; the cells are read once for all."
+    cells = clf.models[0].cells(data, layer=layer, match=match)
+    return tables_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
+
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #e5984005
 def predict_tasks(
     clf: TaskClassifier,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
     *,
     layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     token_budget: int = 16384,  # tokens of one batch, padding included
     copy: bool = False,  # return a copy, and leave the data as they are
 ) -> AnnData | pd.DataFrame | None:
@@ -206,15 +210,10 @@ def predict_tasks(
     Writes
     - obs["<label>_predicted"], obs["<label>_confidence"] and uns["<label>_predicted"] of every label"""
     result = result_of(data, copy)
-    cells = clf.models[0].cells(data, layer=layer)
+    cells = clf.models[0].cells(data, layer=layer, match=match)
     found = tables_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
     tables = [predicted_classes(table, label) for label, table in found.items()]
-    if result is None:
-        return pd.concat(tables, axis=1)
-    parameters = {"model": repr(clf), "counts": "X" if layer is None else layer}
-    for table in tables:
-        write_predictions(result, cells.cell_index, table, parameters)
-    return None if result is data else result
+    return written(tables, result, data, cells, clf, layer)
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #8b239b55
 @delegates(embed_by_fold)
@@ -252,6 +251,9 @@ def tasks_from_pretrained(
         return assemble(models, tasks, [History.from_dict(history) for history in record["histories"]])
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #2b82d71e
+RECORD = "tasks.json"
+
+
 def save_tasks(clf: TaskClassifier, folder: str | Path) -> None:
     "One folder per fold (all heads in one layer), the dictionaries, the cells trained on, and tasks.json."
     record = {
@@ -260,6 +262,16 @@ def save_tasks(clf: TaskClassifier, folder: str | Path) -> None:
         "tasks": [{**record_of(task), "histories": []} for task in clf.tasks.values()],
     }
     clf.first.trained_on.save(save_models(folder, clf.models, TASK_CLASSIFIER, record))
+
+# %% ../../../nbs/geneformer/finetuning/multitask.ipynb #8158c2f1
+def task_readers(
+    clf: TaskClassifier,
+    data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
+) -> tuple[list[GeneformerReader], np.ndarray, str | None]:
+    "The models, for each cell the one that has not seen it, and the obs column by which cells were held out."
+    return clf.first.readers(data, layer, match)
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #4416c419
 @dataclass(repr=False)
@@ -276,6 +288,7 @@ class TaskClassifier:
     predict = predict_tasks
     embed = embed_tasks
     perturb = perturb
+    readers = task_readers
     save_pretrained = save_tasks
     from_pretrained = classmethod(tasks_from_pretrained)
 
@@ -291,26 +304,22 @@ class TaskClassifier:
     def _repr_html_(self) -> str:
         return "".join(task._repr_html_() for task in self.tasks.values())
 
-    @property
-    def scores(self) -> dict[str, Scores]:
-        "The table of each label."
-        return {label: task.scores for label, task in self.tasks.items()}
-
-    @property
-    def history(self) -> History | None:
-        "The curves of the first fold."
-        return self.first.history
-
     @cached_property
     def first(self) -> CellClassifier:
         "The classifier of the first label: the cells trained on and the encoder are the same for all."
         return next(iter(self.tasks.values()))
 
-    def readers(
-        self, data: AnnData | TokenizedCells | str | Path, layer: str | None = None
-    ) -> tuple[list[GeneformerReader], np.ndarray, str | None]:
-        "The models, for each cell the one that has not seen it, and the obs column by which cells were held out."
-        return self.first.readers(data, layer)
+# %% ../../../nbs/geneformer/finetuning/multitask.ipynb #58310cf9
+@patch(as_prop=True)
+def scores(self: TaskClassifier) -> dict[str, Scores]:
+    "The table of each label."
+    return {label: task.scores for label, task in self.tasks.items()}
+
+
+@patch(as_prop=True)
+def history(self: TaskClassifier) -> History | None:
+    "The curves of the first fold."
+    return self.first.history
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #748f9bb8
 def assemble(
@@ -345,6 +354,7 @@ def finetune_tasks(
     weight_decay: float = 0.001,  # decay of matrices
     seed: int = 0,  # seed of every random draw
     layer: str | None = None,  # where the counts are; None is X
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals
     folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
     **recipe,  # further fields of scellfm.training.Recipe
@@ -355,30 +365,16 @@ def finetune_tasks(
     of_tasks = weights_of_tasks(task_weights, labels, class_weights)
     if hasattr(data, "obs_names"):
         tasks_of(data.obs, labels)  # before the work of tokenizing
-    obs, cells, parts, groups = prepare_cells(gf, data, split, layer, labels)
+    obs, cells, parts, groups = prepare_cells(gf, data, split, layer, labels, match)
     tasks = tasks_of(obs, labels)
     for task in tasks:
         check_class_folds(task.parts(parts), task.classes, task.codes, task.label)
-    options = dict(
-        epochs=epochs,
-        freeze_layers=freeze_layers,
-        lora=lora,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        seed=seed,
-        **recipe,
-    )
+    options = dict(epochs=epochs, freeze_layers=freeze_layers, lora=lora, learning_rate=learning_rate)
+    options |= {"batch_size": batch_size, "warmup": warmup, "weight_decay": weight_decay, "seed": seed, **recipe}
     weights = {"tasks": {label: float(of_tasks[i]) for i, label in enumerate(labels)}, "classes": class_weights}
     models, own, histories = cross_fit_tasks(gf, cells, tasks, parts, weights, folder=folder, **options)
-    settings = {
-        "held_out_by": split.by,
-        "folds": len(parts),
-        "task_weights": weights["tasks"],
-        "class_weights": class_weights,
-        **options,
-    }
+    settings = {"held_out_by": split.by, "folds": len(parts), "task_weights": weights["tasks"]}
+    settings |= {"class_weights": class_weights, **options}
     counts, advice = counts_for(data, cells, gf, layer), advice_for(split.by, epochs, freeze_layers, gf.n_layers)
     trained_on = TrainedOn.of(cells.obs.index, parts, contents=cell_contents(data, cells, layer))
     judged = [judge_task(task, own, trained_on, counts, parts, groups, advice, n_boot, settings) for task in tasks]
@@ -429,28 +425,17 @@ def judge_task(
     task: LabelTask,
     own: FoldPredictions,
     trained_on: TrainedOn,
-    counts,
-    parts,
-    groups,
-    advice,
+    counts: csr_matrix,
+    parts: list[Split],
+    groups: np.ndarray | None,
+    advice: list[str],
     n_boot: int,
     settings: dict,
 ) -> CellClassifier:
     "The classifier of one label, still without models: scores beside baselines, overfitting check with its warning."
     settings = {"label": task.label, "cells_with_label": int(task.known.sum()), **settings}
-    seed, n_classes = settings["seed"], len(task.classes)
-    simple = baseline_predictions(count_classifiers(seed), counts, task.codes, task.parts(parts), n_classes=n_classes)
-    scores = class_score_table(
-        own.part(task.block, task.known),
-        simple,
-        task.codes,
-        task.classes,
-        groups,
-        model=MODEL,
-        n_boot=n_boot,
-        seed=seed,
-        origin=settings,
-    )
+    own, parts = own.part(task.block, task.known), task.parts(parts)
+    scores = cell_scores(own, counts, task.codes, task.classes, parts, groups, n_boot, settings)
     check = check_overfit(scores, advice)
     if check.overfitted:
         warn(f"{task.label}: {check}")
@@ -478,27 +463,15 @@ def finetune(
     weight_decay: float = 0.001,  # decay of matrices
     seed: int = 0,  # seed of every random draw
     layer: str | None = None,  # where the counts are; None is X
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals
     folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
     **recipe,  # further fields of scellfm.training.Recipe: stop="valid_loss", patience, schedule, ...
 ) -> CellClassifier | TaskClassifier:
     "Fine-tune a classifier per fold; judge it on the cells held out, beside simple methods. DataError, OptionError."
-    options = dict(
-        split=split,
-        class_weights=class_weights,
-        epochs=epochs,
-        freeze_layers=freeze_layers,
-        lora=lora,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        seed=seed,
-        layer=layer,
-        n_boot=n_boot,
-        folder=folder,
-        **recipe,
-    )
+    options = dict(epochs=epochs, freeze_layers=freeze_layers, lora=lora, learning_rate=learning_rate)
+    options |= dict(batch_size=batch_size, warmup=warmup, weight_decay=weight_decay, class_weights=class_weights)
+    options |= dict(split=split, seed=seed, layer=layer, match=match, n_boot=n_boot, folder=folder, **recipe)
     if not isinstance(label, str):
         return finetune_tasks(gf, data, label, task_weights=task_weights, **options)
     if task_weights is not None:

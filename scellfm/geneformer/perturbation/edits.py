@@ -7,10 +7,12 @@ __all__ = []
 
 # %% ../../../nbs/geneformer/perturbation/edits.ipynb #857896dd
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from ... import inference
 from ...core import progress
@@ -39,39 +41,37 @@ class Edits:
     def __len__(self) -> int:
         return len(self.cell)
 
-    def __getitem__(self, rows) -> "Edits":
+    def __getitem__(self, rows: slice | np.ndarray) -> "Edits":
         tokens, targets = (None if given is None else given[rows] for given in (self.tokens, self.targets))
-        return replace(
-            self,
-            cell=self.cell[rows],
-            length=self.length[rows],
-            positions=self.positions[rows],
-            tokens=tokens,
-            targets=targets,
-        )
+        own = dict(cell=self.cell[rows], length=self.length[rows], positions=self.positions[rows])
+        return replace(self, **own, tokens=tokens, targets=targets)
 
-    @property
-    def inserted(self) -> np.ndarray:
-        "How many genes each edit adds that the cell did not have [k]."
-        return (self.positions < 0).sum(1)
+# %% ../../../nbs/geneformer/perturbation/edits.ipynb #16d2eeac
+@patch(as_prop=True)
+def inserted(self: Edits) -> np.ndarray:
+    "How many genes each edit adds that the cell did not have [k]."
+    return (self.positions < 0).sum(1)
 
-    @property
-    def overflow(self) -> np.ndarray:
-        "By how many tokens each edited cell would be longer than the model can read [k]."
-        grown = self.length + (self.inserted if self.kind == "overexpress" else 0)
-        return np.maximum(0, grown - self.max_length)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        "The length of each edited cell [k]."
-        if self.kind == "delete":
-            return self.length - self.positions.shape[1]
-        return self.length + self.inserted - self.overflow
+@patch(as_prop=True)
+def overflow(self: Edits) -> np.ndarray:
+    "By how many tokens each edited cell would be longer than the model can read [k]."
+    grown = self.length + (self.inserted if self.kind == "overexpress" else 0)
+    return np.maximum(0, grown - self.max_length)
 
-    @property
-    def others(self) -> np.ndarray:
-        "How many genes of each cell are left that are neither edited nor cut off [k]."
-        return self.length - 2 * int(self.special) - (self.positions >= 0).sum(1) - self.overflow
+# %% ../../../nbs/geneformer/perturbation/edits.ipynb #3f2cafb0
+@patch(as_prop=True)
+def lengths(self: Edits) -> np.ndarray:
+    "The length of each edited cell [k]."
+    if self.kind == "delete":
+        return self.length - self.positions.shape[1]
+    return self.length + self.inserted - self.overflow
+
+
+@patch(as_prop=True)
+def others(self: Edits) -> np.ndarray:
+    "How many genes of each cell are left that are neither edited nor cut off [k]."
+    return self.length - 2 * int(self.special) - (self.positions >= 0).sum(1) - self.overflow
 
 # %% ../../../nbs/geneformer/perturbation/edits.ipynb #5a1819e9
 def sources(edits: Edits) -> np.ndarray:
@@ -176,15 +176,8 @@ def make_edits(
     positions = np.concatenate([*(positions for positions, _ in made), np.empty((0, width), dtype=np.int64)])
     lengths = np.asarray(cells.lengths, dtype=np.int64)
     tokens = None if genes is None else genes[np.concatenate([*(which for _, which in made), np.empty(0, np.int64)])]
-    edits = Edits(
-        kind,
-        np.repeat(np.arange(len(number)), number),
-        np.repeat(lengths, number),
-        positions,
-        tokens,
-        special,
-        max_length,
-    )
+    cell, length = np.repeat(np.arange(len(number)), number), np.repeat(lengths, number)
+    edits = Edits(kind, cell, length, positions, tokens, special, max_length)
     edits = edits[np.flatnonzero(edits.others > 0)]
     return with_targets(edits, quartiles) if kind in ("inhibit", "activate") else edits
 
@@ -209,6 +202,11 @@ class Block:
     genes: torch.Tensor | None  # [t, H] vectors of every token, where genes are compared
     cells: torch.Tensor  # [c, H] embeddings
 
+# %% ../../../nbs/geneformer/perturbation/edits.ipynb #5fa0f29a
+def shortened(tokens: np.ndarray, cut: int, special: bool) -> np.ndarray:
+    "A cell without the last `cut` of its genes; its <eos> stays."
+    return np.delete(tokens, np.arange(len(tokens) - cut, len(tokens)) - special) if cut else tokens
+
 # %% ../../../nbs/geneformer/perturbation/edits.ipynb #652e89dd
 def original_block(
     gf: GeneformerModel, cells: Sequences, cut: np.ndarray, index: int, pool: str, keep_genes: bool, token_budget: int
@@ -216,10 +214,7 @@ def original_block(
     "Embed the original cells, each shortened by `cut` [c] tokens (genes at its end)."
     lengths = np.asarray(cells.lengths)
     start = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    shown = [
-        np.delete(cells[i], np.arange(len(cells[i]) - c, len(cells[i])) - gf.special) if c else cells[i]
-        for i, c in enumerate(cut)
-    ]
+    shown = [shortened(cells[i], c, gf.special) for i, c in enumerate(cut)]
     size = gf.model.config.hidden_size
     genes = torch.zeros(int(lengths.sum()), size, device=gf.device) if keep_genes else None
     embeddings = torch.zeros(len(lengths), size, device=gf.device)
@@ -277,6 +272,28 @@ def gene_cosines(
     cosine = F.cosine_similarity(hidden, block.genes[at], dim=-1, eps=1e-8)
     return cosine * torch.from_numpy(chosen).to(hidden.device)
 
+# %% ../../../nbs/geneformer/perturbation/edits.ipynb #337fdbdd
+def similarity(embeddings: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    "The cosine of each embedding [k, H] with each state [s, H]: [k, s]."
+    return F.cosine_similarity(embeddings[:, None], states[None], dim=-1, eps=1e-8)
+
+
+def batch_effects(
+    gf: GeneformerModel, block: Block, batch: tuple, index: int, pool: str, states: torch.Tensor | None
+) -> torch.Tensor:
+    "The effects [k, s or 1] of a batch: its edits, and what `edited_batch` makes of them."
+    edits, ids, source, mask = batch
+    on = torch.from_numpy(mask).to(gf.device)
+    hidden = gf.hidden(torch.from_numpy(ids).to(gf.device), on, index).float()
+    before = block.cells[torch.from_numpy(edits.cell).to(gf.device)]
+    if states is not None:
+        return similarity(pool_cells(hidden, on, False, pool), states) - similarity(before, states)
+    if pool == "cls":
+        return F.cosine_similarity(hidden[:, 0], before, dim=-1, eps=1e-8)[:, None]
+    chosen = compared(edits, source, mask)
+    number = torch.from_numpy(chosen.sum(1, keepdims=True)).to(gf.device)
+    return gene_cosines(block, edits, source, chosen, hidden).sum(1, keepdim=True) / number
+
 # %% ../../../nbs/geneformer/perturbation/edits.ipynb #9fe96cb7
 def edit_effects(
     gf: GeneformerModel,
@@ -285,42 +302,21 @@ def edit_effects(
     index: int,
     pool: str,
     states: torch.Tensor | None,
-    *,
-    token_budget: int = 16384,
-    bar=None,
-    record=None,
+    **options: Any,  # of inference.batches: token_budget, bar, record
 ) -> np.ndarray:
     "Per edit the shift to each of `states` [s, H]: [k, s]; without states the cosine to the original cell: [k, 1]."
     effects = np.full((len(edits), 1 if states is None else len(states)), np.nan, dtype=np.float32)
 
     def make(rows):
-        batch = edits[rows]
-        return batch, *edited_batch(block, batch)
+        return edits[rows], *edited_batch(block, edits[rows])
 
-    def one_batch(batch, ids, source, mask):
-        on = torch.from_numpy(mask).to(gf.device)
-        hidden = gf.hidden(torch.from_numpy(ids).to(gf.device), on, index).float()
-        before = block.cells[torch.from_numpy(batch.cell).to(gf.device)]
-        if states is not None:
-            after = pool_cells(hidden, on, False, pool)
-            return similarity(after, states) - similarity(before, states)
-        if pool == "cls":
-            return F.cosine_similarity(hidden[:, 0], before, dim=-1, eps=1e-8)[:, None]
-        chosen = compared(batch, source, mask)
-        number = torch.from_numpy(chosen.sum(1, keepdims=True)).to(gf.device)
-        return gene_cosines(block, batch, source, chosen, hidden).sum(1, keepdim=True) / number
+    def one_batch(*batch):
+        return batch_effects(gf, block, batch, index, pool, states)
 
     spread = 0.0 if len(edits) >= 8 * len(block.start) else 0.25  # many edits of a cell have one length
-    for rows, values in inference.batches(
-        make, one_batch, edits.lengths, token_budget=token_budget, spread=spread, desc="edits", bar=bar, record=record
-    ):
+    for rows, values in inference.batches(make, one_batch, edits.lengths, spread=spread, desc="edits", **options):
         effects[rows] = values.cpu().numpy()
     return effects
-
-
-def similarity(embeddings: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    "The cosine of each embedding [k, H] with each state [s, H]: [k, s]."
-    return F.cosine_similarity(embeddings[:, None], states[None], dim=-1, eps=1e-8)
 
 # %% ../../../nbs/geneformer/perturbation/edits.ipynb #22f31d85
 BLOCK_EDITED, BLOCK_ORIGINAL = 2**20, 2**17
@@ -382,14 +378,5 @@ def block_effects(
     (which, cut), local = np.unique(np.stack([edits.cell, edits.overflow]), axis=1, return_inverse=True)
     own = cells.take(which)
     block = original_block(gf, own, cut, index, pool, states is None and pool == "cell", token_budget)
-    return edit_effects(
-        gf,
-        block,
-        replace(edits, cell=local.ravel()),
-        index,
-        pool,
-        states,
-        token_budget=token_budget,
-        bar=bar,
-        record=record,
-    )
+    edits, options = replace(edits, cell=local.ravel()), dict(token_budget=token_budget, bar=bar, record=record)
+    return edit_effects(gf, block, edits, index, pool, states, **options)

@@ -5,8 +5,8 @@
 # %% ../../../nbs/geneformer/perturbation/effects.ipynb #7a20c003
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +14,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+# %% auto #0
+__all__ = ['gene_effects']
+
+# %% ../../../nbs/geneformer/perturbation/effects.ipynb #3f14ae0b
 from ... import inference
 from ...core import DataError, progress
 from ..model import GeneformerModel, layer_index
@@ -33,10 +37,25 @@ from ...inference import Sequences
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from scellfm.data.genes import MatchOptions
     from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
 
-# %% auto #0
-__all__ = ['gene_effects']
+# %% ../../../nbs/geneformer/perturbation/effects.ipynb #1c93637a
+@dataclass(frozen=True)
+class EffectNames:
+    "What tokens, cells and edits are called in the table."
+
+    genes: np.ndarray  # by token
+    symbols: np.ndarray  # by token
+    cells: np.ndarray  # by position
+    edits: np.ndarray  # by row of the edits
+
+    def rows(self, cell: np.ndarray, at: np.ndarray, ids: np.ndarray, chosen: np.ndarray, cosine: np.ndarray):
+        "The rows of a batch: the edits `at` of cells `cell` [k], token ids, what is compared, cosines [k, L]."
+        edit, column = np.nonzero(chosen)
+        affected = ids[edit, column]
+        columns = {"gene": self.edits[at[edit]], "affected": self.genes[affected], "cell": self.cells[cell[edit]]}
+        return pd.DataFrame({**columns, "cosine": cosine[edit, column], "affected_symbol": self.symbols[affected]})
 
 # %% ../../../nbs/geneformer/perturbation/effects.ipynb #7a20c005
 def gene_effects(
@@ -49,36 +68,24 @@ def gene_effects(
     quartiles: int | None = None,  # of inhibit and activate: by how many quartiles, 1, 2 or 3
     emb_layer: int | str = -1,  # 0 or 'last', -1 or 'second_to_last', ...
     layer: str | None = None,  # where the counts are; None is X
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     token_budget: int = 16384,  # tokens of a batch
 ) -> pd.DataFrame:
     """Per edit and remaining gene: gene (edited), affected, cell, cosine to the same gene in the unedited cell, and
     the affected gene's symbol. Grows with genes squared; Screen.table(method='aggregate_gene_shifts') averages it."""
     (tokens,), anchor_token = resolve_genes(gf.tokenizer, kind, genes, anchor)
     index, vocabulary = layer_index(emb_layer, gf.n_layers), np.asarray(gf.tokenizer.genes, dtype=object)
-    cells = gf.cells(data, layer=layer)
+    cells = gf.cells(data, layer=layer, match=match)
     readable, names = gf.readable(cells), cell_names(cells)
-    edits = make_edits(
-        readable, kind, tokens, anchor_token, gf.special, gf.max_length, resolve_quartiles(kind, quartiles)
-    )
+    quartile = resolve_quartiles(kind, quartiles)
+    edits = make_edits(readable, kind, tokens, anchor_token, gf.special, gf.max_length, quartile)
     symbols = np.array([str(gf.tokenizer.symbol(gene)) for gene in vocabulary], dtype=object)
-    label = edit_labels(readable, edits, vocabulary)
+    called = EffectNames(vocabulary, symbols, names, edit_labels(readable, edits, vocabulary))
     parts = []
     with progress(desc=f"{kind}: effects on genes", total=len(edits), unit="edit") as bar:
         for rows in plan_blocks(edits):
-            for at, ids, chosen, cosine in gene_block(gf, readable, edits[rows], index, token_budget, bar):
-                edit, column = np.nonzero(chosen)
-                batch = edits[rows[at]]
-                parts.append(
-                    pd.DataFrame(
-                        {
-                            "gene": label[rows[at][edit]],
-                            "affected": vocabulary[ids[edit, column]],
-                            "cell": names[batch.cell[edit]],
-                            "cosine": cosine[edit, column],
-                            "affected_symbol": symbols[ids[edit, column]],
-                        }
-                    )
-                )
+            for at, *found in gene_block(gf, readable, edits[rows], index, token_budget, bar):
+                parts.append(called.rows(edits.cell[rows[at]], rows[at], *found))
     if not parts:
         wanted = "a gene to edit" if tokens is None else f"all of {', '.join(map(str, vocabulary[tokens.ravel()]))}"
         raise DataError(f"none of the {len(readable):,} cells has {wanted}; nothing can be perturbed")

@@ -165,7 +165,7 @@ def agreement(rows: pd.DataFrame, top: int) -> dict:
         "by_chance": len(best) / max(len(candidates), 1),
     }
 
-
+# %% ../../../nbs/geneformer/perturbation/gradient.ipynb #93c38ab5
 def warn_of_missed_genes(reports: list[dict]) -> None:
     "Warn of the groups in which the estimate missed more than a fifth of the leading genes."
     for report in reports:

@@ -62,6 +62,13 @@ def vs_null(shifts: pd.DataFrame, null: pd.DataFrame, genes: list) -> pd.DataFra
     order = np.lexsort((table["fdr"], -table["difference"].fillna(-np.inf), table["fdr"] >= 0.05))
     return table.iloc[order].reset_index(drop=True)
 
+# %% ../../../nbs/geneformer/perturbation/original_modes.ipynb #94fe00a1
+def impact(mixture, values: np.ndarray) -> np.ndarray:
+    "Whether each value belongs to the component with the lower mean (bool [n])."
+    low, high = np.argsort(mixture.means_[:, 0])
+    likelier = mixture.predict(values[:, None]) == low
+    return (values <= mixture.means_[high, 0]) & (likelier | (values < mixture.means_[low, 0]))
+
 # %% ../../../nbs/geneformer/perturbation/original_modes.ipynb #58185de4
 def mixture_model(shifts: pd.DataFrame, genes: list) -> pd.DataFrame:
     "Per gene: mean cosine, impact (0 or 1), percent of its cells with an impact, n_cells; `genes` in token order."
@@ -82,13 +89,6 @@ def mixture_model(shifts: pd.DataFrame, genes: list) -> pd.DataFrame:
     table["impact_percent"] = inside.loc[mean.index].to_numpy()
     table["n_cells"] = by_gene.size().loc[mean.index].to_numpy()
     return table.iloc[np.lexsort((table["cosine"], -table["impact"]))].reset_index(drop=True)
-
-
-def impact(mixture, values: np.ndarray) -> np.ndarray:
-    "Whether each value belongs to the component with the lower mean (bool [n])."
-    low, high = np.argsort(mixture.means_[:, 0])
-    likelier = mixture.predict(values[:, None]) == low
-    return (values <= mixture.means_[high, 0]) & (likelier | (values < mixture.means_[low, 0]))
 
 # %% ../../../nbs/geneformer/perturbation/original_modes.ipynb #e0f92320
 def aggregate_data(shifts: pd.DataFrame) -> pd.DataFrame:

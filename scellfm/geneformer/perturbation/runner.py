@@ -5,17 +5,30 @@
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #43e2febe
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 
-from ...core import DataError, check_number, plain_arguments, progress, tell, warn
+# %% auto #0
+__all__ = ['perturb']
+
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #17140135
+from ...core import DataError, check_number, plain_arguments, progress, tell, user_path, warn
+from ...data.reading import genes_of, read
+from ...inference import Sequences
+from ...store import Store, block_rows
+from ...store.identity import run_inputs
+
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #6b775569
 from ..embedding import embed_cells, summarize
-from ..model import GeneformerModel, layer_index, pooling
+from ..model import GeneformerModel, is_dataset, layer_index, pooling
 from .controls import matched_controls
 from scellfm.geneformer.perturbation.design import (
     GeneChange,
@@ -37,19 +50,15 @@ from scellfm.geneformer.perturbation.gradient import (
     warn_of_missed_genes,
 )
 from .screen import ROUNDING, Screen
-from ...inference import Sequences
-from ...store import Store, block_rows
-from ...store.identity import run_inputs
 
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #f3dca2c8
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from anndata import AnnData
 
+    from scellfm.data.genes import MatchOptions
     from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
-
-# %% auto #0
-__all__ = ['perturb']
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #683fd390
 def effect_rows(
@@ -100,36 +109,30 @@ class ScreenRunner:
     record: list = field(default_factory=list)  # where memory ran out
     known: dict = field(default_factory=dict)  # state embeddings by group and model
 
-    def states(self, task: ScreenTask) -> torch.Tensor | None:
-        "The embeddings of the states [s, H] by the model of the task; None without a goal."
-        if not self.design.states:
-            return None
-        if (task.group, task.model) not in self.known:
-            gf, used = self.models[task.model], np.unique(np.concatenate(list(task.states.values())))
-            embeddings = embed_cells(
-                gf, take(self.cells, used, gf), self.index, pooling("auto", gf.special), self.token_budget
-            )
-            centres = [summarize(embeddings[np.searchsorted(used, task.states[s])]) for s in self.design.states]
-            self.known[task.group, task.model] = torch.from_numpy(np.stack(centres)).to(gf.device)
-        return self.known[task.group, task.model]
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #f0321f80
+@patch
+def states(self: ScreenRunner, task: ScreenTask) -> torch.Tensor | None:
+    "The embeddings of the states [s, H] by the model of the task; None without a goal."
+    if not self.design.states:
+        return None
+    if (task.group, task.model) not in self.known:
+        gf, used = self.models[task.model], np.unique(np.concatenate(list(task.states.values())))
+        pool = pooling("auto", gf.special)
+        embeddings = embed_cells(gf, take(self.cells, used, gf), self.index, pool, self.token_budget)
+        centres = [summarize(embeddings[np.searchsorted(used, task.states[s])]) for s in self.design.states]
+        self.known[task.group, task.model] = torch.from_numpy(np.stack(centres)).to(gf.device)
+    return self.known[task.group, task.model]
 
-    def effects(self, job: Job, edits: Edits, bar, label: str = "", estimate=None) -> np.ndarray:
-        "The effects of some edits of a job [k, s], exact or by `estimate`."
-        gf = self.models[job.task.model]
-        return run_edits(
-            gf,
-            job.cells,
-            edits,
-            self.index,
-            pooling("auto", gf.special),
-            self.states(job.task),
-            token_budget=self.token_budget,
-            store=self.store,
-            label=job.name + label,
-            bar=bar,
-            record=self.record,
-            estimate=estimate,
-        )
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #e644ca65
+@patch
+def effects(
+    self: ScreenRunner, job: Job, edits: Edits, bar: Any, label: str = "", estimate: Callable | None = None
+) -> np.ndarray:
+    "The effects of some edits of a job [k, s], exact or by `estimate`."
+    gf, index, states = self.models[job.task.model], self.index, self.states(job.task)
+    keep = dict(store=self.store, label=job.name + label, bar=bar, record=self.record)
+    options = dict(token_budget=self.token_budget, estimate=estimate, **keep)
+    return run_edits(gf, job.cells, edits, index, pooling("auto", gf.special), states, **options)
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #f0fb1be0
 def has_genes(cells: Sequences, sets: list[np.ndarray]) -> np.ndarray:
@@ -302,9 +305,31 @@ def finish_rows(
     last = [column for column in rows if column not in (*first, "model")]
     return rows[[*first, *last, *(["model"] if n_models > 1 else [])]]
 
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #e33ed5bf
+@contextmanager
+def counted_cells(data: AnnData | TokenizedCells | str | Path) -> Iterator[AnnData | None]:
+    "The AnnData in which the counts are; of an h5ad file they stay on disk. None: tokens without counts."
+    path = user_path(data, "data") if isinstance(data, (str, Path)) else None
+    if path is None or is_dataset(path):
+        yield data if hasattr(data, "obs_names") else None
+        return
+    backed = path.suffix == ".h5ad"
+    adata = read(path, backed=backed)
+    try:
+        yield adata
+    finally:
+        if backed:
+            adata.file.close()
+
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #c62dee3d
 def gene_facts(
-    gf: GeneformerModel, shifts: pd.DataFrame, data, design: ScreenDesign, layer: str | None, absent: dict
+    gf: GeneformerModel,
+    shifts: pd.DataFrame,
+    data: AnnData | TokenizedCells | str | Path,
+    design: ScreenDesign,
+    layer: str | None,
+    absent: dict,
+    match: MatchOptions | Mapping | None = None,
 ) -> pd.DataFrame:
     """group, gene, symbol and log2fc (goal over start; NaN where counts or a goal are missing) of every gene
     screened or asked for, within a group in the order of the tokens."""
@@ -315,35 +340,44 @@ def gene_facts(
     facts = facts.iloc[order].reset_index(drop=True)
     facts["symbol"] = ["+".join(str(gf.tokenizer.symbol(part)) for part in gene.split("+")) for gene in facts["gene"]]
     facts["log2fc"] = np.nan
-    if design.goal is None or not hasattr(data, "obs_names"):
+    if design.goal is None:
         return facts
-    return facts.assign(log2fc=fold_changes(gf, facts, data, design, layer))
+    with counted_cells(data) as adata:
+        return facts if adata is None else facts.assign(log2fc=fold_changes(gf, facts, adata, design, layer, match))
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #c06631b6
-def fold_changes(gf: GeneformerModel, facts: pd.DataFrame, data, design: ScreenDesign, layer: str | None) -> pd.Series:
+def fold_changes(
+    gf: GeneformerModel,
+    facts: pd.DataFrame,
+    adata: AnnData,
+    design: ScreenDesign,
+    layer: str | None,
+    match: MatchOptions | Mapping | None = None,
+) -> pd.Series:
     "The log2 fold change, goal over start, of each row of `facts` (group, gene), among the cells of its group."
-    from scellfm.data.reading import genes_of
     from scellfm.statistics import log2_fold_change
 
     result = pd.Series(np.nan, index=facts.index)
-    tokens = gf.tokenizer.match(genes_of(data, layer)).index
+    tokens = gf.tokenizer.match(genes_of(adata, layer), match=match).index
     genes = np.where(tokens >= 0, np.asarray(gf.tokenizer.genes, dtype=object)[tokens], "")
     for group in facts["group"].unique():
-        mask = design.passes(data.obs)
+        mask = design.passes(adata.obs)
         if design.groupby:
-            mask &= (data.obs[design.groupby].astype(str) == group).to_numpy()
+            mask &= (adata.obs[design.groupby].astype(str) == group).to_numpy()
         fold = log2_fold_change(
-            data, design.state, design.start, design.goal, donor=design.donor, layer=layer, mask=mask, genes=genes
+            adata, design.state, design.start, design.goal, donor=design.donor, layer=layer, mask=mask, genes=genes
         )
         inside = facts["group"] == group
         result[inside] = facts.loc[inside, "gene"].map(fold)
     return result
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #9333b1f3
-def reading_models(model, data, model_of, layer: str | None = None) -> tuple[list, np.ndarray | None, str | None]:
+def reading_models(
+    model, data, model_of, layer: str | None = None, match: MatchOptions | Mapping | None = None
+) -> tuple[list, np.ndarray | None, str | None]:
     "The models of a Geneformer, a classifier or a list; which of them reads each row of `data`; the donor column."
     if hasattr(model, "readers"):
-        return model.readers(data, layer)
+        return model.readers(data, layer, match)
     return [model] if isinstance(model, GeneformerModel) else list(model), model_of, None
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #bf13db14
@@ -373,7 +407,7 @@ def warn_of_absent(absent: dict, tokenizer) -> None:
         more = f" and {len(why) - 5} more" if len(why) > 5 else ""
         warn(f"group {group!r}: not perturbed were {some}{more}; each has a row in the table that says so")
 
-
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #5cca49f3
 def warn_of_rounding(shifts: pd.DataFrame, params: dict) -> None:
     "Warn where most of the mean shifts of a group are rounding."
     for group, part in shifts.groupby("group", observed=True):
@@ -384,6 +418,15 @@ def warn_of_rounding(shifts: pd.DataFrame, params: dict) -> None:
                 f"which is rounding: this model hardly changes what is read ({params['pool']}, hidden state "
                 f"{params['hidden_state']}) when a gene is edited. Is it trained? Another emb_layer may say more"
             )
+
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #8c4d23f4
+def open_runner(
+    models: list[GeneformerModel], cells: TokenizedCells, design: ScreenDesign, index: int, token_budget: int
+) -> tuple[ScreenRunner, pd.DataFrame, np.ndarray]:
+    "The runner of a screen of these cells, their obs by position, and their names. DataError."
+    obs = cells.obs.reset_index(drop=True)
+    design.check(obs)
+    return ScreenRunner(models, models[0].readable(cells), design, index, token_budget), obs, cell_names(cells)
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #7b30c006
 @plain_arguments
@@ -411,6 +454,7 @@ def perturb(
     max_cells: int | None = None,  # of each group at most so many cells, drawn by name
     seed: int = 0,
     layer: str | None = None,  # where the counts are; None is X
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     token_budget: int = 16384,  # tokens of a batch
     folder: str | Path | None = None,  # keeps finished blocks, and the same call goes on from them
     dry_run: bool = False,  # compute nothing; return what an exact screen would cost, group by group
@@ -422,7 +466,7 @@ def perturb(
     up by `quartiles`. gradient={'top': 100, 'check_cells': 20}: estimates all deletions, then computes the `top` genes
     of each group and all genes of some cells, by which the estimate is judged. A classifier reads each cell by the
     model that has not seen it. OptionError, DataError, StoreError."""
-    models, model_of, held_out_by = reading_models(model, data, model_of, layer)
+    models, model_of, held_out_by = reading_models(model, data, model_of, layer, match)
     gf, alt = models[0], (alt,) if isinstance(alt, str) else tuple(alt or ())
     if max_cells is not None:
         check_number("max_cells", max_cells, 1)
@@ -430,10 +474,8 @@ def perturb(
     change = resolve_change(gf.tokenizer, kind, genes, combine, matched, anchor, quartiles)
     gradient = resolve_gradient(gradient, kind, change.genes, anchor, goal)
     params = screen_params(models, design, change, emb_layer, gradient, max_cells, seed)
-    cells = gf.cells(data, layer=layer, columns=design.columns)
-    obs, names = cells.obs.reset_index(drop=True), cell_names(cells)
-    design.check(obs)
-    runner = ScreenRunner(models, gf.readable(cells), design, params["hidden_state"], token_budget)
+    cells = gf.cells(data, layer=layer, match=match, columns=design.columns)
+    runner, obs, names = open_runner(models, cells, design, params["hidden_state"], token_budget)
     readers = rows_of_models(model_of, len(models), cells, data)
     tasks = plan_tasks(obs, design, readers, names, max_cells, seed)
     jobs = plan_jobs(runner, tasks, change)
@@ -445,5 +487,5 @@ def perturb(
     rows, more = compute(runner, jobs, gradient, names, seed, store)
     shifts = finish_rows(rows, obs, names, design, len(models))
     warn_of_rounding(shifts, params)
-    facts = gene_facts(gf, shifts, data, design, layer, absent)
+    facts = gene_facts(gf, shifts, data, design, layer, absent, match)
     return Screen(shifts, facts, params | {"absent": absent} | more)

@@ -15,6 +15,10 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+# %% auto #0
+__all__ = ['Method', 'METHODS', 'check_method', 'Screen']
+
+# %% ../../../nbs/geneformer/perturbation/screen.ipynb #541d7fe0
 from ... import statistics
 from ...core import AssetError, OptionError, one_of
 from . import original_modes
@@ -29,9 +33,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from scellfm.geneformer.tokenizer.rank_tokenizer import RankTokenizer
-
-# %% auto #0
-__all__ = ['Method', 'METHODS', 'check_method', 'Screen']
 
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #66c607d3
 def standardize(shifts: pd.DataFrame) -> pd.Series:
@@ -191,21 +192,24 @@ class Screen:
     genes: pd.DataFrame
     params: dict = field(default_factory=dict)
 
-    @property
-    def groups(self) -> list[str]:
-        "The groups of cells that were screened apart, also those that have none of the genes."
-        return list(dict.fromkeys([*self.shifts["group"].astype(str), *(self.params.get("absent") or {})]))
+# %% ../../../nbs/geneformer/perturbation/screen.ipynb #db9379ef
+@patch(as_prop=True)
+def groups(self: Screen) -> list[str]:
+    "The groups of cells that were screened apart, also those that have none of the genes."
+    return list(dict.fromkeys([*self.shifts["group"].astype(str), *(self.params.get("absent") or {})]))
 
-    @property
-    def estimated(self) -> bool:
-        "Whether the shifts are estimates, of which some have been computed exactly (a gradient screen)."
-        return "estimate" in self.shifts
 
-    @property
-    def agreement(self) -> pd.DataFrame:
-        """How well the estimates of a gradient screen agree with exact shifts, group by group; empty for an exact
-        screen."""
-        return pd.DataFrame(self.params.get("agreement", []))
+@patch(as_prop=True)
+def estimated(self: Screen) -> bool:
+    "Whether the shifts are estimates, of which some have been computed exactly (a gradient screen)."
+    return "estimate" in self.shifts
+
+
+@patch(as_prop=True)
+def agreement(self: Screen) -> pd.DataFrame:
+    """How well the estimates of a gradient screen agree with exact shifts, group by group; empty for an exact
+    screen."""
+    return pd.DataFrame(self.params.get("agreement", []))
 
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #49b2624d
 @patch

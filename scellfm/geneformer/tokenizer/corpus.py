@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ...core import DataError, user_path
 from .tokenized import no_dataset, obs_of, read_origin, read_table
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 # %% auto #0
-__all__ = ['Corpus', 'stretch', 'names_of_folders']
+__all__ = ['Corpus']
 
 # %% ../../../nbs/geneformer/tokenizer/corpus.ipynb #6bcfcd22
 def dataset_folders(paths) -> list[Path]:
@@ -79,25 +80,33 @@ class CellNames:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def __getitem__(self, key):
-        "The name of one cell (int), or an array of names (positions)."
-        if isinstance(key, (int, np.integer)):
-            return self.texts[int(key)].as_py()
-        return self.texts.take(np.asarray(key)).to_numpy(zero_copy_only=False)
+# %% ../../../nbs/geneformer/tokenizer/corpus.ipynb #99e25cae
+@patch
+def __getitem__(self: CellNames, key):
+    "The name of one cell (int), or an array of names (positions)."
+    if isinstance(key, (int, np.integer)):
+        return self.texts[int(key)].as_py()
+    return self.texts.take(np.asarray(key)).to_numpy(zero_copy_only=False)
 
-    def __iter__(self) -> Iterator[str]:
-        "Name after name."
-        for chunk in self.texts.chunks:
-            yield from chunk.to_pylist()
 
-    def keys(self) -> Iterator[str]:
-        "For each cell its name with its occurrence: no two are the same."
-        for name, occurrence in zip(self, self.occurrence):
-            yield f"{name}\x1f{occurrence}"
+@patch
+def __iter__(self: CellNames) -> Iterator[str]:
+    "Name after name."
+    for chunk in self.texts.chunks:
+        yield from chunk.to_pylist()
 
-    def sort(self, rows: np.ndarray) -> np.ndarray:
-        "The positions `rows` in the order of their names."
-        return rows[np.argsort(self.place[rows], kind="stable")]
+# %% ../../../nbs/geneformer/tokenizer/corpus.ipynb #6fed682e
+@patch
+def keys(self: CellNames) -> Iterator[str]:
+    "For each cell its name with its occurrence: no two are the same."
+    for name, occurrence in zip(self, self.occurrence):
+        yield f"{name}\x1f{occurrence}"
+
+
+@patch
+def sort(self: CellNames, rows: np.ndarray) -> np.ndarray:
+    "The positions `rows` in the order of their names."
+    return rows[np.argsort(self.place[rows], kind="stable")]
 
 # %% ../../../nbs/geneformer/tokenizer/corpus.ipynb #099f6419
 def runs(same: np.ndarray) -> np.ndarray:
@@ -136,23 +145,25 @@ class Corpus:
         at = int(i) - int(self.starts[block])
         return tokens[offsets[at] : offsets[at + 1]].astype(np.int64)
 
-    @property
-    def obs(self) -> pd.DataFrame:
-        "The columns that all data sets share, read into memory (to split by donor, say); the index holds the names."
-        shared = [
-            name
-            for name in self.tables[0].column_names
-            if name not in ("input_ids", "length", "counts")
-            and all(name in table.column_names for table in self.tables)
-        ]
-        parts = [obs_of(table, shared) for table in self.tables]
-        return pd.concat(parts, ignore_index=True).set_axis(pd.Index(list(self.names), dtype=str))
+# %% ../../../nbs/geneformer/tokenizer/corpus.ipynb #9f746b8a
+@patch(as_prop=True)
+def obs(self: Corpus) -> pd.DataFrame:
+    "The columns that all data sets share, read into memory (to split by donor, say); the index holds the names."
+    shared = [
+        name
+        for name in self.tables[0].column_names
+        if name not in ("input_ids", "length", "counts") and all(name in table.column_names for table in self.tables)
+    ]
+    parts = [obs_of(table, shared) for table in self.tables]
+    return pd.concat(parts, ignore_index=True).set_axis(pd.Index(list(self.names), dtype=str))
 
-    def __repr__(self) -> str:
-        return (
-            f"Corpus({len(self):,} cells, {self.lengths.sum():,} tokens in {len(self.folders)} data set(s): "
-            f"{', '.join(folder.name for folder in self.folders[:3])}{', ...' * (len(self.folders) > 3)})"
-        )
+
+@patch
+def __repr__(self: Corpus) -> str:
+    return (
+        f"Corpus({len(self):,} cells, {self.lengths.sum():,} tokens in {len(self.folders)} data set(s): "
+        f"{', '.join(folder.name for folder in self.folders[:3])}{', ...' * (len(self.folders) > 3)})"
+    )
 
 # %% ../../../nbs/geneformer/tokenizer/corpus.ipynb #e823e060
 def stretch(chunk: pyarrow.ListArray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,7 @@ WRITTEN = {
     "gene_names": "gene_name_id_dict.json",
 }
 
-
+# %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #e16b8e5b
 @dataclass
 class Dictionaries:
     "The four dictionaries of a Geneformer vocabulary."
@@ -61,14 +61,9 @@ def check_kinds(content: Mapping | None, kind: type, what: str) -> None:
             words = {Integral: "a whole number", Real: "a number", str: "a text"}[kind]
             raise AssetError(f"the {what} give {gene!r} the value {value!r:.50} and not {words}; the file is damaged")
 
-# %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #5ec893ce
-def check_dictionaries(found: Dictionaries) -> Dictionaries:
-    "Return `found` with plain int and float values, or raise an AssetError that names what does not fit."
-    check_kinds(found.tokens, Integral, "tokens")
-    check_kinds(found.medians, Real, "medians")
-    check_kinds(found.mapping, str, "current ids")
-    check_kinds(found.gene_names, str, "ids of symbols")
-    tokens = {str(gene): int(token) for gene, token in found.tokens.items()}
+# %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #a7ae09e7
+def check_words(tokens: dict[str, int]) -> None:
+    "AssetError where the tokens are not those of a Geneformer: special ones at their place, each number once."
     if tokens.get("<pad>") != 0 or tokens.get("<mask>") != 1:
         raise AssetError(
             f"the token dictionary gives <pad> {tokens.get('<pad>')} and <mask> {tokens.get('<mask>')}; Geneformer "
@@ -87,20 +82,35 @@ def check_dictionaries(found: Dictionaries) -> Dictionaries:
             f"{len(tokens)} tokens have numbers up to {max(tokens.values()):,}, which a model would keep a row for; "
             "the file is damaged"
         )
+
+# %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #7878294f
+def check_medians(tokens: dict[str, int], medians: Mapping) -> dict[str, float]:
+    "The median of each gene that has a token; AssetError where one is missing, or no number above 0."
     genes = [gene for gene in tokens if not gene.startswith("<")]
-    lacking = [gene for gene in genes if gene not in found.medians]
+    lacking = [gene for gene in genes if gene not in medians]
     if lacking or not genes:
         raise AssetError(
             f"{len(lacking)} of {len(genes)} genes of the token dictionary have no median, e.g. {lacking[:3]}; the "
             "medians belong to another vocabulary (V1 and V2 have files of their own)"
         )
-    medians = {gene: float(found.medians[gene]) for gene in genes}
-    bad = [gene for gene, median in medians.items() if not (median > 0 and math.isfinite(median))]
+    typical = {gene: float(medians[gene]) for gene in genes}
+    bad = [gene for gene, median in typical.items() if not (median > 0 and math.isfinite(median))]
     if bad:
         raise AssetError(
-            f"the median of {bad[0]} is {medians[bad[0]]} ({len(bad)} such genes); a typical level is above 0"
+            f"the median of {bad[0]} is {typical[bad[0]]} ({len(bad)} such genes); a typical level is above 0"
         )
-    return Dictionaries(tokens, medians, found.mapping, found.gene_names)
+    return typical
+
+# %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #5ec893ce
+def check_dictionaries(found: Dictionaries) -> Dictionaries:
+    "Return `found` with plain int and float values, or raise an AssetError that names what does not fit."
+    check_kinds(found.tokens, Integral, "tokens")
+    check_kinds(found.medians, Real, "medians")
+    check_kinds(found.mapping, str, "current ids")
+    check_kinds(found.gene_names, str, "ids of symbols")
+    tokens = {str(gene): int(token) for gene, token in found.tokens.items()}
+    check_words(tokens)
+    return Dictionaries(tokens, check_medians(tokens, found.medians), found.mapping, found.gene_names)
 
 # %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #eafb7e5a
 def write_dictionaries(found: Dictionaries, folder: str | Path) -> None:
@@ -140,6 +150,23 @@ def companion(folder: Path, kind: str, tail: str) -> Path | None:
         )
     return next(iter(found.values()), None)
 
+# %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #9fcf68b7
+def only_choice(choices: list[tuple], folder: Path, version: str | None) -> tuple[Path, str, dict]:
+    "The one dictionary that was found; AssetError where there is none, or where several could be meant."
+    if not choices:
+        kind = f" of {version}" if version else ""
+        raise AssetError(
+            f"no token_dictionary*.json or .pkl{kind} in {folder}; "
+            "the official files lie in the folder 'geneformer' of "
+            "the Geneformer repository (V1: 'geneformer/gene_dictionaries_30m')"
+        )
+    if len(choices) > 1:
+        names = [path.name for path, _, _ in choices]
+        raise AssetError(
+            f"{choices[0][0].parent} holds {names}: which one was the model trained with? Pass version='V1' or 'V2'"
+        )
+    return choices[0]
+
 # %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #cc056210
 def choose_tokens(folder: Path, version: str | None) -> tuple[Path, str, dict]:
     "The folder, ending and content of the token dictionary of `version` (None: of the only one there is)."
@@ -158,19 +185,7 @@ def choose_tokens(folder: Path, version: str | None) -> tuple[Path, str, dict]:
                 choices.append((path, tail, tokens))
         if choices:
             break
-    if not choices:
-        kind = f" of {version}" if version else ""
-        raise AssetError(
-            f"no token_dictionary*.json or .pkl{kind} in {folder}; "
-            "the official files lie in the folder 'geneformer' of "
-            "the Geneformer repository (V1: 'geneformer/gene_dictionaries_30m')"
-        )
-    if len(choices) > 1:
-        names = [path.name for path, _, _ in choices]
-        raise AssetError(
-            f"{choices[0][0].parent} holds {names}: which one was the model trained with? Pass version='V1' or 'V2'"
-        )
-    path, tail, tokens = choices[0]
+    path, tail, tokens = only_choice(choices, folder, version)
     return path.parent, tail, tokens
 
 # %% ../../../nbs/geneformer/tokenizer/dictionaries.ipynb #41056174

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+# %% auto #0
+__all__ = ['RankTokenizer']
+
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #f7aeb3ff
 from ...core import DataError, OptionError, check_number, progress
 from scellfm.data.genes import (
     NUMBER,
@@ -26,6 +30,12 @@ from scellfm.data.genes import (
     plain_names,
     species_of,
 )
+from ...store import atomic_write
+from ...store.layouts import DATASET, TOKENIZER, TOKENIZER_SETTINGS
+from ...store.outputs import result_folder
+from ...store.records import read_record
+
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #9a7dac95
 from scellfm.geneformer.tokenizer.dictionaries import (
     FILES,
     Dictionaries,
@@ -47,18 +57,12 @@ from scellfm.geneformer.tokenizer.tokenizing import (
     vet_counts,
     warn_of_empty,
 )
-from ...store import atomic_write
-from ...store.layouts import DATASET, TOKENIZER, TOKENIZER_SETTINGS
-from ...store.outputs import result_folder
-from ...store.records import read_record
 
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #10124be3
 if TYPE_CHECKING:
     from anndata import AnnData
 
     from scellfm.data.genes import GeneMatch, GeneTable
-
-# %% auto #0
-__all__ = ['LONGEST', 'PATTERNS', 'RankTokenizer']
 
 # %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #a826dae2
 def fitted_ids(source: CellSource, column: str | None, mapping: Mapping[str, str] | None) -> list[str]:
@@ -90,8 +94,20 @@ def source_levels(source: CellSource, tokens: np.ndarray):
             block, totals = block[inside], totals[inside]
         yield levels(block, totals, tokens)
 
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #b1519f3e
+def fitted_names(sources: list[CellSource], ids: list[list[str]], tokens: Mapping[str, int]) -> dict[str, str]:
+    "{symbol: id} of the genes of the vocabulary that are called something besides."
+    return {
+        str(symbol): gene
+        for source, found in zip(sources, ids)
+        for symbol, gene in zip(fitted_symbols(source), found)
+        if gene in tokens and symbol and str(symbol) != gene
+    }
+
 # %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #8eaf819a
-def fit_dictionaries(sources: list[CellSource], column: str | None, mapping, special: bool) -> Dictionaries:
+def fit_dictionaries(
+    sources: list[CellSource], column: str | None, mapping: Mapping[str, str] | None, special: bool
+) -> Dictionaries:
     "Vocabulary and medians of all genes that are detected in `sources`."
     ids = [fitted_ids(source, column, mapping) for source in sources]
     genes = sorted({gene for names in ids for gene in names if gene and not gene.startswith("<")})
@@ -108,24 +124,214 @@ def fit_dictionaries(sources: list[CellSource], column: str | None, mapping, spe
     words = ["<pad>", "<mask>", *(["<cls>", "<eos>"] if special else [])]
     detected = [i for i in range(len(genes)) if medians[i] > 0]
     tokens = {word: i for i, word in enumerate([*words, *(genes[i] for i in detected)])}
-    names = {
-        str(symbol): gene
-        for source, found in zip(sources, ids)
-        for symbol, gene in zip(fitted_symbols(source), found)
-        if gene in tokens and symbol and str(symbol) != gene
-    }
     return Dictionaries(
         tokens,
         {genes[i]: float(np.float32(medians[i])) for i in detected},
         dict(mapping) if mapping else None,
-        names or None,
+        fitted_names(sources, ids, tokens) or None,
     )
 
-# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #c77b3ae2
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #5a92d44c
 LONGEST = 2**20  # tokens of a cell: more than any genome has genes
 PATTERNS = tuple(f"{start}{stem}*" for stem in (*FILES.values(), "rank_tokenizer") for start in ("", "*/", "*/*/"))
 
 
+def tokenizer_from_pretrained(
+    cls: type[RankTokenizer],
+    path_or_hub_id: str | Path,
+    *,
+    subfolder: str | None = None,  # the model's folder inside the repository
+    revision: str | None = None,  # commit of the hub repository
+    local_files_only: bool = False,  # never ask the hub
+    version: Literal["V1", "V2"] | None = None,  # where a folder of dictionaries holds both
+    max_length: int | None = None,  # longest sequence; without it that of the dictionaries
+    special: bool | None = None,  # frame cells with <cls> and <eos>
+) -> RankTokenizer:
+    """Read the dictionaries in a folder (official V1 or V2, pickle or JSON; or ours) or of a hub repository.
+
+    `version` ("V1", "V2") chooses where a folder holds both. AssetError: missing, unsafe, or not fitting each
+    other.
+    """
+    from scellfm.assets import find
+
+    folder = find(path_or_hub_id, subfolder, revision, local_files_only, PATTERNS)
+    found, settings = read_dictionaries(folder, version), {}
+    if (Path(folder) / "rank_tokenizer.json").exists():
+        settings = read_record(Path(folder) / "rank_tokenizer.json", TOKENIZER_SETTINGS)
+        settings = {name: settings[name] for name in TOKENIZER_SETTINGS if name in settings}
+    settings |= {key: value for key, value in (("max_length", max_length), ("special", special)) if value is not None}
+    return cls(found.tokens, found.medians, found.mapping, found.gene_names, **settings)
+
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #01a8ecf3
+def fitted_tokenizer(
+    cls: type[RankTokenizer],
+    adata: AnnData | str | Path | Iterable,
+    *,
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    gene_column: str | None = None,  # column of var that holds gene ids
+    mapping: Mapping[str, str] | None = None,  # {outdated id: id}
+    special: bool = False,  # frame cells with <cls> and <eos>
+    max_length: int = 2048,  # longest sequence of tokens
+) -> RankTokenizer:
+    """Vocabulary and exact medians of your own cells: an AnnData, a path, a folder of files, or a list of these.
+
+    Every gene that is detected becomes a token. `mapping` renames outdated ids first. Files are read in blocks, more
+    than once if they hold more than 20 million values.
+    """
+    given = list(adata) if isinstance(adata, (list, tuple)) else [adata]
+    inputs = [file for one in given for file in (cell_files(one) if isinstance(one, (str, Path)) else [one])]
+    found = fit_dictionaries([open_source(one, layer) for one in inputs], gene_column, mapping, special)
+    return cls(found.tokens, found.medians, found.mapping, found.gene_names, max_length, special, "fitted", gene_column)
+
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #b30556a7
+def save_tokenizer(tokenizer: RankTokenizer, folder: str | Path) -> None:
+    "Write the dictionaries and settings as JSON. StoreError where files of other kinds would be overwritten."
+    folder = result_folder(folder, TOKENIZER)
+    write_dictionaries(tokenizer.dictionaries, folder)
+    settings = {"max_length": tokenizer.max_length, "special": tokenizer.special, "version": tokenizer.version}
+    settings |= {"gene_column": tokenizer.gene_column} if tokenizer.gene_column else {}
+    with atomic_write(folder / "rank_tokenizer.json") as path:
+        Path(path).write_text(json.dumps(settings), encoding="utf8")
+
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #4aeabded
+def matched_genes(
+    tokenizer: RankTokenizer,
+    adata: AnnData | GeneTable,
+    *,
+    gene_column: str | None = None,  # column of var that holds gene ids; that of `fit` where there is one
+    match: MatchOptions | Mapping | None = None,  # column, mapping, symbols, orthologs: see data.genes
+) -> GeneMatch:
+    "Which token each gene of the data is (`.index`, -1 = none), with a report; see `data.genes.match_genes`."
+    options = match_options(match)
+    remembered = tokenizer.gene_column if tokenizer.gene_column in adata.var else None
+    options = replace(options, column=options.column or gene_column or remembered)
+    return match_genes(adata, tokenizer.genes, match=options, mapping=tokenizer.mapping, symbols=tokenizer.gene_names)
+
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #ae7f0a0a
+def symbol_of(tokenizer: RankTokenizer, gene: str | int) -> str:
+    "The name that biologists use for a gene id or token; the id itself where no name is known."
+    gene = str(tokenizer.genes[gene]) if isinstance(gene, (int, np.integer)) else gene
+    return tokenizer._symbols.get(gene, gene)
+
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #b0a109f4
+def token_of(tokenizer: RankTokenizer, gene: str) -> int:
+    "The token of a gene given as id or symbol; DataError with the nearest name if the vocabulary lacks it."
+    for name in (gene, plain_id(gene)):
+        for known in (name, (tokenizer.mapping or {}).get(name), (tokenizer.gene_names or {}).get(name)):
+            if known in tokenizer.medians:
+                return tokenizer.token_dictionary[known]
+    names = [*(tokenizer.gene_names or ()), *tokenizer.medians]
+    names = [name for name in names if not name.startswith("ENS")]  # the next number is another gene
+    close = difflib.get_close_matches(gene, names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "give an id or symbol of one that is: tokenizer.genes lists them"
+    raise DataError(f"the gene {gene!r} is not in the vocabulary of {len(tokenizer.medians):,} genes; {hint}")
+
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #3db8713e
+def request_of(
+    tokenizer: RankTokenizer, columns: Sequence | Mapping, keep_counts: bool, empty: str, engine: str
+) -> Request:
+    "The user's wishes, checked."
+    special = (tokenizer.cls, tokenizer.eos) if tokenizer.special else None
+    vocabulary = len(tokenizer.genes)
+    return Request(tokenizer.max_length, special, column_names(columns), keep_counts, empty, engine, vocabulary)
+
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #36fc8b55
+def tokenized_blocks(
+    tokenizer: RankTokenizer,
+    source: CellSource,
+    ask: Request,
+    tally: Tally,
+    gene_column: str | None,
+    match: MatchOptions | Mapping | None,
+) -> Iterator[TokenizedCells]:
+    "The tokenized blocks of a source."
+    if not source.n_cells:
+        raise DataError(f"{source.name} has no cells; check the filters before")
+    found = tokenizer.match(source.genes, gene_column=gene_column, match=match)
+    tally.genes = found.report
+    medians = np.where(found.index >= 0, tokenizer._typical[found.index], 1.0)
+    yield from tokenize_blocks(source, medians, found.index, ask, tally)
+
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #b33f4c1c
+def tokenize(
+    tokenizer: RankTokenizer,
+    adata: AnnData | str | Path,
+    *,
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    columns: Sequence[str] | Mapping[str, str] = (),  # columns of obs to keep
+    keep_counts: bool = False,  # keep the normalised count of each token
+    empty: Literal["drop", "keep", "error"] = "drop",  # cells without any known gene
+    gene_column: str | None = None,  # column of var that holds gene ids
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
+    engine: Literal["auto", "numba", "numpy"] = "auto",  # the same tokens; numpy is slower
+) -> TokenizedCells:
+    """Tokenize an AnnData (any matrix, backed or not; never changed) or one file. Returns TokenizedCells in the
+    order of the cells.
+
+    columns: obs columns to keep, names or {column: new name}. keep_counts: also x / n_counts * 10^4 of each token.
+    empty: cells without any known gene are dropped ("drop", with a warning), kept without gene tokens ("keep") or an
+    error ("error"). gene_column: the column of var with gene ids. engine: "numba", "numpy" (same tokens, slower),
+    "auto".
+
+    obs["n_counts"] is used where present, else the sum over all genes; cells with obs["filter_pass"] != 1 are
+    left out.
+    """
+    ask = request_of(tokenizer, columns, keep_counts, empty, engine)
+    tally = Tally("AnnData" if not isinstance(adata, (str, Path)) else str(adata))
+    parts = list(tokenized_blocks(tokenizer, open_source(adata, layer), ask, tally, gene_column, match))
+    report = merge_reports([tally.report()], tokenizer.max_length)
+    warn_of_empty(report, empty)
+    return join_cells(parts, report, tokenizer.special)
+
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #a4dbd4da
+def tokenize_files(
+    tokenizer: RankTokenizer,
+    path_or_folder: str | Path,
+    out: str | Path,
+    *,
+    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    columns: Sequence[str] | Mapping[str, str] = (),  # columns of obs to keep
+    keep_counts: bool = False,  # keep the normalised count of each token
+    empty: Literal["drop", "keep", "error"] = "drop",  # cells without any known gene
+    gene_column: str | None = None,  # column of var that holds gene ids
+    match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
+) -> dict:
+    """Tokenize one file, or all h5ad, loom and zarr files of a folder in the order of their names, into the data
+    set `out`.
+
+    `out` is a folder that `datasets.load_from_disk`, `TokenizedCells.load` and the original open. Cells are read
+    in blocks of rows, so memory does not grow with the files; `out` appears whole or not at all. Returns the report.
+    Arguments as in a call.
+    """
+    ask = request_of(tokenizer, columns, keep_counts, empty, "auto")
+    sources = [open_source(path, layer) for path in cell_files(path_or_folder)]
+    bar, reports = progress(desc="tokenizing", total=sum(source.n_cells for source in sources), unit="cell"), []
+    inputs = [path_or_folder, *(source.name for source in sources)]
+    with bar, atomic_write(out, kind=DATASET, inputs=inputs) as folder, DatasetWriter(folder) as writer:
+        for source in sources:
+            tally = Tally(source.name)
+            for cells in tokenized_blocks(tokenizer, source, ask, tally, gene_column, match):
+                writer.write(cells, Path(source.name).name)
+                bar.update(tally.n_cells - bar.n + sum(report["n_cells"] for report in reports))
+            reports.append(tally.report())
+        report = merge_reports(reports, tokenizer.max_length)
+        warn_of_empty(report, empty)
+        writer.finish(report, tokenizer.special)
+    return report
+
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #c4cfb3b8
+def read_by_token(tokenizer: RankTokenizer) -> None:
+    "Set the special tokens, and by token: the gene, its typical level, its symbol."
+    words = tokenizer.dictionaries.tokens
+    tokenizer.pad, tokenizer.mask = words["<pad>"], words["<mask>"]
+    tokenizer.cls, tokenizer.eos = (words["<cls>"], words["<eos>"]) if tokenizer.special else (None, None)
+    tokenizer.genes = np.full(max(words.values()) + 1, "", dtype=object)  # token id -> gene or special token
+    tokenizer.genes[list(words.values())] = list(words)
+    tokenizer._typical = np.ones(len(tokenizer.genes))
+    tokenizer._typical[[words[gene] for gene in tokenizer.medians]] = list(tokenizer.medians.values())
+    tokenizer._symbols = {gene: name for name, gene in reversed((tokenizer.gene_names or {}).items())}
+
+# %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #c77b3ae2
 class RankTokenizer:
     "Turns cells into ranked gene tokens. Make it with `from_pretrained` (official dictionaries or ours) or `fit`."
 
@@ -142,7 +348,6 @@ class RankTokenizer:
     ):
         "AssetError where the dictionaries do not fit each other."
         self.dictionaries = check_dictionaries(Dictionaries(token_dictionary, medians, mapping, gene_names))
-        words = self.dictionaries.tokens
         self.special = self.dictionaries.special if special is None else special
         if self.special and not self.dictionaries.special:
             raise OptionError("special=True: this dictionary has no <cls> and <eos> (it is V1, or was fitted without)")
@@ -150,203 +355,26 @@ class RankTokenizer:
         self.max_length = (4096 if self.dictionaries.special else 2048) if max_length is None else max_length
         check_number("max_length", self.max_length, 3 if self.special else 1, LONGEST)
         self.gene_column = gene_column
-        self.pad, self.mask = words["<pad>"], words["<mask>"]
-        self.cls, self.eos = (words["<cls>"], words["<eos>"]) if self.special else (None, None)
-        self.genes = np.full(max(words.values()) + 1, "", dtype=object)  # token id -> gene or special token
-        self.genes[list(words.values())] = list(words)
-        self._typical = np.ones(len(self.genes))
-        self._typical[[words[gene] for gene in self.medians]] = list(self.medians.values())
-        self._symbols = {gene: name for name, gene in reversed((gene_names or {}).items())}
+        read_by_token(self)
+
+    from_pretrained = classmethod(tokenizer_from_pretrained)
+    fit = classmethod(fitted_tokenizer)
+    save_pretrained = save_tokenizer
+    match = matched_genes
+    symbol = symbol_of
+    token = token_of
+    tokenize_files = tokenize_files
+    __call__ = tokenize
 
     token_dictionary = property(lambda self: self.dictionaries.tokens, doc="Gene or special token -> token id.")
     medians = property(lambda self: self.dictionaries.medians, doc="Gene -> typical level.")
     mapping = property(lambda self: self.dictionaries.mapping, doc="Outdated id -> current id, or None.")
     gene_names = property(lambda self: self.dictionaries.gene_names, doc="Symbol -> id, or None.")
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_hub_id: str | Path,
-        *,
-        subfolder: str | None = None,  # the model's folder inside the repository
-        revision: str | None = None,  # commit of the hub repository
-        local_files_only: bool = False,  # never ask the hub
-        version: Literal["V1", "V2"] | None = None,  # where a folder of dictionaries holds both
-        max_length: int | None = None,  # longest sequence; without it that of the dictionaries
-        special: bool | None = None,  # frame cells with <cls> and <eos>
-    ) -> RankTokenizer:
-        """Read the dictionaries in a folder (official V1 or V2, pickle or JSON; or ours) or of a hub repository.
-
-        `version` ("V1", "V2") chooses where a folder holds both. AssetError: missing, unsafe, or not fitting each
-        other.
-        """
-        from scellfm.assets import find
-
-        folder = find(path_or_hub_id, subfolder, revision, local_files_only, PATTERNS)
-        found, settings = read_dictionaries(folder, version), {}
-        if (Path(folder) / "rank_tokenizer.json").exists():
-            settings = read_record(Path(folder) / "rank_tokenizer.json", TOKENIZER_SETTINGS)
-            settings = {name: settings[name] for name in TOKENIZER_SETTINGS if name in settings}
-        settings |= {
-            key: value for key, value in (("max_length", max_length), ("special", special)) if value is not None
-        }
-        return cls(found.tokens, found.medians, found.mapping, found.gene_names, **settings)
-
-    @classmethod
-    def fit(
-        cls,
-        adata: AnnData | str | Path | Iterable,
-        *,
-        layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
-        gene_column: str | None = None,  # column of var that holds gene ids
-        mapping: Mapping[str, str] | None = None,  # {outdated id: id}
-        special: bool = False,  # frame cells with <cls> and <eos>
-        max_length: int = 2048,  # longest sequence of tokens
-    ) -> RankTokenizer:
-        """Vocabulary and exact medians of your own cells: an AnnData, a path, a folder of files, or a list of these.
-
-        Every gene that is detected becomes a token. `mapping` renames outdated ids first. Files are read in blocks,
-        more than once
-        if they hold more than 20 million values.
-        """
-        given = list(adata) if isinstance(adata, (list, tuple)) else [adata]
-        inputs = [file for one in given for file in (cell_files(one) if isinstance(one, (str, Path)) else [one])]
-        found = fit_dictionaries([open_source(one, layer) for one in inputs], gene_column, mapping, special)
-        return cls(
-            found.tokens, found.medians, found.mapping, found.gene_names, max_length, special, "fitted", gene_column
-        )
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        "Write the dictionaries and settings as JSON. StoreError where files of other kinds would be overwritten."
-        folder = result_folder(folder, TOKENIZER)
-        write_dictionaries(self.dictionaries, folder)
-        settings = {"max_length": self.max_length, "special": self.special, "version": self.version}
-        settings |= {"gene_column": self.gene_column} if self.gene_column else {}
-        with atomic_write(folder / "rank_tokenizer.json") as path:
-            Path(path).write_text(json.dumps(settings), encoding="utf8")
-
     @property
     def identity(self) -> tuple:
         "All that tokens come from: dictionaries and medians, the longest sequence, the frame, the column of names."
         return self.dictionaries, self.max_length, self.special, self.gene_column
-
-    def match(
-        self,
-        adata: AnnData | GeneTable,
-        *,
-        gene_column: str | None = None,  # column of var that holds gene ids; that of `fit` where there is one
-        match: MatchOptions | Mapping | None = None,  # column, mapping, symbols, orthologs: see data.genes
-    ) -> GeneMatch:
-        "Which token each gene of the data is (`.index`, -1 = none), with a report; see `data.genes.match_genes`."
-        options = match_options(match)
-        remembered = self.gene_column if self.gene_column in adata.var else None
-        options = replace(options, column=options.column or gene_column or remembered)
-        return match_genes(adata, self.genes, match=options, mapping=self.mapping, symbols=self.gene_names)
-
-    def symbol(self, gene: str | int) -> str:
-        "The name that biologists use for a gene id or token; the id itself where no name is known."
-        gene = str(self.genes[gene]) if isinstance(gene, (int, np.integer)) else gene
-        return self._symbols.get(gene, gene)
-
-    def token(self, gene: str) -> int:
-        "The token of a gene given as id or symbol; DataError with the nearest name if the vocabulary lacks it."
-        for name in (gene, plain_id(gene)):
-            for known in (name, (self.mapping or {}).get(name), (self.gene_names or {}).get(name)):
-                if known in self.medians:
-                    return self.token_dictionary[known]
-        names = [
-            name for name in [*(self.gene_names or ()), *self.medians] if not name.startswith("ENS")
-        ]  # the next number is another gene
-        close = difflib.get_close_matches(gene, names, n=1)
-        raise DataError(
-            f"the gene {gene!r} is not in the vocabulary of {len(self.medians):,} genes"
-            + (
-                f"; did you mean {close[0]!r}?"
-                if close
-                else "; give an id or symbol of one that is: tokenizer.genes lists them"
-            )
-        )
-
-    def __call__(
-        self,
-        adata: AnnData | str | Path,
-        *,
-        layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
-        columns: Sequence[str] | Mapping[str, str] = (),  # columns of obs to keep
-        keep_counts: bool = False,  # keep the normalised count of each token
-        empty: Literal["drop", "keep", "error"] = "drop",  # cells without any known gene
-        gene_column: str | None = None,  # column of var that holds gene ids
-        match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
-        engine: Literal["auto", "numba", "numpy"] = "auto",  # the same tokens; numpy is slower
-    ) -> TokenizedCells:
-        """Tokenize an AnnData (any matrix, backed or not; never changed) or one file. Returns TokenizedCells in the
-        order of the cells.
-
-        columns: obs columns to keep, names or {column: new name}. keep_counts: also x / n_counts * 10^4 of each token.
-        empty: cells without any known gene are dropped ("drop", with a warning), kept without gene tokens ("keep") or
-        an
-        error ("error"). gene_column: the column of var with gene ids. engine: "numba", "numpy" (same tokens, slower),
-        "auto".
-        obs["n_counts"] is used where present, else the sum over all genes; cells with obs["filter_pass"] != 1 are
-        left out.
-        """
-        ask = self._request(columns, keep_counts, empty, engine)
-        tally = Tally("AnnData" if not isinstance(adata, (str, Path)) else str(adata))
-        parts = list(self._blocks(open_source(adata, layer), ask, tally, gene_column, match))
-        report = merge_reports([tally.report()], self.max_length)
-        warn_of_empty(report, empty)
-        return join_cells(parts, report, self.special)
-
-    def tokenize_files(
-        self,
-        path_or_folder: str | Path,
-        out: str | Path,
-        *,
-        layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
-        columns: Sequence[str] | Mapping[str, str] = (),  # columns of obs to keep
-        keep_counts: bool = False,  # keep the normalised count of each token
-        empty: Literal["drop", "keep", "error"] = "drop",  # cells without any known gene
-        gene_column: str | None = None,  # column of var that holds gene ids
-        match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
-    ) -> dict:
-        """Tokenize one file, or all h5ad, loom and zarr files of a folder in the order of their names, into the data
-        set `out`.
-
-        `out` is a folder that `datasets.load_from_disk`, `TokenizedCells.load` and the original open. Cells are read
-        in blocks of
-        rows, so memory does not grow with the files; `out` appears whole or not at all. Returns the report. Arguments
-        as in a call.
-        """
-        ask = self._request(columns, keep_counts, empty, "auto")
-        sources = [open_source(path, layer) for path in cell_files(path_or_folder)]
-        bar, reports = progress(desc="tokenizing", total=sum(source.n_cells for source in sources), unit="cell"), []
-        inputs = [path_or_folder, *(source.name for source in sources)]
-        with bar, atomic_write(out, kind=DATASET, inputs=inputs) as folder, DatasetWriter(folder) as writer:
-            for source in sources:
-                tally = Tally(source.name)
-                for cells in self._blocks(source, ask, tally, gene_column, match):
-                    writer.write(cells, Path(source.name).name)
-                    bar.update(tally.n_cells - bar.n + sum(report["n_cells"] for report in reports))
-                reports.append(tally.report())
-            report = merge_reports(reports, self.max_length)
-            warn_of_empty(report, empty)
-            writer.finish(report, self.special)
-        return report
-
-    def _request(self, columns, keep_counts: bool, empty: str, engine: str) -> Request:
-        "The user's wishes, checked."
-        special = (self.cls, self.eos) if self.special else None
-        vocabulary = len(self.genes)
-        return Request(self.max_length, special, column_names(columns), keep_counts, empty, engine, vocabulary)
-
-    def _blocks(self, source: CellSource, ask: Request, tally: Tally, gene_column: str | None, match):
-        "The tokenized blocks of a source."
-        if not source.n_cells:
-            raise DataError(f"{source.name} has no cells; check the filters before")
-        found = self.match(source.genes, gene_column=gene_column, match=match)
-        tally.genes = found.report
-        medians = np.where(found.index >= 0, self._typical[found.index], 1.0)
-        yield from tokenize_blocks(source, medians, found.index, ask, tally)
 
     def __repr__(self) -> str:
         "Version, vocabulary and longest sequence."

@@ -95,21 +95,9 @@ def rank_numba(csr: sparse.csr_matrix, medians: np.ndarray, tokens: np.ndarray, 
     lengths, detected, sums = np.empty(n_rows, np.int64), np.empty(n_rows, np.int64), np.empty(n_rows)
     slot = np.full(int(known.max(initial=0)) + 1, -1, np.int64)
     collapse = bool(np.bincount(known).max(initial=0) > 1)
-    used = kernel()(
-        data,
-        csr.indices.astype(np.int32, copy=False),
-        csr.indptr.astype(np.int64, copy=False),
-        tokens,
-        medians,
-        slot,
-        collapse,
-        limit,
-        out_tokens,
-        out_counts,
-        lengths,
-        detected,
-        sums,
-    )
+    matrix = data, csr.indices.astype(np.int32, copy=False), csr.indptr.astype(np.int64, copy=False)
+    written = out_tokens, out_counts, lengths, detected, sums
+    used = kernel()(*matrix, tokens, medians, slot, collapse, limit, *written)
     return out_tokens[:used], out_counts[:used], lengths, detected, sums
 
 # %% ../../../nbs/geneformer/tokenizer/ranking.ipynb #e449f612

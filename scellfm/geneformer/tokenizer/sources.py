@@ -8,13 +8,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from scipy import sparse
 
+# %% auto #0
+__all__ = []
+
+# %% ../../../nbs/geneformer/tokenizer/sources.ipynb #fdc3648d
 from ...core import DataError, warn
 from ...data.columns import column_names, read_column, read_table, row_names
 from ...data.genes import GeneTable
@@ -37,9 +43,6 @@ from scellfm.data.reading import (
 if TYPE_CHECKING:
     from anndata import AnnData
 
-# %% auto #0
-__all__ = []
-
 # %% ../../../nbs/geneformer/tokenizer/sources.ipynb #d4e639ad
 @dataclass
 class CellSource:
@@ -57,18 +60,21 @@ class CellSource:
     stored: str = "counts"  # where the matrix was found, for messages
     warn_of_scale: Callable[[float], None] = lambda largest: None  # of integers that may be rounded logarithms
 
-    def obs(self, column: str) -> pd.Series:
-        "A column of obs; DataError with the nearest name if there is none."
-        if column not in self.columns:
-            close = difflib.get_close_matches(str(column), self.columns, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise DataError(f"{self.name}: obs has no column {column!r}; it has {self.columns}.{hint}")
-        return self.column(column)
+# %% ../../../nbs/geneformer/tokenizer/sources.ipynb #bda80584
+@patch
+def obs(self: CellSource, column: str) -> pd.Series:
+    "A column of obs; DataError with the nearest name if there is none."
+    if column not in self.columns:
+        close = difflib.get_close_matches(str(column), self.columns, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise DataError(f"{self.name}: obs has no column {column!r}; it has {self.columns}.{hint}")
+    return self.column(column)
 
-    @property
-    def genes(self) -> GeneTable:
-        "The genes of the matrix, for `data.genes`."
-        return GeneTable(self.var)
+
+@patch(as_prop=True)
+def genes(self: CellSource) -> GeneTable:
+    "The genes of the matrix, for `data.genes`."
+    return GeneTable(self.var)
 
 # %% ../../../nbs/geneformer/tokenizer/sources.ipynb #870fcd2c
 def block_rows(rows: int, n_genes: int, dense: bool) -> int:
@@ -102,13 +108,9 @@ def from_anndata_file(path: Path, layer: str | None) -> CellSource:
         layers = list(file["layers"]) if "layers" in file else []
         logged = key == "X" and "uns" in file and hasattr(file["uns"], "keys") and "log1p" in file["uns"]
 
-    def column(name: str) -> pd.Series:
+    def from_obs(read, *what):
         with damage_named(path), open_store(path, checked=True) as file:
-            return read_column(file["obs"], name)
-
-    def names(start: int, stop: int) -> np.ndarray:
-        with damage_named(path), open_store(path, checked=True) as file:
-            return row_names(file["obs"], start, stop)
+            return read(file["obs"], *what)
 
     def blocks(rows: int) -> Iterator[tuple[int, sparse.csr_matrix]]:
         return path_blocks(path, layer, block_rows(rows, n_genes, form == "dense"), checked=True)
@@ -118,7 +120,17 @@ def from_anndata_file(path: Path, layer: str | None) -> CellSource:
             warn(f"{path}: X holds integers, yet uns['log1p'] says that it was log-transformed; are they raw counts?")
 
     place = f"{key} (the file also has the layers {layers})"
-    return CellSource(str(path), n_cells, var, columns, column, names, blocks, place, tell)
+    return CellSource(
+        str(path),
+        n_cells,
+        var,
+        columns,
+        partial(from_obs, read_column),
+        partial(from_obs, row_names),
+        blocks,
+        place,
+        tell,
+    )
 
 # %% ../../../nbs/geneformer/tokenizer/sources.ipynb #46f0044c
 def from_loom(path: Path, layer: str | None) -> CellSource:

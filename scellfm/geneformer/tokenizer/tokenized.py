@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ...core import DataError, optional, user_path
 from ...data.columns import from_codes
@@ -72,19 +73,6 @@ class TokenizedCells:
         "The number of cells."
         return len(self.offsets) - 1
 
-    def __getitem__(self, key):
-        "An int: int64 [length] token ids of one cell. A slice, mask or array of positions: TokenizedCells."
-        if isinstance(key, (int, np.integer)):
-            place = int(key) + len(self) if key < 0 else int(key)
-            if not 0 <= place < len(self):
-                raise IndexError(f"cell {key} of {len(self)}")
-            return self.tokens[self.offsets[place] : self.offsets[place + 1]].astype(np.int64)
-        index = np.arange(len(self))[key]
-        entries, offsets = gather_rows(self.offsets, index)
-        counts = None if self.counts is None else self.counts[entries]
-        obs, cell_index = self.obs.iloc[index], self.cell_index[index]
-        return TokenizedCells(self.tokens[entries], offsets, obs, cell_index, counts, self.report, self.special)
-
     @property
     def lengths(self) -> np.ndarray:
         "int64 [n]: tokens of each cell, special ones included."
@@ -95,33 +83,56 @@ class TokenizedCells:
         "The tokens in flat stretches, each with the offsets of its cells: here one; a Corpus has many."
         return [(self.tokens, self.offsets)]
 
-    def save(self, path: str | Path) -> None:
-        "Write a folder that `datasets.load_from_disk` (and so the original Geneformer) and `TokenizedCells.load` open."
-        with atomic_write(path, kind=DATASET) as folder, DatasetWriter(folder) as writer:
-            for start in range(0, max(len(self), 1), 1000):
-                writer.write(self[start : start + 1000])
-            writer.finish(self.report, self.special)
-
     @classmethod
     def load(cls, path: str | Path) -> TokenizedCells:
         "Read a folder written by `save`, by `RankTokenizer.tokenize_files` or by the original Geneformer."
         return read_dataset(user_path(path))
 
-    def to_dataset(self) -> datasets.Dataset:
-        """The same cells as a Hugging Face Dataset in memory (columns input_ids, length, counts if kept, and those
-        of obs)."""
-        return optional("datasets", "datasets").Dataset(cells_table(self))
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #615b610a
+@patch
+def __getitem__(self: TokenizedCells, key: int | slice | np.ndarray) -> np.ndarray | TokenizedCells:
+    "An int: int64 [length] token ids of one cell. A slice, mask or array of positions: TokenizedCells."
+    if isinstance(key, (int, np.integer)):
+        place = int(key) + len(self) if key < 0 else int(key)
+        if not 0 <= place < len(self):
+            raise IndexError(f"cell {key} of {len(self)}")
+        return self.tokens[self.offsets[place] : self.offsets[place + 1]].astype(np.int64)
+    index = np.arange(len(self))[key]
+    entries, offsets = gather_rows(self.offsets, index)
+    counts = None if self.counts is None else self.counts[entries]
+    obs, cell_index = self.obs.iloc[index], self.cell_index[index]
+    return TokenizedCells(self.tokens[entries], offsets, obs, cell_index, counts, self.report, self.special)
 
-    def __repr__(self) -> str:
-        "Cells, tokens, and the columns."
-        kinds = [f"{len(self):,} cells, {len(self.tokens):,} tokens ({self.tokens.dtype})"]
-        kinds += ["<cls> and <eos> around each"] * self.special + ["counts"] * (self.counts is not None)
-        return f"TokenizedCells({', '.join(kinds)}; obs: {list(self.obs.columns)})"
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #70b997d2
+@patch
+def save(self: TokenizedCells, path: str | Path) -> None:
+    "Write a folder that `datasets.load_from_disk` (and so the original Geneformer) and `TokenizedCells.load` open."
+    with atomic_write(path, kind=DATASET) as folder, DatasetWriter(folder) as writer:
+        for start in range(0, max(len(self), 1), 1000):
+            writer.write(self[start : start + 1000])
+        writer.finish(self.report, self.special)
 
-    def _repr_html_(self) -> str:
-        "The report as a small table."
-        rows = "".join(f"<tr><td>{what}</td><td>{n}</td></tr>" for what, n in report_rows(self.report))
-        return f"<table><caption>{escape(repr(self))}</caption>{rows}</table>"
+
+@patch
+def to_dataset(self: TokenizedCells) -> datasets.Dataset:
+    """The same cells as a Hugging Face Dataset in memory (columns input_ids, length, counts if kept, and those
+    of obs)."""
+    return optional("datasets", "datasets").Dataset(cells_table(self))
+
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #659e1d39
+@patch
+def __repr__(self: TokenizedCells) -> str:
+    "Cells, tokens, and the columns."
+    kinds = [f"{len(self):,} cells, {len(self.tokens):,} tokens ({self.tokens.dtype})"]
+    kinds += ["<cls> and <eos> around each"] * self.special + ["counts"] * (self.counts is not None)
+    return f"TokenizedCells({', '.join(kinds)}; obs: {list(self.obs.columns)})"
+
+
+@patch
+def _repr_html_(self: TokenizedCells) -> str:
+    "The report as a small table."
+    rows = "".join(f"<tr><td>{what}</td><td>{n}</td></tr>" for what, n in report_rows(self.report))
+    return f"<table><caption>{escape(repr(self))}</caption>{rows}</table>"
 
 # %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #ea239b34
 def arrow_type(values: pd.Series) -> pyarrow.DataType:
@@ -224,64 +235,71 @@ class DatasetWriter:
             if stream is not None:
                 stream.close()
 
-    def write(self, cells: TokenizedCells, file: str = "") -> None:
-        "Add a block of cells that came from `file`."
-        import pyarrow as pa
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #6950125d
+@patch
+def write(self: DatasetWriter, cells: TokenizedCells, file: str = "") -> None:
+    "Add a block of cells that came from `file`."
+    import pyarrow as pa
 
-        table = cells_table(cells)
-        if self.schema is None:
-            self.schema = table.schema
-        table = same_schema(table, self.schema, file or "these cells")
-        if self.stream is None or self.filled > self.shard_bytes:
-            self._next_shard()
-        self.stream.write_table(table)
-        self.filled += table.nbytes
-        origin = {
-            "name": pa.array(cells.obs.index.astype(str)),
-            "cell_index": pa.array(cells.cell_index, pa.int64()),
-            "file": pa.array([file] * len(cells), pa.string()),
-        }
-        if self.names is None:
-            self.names = pa.ipc.new_stream(str(self.folder / "cells.arrow"), self.names_schema)
-        self.names.write_table(pa.table(origin).cast(self.names_schema))
+    table = cells_table(cells)
+    if self.schema is None:
+        self.schema = table.schema
+    table = same_schema(table, self.schema, file or "these cells")
+    if self.stream is None or self.filled > self.shard_bytes:
+        self._next_shard()
+    self.stream.write_table(table)
+    self.filled += table.nbytes
+    origin = {
+        "name": pa.array(cells.obs.index.astype(str)),
+        "cell_index": pa.array(cells.cell_index, pa.int64()),
+        "file": pa.array([file] * len(cells), pa.string()),
+    }
+    if self.names is None:
+        self.names = pa.ipc.new_stream(str(self.folder / "cells.arrow"), self.names_schema)
+    self.names.write_table(pa.table(origin).cast(self.names_schema))
 
-    @property
-    def names_schema(self) -> pyarrow.Schema:
-        "The columns of cells.arrow."
-        import pyarrow as pa
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #4aa0c832
+@patch(as_prop=True)
+def names_schema(self: DatasetWriter) -> pyarrow.Schema:
+    "The columns of cells.arrow."
+    import pyarrow as pa
 
-        return pa.schema([("name", pa.string()), ("cell_index", pa.int64()), ("file", pa.string())])
+    return pa.schema([("name", pa.string()), ("cell_index", pa.int64()), ("file", pa.string())])
 
-    def _next_shard(self) -> None:
-        "Close the shard that is full and open the next."
-        import pyarrow as pa
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #7527d527
+@patch
+def _next_shard(self: DatasetWriter) -> None:
+    "Close the shard that is full and open the next."
+    import pyarrow as pa
 
-        if self.stream is not None:
-            self.stream.close()
-        self.stream = pa.ipc.new_stream(str(self.folder / f"shard-{self.shards}.arrow"), self.schema)
-        self.shards, self.filled = self.shards + 1, 0
+    if self.stream is not None:
+        self.stream.close()
+    self.stream = pa.ipc.new_stream(str(self.folder / f"shard-{self.shards}.arrow"), self.schema)
+    self.shards, self.filled = self.shards + 1, 0
 
-    def finish(self, report: dict, special: bool) -> None:
-        "Close the data, give the shards their names and write the descriptions."
-        self.__exit__()
-        names = [f"data-{i:05d}-of-{self.shards:05d}.arrow" for i in range(self.shards)]
-        for i, name in enumerate(names):
-            (self.folder / f"shard-{i}.arrow").rename(self.folder / name)
-        features = json.loads(self.schema.metadata[b"huggingface"])["info"]["features"]
-        info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
-        digest = fingerprint([sha256(self.folder / name) for name in names])[:16]  # `datasets` keeps results under it
-        state = {
-            "_data_files": [{"filename": name} for name in names],
-            "_fingerprint": digest,
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-            "_split": None,
-        }
-        ours = {"report": report, "special": special}
-        for name, content in (("dataset_info", info), ("state", state), ("tokenizer_report", ours)):
-            (self.folder / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf8")
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #fed49fe3
+@patch
+def finish(self: DatasetWriter, report: dict, special: bool) -> None:
+    "Close the data, give the shards their names and write the descriptions."
+    self.__exit__()
+    names = [f"data-{i:05d}-of-{self.shards:05d}.arrow" for i in range(self.shards)]
+    for i, name in enumerate(names):
+        (self.folder / f"shard-{i}.arrow").rename(self.folder / name)
+    features = json.loads(self.schema.metadata[b"huggingface"])["info"]["features"]
+    info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
+    digest = fingerprint([sha256(self.folder / name) for name in names])[:16]  # `datasets` keeps results under it
+    state = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": digest,
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    ours = {"report": report, "special": special}
+    for name, content in (("dataset_info", info), ("state", state), ("tokenizer_report", ours)):
+        (self.folder / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf8")
 
 # %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #0d2df6a5
 def read_stream(path: Path) -> pyarrow.Table:
@@ -425,7 +443,7 @@ REPORT = {
     "special": bool,
 }
 
-
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #f1d16ca3
 def read_origin(folder: Path, n: int) -> pyarrow.Table | None:
     "name, cell_index and file of the n cells of a data set of ours; None in one of the original, which keeps none."
     import pyarrow as pa

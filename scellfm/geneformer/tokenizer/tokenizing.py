@@ -14,7 +14,7 @@ from scipy import sparse
 
 from ...core import DataError, one_of, warn
 from ...data.reading import CountFaults, Depth
-from .ranking import encode
+from .ranking import Ranked, encode
 from .sources import CellSource, cell_totals, stored_totals
 from .tokenized import TokenizedCells
 
@@ -145,19 +145,23 @@ def chosen_cells(source: CellSource) -> np.ndarray | None:
         return None
     return pd.to_numeric(source.obs("filter_pass"), errors="coerce").to_numpy(np.float64) == 1
 
+# %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #976147f5
+def kept_columns(source: CellSource, columns: Mapping[str, str]) -> pd.DataFrame:
+    "The columns of obs that are kept, under their new names; cells by position."
+
+    def values(name: str):
+        column = source.obs(name)
+        return column.to_numpy() if isinstance(column.dtype, np.dtype) else column.array
+
+    return pd.DataFrame({new: values(old) for old, new in columns.items()}, index=range(source.n_cells))
+
 # %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #a8f0e3d5
 def tokenize_blocks(
     source: CellSource, medians: np.ndarray, tokens: np.ndarray, ask: Request, tally: Tally, rows: int = 2048
 ) -> Iterator[TokenizedCells]:
     "Tokenize a source block by block; `medians` and `tokens` are those of its columns. Fills `tally`."
     stored, chosen = stored_totals(source), chosen_cells(source)
-    obs = pd.DataFrame(
-        {
-            new: source.obs(old).to_numpy() if isinstance(source.obs(old).dtype, np.dtype) else source.obs(old).array
-            for old, new in ask.columns.items()
-        },
-        index=range(source.n_cells),
-    )
+    obs = kept_columns(source, ask.columns)
     fractions, largest, depth = False, 0.0, Depth()
     for start, block in source.blocks(rows):
         if vet_counts(source, start, block, stored) and not fractions:
@@ -178,21 +182,22 @@ def tokenize_blocks(
         source.warn_of_scale(largest)
         depth.warn()
 
+# %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #dec7107e
+def per_10_000(ranked: Ranked, totals: np.ndarray) -> np.ndarray:
+    "The count of each token per 10,000 of its cell (float32); 0 at special tokens."
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = ranked.counts / np.repeat(totals, np.diff(ranked.offsets)) * 1e4
+    return np.where(ranked.counts > 0, share, 0.0).astype(np.float32)
+
 # %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #090f34a6
 def tokenize_block(source, block, totals, index, obs, medians, tokens, ask: Request, tally: Tally) -> TokenizedCells:
     "Encode one block, drop or keep its empty cells, count."
     how = dict(special=ask.special, keep_counts=ask.keep_counts, engine=ask.engine, vocabulary=ask.vocabulary)
     ranked = encode(block, medians, tokens, ask.max_length, **how)
-    lengths, counts = np.diff(ranked.offsets), None
-    if ask.keep_counts:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            counts = np.where(ranked.counts > 0, ranked.counts / np.repeat(totals, lengths) * 1e4, 0.0).astype(
-                np.float32
-            )
+    counts = per_10_000(ranked, totals) if ask.keep_counts else None
     names = pd.Index(source.names(index[0], index[-1] + 1)[index - index[0]] if len(index) else [], dtype=object)
-    cells = TokenizedCells(
-        ranked.tokens, ranked.offsets, obs.iloc[index].set_axis(names), index, counts, {}, bool(ask.special)
-    )
+    own = obs.iloc[index].set_axis(names)
+    cells = TokenizedCells(ranked.tokens, ranked.offsets, own, index, counts, {}, bool(ask.special))
     empty = ranked.detected == 0
     tally.known += float(ranked.known.sum())
     tally.n_empty += int(empty.sum())
@@ -200,8 +205,7 @@ def tokenize_block(source, block, totals, index, obs, medians, tokens, ask: Requ
     if empty.any() and ask.empty == "error":
         raise DataError(
             f"{source.name}: cell {str(names[int(empty.argmax())])!r} has no count in any known gene; "
-            "filter such cells, or pass "
-            "empty='drop' or empty='keep'"
+            "filter such cells, or pass empty='drop' or empty='keep'"
         )
     cells = cells[~empty] if empty.any() and ask.empty == "drop" else cells
     tally.n_kept += len(cells)
