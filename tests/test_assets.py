@@ -964,11 +964,16 @@ def test_a_local_folder_wins_over_a_hub_id(tmp_path, monkeypatch):
     assert find("org/model") == Path("org/model")
 
 
-@pytest.mark.parametrize("wrong", ["./org/model", "/nowhere/model", "model", "a/b/c", "", "~/no/such/folder", "../x"])
+@pytest.mark.parametrize("wrong", ["./org/model", "/nowhere/model", "model", "a/b/c", "~/no/such/folder", "../x"])
 def test_a_path_that_does_not_exist_is_no_hub_id(tmp_path, monkeypatch, wrong):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AssetError, match="does not exist, and is no hub id like"):
         find(wrong)
+
+
+def test_an_empty_path_is_named():
+    with pytest.raises(OptionError, match="path_or_hub_id='' is empty"):
+        find("")
 
 
 def test_a_missing_subfolder_says_which_there_are(tmp_path):

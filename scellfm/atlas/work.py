@@ -64,6 +64,7 @@ def embedding(work: Work) -> Callable[[AnnData, dict], dict[str, np.ndarray]]:
     key = {"geneformer": "X_geneformer", "scgpt": "X_scGPT"}[system_of(work.model, work.loading.get("subfolder"))]
 
     def compute(part: AnnData, settings: dict) -> dict[str, np.ndarray]:
+        model._warned = False  # random weights are noted for each stretch, whichever process computes it
         model.embed(part, key_added=key, **settings)
         return {"vectors": part.obsm[key]}
 

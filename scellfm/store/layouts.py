@@ -178,7 +178,7 @@ VECTORS = FolderKind(
 )
 
 # %% ../../nbs/store/layouts.ipynb #1f75f264
-MANIFEST_OF_VECTORS = {"steps": Maybe([dict]), "read": Maybe({...: {"bin": Between(0, 2**32)}})}
+MANIFEST_OF_VECTORS = {"steps": Maybe([dict]), "read": Maybe({...: {"bin": Between(-1, 2**32)}})}
 SCGENEPT = {
     "format": Only(("scellfm scGenePT",)),
     "version": Between(1, 1),
