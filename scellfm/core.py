@@ -109,7 +109,8 @@ def check_number(name: str, value: Any, least: float, most: float | None = None,
     "Raise an OptionError unless `value` is a finite number from `least` to `most`; a whole one, if not told otherwise."
     number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if not (number and least <= value < float("inf") and (most is None or value <= most)):
-        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        generous = most is None or most >= 10**6 and not (number and value > most)  # a bound that nobody would meet
+        bounds = f"of at least {least}" if generous else f"from {least} to {most}"
         raise OptionError(f"{name}={value!r} must be a {'whole ' * whole}number {bounds}")
 
 # %% ../nbs/core.ipynb #0bffcfb1
