@@ -222,12 +222,12 @@ ERRORS = {
     "no length": (
         lambda g, c, s, d: RankTokenizer.fit(cells(), max_length=0),
         OptionError,
-        ["max_length=0", "from 1 to"],
+        ["max_length=0", "at least 1"],
     ),
     "no room for a gene": (
         lambda g, c, s, d: RankTokenizer.fit(cells(), special=True, max_length=2),
         OptionError,
-        ["max_length=2", "from 3 to"],
+        ["max_length=2", "at least 3"],
     ),
     "nobody to hold out": (
         lambda g, c, s, d: g.finetune(cells(), label="type"),
