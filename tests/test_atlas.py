@@ -33,8 +33,8 @@ def atlas(tmp_path_factory):
     gf.save_pretrained(place / "geneformer")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        split = sf.data.hold_out(cells[:200], seed=0)
-        clf = gf.finetune(cells[:200].copy(), label="cell_type", split=split, epochs=1)
+        split = sf.data.hold_out(cells[:100], seed=0)
+        clf = gf.finetune(cells[:100].copy(), label="cell_type", split=split, epochs=1)
     clf.save_pretrained(place / "classifier")
     sf.scgpt.ScGPT.from_config("tiny", cells).save_pretrained(place / "scgpt")
     return place, cells[:90].copy()
@@ -92,8 +92,8 @@ def test_predictions_are_those_of_predict(atlas, tmp_path):
 def test_any_number_of_workers_gives_the_same_bytes(atlas, tmp_path):
     place, _ = atlas
     one = run(place, "embed", "geneformer", tmp_path / "one")
-    three = run(place, "embed", "geneformer", tmp_path / "three", workers=3)
-    assert result(one) == result(three)
+    two = run(place, "embed", "geneformer", tmp_path / "two", workers=2)
+    assert result(one) == result(two)
 
 
 STARTED = """
@@ -119,7 +119,7 @@ def killed_again_and_again(place, folder, kills):
     whole = run(place, "embed", "geneformer", folder / "whole", rows=8)
     rng, died = np.random.default_rng(0), 0
     for number in range(kills):
-        process = start(place, folder / "run", 1 + number % 3)
+        process = start(place, folder / "run", 2 - number % 2)
         process.stdout.readline()
         deadline, seen = time.monotonic() + 120, len(list((folder / "run").rglob("*.npz")))
         while (

@@ -17,14 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from fastcore.basics import patch
 
 import scellfm.core
 from .stretches import Stretch
-from .work import Work, Worker
-from ..core import ScellfmError, StoreError, logger, warn
-from ..store.shards import write_shard
+from .work import Work, Worker, write_stretch
+from ..core import ScellfmError, StoreError, logger, threads_kept, warn
 
 # %% auto #0
 __all__ = ['share']
@@ -56,10 +54,8 @@ def requests(channel) -> queue.Queue:
 def outcome(worker: Worker, folder: Path, asked: dict) -> dict:
     "Compute and write one shard: the answer."
     try:
-        arrays, notes = worker(Stretch(*asked["stretch"]), asked["token_budget"])
-        if asked["token_budget"]:
-            notes.append(f"computed in batches of at most {asked['token_budget']:,} tokens, for want of memory")
-        return {"entry": write_shard(folder, asked["name"], **arrays, notes=np.array(json.dumps(notes)))}
+        stretch, budget = Stretch(*asked["stretch"]), asked["token_budget"]
+        return {"entry": write_stretch(worker, folder, asked["name"], stretch, budget)}
     except Exception as error:  # told to the parent, which raises it or asks again
         return {"error": type(error).__name__, "message": str(error)}
 
@@ -220,13 +216,29 @@ def take(self: Crew, hand: Hand, answer: dict | None) -> Shard | None:
     self.occupy(hand)
     return Shard(task.name, task.stretch, answer["entry"])
 
+# %% ../../nbs/atlas/crew.ipynb #c60df942
+def alone(work: Work, tasks: Sequence[tuple[str, Stretch]], folder: Path, threads: int) -> Iterator[Shard]:
+    "The same, one after the other, in this process."
+    import torch
+
+    if tasks:
+        worker = Worker(work)
+    with threads_kept():
+        torch.set_num_threads(threads)
+        for name, stretch in tasks:
+            yield Shard(name, stretch, write_stretch(worker, folder, name, stretch))
+
 # %% ../../nbs/atlas/crew.ipynb #ba30920c
 def share(
     work: Work, tasks: Sequence[tuple[str, Stretch]], folder: str | Path, *, workers: int = 2, threads: int = 1
 ) -> Iterator[Shard]:
     """Compute (name, stretch) in several processes, which write the shards into `folder`; yield each that is finished.
 
-    threads: of each process, at the calculation. The error of a worker is raised here; one that dies is replaced."""
+    threads: of each process, at the calculation. The error of a worker is raised here; one that dies is replaced. A
+    single worker is this process itself."""
+    if workers == 1:
+        yield from alone(work, tasks, Path(folder), threads)
+        return
     crew = Crew(work, [Task(*task) for task in tasks], Path(folder), workers, threads)
     try:
         while crew.hands:

@@ -12,12 +12,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from .stretches import Stretch
-from .work import Work, Worker
+from .work import Work, Worker, write_stretch
 from ..core import OptionError, StoreError
-from ..store.shards import Records, write_shard
+from ..store.shards import Records
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +80,5 @@ def take_turns(ranks: Ranks, work: Work, tasks: list[tuple[str, Stretch]], folde
     while (number := ranks.keys.add("atlas/next", 1) - 1) < len(tasks):
         worker = Worker(work) if worker is None else worker
         name, stretch = tasks[number]
-        arrays, notes = worker(stretch)
-        records.add(name, write_shard(folder, name, **arrays, notes=np.array(json.dumps(notes))))
+        records.add(name, write_stretch(worker, folder, name, stretch))
     ranks.keys.set(f"atlas/ready{ranks.rank}", "")

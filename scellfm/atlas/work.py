@@ -18,12 +18,13 @@ import pandas as pd
 from .stretches import CellsOnDisk, Stretch
 from ..commands.inputs import load_classifier, load_model, system_of
 from ..core import ScellfmWarning, one_of
+from ..store.shards import write_shard
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['TASKS', 'MAKE', 'Work', 'tokenizing', 'embedding', 'predicting', 'Worker']
+__all__ = ['TASKS', 'MAKE', 'Work', 'tokenizing', 'embedding', 'predicting', 'Worker', 'write_stretch']
 
 # %% ../../nbs/atlas/work.ipynb #e9a545b6
 TASKS = ("tokenize", "embed", "predict")
@@ -120,3 +121,13 @@ class Worker:
         if self.cells is not None:
             self.cells.__exit__()
         self.file, self.cells = None, None
+
+# %% ../../nbs/atlas/work.ipynb #af58db58
+def write_stretch(
+    worker: Worker, folder: Path, name: str, stretch: Stretch, token_budget: int | None = None
+) -> dict[str, int | str]:
+    "Compute a stretch and write it as the shard `name`; its bytes and sha256."
+    arrays, notes = worker(stretch, token_budget)
+    if token_budget:
+        notes.append(f"computed in batches of at most {token_budget:,} tokens, for want of memory")
+    return write_shard(folder, name, **arrays, notes=np.array(json.dumps(notes)))
