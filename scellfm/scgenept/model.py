@@ -80,7 +80,9 @@ class ScGenePTModel(nn.Module):
         if self.encoder is not None:
             nn.init.uniform_(self.encoder.embedding.weight, -0.1, 0.1)
 
-    def inputs(self, tokens, values, flags, rows) -> torch.Tensor:
+    def inputs(
+        self, tokens: torch.Tensor, values: torch.Tensor, flags: torch.Tensor, rows: torch.Tensor | None
+    ) -> torch.Tensor:
         "What enters the layers [b, L, d]: the normalised sum of the vectors of gene, value, descriptions and flag."
         x = self.pert_encoder(flags)
         if self.encoder is not None:
@@ -91,7 +93,14 @@ class ScGenePTModel(nn.Module):
             x = x + language(rows)
         return self.ln(x)
 
-    def forward(self, tokens, values, flags, rows=None, mask=None) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        values: torch.Tensor,
+        flags: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         "Tokens, values and flags [b, L], rows of the language tables -> predicted values [b, L]."
         states = self.transformer_encoder(self.inputs(tokens, values, flags, rows), mask)
         return self.decoder(states)[0]
@@ -172,7 +181,9 @@ HEADS = (
 )
 
 
-def load_published(model: ScGenePTModel, tensors: Mapping[str, torch.Tensor], inputs: Inputs, gene_ids) -> LoadReport:
+def load_published(
+    model: ScGenePTModel, tensors: Mapping[str, torch.Tensor], inputs: Inputs, gene_ids: torch.Tensor
+) -> LoadReport:
     "Fill the model from a state dict of the original (either style of attention names). AssetError for any misfit."
     if not tensors:
         raise AssetError("there are no tensors to load; read_tensors(file) gives those of a checkpoint")
