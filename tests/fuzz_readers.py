@@ -318,6 +318,26 @@ def mutated(data: bytes, rng: np.random.Generator, text: bool) -> bytes:
 VALUES = (None, True, -1, 0, 10**6, 2**70, 1e400, float("nan"), "", "x", [], [[]], {}, {"a": 1}, [1, "a", None])
 
 
+def mutate_saved(folder: Path, read, rounds: int, seed: int = 0) -> None:
+    "Read a saved folder again and again, each time with one value of one of its JSON files replaced: ours or content."
+    from scellfm.core import ScellfmError
+
+    read(folder)
+    files, rng = sorted(folder.rglob("*.json")), np.random.default_rng(seed)
+    for _ in range(rounds):
+        file = files[int(rng.integers(len(files)))]
+        whole = file.read_bytes()
+        file.write_bytes(json_mutated(whole, rng))
+        try:
+            read(folder)
+        except ScellfmError:
+            pass
+        except BaseException as error:
+            raise AssertionError(f"{file.name} with {file.read_text()[:500]}") from error
+        finally:
+            file.write_bytes(whole)
+
+
 def json_mutated(data: bytes, rng: np.random.Generator) -> bytes:
     "JSON with one value replaced by one of another type, or one entry removed."
     try:

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, tree
 
 import scellfm as sf
-from scellfm.atlas import crew
+from scellfm.atlas import crew, runs
 from scellfm.atlas.stretches import Stretch, stretches_of
 from scellfm.atlas.work import Work
 
@@ -285,3 +285,58 @@ def test_totals_and_marks_of_cells_count_as_in_one_call(atlas, tmp_path):
     expected = sf.geneformer.RankTokenizer.from_pretrained(atlas[0] / "tokenizer")(cells)
     assert (found.tokens == expected.tokens).all() and (found.cell_index == expected.cell_index).all()
     assert found.report["n_filtered"] == 30 and not list(found.obs)
+
+
+def test_settings_that_no_method_takes_are_refused_before_the_work(atlas, tmp_path):
+    place, _ = atlas
+    for task, model, settings, word in (
+        ("embed", "geneformer", {"emb_lyer": 0}, "emb_layer"),
+        ("embed", "geneformer", {"overlong": "top"}, "overlong"),
+        ("embed", "scgpt", {"copy": True}, "copy"),
+        ("tokenize", "tokenizer", {"columns": ["donor"]}, "columns"),
+        ("predict", "classifier", {"epochs": 3}, "epochs"),
+    ):
+        with pytest.raises(sf.OptionError, match=word):
+            run(place, task, model, tmp_path / "out", settings=settings)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_column_of_the_result_does_not_take_the_place_of_the_users(atlas, tmp_path):
+    place, cells = atlas
+    with pytest.raises(sf.OptionError, match="donor_predicted"):
+        run(place, "predict", "classifier", tmp_path / "out", columns=["donor_predicted"])
+    with pytest.raises(sf.OptionError, match="file"):
+        run(place, "tokenize", "tokenizer", tmp_path / "out", columns=["file"])
+
+
+def test_cells_that_change_while_a_run_goes_on_end_it(atlas, tmp_path, monkeypatch):
+    cells = atlas[1][:20].copy()
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    write = runs.work_off
+
+    def work_and_change(*arguments):
+        write(*arguments)
+        cells.X.data[0] += 1
+        cells.write_h5ad(tmp_path / "cells.h5ad")
+
+    monkeypatch.setattr(runs, "work_off", work_and_change)
+    with pytest.raises(sf.StoreError, match="cells/cells.h5ad was changed while the run went on"):
+        sf.atlas.run("tokenize", tmp_path / "cells.h5ad", model=atlas[0] / "tokenizer", out=tmp_path / "out", workers=1)
+    assert not (tmp_path / "out" / "cells.dataset").exists()
+
+
+def test_a_finished_run_without_its_result_says_so(atlas, tmp_path):
+    folder = run(atlas[0], "embed", "geneformer", tmp_path / "out")
+    (folder / "cells.h5ad").unlink()
+    with pytest.raises(sf.StoreError, match="its result is gone"):
+        run(atlas[0], "embed", "geneformer", tmp_path / "out")
+
+
+def test_an_error_of_the_data_names_the_stretch_in_one_process_too(atlas, tmp_path):
+    cells = atlas[1][:20].copy()
+    cells.X.data[-1] = -1
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    for workers in (1, 2):
+        with pytest.raises(sf.DataError, match="cells 16 to 19"):
+            given = dict(model=atlas[0] / "tokenizer", out=tmp_path / f"out{workers}", rows=8, workers=workers)
+            sf.atlas.run("tokenize", tmp_path / "cells.h5ad", **given)

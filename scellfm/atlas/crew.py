@@ -226,7 +226,11 @@ def alone(work: Work, tasks: Sequence[tuple[str, Stretch]], folder: Path, thread
     with threads_kept():
         torch.set_num_threads(threads)
         for name, stretch in tasks:
-            yield Shard(name, stretch, write_stretch(worker, folder, name, stretch))
+            try:
+                entry = write_stretch(worker, folder, name, stretch)
+            except ScellfmError as error:
+                raise type(error)(f"{Task(name, stretch)}: {error}") from error
+            yield Shard(name, stretch, entry)
 
 # %% ../../nbs/atlas/crew.ipynb #ba30920c
 def share(

@@ -47,7 +47,7 @@ def slurm_as_torchrun(environment: dict[str, str]) -> dict[str, str]:
 
 
 def join(wait: int = 1800) -> Ranks:
-    "This process among all ranks, once they are there. wait: seconds that a rank waits for another."
+    "This process among all ranks, once they are there. wait: seconds that a rank waits for the others to come."
     from torch.distributed import rendezvous
 
     os.environ.update(slurm_as_torchrun(dict(os.environ)))

@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -58,11 +59,10 @@ def parts_with_obs(
     finished: Finished, work: Work, columns: Sequence[str]
 ) -> Iterator[tuple[Stretch, dict[str, np.ndarray], pd.DataFrame]]:
     "(stretch, arrays, table of its cells) in the order of the cells."
-    name, file = None, None
-    for stretch, arrays in finished.parts():
-        if stretch.file != name:
-            name, file = stretch.file, CellsOnDisk(Path(work.cells) / stretch.file, work.layer, columns)
-        yield stretch, arrays, file.obs(stretch.start, stretch.stop)[list(columns)]
+    for name, parts in groupby(finished.parts(), key=lambda part: part[0].file):
+        with CellsOnDisk(Path(work.cells) / name, work.layer, columns) as file:
+            for stretch, arrays in parts:
+                yield stretch, arrays, file.obs(stretch.start, stretch.stop)[list(columns)]
 
 # %% ../../nbs/atlas/results.ipynb #b47c0209
 def one_table(tables: list[tuple[str, pd.DataFrame]]) -> pd.DataFrame:

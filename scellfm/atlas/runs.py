@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +20,7 @@ from .ranks import join, take_turns, told_by_first
 from .results import RESULT, TOKENS, Finished, gathered_notes, write_result
 from .stretches import Stretch, stretches_of
 from .work import Work
-from ..core import StoreError, check_number, one_of, plain_arguments, progress, warn
+from ..core import OptionError, StoreError, check_number, one_of, plain_arguments, progress, warn
 from ..data.paths import existing
 from ..geneformer.tokenizer.sources import cell_files
 from ..store.files import atomic_write, sha256
@@ -62,6 +63,17 @@ def stamps_of(paths: Mapping[str, Path], record: Path) -> dict[str, str]:
         path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
     return {name: stamp["sha256"] for name, stamp in found.items()}
 
+# %% ../../nbs/atlas/runs.ipynb #ebbce439
+def check_columns(task: str, columns: Sequence[str], n_files: int) -> None:
+    "OptionError for a column of obs that has the name of a column of the result."
+    ours = [name for name in columns if name == "file" and n_files > 1]
+    if task == "predict":
+        ours += [name for name in columns if name.endswith(("_predicted", "_confidence"))]
+    if ours:
+        raise OptionError(
+            f"columns={ours[0]!r}: the result writes a column of that name; rename yours in the files, or leave it out"
+        )
+
 # %% ../../nbs/atlas/runs.ipynb #fb111213
 class Plan(NamedTuple):
     "What a run is to do, and what it is made from."
@@ -84,6 +96,7 @@ def plan_of(work: Work, rows: int, threads: int, columns: Sequence[str]) -> Plan
     "The plan of a run. DataError: no cells; AssetError: no model."
     root = existing(work.cells)
     paths = {f"cells/{path.name}": path for path in cell_files(root)}
+    check_columns(work.task, columns, n_files=len(paths))
     where = {name: work.loading.get(name) for name in ("subfolder", "revision")}
     paths["model"] = find(work.model, local_files_only=work.loading.get("local_files_only", False), **where)
     for name, value in work.loading.items():
@@ -127,6 +140,8 @@ def opened_run(folder: Path, plan: Plan) -> dict:
     if found["settings"]:
         check_same_run(folder, found, inputs, settings)
     found |= {"inputs": inputs, "settings": settings}
+    if found["finished"] and not ((folder / RESULT).exists() or (folder / TOKENS).exists()):
+        raise StoreError(f"{folder} is a finished run, but its result is gone; delete the folder and run again")
     if not found["finished"]:
         write_run(folder, found)
     return found
@@ -150,6 +165,12 @@ def work_off(plan: Plan, store: Store, workers: int) -> None:
 # %% ../../nbs/atlas/runs.ipynb #6a24b4aa
 def finish(plan: Plan, store: Store, folder: Path, found: dict) -> None:
     "Write the result, and the record with what there was to note, which is warned of, too."
+    if changed := [
+        name for name, now in stamps_of(plan.paths, folder / STAMPED).items() if found["inputs"][name] != now
+    ]:
+        raise StoreError(
+            f"{changed[0]} was changed while the run went on; its parts are of both. Delete {folder}, run again"
+        )
     finished = Finished(store, plan.stretches)
     write_result(finished, plan.work, folder, plan.columns)
     notes = gathered_notes(finished)
@@ -168,6 +189,9 @@ def run_here(plan: Plan, folder: Path, workers: int) -> None:
     shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 # %% ../../nbs/atlas/runs.ipynb #cf127bf6
+LONGEST = timedelta(days=30)  # that a rank waits for the others: a stretch may take hours
+
+
 def run_in_ranks(plan: Plan, folder: Path) -> None:
     "This rank's part of a run."
     ranks, opened = join(), {}
@@ -181,9 +205,9 @@ def run_in_ranks(plan: Plan, folder: Path) -> None:
 
     take_turns(ranks, plan.work, told_by_first(ranks, missing), folder / PARTS, plan.threads)
     if ranks.rank > 0:
-        ranks.keys.wait(["atlas/finished"])
+        ranks.keys.wait(["atlas/finished"], LONGEST)
         return
-    ranks.keys.wait([f"atlas/ready{rank}" for rank in range(ranks.n)])
+    ranks.keys.wait([f"atlas/ready{rank}" for rank in range(ranks.n)], LONGEST)
     if "store" in opened:
         with opened["store"] as store:
             store.take_up()

@@ -17,6 +17,7 @@ import pandas as pd
 
 from .stretches import CellsOnDisk, Stretch
 from ..commands.inputs import load_classifier, load_model, system_of
+from ..commands.signatures import REQUIRED, parameters_of
 from ..core import ScellfmWarning, one_of
 from ..store.shards import write_shard
 
@@ -24,10 +25,30 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['TASKS', 'MAKE', 'Work', 'tokenizing', 'embedding', 'predicting', 'Worker', 'write_stretch']
+__all__ = ['TASKS', 'METHODS', 'NOT_ASKED', 'MAKE', 'options_of', 'Work', 'tokenizing', 'embedding', 'predicting', 'Worker',
+           'write_stretch']
 
 # %% ../../nbs/atlas/work.ipynb #e9a545b6
 TASKS = ("tokenize", "embed", "predict")
+METHODS = {
+    "tokenize": ("scellfm.geneformer.tokenizer.rank_tokenizer.RankTokenizer.__call__",),
+    "embed": ("scellfm.geneformer.embedding.embed", "scellfm.scgpt.embedding.embed"),
+    "predict": (
+        "scellfm.geneformer.finetuning.classifier.predict_cells",
+        "scellfm.scgpt.annotation.predict_cells",
+    ),
+}
+NOT_ASKED = ("layer", "columns", "copy", "folder", "key_added")  # the run itself says where to read and write
+
+
+def options_of(work: Work) -> list[str]:
+    "The options that the settings of a task may name."
+    methods = METHODS[work.task]
+    if work.task == "embed":
+        system = system_of(work.model, work.loading.get("subfolder"))
+        methods = [path for path in methods if path.startswith(f"scellfm.{system}.")]
+    found = [one.name for path in methods for one in parameters_of(path) if one.default is not REQUIRED]
+    return [name for name in dict.fromkeys(found) if name not in NOT_ASKED]
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,8 @@ class Work:
 
     def __post_init__(self):
         one_of("task", self.task, TASKS)
+        for name in self.settings:
+            one_of("settings", name, options_of(self))
 
 # %% ../../nbs/atlas/work.ipynb #9a10f427
 def tokenizing(work: Work) -> Callable[[AnnData, dict], dict[str, np.ndarray]]:
