@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import real_data
 
-from scellfm.core import AssetError
+from scellfm.core import AssetError, ScellfmWarning
 from scellfm.data import stimulated
 from scellfm.data.reading import check_counts
 from scellfm.data.stimulated import PATHWAY, interferon_cells
@@ -39,7 +39,8 @@ def same_columns(cells):
 
 
 def test_without_folder_and_download_the_cells_are_simulated_and_say_so(no_folder):
-    cells = interferon_cells(200, download=False)
+    with pytest.warns(ScellfmWarning, match="these cells are simulated"):
+        cells = interferon_cells(200, download=False)
     same_columns(cells)
     assert cells.n_obs == 200 and cells.uns["source"].startswith("simulated")
     assert (cells.X != interferon_cells(200, download=False).X).nnz == 0
@@ -81,3 +82,10 @@ def test_the_real_cells_come_from_the_folder(monkeypatch):
     cells = interferon_cells()
     same_columns(cells)
     assert cells.n_obs == 2000 and "SCELLFM_DATA" in cells.uns["source"] and "ensembl_id" in cells.var
+
+
+def test_a_cell_without_a_donor_stays_without(public_file):
+    cells = anndata.read_h5ad(public_file)
+    cells.obs["replicate"] = cells.obs["replicate"].astype(object).where(np.arange(cells.n_obs) != 5)
+    donors = stimulated.with_our_columns(cells).obs["donor"]
+    assert donors.isna().sum() == 1 and "nan" not in donors.cat.categories

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..assets.download import download_file
 from ..assets.hub import cache_folder
-from ..core import AssetError, keyed_seed, logger
+from ..core import AssetError, keyed_seed, logger, warn
 from .cells import simulate_cells
 from .reading import read
 
@@ -52,7 +52,8 @@ def with_our_columns(adata: AnnData) -> AnnData:
     "The cells with obs columns condition (ctrl, stim), donor and cell_type, without cells whose type is not known."
     adata.obs = adata.obs.rename(columns={old: new for old, new in COLUMNS.items() if old in adata.obs})
     adata = adata[adata.obs["cell_type"].notna()].copy()
-    adata.obs["donor"] = adata.obs["donor"].astype(str).str.removeprefix("patient_").astype("category")
+    donors = adata.obs["donor"].astype(object).map(lambda name: str(name).removeprefix("patient_"), na_action="ignore")
+    adata.obs["donor"] = donors.astype("category")
     return adata
 
 # %% ../../nbs/data/stimulated.ipynb #683d95a2
@@ -106,6 +107,7 @@ def interferon_cells(n_cells: int = 2000, *, download: bool = True, seed: int = 
     found = found_cells(download)
     if found is None:
         adata, source = simulated_interferon(n_cells, seed), "simulated cells: no real ones were at hand"
+        warn("these cells are simulated, because no real ones were at hand; the genes have borrowed names")
     else:
         adata, source = some_cells(with_our_columns(found[0]), n_cells, seed), found[1]
     adata.uns["source"] = source
