@@ -65,6 +65,21 @@ def test_families_stay_together():
     assert all(part[a] == part[b] for a, b in pairs) and set(part.values()) == {"train", "test"}
 
 
+def test_a_pair_with_a_missing_gene_makes_no_family_of_the_missing():
+    pairs = pd.DataFrame({"gene": ["A", "B", "C"], "paralog": ["D", None, None]})
+    with pytest.warns(ScellfmWarning, match="2 of 3 pairs name one gene alone"):
+        families = families_of(pairs, ["A", "B", "C", "D"])
+    assert families["A"] == families["D"] and families[["A", "B", "C"]].nunique() == 3 and "nan" not in families.index
+
+
+def test_a_region_without_a_set_is_none():
+    positions = pd.DataFrame({"gene": ["A", "B"], "chrom": ["chr1", "chr1"], "tss": [50, 150]})
+    regions = pd.DataFrame({0: ["chr1", "chr1"], 1: [0, 100], 2: [100, 200], 3: ["train", None]})
+    with pytest.warns(ScellfmWarning, match="1 of 2 regions lack a place or a set"):
+        sets = region_sets(positions, regions)
+    assert sets.to_dict() == {"A": "train", "B": "unused"}
+
+
 def test_folds_of_a_user_and_of_borzoi():
     adata = some_cells()
     folds = {name: f"fold{i % 8}" for i, name in enumerate(adata.var_names)}

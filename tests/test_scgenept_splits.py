@@ -189,6 +189,12 @@ def test_families_come_as_dictionary_series_or_table():
         family_split(LETTERS, {"ENSG1": "a"})
     with pytest.warns(ScellfmWarning, match="23 of 24 perturbed genes are in no family"):
         family_split(LETTERS, {"A": "a"})
+    gene = table["gene"].iloc[0]
+    twice = pd.concat([table, pd.DataFrame({"gene": [gene], "family": ["another"]})])
+    with pytest.raises(DataError, match=f"{gene!r} into two"):
+        family_split(LETTERS, twice)
+    nameless = pd.concat([table, pd.DataFrame({"gene": [None, None], "family": ["x", "y"]})])
+    assert family_split(LETTERS, nameless, seed=1).test == splits[0]
 
 
 def test_genes_of_like_annotation_share_a_family_by_complete_linkage():

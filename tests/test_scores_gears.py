@@ -51,6 +51,13 @@ def test_overall_means(folder, data):
     assert table.mean().to_dict() == pytest.approx(recorded, abs=1e-6)
 
 
+def test_cells_without_a_condition_are_no_condition(folder, data):
+    missing = data.copy()
+    missing.obs["condition"] = missing.obs["condition"].astype(object).where(np.arange(missing.n_obs) > 2)
+    with pytest.raises(DataError, match="is missing for 3 cells"):
+        gears_scores(missing, *cells(folder, "random_results.npz"))
+
+
 def test_the_report_of_scgenept(folder, data):
     recorded = json.loads((folder / "metrics" / "scgenept_compute_test_metrics.json").read_text())
     groups = json.loads((folder / "data" / "split.json").read_text())["subgroup"]["test_subgroup"]

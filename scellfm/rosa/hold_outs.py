@@ -155,6 +155,9 @@ def region_sets(positions: Windows | Annotation | pd.DataFrame, regions: str | P
     if regions.shape[1] < 4:
         raise DataError(f"the regions have {regions.shape[1]} columns; chromosome, start, end and set are needed")
     table, bed = positions_of(positions), regions.iloc[:, :4].set_axis(["chrom", "start", "end", "set"], axis=1)
+    if bed.isna().to_numpy().any():
+        warn(f"{int(bed.isna().any(axis=1).sum()):,} of {len(bed):,} regions lack a place or a set and are left out")
+        bed = bed.dropna()
     member = pd.DataFrame(False, index=table.index, columns=sorted(bed["set"].astype(str).unique()))
     bed = bed.assign(chrom=plain_chrom(bed["chrom"]), set=bed["set"].astype(str))
     by_chrom = table.groupby(plain_chrom(table["chrom"]))["tss"]
@@ -173,7 +176,10 @@ def families_of(pairs: Iterable[tuple[str, str]] | pd.DataFrame, genes: Iterable
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    table = pd.DataFrame(pairs).iloc[:, :2].astype(str).to_numpy() if len(pairs) else np.empty((0, 2), dtype=str)
+    table = pd.DataFrame(pairs).iloc[:, :2].dropna() if len(pairs) else pd.DataFrame(columns=["gene", "relative"])
+    if len(table) < len(pairs):
+        warn(f"{len(pairs) - len(table):,} of {len(pairs):,} pairs name one gene alone and are left out")
+    table = table.astype(str).to_numpy()
     names = pd.Index(dict.fromkeys([*table.ravel(), *map(str, genes)]))
     first, second = names.get_indexer(table[:, 0]), names.get_indexer(table[:, 1])
     links = coo_matrix((np.ones(len(table)), (first, second)), (len(names), len(names)))

@@ -29,7 +29,10 @@ def family_table(families: Mapping[str, str] | pd.Series | pd.DataFrame, genes: 
             raise DataError(
                 f"a table of families needs the columns 'gene' and 'family'; it has {list(families.columns)}"
             )
-        families = dict(zip(families["gene"].astype(str), families["family"]))
+        pairs = families[["gene", "family"]].dropna().astype(str).drop_duplicates()
+        if len(twice := pairs.loc[pairs["gene"].duplicated(), "gene"]):
+            raise DataError(f"the table of families puts {twice.iloc[0]!r} into two; a gene can be in one")
+        families = dict(zip(pairs["gene"], pairs["family"]))
     elif not isinstance(families, Mapping):
         families = families.to_dict() if hasattr(families, "to_dict") else families
     if not isinstance(families, Mapping):

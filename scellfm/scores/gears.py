@@ -187,6 +187,8 @@ def gears_scores(
             f"predicted {predicted.shape}, observed {observed.shape} and {len(labels)} conditions do not belong"
             f" together; rows x {adata.n_vars} genes are needed"
         )
+    if n_missing := int(adata.obs[condition].isna().sum()):
+        raise DataError(f"obs[{condition!r}] is missing for {n_missing:,} cells; leave them out")
     groups = adata.obs[condition].astype(str).to_numpy()
     if control not in groups:
         raise DataError(f"no cell is a control: obs[{condition!r}] has no {control!r}")
