@@ -1,4 +1,4 @@
-"""More cells than fit into one machine's memory or one night: stretches of cells, worked on by many processes, that resume."""
+"""More cells than fit into memory or one night: stretches of cells, worked on by many processes, that resume."""
 
 from scellfm import _lazy
 
