@@ -281,7 +281,9 @@ def track_numbers(self: Enformer, tracks: str | int | list | slice | None = None
 
 
 @patch
-def track_names(self: Enformer, tracks: str | int | list | slice | None = None, head: str = "human") -> list[str]:  # noqa: F811
+def track_names(  # noqa: F811
+    self: Enformer, tracks: str | int | list | slice | None = None, head: str = "human"
+) -> list[str]:
     "Their names."
     return track_names(self.track_numbers(tracks, head), self.tracks if head == "human" else None)
 
