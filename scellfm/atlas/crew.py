@@ -200,7 +200,7 @@ class Crew:
 # %% ../../nbs/atlas/crew.ipynb #29f87c4e
 @patch
 def take(self: Crew, hand: Hand, answer: dict | None) -> Shard | None:
-    "The shard that an answer tells of; None where its task has to wait for another attempt."
+    "The shard that an answer tells of; None if its task has to wait for another attempt."
     if answer is None:
         self.dismiss(hand)
         self.waiting.appendleft(once_more(hand.task, why_gone(hand.process.returncode), self.work))

@@ -223,12 +223,12 @@ def run(
     *,
     model: str | Path,  # folder of a tokenizer, a model or a classifier, or a hub id
     out: str | Path,  # folder of the result
-    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     columns: Sequence[str] = (),  # columns of obs to keep beside the result
     settings: Mapping[str, Any] | None = None,  # of tokenizing, of `embed` or of `predict`
     loading: Mapping[str, Any] | None = None,  # of `from_pretrained`: device, dtype, subfolder
     rows: int = 8192,  # cells of a stretch: what a stop loses at most
-    workers: int | None = None,  # processes; one for each core where none is given
+    workers: int | None = None,  # processes; one for each core by default
     threads: int = 1,  # of each process, at the calculation
     backend: Literal["local", "ranks"] = "local",  # processes of this machine, or the ranks of torchrun and SLURM
 ) -> Path:

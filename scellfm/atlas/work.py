@@ -58,7 +58,7 @@ class Work:
     task: Literal["tokenize", "embed", "predict"]
     cells: str  # a file of cells, or a folder of such files
     model: str  # folder of a tokenizer, a model, or a classifier; or a hub id
-    layer: str | None = None  # layer that holds the counts, or raw; X where none is given
+    layer: str | None = None  # layer that holds the counts, or raw; X by default
     settings: dict[str, Any] = field(default_factory=dict)  # of the method that is called
     loading: dict[str, Any] = field(default_factory=dict)  # of `from_pretrained`: device, dtype, subfolder
 

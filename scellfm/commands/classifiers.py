@@ -64,7 +64,7 @@ GENEFORMER = "scellfm.geneformer.model.GeneformerModel.from_pretrained"
 
 
 def finetuning_of(system: str, label: list[str] | None, classes: str | None) -> str:
-    "The path of the function that does the work. OptionError where label and classes do not say which."
+    "The path of the function that does the work. OptionError if label and classes do not say which."
     if (label is None) == (classes is None):
         raise OptionError("give --label COLUMN for a classifier of cells, or --classes FILE for one of genes")
     if system == "scgpt" and (classes is not None or len(label) > 1):
@@ -165,7 +165,7 @@ def predict(
     model: str,  # folder of a classifier that `scellfm finetune` wrote, or of a trained scGenePT
     out: str,  # file to write: .h5ad (cells with the columns), .csv or .parquet (the columns)
     perturbations: list[str] | None = None,  # for a scGenePT: what to predict, as in FOSB CEBPE+FOSB
-    layer: str | None = None,  # layer of the file that holds the counts, or raw; X where none is given
+    layer: str | None = None,  # layer of the file that holds the counts, or raw; X by default
     device: str = "auto",  # auto, cpu, cuda or mps
     dtype: str = "float32",  # float32 or bfloat16
 ) -> str:

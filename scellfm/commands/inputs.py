@@ -141,7 +141,7 @@ def load_geneformer(model: str, **settings):
 
 # %% ../../nbs/commands/inputs.ipynb #66263287
 def load_classifier(folder: str, **settings):
-    "The classifier in a folder, of whatever kind: its record says which. OptionError where there is none."
+    "The classifier in a folder, of whatever kind: its record says which. OptionError if there is none."
     from importlib import import_module
 
     path = Path(folder).expanduser()

@@ -103,7 +103,7 @@ def number_or_text(kinds: tuple[str, ...]):
 
 
 def pairs_of(words: list[str]) -> dict:
-    "`sex=female batch=1,2` as {'sex': ['female'], 'batch': ['1', '2']}; OptionError where one has no =."
+    "`sex=female batch=1,2` as {'sex': ['female'], 'batch': ['1', '2']}; OptionError if one has no =."
     for word in words:
         if not all(word.partition("=")[::2]):
             raise OptionError(f"{word}: write a name, = and the values, as in sex=female batch=1,2")
@@ -173,7 +173,7 @@ def add_option(parser: argparse.ArgumentParser, found: list[tuple[str, Parameter
 
 # %% ../../nbs/commands/options.ipynb #f46ca2d5
 def example_line(path: str) -> str:
-    "The command of the line `Example: scellfm ...` of a docstring, with what follows it; '' where there is none."
+    "The command of the line `Example: scellfm ...` of a docstring, with what follows it; '' if there is none."
     found = re.search(r"^Example: (scellfm \w.*?)(?:\n\n|\Z)", docstring_of(path), re.DOTALL | re.MULTILINE)
     return " ".join(found[1].split()) if found else ""
 

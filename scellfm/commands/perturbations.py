@@ -30,7 +30,7 @@ def perturbation_data(cells: str, condition: str, control: str | None, normalize
 
 
 def load_scgenept(model: str, gene_vectors: str | None, device: str):
-    "The scGenePT in a folder; OptionError where the folder holds none."
+    "The scGenePT in a folder; OptionError if the folder holds none."
     from scellfm.scgenept import ScGenePT
 
     if not (Path(model).expanduser() / "scgenept.json").is_file():
@@ -39,7 +39,7 @@ def load_scgenept(model: str, gene_vectors: str | None, device: str):
 
 # %% ../../nbs/commands/perturbations.ipynb #391e796f
 def unseen_split(data, trained: list[str]):
-    "A split whose test set is what a model was not trained on. OptionError where it was trained on everything."
+    "A split whose test set is what a model was not trained on. OptionError if it was trained on everything."
     from scellfm.scgenept import perturbation_of
 
     labels = {label: perturbation_of(label) for label in data.labels if label != "ctrl"}
@@ -131,7 +131,7 @@ def reproduce(
     scgpt: str | None = None,  # folder of scGPT's whole-human checkpoint
     gene_vectors: list[str]
     | None = None,  # files of gene vectors by knowledge, as in ncbi=ncbi.pickle go_f=go_f.pickle
-    seeds: list[int] | None = None,  # of each variant; 42 23 89 30 12 where none is given
+    seeds: list[int] | None = None,  # of each variant; 42 23 89 30 12 by default
     epochs: int = 20,  # of each run
     root: str | None = None,  # where data sets lie, or are fetched to
 ) -> str:

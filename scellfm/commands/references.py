@@ -87,7 +87,7 @@ def map(
     save: str | None = None,  # keep the map in this folder, to be given as the reference later
     truth: str | None = None,  # column of the query to judge by; that of --label where the query has it
     calibrate: bool = False,  # set --min-confidence and --max-distance on held-out reference cells
-    layer: str | None = None,  # layer of the files that holds raw counts, or raw; X where none is given
+    layer: str | None = None,  # layer of the files that holds raw counts, or raw; X by default
     **settings,
 ) -> str:
     """Name the cells of a new sample by an annotated one.

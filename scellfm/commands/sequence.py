@@ -169,9 +169,9 @@ def rosa_of(
     loss: str = "mse",  # mse, cross_entropy (over bins), poisson or negative_binomial
     n_bins: int = 8,  # bins of the expression that a network reads
     normalise: str = "train",  # genes that totals come from: train, all, or none for logarithms
-    epochs: int | None = None,  # of a network; 20 where none is given
-    learning_rate: float | None = None,  # of a network; 0.001 where none is given
-    batch_size: int | None = None,  # cells (of mlp: genes) of a training step; 16 where none is given
+    epochs: int | None = None,  # of a network; 20 by default
+    learning_rate: float | None = None,  # of a network; 0.001 by default
+    batch_size: int | None = None,  # cells (of mlp: genes) of a training step; 16 by default
     device: str = "auto",  # auto, cpu, cuda or mps
     seed: int = 0,  # seed of every random draw
 ) -> tuple:

@@ -120,7 +120,7 @@ def literal_values(node: ast.expr, module: str) -> tuple:
 
 # %% ../../nbs/commands/signatures.ipynb #1b4ba03e
 def kind_of(node: ast.expr) -> str | None:
-    "The kind of one alternative: 'int', 'list', ...; None where it has no form on a command line."
+    "The kind of one alternative: 'int', 'list', ...; None if it has no form on a command line."
     name = ast.unparse(node.value if isinstance(node, ast.Subscript) else node).split(".")[-1]
     return "list" if name in LISTS else KINDS.get(name)
 

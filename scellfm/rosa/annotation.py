@@ -80,7 +80,7 @@ def _replaced(self: Annotation, rows) -> Annotation:
 
 @patch
 def protein_coding(self: Annotation) -> Annotation:
-    "Only the transcripts whose biotype is protein_coding; DataError where the source names no biotype."
+    "Only the transcripts whose biotype is protein_coding; DataError if the source names no biotype."
     biotype = self.table["biotype"]
     if not (biotype != "").any():
         raise DataError(f"{self.source} names no biotype, so protein-coding transcripts cannot be told; use a GTF file")
@@ -92,7 +92,7 @@ def select(self: Annotation, genes: Iterable[str]) -> Annotation:
     """
     Only these genes, given by id (with or without version) or by symbol, in the order of the annotation.
 
-    Genes that are not there are counted in a warning; DataError where none or less than a tenth is there.
+    Genes that are not there are counted in a warning; DataError if none or less than a tenth is there.
     """
     wanted = {without_version(gene) for gene in genes}
     known = self.table["gene"].isin(wanted) | self.table["symbol"].isin(wanted)
@@ -216,7 +216,7 @@ def good_lines(path: Path, check: Callable, kind: str, counts: Counter) -> Itera
 
 # %% ../../nbs/rosa/annotation.ipynb #a692ec77
 def report_bad_lines(path: Path, kind: str, counts: Counter, first: str) -> None:
-    "Warn of the bad lines, of which `first` describes the first; DataError where they are more than half of all."
+    "Warn of the bad lines, of which `first` describes the first; DataError if they are more than half of all."
     if not counts["bad lines"]:
         return
     message = f"{counts['bad lines']:,} of {counts['lines']:,} lines of {path} are not {kind}, first {first}"
@@ -308,7 +308,7 @@ RELEASE = (b"##description:", b"#!genome-build ", b"#!genome-version ", b"#!gene
 
 
 def release_of(path: Path) -> str:
-    "What a GTF file says of its genome and release in the comments before its first line; '' where it says nothing."
+    "What a GTF file says of its genome and release in the comments before its first line; '' if it says nothing."
     said = []
     with open_text(path) as lines:
         for line in lines:
@@ -384,7 +384,7 @@ NUMBERS = ("tss", "start", "end", "gene_start", "gene_end")
 
 # %% ../../nbs/rosa/annotation.ipynb #3718f65f
 def named_columns(table: pd.DataFrame, source: str) -> pd.DataFrame:
-    "The table with the usual names of columns; DataError where gene, chromosome, strand or the place are missing."
+    "The table with the usual names of columns; DataError if gene, chromosome, strand or the place are missing."
     import pandas as pd
 
     columns = {}
@@ -400,7 +400,7 @@ def named_columns(table: pd.DataFrame, source: str) -> pd.DataFrame:
 
 # %% ../../nbs/rosa/annotation.ipynb #063e6f03
 def warn_of_3_prime_ends(table: pd.DataFrame, source: str) -> None:
-    "Warn where most of the starts (`tss`) on the negative strand are the smaller end of their gene, its 3' end."
+    "Warn if most of the starts (`tss`) on the negative strand are the smaller end of their gene, its 3' end."
     if "tss" not in table:
         return
     minus = table[(table["strand"] == "-") & (table["end"] - table["start"] > 1)]
@@ -482,7 +482,7 @@ def _annotation_from(source, exons: bool, one_based: bool) -> Annotation:
 
 # %% ../../nbs/rosa/annotation.ipynb #d62a6c1e
 def read_table(path: Path) -> pd.DataFrame:
-    "A table with a header, separated by commas (.csv) or tabs; DataError where it is not one."
+    "A table with a header, separated by commas (.csv) or tabs; DataError if it is not one."
     import pandas as pd
 
     separator = "," if path.name.removesuffix(".gz").endswith(".csv") else "\t"

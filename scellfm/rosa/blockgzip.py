@@ -35,7 +35,7 @@ def write_blocks(path: str | Path, text: bytes) -> None:
 
 # %% ../../nbs/rosa/blockgzip.ipynb #493c19a7
 def block_length(header: bytes, path: str | Path, at: int) -> int:
-    "The packed length of a block, from its first bytes; AssetError where they are not the header of a bgzip block."
+    "The packed length of a block, from its first bytes; AssetError if they are not the header of a bgzip block."
     if header[:4] != b"\x1f\x8b\x08\x04":
         kind = "is plain gzip, which cannot be read in the middle" if header[:3] == b"\x1f\x8b\x08" else "is damaged"
         raise AssetError(f"{path} {kind} (byte {at:,}); unpack it with gunzip, and pack it with bgzip")
@@ -86,7 +86,7 @@ class BlockFile:
         self._block = lru_cache(maxsize=64)(self._unpack)
 
     def _unpack(self, number: int) -> bytes:
-        "The text of one block; AssetError where its checksum does not fit."
+        "The text of one block; AssetError if its checksum does not fit."
         start, end = self.packed[number : number + 2]
         try:
             with open(self.path, "rb") as file:

@@ -54,7 +54,7 @@ TINY_TRACKS = ["DNASE:tiny", "CHIP:H3K27ac:tiny", "CAGE:tiny", "CAGE:tiny, other
 
 # %% ../../nbs/rosa/enformer.ipynb #9dbf03f7
 def build(config: Mapping) -> torch.nn.Module:
-    "The enformer-pytorch module of a configuration; OptionError where its numbers do not fit each other."
+    "The enformer-pytorch module of a configuration; OptionError if its numbers do not fit each other."
     published = optional("enformer_pytorch", "sequence")
     values = PUBLISHED | {key: config[key] for key in PUBLISHED if key in config}
     for key in ("dim", "depth", "heads", "attn_dim_key", "num_downsamples", "dim_divisible_by"):

@@ -44,7 +44,7 @@ class Record(NamedTuple):
 
 # %% ../../nbs/rosa/genome.ipynb #b4c97ac0
 def index_lines(lines: Iterable[bytes], path: str | Path) -> dict[str, Record]:
-    "The index of a FASTA file from its lines; AssetError where it is no FASTA file or its lines have unequal lengths."
+    "The index of a FASTA file from its lines; AssetError if it is no FASTA file or its lines have unequal lengths."
     index, name, length, offset, width, at, short = {}, None, 0, 0, (0, 0), 0, False
     for line in lines:
         bases = len(line.rstrip(b"\r\n"))
@@ -71,7 +71,7 @@ def index_lines(lines: Iterable[bytes], path: str | Path) -> dict[str, Record]:
 
 # %% ../../nbs/rosa/genome.ipynb #6120982f
 def read_index(path: str | Path) -> dict[str, Record]:
-    "The records of a .fai file; AssetError where it is not one."
+    "The records of a .fai file; AssetError if it is not one."
     index = {}
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -147,7 +147,7 @@ def spellings(chrom: str) -> list[str]:
 
 
 def same_contig(chrom: str, names: Iterable[str]) -> str | None:
-    "The name among `names` that stands for `chrom`: itself, or another spelling of it; None where none is there."
+    "The name among `names` that stands for `chrom`: itself, or another spelling of it; None if none is there."
     return next((name for name in spellings(chrom) if name in names), None)
 
 # %% ../../nbs/rosa/genome.ipynb #f98c4ef2
@@ -203,7 +203,7 @@ class Genome:
 # %% ../../nbs/rosa/genome.ipynb #8b7a7662
 @patch
 def contig(self: Genome, chrom: str) -> str:
-    "The file's own name for `chrom` (chr20 and 20 are the same); DataError where it has none."
+    "The file's own name for `chrom` (chr20 and 20 are the same); DataError if it has none."
     name = same_contig(str(chrom), self.sizes)
     if name is None:
         some = ", ".join(list(self.sizes)[:6])

@@ -264,12 +264,12 @@ def plot(self: HoldOutGrid, ax: Axes | None = None) -> Axes:
 
 @patch
 def rows_in(self: HoldOutGrid, found: Expression) -> tuple[np.ndarray, np.ndarray]:
-    "(rows, columns) of the grid's cells and genes in some cells; DataError where these are other data."
+    "(rows, columns) of the grid's cells and genes in some cells; DataError if these are other data."
     return places_in(self, found)
 
 # %% ../../nbs/rosa/hold_outs.ipynb #c0bfafe2
 def places_in(grid: HoldOutGrid, found: Expression) -> tuple[np.ndarray, np.ndarray]:
-    "(rows, columns) of the grid's cells and genes in some cells; DataError where these are other data."
+    "(rows, columns) of the grid's cells and genes in some cells; DataError if these are other data."
     rows, columns = found.cells.get_indexer(grid.cells), found.genes.get_indexer(grid.genes)
     for what, at, names, there in (
         ("cells", rows, grid.cells, found.cells),
@@ -325,7 +325,7 @@ def known_columns(obs: pd.DataFrame, donor: str | None, cell_type: str | None) -
 
 
 def check_grid(gene_part: np.ndarray, cell_part: np.ndarray) -> None:
-    "DataError where a part of genes or cells is empty; a warning of what is unused."
+    "DataError if a part of genes or cells is empty; a warning of what is unused."
     for what, parts in (("genes", gene_part), ("cells", cell_part)):
         counts = {part: int((parts == part).sum()) for part in (TRAIN, TEST, UNUSED)}
         if counts[TRAIN] < 2 or not counts[TEST]:

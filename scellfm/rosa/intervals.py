@@ -50,7 +50,7 @@ def trim(self: Interval, low: int, high: int, original: bool = False) -> Interva
     """
     The part that lies within [low, high).
 
-    OptionError where no part does; with `original`, an interval whose end lies before its start, as there.
+    OptionError if no part does; with `original`, an interval whose end lies before its start, as there.
     """
     start, end = max(self.start, low), min(self.end, high)
     if start > end and not original:

@@ -35,7 +35,7 @@ class Labels:
 
     table: pd.DataFrame  # chrom, pos, ref, alt, ...
     positive: np.ndarray  # bool: has an effect
-    sign: np.ndarray | None  # -1, 0, 1; None where the labels have no direction
+    sign: np.ndarray | None  # -1, 0, 1; None if the labels have no direction
     distance: np.ndarray | None  # bases from the start, absolute
     frequency: np.ndarray | None
     group: np.ndarray | None

@@ -57,7 +57,7 @@ ESM_CONFIG = {
 
 
 def build_esm(config: Mapping) -> EsmModel:
-    "transformers' EsmModel of a configuration; AssetError where it describes no ESM-2."
+    "transformers' EsmModel of a configuration; AssetError if it describes no ESM-2."
     from transformers import EsmConfig, EsmModel
 
     if config.get("model_type", "esm") != "esm" or config.get("is_folding_model"):

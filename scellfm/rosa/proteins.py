@@ -47,7 +47,7 @@ class Proteins:
 
 # %% ../../nbs/rosa/proteins.ipynb #7c7f7643
 def tagged(header: str, tag: str) -> str:
-    "The word after `tag` in a header; '' where it is not there."
+    "The word after `tag` in a header; '' if it is not there."
     found = re.search(rf"(?:^|\s){tag}(\S+)", header)
     return found[1] if found else ""
 
@@ -92,7 +92,7 @@ def cleaned(sequence: str, name: str, source: str, counts: Counter) -> str:
 
 # %% ../../nbs/rosa/proteins.ipynb #47a25cee
 def refuse_dna(sequences: list[str], source: str) -> None:
-    "DataError where nearly all sequences hold the letters of DNA alone."
+    "DataError if nearly all sequences hold the letters of DNA alone."
     long = [sequence for sequence in sequences if len(sequence) >= 20]
     dna = sum(not set(sequence) - set("ACGTNX") for sequence in long)
     if long and dna > 0.9 * len(long):
@@ -146,7 +146,7 @@ def read_proteins(fasta: str | os.PathLike | Proteins) -> Proteins:
 
 # %% ../../nbs/rosa/proteins.ipynb #676dddf4
 def checked_proteins(table: pd.DataFrame, path: Path, counts: Counter) -> Proteins:
-    "The proteins of a table; DataError where it is DNA or has a protein twice, a warning where some were left out."
+    "The proteins of a table; DataError if it is DNA or has a protein twice, a warning where some were left out."
     twice = table["protein"].duplicated()
     if twice.any():
         raise DataError(f"{path} has {twice.sum():,} proteins twice, e.g. {table.loc[twice, 'protein'].iloc[0]!r}")

@@ -362,7 +362,7 @@ def save_pretrained(self: Rosa, folder: str | Path) -> None:
 
 # %% ../../nbs/rosa/rosa.ipynb #1a177d37
 def check_state(settings: Settings, state: Mapping) -> None:
-    "ValueError where a network of these sizes is larger than the weights beside it."
+    "ValueError if a network of these sizes is larger than the weights beside it."
     if settings.kind == "ridge":
         return
     most = max([len(state), *(n for tensor in state.values() for n in tensor.shape)], default=0)
@@ -375,7 +375,7 @@ def check_state(settings: Settings, state: Mapping) -> None:
 
 
 def check_arrays(task: Task) -> None:
-    "ValueError where arrays of a task do not fit its genes and cells."
+    "ValueError if arrays of a task do not fit its genes and cells."
     width, parts = task.vectors.shape[1], {"train": task.train, "test": task.test, "context": task.context}
     shapes = {"vectors": (len(task.genes), width), "centre": (width,), "scale": (width,), "sizes": (len(task.cells),)}
     shapes |= dict.fromkeys(("values", "counts"), (len(task.cells), len(task.train)))

@@ -160,7 +160,7 @@ def reference_rows(
     grid: HoldOutGrid,
     quadrants: dict[str, Quadrant],
 ) -> dict[str, np.ndarray | None]:
-    "Predictions by quadrant of one row of other vectors, of the same genes; None where they are not given."
+    "Predictions by quadrant of one row of other vectors, of the same genes; None if they are not given."
     if given is None:
         return dict.fromkeys(quadrants)
     if name == "CAGE":

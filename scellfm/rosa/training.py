@@ -158,7 +158,7 @@ def known(self: Task, without: np.ndarray | tuple = ()) -> Readable:
 
 # %% ../../nbs/rosa/training.ipynb #c5f85ed7
 def usable_genes(vectors: GeneVectors, grid: HoldOutGrid) -> tuple[GeneVectors, np.ndarray]:
-    "The vectors of the grid's genes, in its order, and which genes have one; DataError where hardly any is known."
+    "The vectors of the grid's genes, in its order, and which genes have one; DataError if hardly any is known."
     taken = vectors.take(grid.genes)
     left = int((~taken.covered).sum())
     if left:

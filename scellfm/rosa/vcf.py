@@ -133,7 +133,7 @@ def sample_columns(fields: list[str], samples: Iterable[str], path: Path) -> lis
 
 # %% ../../nbs/rosa/vcf.ipynb #67a922e0
 def genotypes_of_line(fields: list[str], columns: list[int], counts: Counter) -> list[tuple[int, int]]:
-    "The alleles on the two copies of the sample in each column; DataError where the record has no genotypes."
+    "The alleles on the two copies of the sample in each column; DataError if the record has no genotypes."
     if columns and fields[8].split(":")[0] != "GT":
         raise DataError(f"its FORMAT is {fields[8][:20]!r}, which does not begin with GT, so it has no genotypes")
     most = fields[4].count(",") + 1

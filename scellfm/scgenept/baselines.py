@@ -244,7 +244,7 @@ def perturbation_baselines(
 def training_of(
     effects: Effects, split: PerturbationSplit | Mapping[str, Sequence[str]], control: str, seed: int
 ) -> Training:
-    "The training side of a split. DataError where it is of other data, or a perturbation is in both parts."
+    "The training side of a split. DataError if it is of other data, or a perturbation is in both parts."
     train, test = ((split[part] if isinstance(split, Mapping) else getattr(split, part)) for part in ("train", "test"))
     train, test = ([n for n in dict.fromkeys(names_of(list(part), control)) if n != CONTROL] for part in (train, test))
     both = sorted(set(train) & set(test))

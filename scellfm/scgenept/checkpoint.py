@@ -85,13 +85,13 @@ def weights_in(path: Path) -> Path:
 
 
 def read_args(folder: Path) -> dict:
-    "args.json of a folder; AssetError where it does not give the sizes of a scGPT."
+    "args.json of a folder; AssetError if it does not give the sizes of a scGPT."
     path = folder / "args.json"
     return check_record(read_dictionary(path), SCGPT_ARGS, path)
 
 
 def sizes_in(folder: Path, scgpt: str | PathLike | None) -> tuple[dict, dict[str, int]]:
-    "args.json and vocab.json, from the folder itself or from that of scGPT. AssetError where neither has them."
+    "args.json and vocab.json, from the folder itself or from that of scGPT. AssetError if neither has them."
     for place in (folder, *([user_path(scgpt, "scgpt")] if scgpt is not None else [])):
         if (place / "args.json").is_file() and (place / "vocab.json").is_file():
             return read_args(place), read_vocabulary(place / "vocab.json")
@@ -303,7 +303,7 @@ def from_folder(folder: Path, gene_vectors: Source | Mapping[str, Source] | None
 
 # %% ../../nbs/scgenept/checkpoint.ipynb #7d5eb216
 def check_widths(tables: Mapping[str, np.ndarray], widths: Mapping[str, int]) -> None:
-    "OptionError where vectors have another width than the table that a model was trained with."
+    "OptionError if vectors have another width than the table that a model was trained with."
     for name, table in tables.items():
         if table.shape[1] != widths[name]:
             raise OptionError(
@@ -322,7 +322,7 @@ def from_pretrained(
     token_vectors: Source | None = None,  # of another encoder, in place of scGPT's gene vectors
     genes: Iterable[str] | None = None,  # for published weights: the genes whose rows are kept; None: all tokens
     scgpt: str | PathLike | None = None,  # folder with args.json and vocab.json, where the weights lie alone
-    freeze_language: bool | None = None,  # None: as saved; False where nothing is saved
+    freeze_language: bool | None = None,  # None: as saved; False if nothing is saved
     missing: Literal["mean", "zeros", "random", "error"] = "mean",  # what a gene without a vector gets
     original: bool = False,  # tables and samples of genes as in the original
     seed: int = 0,

@@ -59,7 +59,7 @@ LIKE_CONTROL = ("ctrl", "control", "non-target", "nontarget", "non_target", "neg
 
 
 def check_controls(labels: Iterable[str], controls: frozenset[str]) -> None:
-    "DataError where no label is a control, or where a label is a control of another name than the ones given."
+    "DataError if no label is a control, or where a label is a control of another name than the ones given."
     labels = list(map(str, labels))
     named = ", ".join(map(repr, sorted(controls)))
     other = [label for label in labels if label.strip().lower() in FILLERS and label.strip() not in controls]

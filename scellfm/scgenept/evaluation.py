@@ -45,7 +45,7 @@ def evaluate(
 ) -> PerturbationScores:
     """Scores on a part's perturbations beside all baselines; see scellfm.scores.perturbation for the metrics.
 
-    DataError: a split of other data, a part without perturbations. Warns where the model saw some in training."""
+    DataError: a split of other data, a part without perturbations. Warns if the model saw some in training."""
     one_of("part", part, ("test", "valid"))
     if not hasattr(data, "check_split"):
         raise OptionError(f"data is a {type(data).__name__}; make perturbation data of it: PerturbationData(adata)")

@@ -25,7 +25,7 @@ LARGEST_LOG = 25
 
 
 def check_logs(matrix: sparse.csr_matrix, where: str) -> None:
-    "DataError unless the stored values can be log-normalised expression; warns where there are only zeros and ones."
+    "DataError unless the stored values can be log-normalised expression; warns if there are only zeros and ones."
     values = matrix.data
     if not values.size:
         return

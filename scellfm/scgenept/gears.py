@@ -40,7 +40,7 @@ SIMILAR = 0.1  # GEARS's threshold
 
 
 def go_graph(annotations: pd.DataFrame | Mapping[str, Iterable[str]], genes: Sequence[str]) -> pd.DataFrame:
-    "Edges (source, target, importance) between genes with similar terms; DataError where there is none."
+    "Edges (source, target, importance) between genes with similar terms; DataError if there is none."
     similar = jaccard(annotation_sets(annotations), genes)
     first, second = np.nonzero(similar > SIMILAR)
     if not len(first):
@@ -50,7 +50,7 @@ def go_graph(annotations: pd.DataFrame | Mapping[str, Iterable[str]], genes: Seq
 
 # %% ../../nbs/scgenept/gears.ipynb #949d3279
 def parts_of(data: PerturbationData, split, seed: int) -> dict[str, list[str]]:
-    "Training, validation and wanted perturbations that GEARS can use; DataError where too few are left to train on."
+    "Training, validation and wanted perturbations that GEARS can use; DataError if too few are left to train on."
     get = split.get if isinstance(split, Mapping) else lambda part, default=(): getattr(split, part, default)
     names = {part: list(dict.fromkeys(map(perturbation_of, get(part, ())))) for part in ("train", "valid", "test")}
     found = {part: answerable(data, [n for n in kept if n != CONTROL]) for part, kept in names.items()}
@@ -89,7 +89,7 @@ VARIABLE = "SCELLFM_GEARS_PYTHON"
 
 
 def interpreter(python: str | os.PathLike | None) -> str:
-    "The interpreter of the environment with cell-gears; ExtraError where none is named or there."
+    "The interpreter of the environment with cell-gears; ExtraError if none is named or there."
     named = os.fspath(python) if python is not None else os.environ.get(VARIABLE)
     if not named:
         raise ExtraError(

@@ -108,7 +108,7 @@ def gears_table(data) -> AnnData:
 
 # %% ../../nbs/scgenept/gears_folder.ipynb #57fad73c
 def write_processed(folder: str | Path, cells: AnnData) -> None:
-    "Write folder/perturb_processed.h5ad, whole or not at all."
+    "Write folder/perturb_processed.h5ad, complete or not at all."
     with atomic_write(Path(folder) / PROCESSED) as temporary:
         cells.write_h5ad(temporary)
 

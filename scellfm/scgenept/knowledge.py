@@ -63,7 +63,7 @@ Source = GeneVectors | str | PathLike
 
 
 def named_vectors(gene_vectors: Source | Mapping[str, Source] | None, inputs: Inputs) -> dict[str, GeneVectors]:
-    "The vectors of each of a model's tables by its name. OptionError where they do not fit the model's inputs."
+    "The vectors of each of a model's tables by its name. OptionError if they do not fit the model's inputs."
     wanted = list(inputs.languages)
     if gene_vectors is None:
         if wanted:

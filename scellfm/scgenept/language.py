@@ -246,7 +246,7 @@ def reduced(matrix, n: int, what: str) -> tuple[np.ndarray, float]:
 
 # %% ../../nbs/scgenept/language.ipynb #b9204f5b
 def word_counts(found: Mapping[str, list[str]]):
-    "Counts of words (CSR [genes, words]) that at least two genes have; DataError where there is none."
+    "Counts of words (CSR [genes, words]) that at least two genes have; DataError if there is none."
     from scipy import sparse
     from sklearn.feature_extraction.text import CountVectorizer
 

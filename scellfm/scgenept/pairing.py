@@ -28,7 +28,7 @@ def occurrences(names: Sequence[str]) -> list[int]:
 def keyed_pairs(
     names: Sequence[str], is_control: np.ndarray, seed: int = 0, groups: Sequence | None = None
 ) -> np.ndarray:
-    "Row (int64) of the control drawn for each cell, itself for a control; DataError where a group has no control."
+    "Row (int64) of the control drawn for each cell, itself for a control; DataError if a group has no control."
     names, is_control = list(map(str, names)), np.asarray(is_control, dtype=bool)
     counts = occurrences(names)
     groups = np.zeros(len(names), dtype=np.int64) if groups is None else np.asarray(groups)

@@ -126,7 +126,7 @@ def cells_of(adata: AnnData | str | PathLike) -> AnnData:
 
 
 def check_names(genes: pd.Index, var: pd.DataFrame) -> None:
-    "DataError where the names of genes are integers, which name nothing."
+    "DataError if the names of genes are integers, which name nothing."
     if len(genes) and all(str(gene).isdigit() for gene in genes):
         raise DataError(
             f"the genes are called {list(genes[:3])}, integers (a lost index, or Entrez ids): put their symbols into "

@@ -122,7 +122,7 @@ def controls_of(
 
 # %% ../../nbs/scgenept/prediction.ipynb #a4c183a6
 def known_genes(model: ScGenePTCheckpoint, found: Controls) -> Controls:
-    "The controls' genes that the model has. DataError where it has fewer than a tenth; a warning with the counts."
+    "The controls' genes that the model has. DataError if it has fewer than a tenth; a warning with the counts."
     has = found.genes.isin(model.genes)
     if not model.inputs.languages:
         has |= found.genes.isin(list(model.vocabulary))
@@ -137,7 +137,7 @@ def known_genes(model: ScGenePTCheckpoint, found: Controls) -> Controls:
 
 # %% ../../nbs/scgenept/prediction.ipynb #4aa78894
 def check_question(model: ScGenePTCheckpoint, names: Sequence[str]) -> None:
-    "Warn of perturbations that a model was not made for. OptionError where there are none."
+    "Warn of perturbations that a model was not made for. OptionError if there are none."
     if names is None or isinstance(names, str) or not len(names):
         raise OptionError("perturbations must be a list of names, such as ['FOSB+ctrl', 'FOSB+CEBPE']")
     genes = {name: perturbed_genes(name) for name in names}

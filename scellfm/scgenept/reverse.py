@@ -30,7 +30,7 @@ __all__ = ['profile_of', 'which', 'mean_of', 'ranked_by', 'own_change', 'rank_am
 
 # %% ../../nbs/scgenept/reverse.ipynb #2992988e
 def profile_of(observed: pd.Series | AnnData, genes: pd.Index) -> tuple[pd.Series, pd.Index]:
-    "The mean profile over the genes that both have. DataError where these are fewer than three, or values are missing."
+    "The mean profile over the genes that both have. DataError if these are fewer than three, or values are missing."
     if hasattr(observed, "obs_names"):
         observed = pd.Series(np.asarray(observed.X.mean(0)).ravel(), index=observed.var_names)
     if not isinstance(observed, pd.Series) or not observed.index.is_unique:

@@ -182,7 +182,7 @@ ABSENT_FROM_GO = frozenset({"RHOXF2BB", "IER5L", "KIAA1804"})  # genes of Norman
 
 
 def later_rule(labels: list[str], kind: str, version: str, go_genes: Iterable[str] | None) -> list[str]:
-    "The labels that the rule of `version` splits; warns where the rule of the other version would differ."
+    "The labels that the rule of `version` splits; warns if the rule of the other version would differ."
     known = None if go_genes is None else {CONTROL, *map(str, go_genes)}
     if version == "0.1.2":
         if known is None:

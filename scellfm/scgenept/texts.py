@@ -36,7 +36,7 @@ COLUMNS = {
 
 
 def read_frame(table: pd.DataFrame | str | os.PathLike) -> pd.DataFrame:
-    "A table as it is, or from a file; AssetError where there is none, or it is damaged."
+    "A table as it is, or from a file; AssetError if there is none, or it is damaged."
     import pandas
 
     if hasattr(table, "columns"):
@@ -54,7 +54,7 @@ def read_frame(table: pd.DataFrame | str | os.PathLike) -> pd.DataFrame:
 
 # %% ../../nbs/scgenept/texts.ipynb #5dd9e47f
 def named_columns(table: pd.DataFrame, wanted: Iterable[str], what: str) -> pd.DataFrame:
-    "The wanted columns of a table under our names; DataError where one is missing. Optional ones may lack."
+    "The wanted columns of a table under our names; DataError if one is missing. Optional ones may lack."
     found = {name: next((c for c in COLUMNS[name] if c in table.columns), None) for name in COLUMNS}
     for name in wanted:
         if found[name] is None:
@@ -178,7 +178,7 @@ class ProteinEntry:
     "What is used of one entry of UniProt."
 
     genes: list[str]
-    taxon: str | None  # NCBI's number of the species; None where the file does not say
+    taxon: str | None  # NCBI's number of the species; None if the file does not say
     reviewed: bool
     functions: list[str]
 
@@ -194,7 +194,7 @@ def flat_entry(lines: Mapping[str, list[str]]) -> ProteinEntry:
 
 # %% ../../nbs/scgenept/texts.ipynb #ae4613fc
 def flat_entries(lines: Iterable[str], name: str = "the text") -> Iterator[ProteinEntry]:
-    "The entries of UniProt's text format; AssetError where the last one has no end."
+    "The entries of UniProt's text format; AssetError if the last one has no end."
     kept: defaultdict[str, list[str]] = defaultdict(list)
     for line in lines:
         if line.startswith("//"):
@@ -210,7 +210,7 @@ PRIMARY, ALL_NAMES, FUNCTION = "Gene Names (primary)", "Gene Names", "Function [
 
 
 def table_entries(table: pd.DataFrame, path: Path) -> Iterator[ProteinEntry]:
-    "The entries of a table of UniProt; AssetError where columns are missing."
+    "The entries of a table of UniProt; AssetError if columns are missing."
     names = next((column for column in (PRIMARY, ALL_NAMES) if column in table), None)
     if names is None or FUNCTION not in table:
         raise AssetError(f"{path} has the columns {list(table)[:8]}; those of UniProt are {PRIMARY!r} and {FUNCTION!r}")
@@ -288,7 +288,7 @@ def merge_texts(*sources: Mapping[str, str | Iterable[str]]) -> dict[str, list[s
 
 
 def sentences_of(gene: str, texts: str | Iterable[str]) -> list[str]:
-    "The sentences of a gene as a list; DataError where it is something else than text."
+    "The sentences of a gene as a list; DataError if it is something else than text."
     found = [texts] if isinstance(texts, str) else list(texts)
     odd = [text for text in found if not isinstance(text, str)]
     if odd:

@@ -270,7 +270,7 @@ def fit(
 
 # %% ../../nbs/scgenept/training.ipynb #f903235d
 def warn_of_tokens(model: ScGenePTCheckpoint, data: PerturbationData) -> None:
-    "Say how many genes scGPT does not know; DataError where they are nearly all."
+    "Say how many genes scGPT does not know; DataError if they are nearly all."
     if not model.inputs.tokens:
         return
     known = np.isin(model.genes, list(model.vocabulary))

@@ -65,7 +65,7 @@ def cell_probabilities(
     clf: CellClassifier,
     adata: AnnData,
     *,
-    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     gene_column: str | None = None,  # column of var that names the genes
     match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
 ) -> pd.DataFrame:
@@ -89,7 +89,7 @@ def predict_cells(
     clf: CellClassifier,
     data: AnnData | str | Path,  # cells or the path of a file of cells
     *,
-    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     gene_column: str | None = None,  # column of var that names the genes
     match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
     copy: bool = False,  # return a copy, and leave the data as they are
@@ -208,7 +208,7 @@ def finetune(
     weight_decay: float = 0.0,  # decay of matrices
     max_length: int = 1200,  # most tokens of a cell
     seed: int = 0,  # seed of every random draw
-    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     gene_column: str | None = None,  # column of var that names the genes
     match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals

@@ -191,14 +191,14 @@ def embed(
     adata: AnnData | str | Path,
     *,
     pool: Literal["cls", "mean", "weighted"] = "cls",  # what of the tokens is the cell's vector
-    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     gene_column: str | None = None,  # column of var that names the genes
     match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
     max_length: int = 1200,  # most tokens of a cell
     overlong: Literal["sample", "top", "first"] = "sample",  # which genes of a longer cell
     seed: int = 0,  # seed of every random draw
     original: bool = False,  # the original's own embedding, with its faults
-    token_budget: int | None = None,  # tokens of one batch, padding included; what suits the device where none is given
+    token_budget: int | None = None,  # tokens of one batch, padding included; what suits the device by default
     folder: str | Path | None = None,  # keeps what is finished, so that the same call goes on where it stopped
     key_added: str = "X_scGPT",  # name of the vectors in obsm
     copy: bool = False,  # return a copy, and leave the data as they are
@@ -271,7 +271,7 @@ def attention(
     adata: AnnData,
     *,
     head_layer: int = -1,  # layer of the encoder; -1 is the last
-    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     gene_column: str | None = None,  # column of var that names the genes
     match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
     max_length: int = 1200,  # most tokens of a cell

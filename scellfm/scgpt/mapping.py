@@ -413,9 +413,9 @@ class ReferenceMap:
     def evaluate(
         self,
         query: AnnData,  # cells with the embedding and labels
-        label: str | None = None,  # column of the query to judge by; that of the reference where none is given
+        label: str | None = None,  # column of the query to judge by; that of the reference by default
         *,
-        layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+        layer: str | None = None,  # layer that holds the counts, or raw; X by default
         baselines: bool = True,  # the same map on HVG + PCA, and the commonest label
         seed: int = 0,  # seed of every random draw
     ) -> Scores:

@@ -53,7 +53,7 @@ class ScGPTConfig:
 
     @classmethod
     def from_args(cls, args: Mapping, n_tokens: int, pad_id: int, **heads) -> "ScGPTConfig":
-        "From the original's args.json; AssetError where a size is missing."
+        "From the original's args.json; AssetError if a size is missing."
         needed = {"d_model": "embsize", "n_heads": "nheads", "d_hid": "d_hid", "n_layers": "nlayers"}
         missing = [name for name in needed.values() if name not in args]
         if missing:
@@ -465,7 +465,7 @@ def check_scgpt_sizes(config: ScGPTConfig, tensors: Mapping[str, torch.Tensor]) 
 def load_model(
     tensors: Mapping[str, torch.Tensor], args: Mapping, n_tokens: int, pad_id: int
 ) -> tuple[ScGPTModel, LoadReport]:
-    "The model of a checkpoint's tensors and args.json; AssetError where a tensor is missing, unknown or misfit."
+    "The model of a checkpoint's tensors and args.json; AssetError if a tensor is missing, unknown or misfit."
     table = {our_name(name): tensor for name, tensor in tensors.items()}.get("encoder.embedding.weight")
     if table is None:
         raise AssetError(

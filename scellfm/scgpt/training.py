@@ -295,7 +295,7 @@ def learning_cells(adata, cells: BinnedCells, split: Split | None, held_out: flo
 
 # %% ../../nbs/scgpt/training.ipynb #5d8fc8e5
 def report_losses(model: ScGPTCheckpoint, hiding: MaskedGenes, part: Split, batch_size: int) -> None:
-    "Set model.losses and the baselines of its history; warn where the network guesses no better than gene means."
+    "Set model.losses and the baselines of its history; warn if the network guesses no better than gene means."
     judged = part.test if len(part.test) else part.train
     n_classes = model.model.config.n_cls
     rows = dict(zip(row_names(MODEL), (part.test, part.train)))
@@ -359,7 +359,7 @@ def continue_pretraining(
     weight_decay: float = 0.0,  # decay of matrices
     max_length: int = 1200,  # most tokens of a cell
     seed: int = 0,  # seed of every random draw
-    layer: str | None = None,  # layer that holds the counts, or raw; X where none is given
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     gene_column: str | None = None,  # column of var that names the genes
     match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals of the scores

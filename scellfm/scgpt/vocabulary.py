@@ -73,7 +73,7 @@ class Vocabulary:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Vocabulary:
-        "Read vocab.json ({token: number}); AssetError where it is missing, damaged or not a numbering."
+        "Read vocab.json ({token: number}); AssetError if it is missing, damaged or not a numbering."
         return cls(tokens_in_order(read_dictionary(path)))
 
     def save(self, path: str | Path) -> None:
@@ -90,7 +90,7 @@ class Vocabulary:
         return token in self.ids
 
     def __getitem__(self, token: str) -> int:
-        "The number of a token; DataError where it has none."
+        "The number of a token; DataError if it has none."
         if token not in self.ids:
             raise DataError(f"{token!r} is not among the {len(self):,} tokens of this vocabulary")
         return self.ids[token]
