@@ -673,7 +673,7 @@ def wrong(place, tmp_path):
         (["embed", spoiled(cells, tmp_path, "scaled"), *scgpt, *out], "scaled values cannot be binned"),
         (["embed", spoiled(cells, tmp_path, "strange"), *scgpt, *out], "vocabulary"),
         (["finetune", cells, *scgpt, "--classes", str(bad), "--out", str(tmp_path / "clf")], "for Geneformer"),
-        (["perturb", cells, *scgpt, *out], "works with Geneformer"),
+        (["perturb", cells, *scgpt, *out], "needs Geneformer"),
         ([*finetune, "--label", "cell_type", "--k", "2", "--fractions", ".8", ".1", ".1"], "one of the two"),
         (["tokenize", cells, "--fit", str(tmp_path / "t"), "--version", "V1", *out], "--version has no meaning"),
         (["map", ref, query, "--use-rep", "X_own", "--device", "cpu", *out], "--device has no meaning"),

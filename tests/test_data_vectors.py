@@ -118,7 +118,7 @@ def test_saved_vectors_come_back_and_the_same_vectors_are_the_same_bytes(table, 
         ({"not_covered": [30]}, "not_covered"),
         ({"sha256": "0"}, "is not the file that vectors.json describes"),
         ("[]", "does not describe gene vectors"),
-        ("{", "no readable JSON"),
+        ("{", "cannot be read as JSON"),
     ],
 )
 def test_a_damaged_folder_is_refused(table, tmp_path, change, message):

@@ -201,7 +201,7 @@ def test_pseudobulk_sums_by_donor_and_type_and_lists_what_is_left_out():
         (lambda a: a.obs.drop(columns="donor", inplace=True), "'donor' is not a column"),
         (lambda a: a.X.__setitem__((0, 0), np.nan), "missing or infinite"),
         (lambda a: a.X.__setitem__((0, 0), -1), "negative"),
-        (lambda a: setattr(a, "var_names", ["A", "A"]), "have no name or one that is there before"),
+        (lambda a: setattr(a, "var_names", ["A", "A"]), "have no name or a repeated one"),
         (lambda a: None, "no donor has 50 cells"),
     ],
 )

@@ -188,7 +188,7 @@ def test_windows_line_ends_and_a_missing_header_are_accepted(place):
         ("20\tfive\t.\tA\tC\n", "line 3: a record has a chromosome, a place"),
         ("20\t0\t.\tA\tC\n", "line 3: a record has a chromosome, a place"),
         ("20 5 . A C\n", "line 3: it has 1 columns, separated by tabs"),
-        ("20\t5\t.\tA\t<DEL>\n", "holds no allele that can be put into a sequence"),
+        ("20\t5\t.\tA\t<DEL>\n", "holds no allele with an explicit sequence"),
         ("", "holds no allele"),
         (b"\xff\xfe\x00binary", "is not text"),
         ("20\t5\u00b2\t.\tA\tC\n", "line 3: a record has a chromosome, a place"),

@@ -193,7 +193,7 @@ def test_other_checkpoints_are_refused(published, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for name in ("model.safetensors", "vocab.txt"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    for changed, message in (({"model_type": "bert"}, "no ESM-2"), ({"vocab_size": 30}, "vocab_size")):
+    for changed, message in (({"model_type": "bert"}, "not an ESM-2"), ({"vocab_size": 30}, "vocab_size")):
         (tmp_path / "config.json").write_text(json.dumps(config | changed))
         with pytest.raises(AssetError, match=message):
             ESM2.from_pretrained(tmp_path, device="cpu")

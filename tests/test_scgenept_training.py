@@ -288,7 +288,7 @@ def test_bad_inputs_of_training_are_named(data, simulated):
         ScGenePT.from_config("tiny", data, knowledge="go_x", **SMALL)
     with pytest.raises(OptionError, match="pass the vectors"):
         ScGenePT.from_config("tiny", data, knowledge="go_f", **SMALL)
-    with pytest.raises(OptionError, match="the model reads none"):
+    with pytest.raises(OptionError, match="the model uses none"):
         ScGenePT.from_config("tiny", data, gene_vectors=simulated.vectors["know"], **SMALL)
 
 
