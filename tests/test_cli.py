@@ -672,7 +672,7 @@ def wrong(place, tmp_path):
         (["embed", cells, "--model", str(tmp_path / "half"), *out], "args.json"),
         (["embed", spoiled(cells, tmp_path, "scaled"), *scgpt, *out], "scaled values cannot be binned"),
         (["embed", spoiled(cells, tmp_path, "strange"), *scgpt, *out], "vocabulary"),
-        (["finetune", cells, *scgpt, "--classes", str(bad), "--out", str(tmp_path / "clf")], "for Geneformer"),
+        (["finetune", cells, *scgpt, "--classes", str(bad), "--out", str(tmp_path / "clf")], "need Geneformer"),
         (["perturb", cells, *scgpt, *out], "needs Geneformer"),
         ([*finetune, "--label", "cell_type", "--k", "2", "--fractions", ".8", ".1", ".1"], "one of the two"),
         (["tokenize", cells, "--fit", str(tmp_path / "t"), "--version", "V1", *out], "--version has no meaning"),

@@ -178,7 +178,7 @@ def test_counts_are_read_from_raw_where_x_holds_logarithms():
     adata.raw = anndata.AnnData(sparse.csr_matrix(counts), var=adata.var)
     found = read_expression(adata)
     assert found.counts and (found.values.toarray() == counts).all() and found.genes[4] == "ENSG00000000004"
-    with pytest.warns(ScellfmWarning, match="no counts"):
+    with pytest.warns(ScellfmWarning, match="not counts"):
         assert not read_expression(anndata.AnnData(adata.X, var=adata.var)).counts
 
 

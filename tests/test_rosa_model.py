@@ -309,9 +309,9 @@ def test_constant_genes_are_left_out_of_the_scores():
 def test_values_that_are_no_counts_need_to_be_declared():
     logs = CELLS.copy()
     logs.X = logs.X.log1p()
-    with pytest.warns(ScellfmWarning, match="no counts"), pytest.raises(DataError, match="normalise='none'"):
+    with pytest.warns(ScellfmWarning, match="not counts"), pytest.raises(DataError, match="normalise='none'"):
         Rosa("ridge").fit(logs, VECTORS, GRID)
-    with pytest.warns(ScellfmWarning, match="no counts"):
+    with pytest.warns(ScellfmWarning, match="not counts"):
         rosa = Rosa("ridge", normalise="none").fit(logs, VECTORS, GRID)
     inside = np.ix_(GRID.cell_part == "train", GRID.gene_part == "train")
     np.testing.assert_allclose(rosa.task.values, logs.X.toarray()[inside], rtol=1e-6)

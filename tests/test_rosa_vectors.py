@@ -124,8 +124,8 @@ def test_the_canonical_protein_is_taken_and_else_the_longest(proteins):
         (">a\nMK-T\n", "'-'"),
         (">a\nMKT\n>a\nMKV\n", "twice"),
         (">a\n" + "ACGT" * 9 + "\n>b\n" + "GGCA" * 9 + "\n", "are DNA"),
-        (b">a\nMK\xff\xfe\n", "no text"),
-        (gzip.compress(b">a\nMKTAYIAKQRQISF\n" * 1, mtime=0)[:-9], "was cut"),
+        (b">a\nMK\xff\xfe\n", "not text"),
+        (gzip.compress(b">a\nMKTAYIAKQRQISF\n" * 1, mtime=0)[:-9], "incomplete"),
     ],
 )
 def test_what_is_no_protein_fasta_is_refused(tmp_path, text, message):

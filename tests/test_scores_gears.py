@@ -117,7 +117,7 @@ def test_a_constant_prediction_is_counted_and_is_zero_in_the_original_mode(folde
 
 def test_bad_inputs_are_named(folder, data):
     predicted, truth, labels = cells(folder, "random_results.npz")
-    with pytest.raises(DataError, match="do not belong together"):
+    with pytest.raises(DataError, match="do not match"):
         gears_scores(data, predicted[:, 1:], truth, labels)
     with pytest.raises(DataError, match="has no genes for 'NEW.ctrl'"):
         gears_scores(data, predicted[:2], truth[:2], ["NEW+ctrl"] * 2)
