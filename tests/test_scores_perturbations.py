@@ -364,7 +364,7 @@ def test_bad_inputs_are_named(world, harm, message):
 def test_bad_options_are_named(world):
     with pytest.raises(OptionError, match="Did you mean 'pearson_delta'"):
         score(world, partly_right(), metrics=["pearson_dleta"])
-    with pytest.raises(DataError, match="the split belongs to other data"):
+    with pytest.raises(DataError, match="the split is from other data"):
         perturbation(world, partly_right(), train=["A", "B"])
     with pytest.raises(DataError, match="'NEW', which is not among the genes"):
         score(world, partly_right(), de_genes={TEST[0]: ["NEW"]})

@@ -60,8 +60,7 @@ def predicted_means(
 
 # %% ../../nbs/scores/perturbations.ipynb #26851fd6
 def under_labels(table: pd.DataFrame, effects: Effects, control: str) -> pd.DataFrame:
-    """Predictions under published labels: a perturbation's row is used for each of its labels that has no row of its
-    own."""
+    "Predictions under published labels: a perturbation's row is used for each of its labels without its own row."
     meant = {
         label: label if label in table.index else perturbation_name(label, control) for label in effects.conditions
     }
@@ -103,25 +102,19 @@ def scored_names(tables: Mapping[str, pd.DataFrame], effects: Effects) -> list[s
 
 # %% ../../nbs/scores/perturbations.ipynb #4aa26d90
 def training_mean(train, effects: Effects, scored: list[str], control: str, published: bool) -> tuple[np.ndarray, str]:
-    """u [genes], the mean of the training perturbations' means, and the perturbations it is the mean of; [scored,
-    genes] for folds."""
+    "u [genes], the mean of the training perturbations' means, and its source; [scored, genes] for folds."
     if isinstance(train, (list, tuple)) and train and all(hasattr(fold, "test") for fold in train):
         return means_of_folds(train, effects, scored, control, published)
     train = train["train"] if isinstance(train, Mapping) else getattr(train, "train", train)
     if train is None:
         train = [name for name in effects.conditions if name not in set(scored)]
         if not train:
-            warn(
-                "train= is not given and every perturbation is scored: the 'training mean' is the mean of the scored "
-                "perturbations"
-            )
+            warn("train= is not given and every perturbation is scored: the 'training mean' is that of scored ones")
             train = effects.conditions
     names = set(names_of(list(train), control, published)) - {CONTROL}
     rows = [i for i, name in enumerate(effects.conditions) if name in names]
     if not rows:
-        raise DataError(
-            f"none of the {len(names)} training perturbations was measured; the split belongs to other data"
-        )
+        raise DataError(f"none of the {len(names)} training perturbations was measured; the split is from other data")
     return effects.mean[rows].mean(0), f"{len(rows)} perturbations"
 
 # %% ../../nbs/scores/perturbations.ipynb #b2487876
@@ -177,8 +170,7 @@ def bounds(means: np.ndarray) -> tuple[float, float, float]:
 
 # %% ../../nbs/scores/perturbations.ipynb #c67a3b04
 def share_means(model, floor, ceiling, draws: np.ndarray, smaller: bool = True) -> np.ndarray:
-    """(model - floor) / (ceiling - floor) of the means under each resample; NaN where the ceiling is not better than
-    the floor."""
+    "(model - floor) / (ceiling - floor) of the means under each resample; NaN unless the ceiling is better."
     keep = np.isfinite(model) & np.isfinite(floor) & np.isfinite(ceiling)
     top, low, high = (weighted_means(np.where(keep, values, np.nan), draws) for values in (model, floor, ceiling))
     span = low - high if smaller else high - low
@@ -215,7 +207,7 @@ class PerturbationScores(Scores):
     def dynamic_range(self) -> pd.DataFrame:
         "Each metric's dynamic range fraction on these data, and whether the metric is informative."
         found = pd.Series(self.origin["dynamic_range"], dtype=float, name="dynamic range")
-        verdict = ["not known" if np.isnan(v) else "can judge" if v > 0 else "cannot judge" for v in found]
+        verdict = ["not known" if np.isnan(v) else "informative" if v > 0 else "not informative" for v in found]
         return found.to_frame().assign(verdict=verdict)
 
     def counts(self) -> pd.DataFrame:
