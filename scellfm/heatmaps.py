@@ -110,8 +110,7 @@ def heatmap(
     seed: int = 0,  # seed of the draw
     ax: Axes | None = None,
 ) -> Axes:
-    """Cells (rows, sorted by obs[label]) by dimensions of obsm[basis] (columns), in standard deviations; returns the
-    axes."""
+    "Cells (rows, by obs[label]) x dimensions of obsm[basis] (columns), in standard deviations; returns the axes."
     if label is not None and label not in adata.obs:
         raise DataError(f"obs has no column {label!r}; it has {', '.join(map(repr, adata.obs.columns)) or 'none'}")
     adata = with_label(adata, label)

@@ -143,8 +143,7 @@ def scrolling(inner: str, label: str) -> str:
 
 # %% ../nbs/report.ipynb #2a72a4c4
 def table_html(table: pd.DataFrame, caption: str = "", rows: int = 50) -> str:
-    """A DataFrame as HTML: the first `rows` rows, numbers to the right, the index as row headings unless it is 0, 1,
-    2, ..."""
+    "A DataFrame as HTML: the first `rows` rows, numbers to the right, the index (unless 0, 1, ...) as row headings."
     numeric = [pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype) for dtype in table.dtypes]
     named = not isinstance(table.index, pd.RangeIndex)
     head = [f'<th scope="col">{shown(" ".join(map(str, filter(None, table.index.names))))}</th>'] if named else []

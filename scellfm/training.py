@@ -488,8 +488,7 @@ def fit(
     device: str | torch.device = "auto",
     folder: str | os.PathLike | None = None,  # where the checkpoint is saved
     save_every: int | None = None,  # steps between checkpoints, besides one per epoch
-    inputs: Mapping[str, Any]
-    | None = None,  # further inputs that a checkpoint must match: see store.identity.run_inputs
+    inputs: Mapping[str, Any] | None = None,  # further inputs that must match: see store.identity.run_inputs
     desc: str = "training",
     **recipe: Any,  # the fields of Recipe
 ) -> History:

@@ -909,7 +909,7 @@ def test_what_cannot_be_had_says_why(hub, tmp_path):
     hub.closed = {"org/gated": (403, "GatedRepo"), "org/private": (401, "")}
     for arguments, says in (
         ({"path_or_hub_id": "org/none"}, r"none of that name is open to you (HTTP 404); check the spelling"),
-        ({"path_or_hub_id": "org/private"}, "log in if it is private"),
+        ({"path_or_hub_id": "org/private"}, "check its name, or log in"),
         ({"path_or_hub_id": "org/gated"}, f"it is gated: accept its conditions at {hub.url}/org/gated"),
         ({"path_or_hub_id": "org/model", "revision": "v9"}, "it has no revision 'v9'"),
         ({"path_or_hub_id": "org/model", "revision": "main", "subfolder": "V9"}, "has no files V9/*"),

@@ -153,8 +153,8 @@ def test_the_older_bed_of_the_original_is_understood(tmp_path):
     "change, words",
     [
         ({"strand": None}, "no column strand"),
-        ({"start": -5}, "start=-5 of gene 'a' is not a position"),
-        ({"start": "x"}, "start=x of gene 'a' is not a position"),
+        ({"start": -5}, "start=-5 of 'a' is not a position"),
+        ({"start": "x"}, "start=x of 'a' is not a position"),
         ({"start": 2.5}, "is not a position"),
         ({"end": 1}, "ends before it starts"),
         ({"gene": np.nan}, "without a gene or a chromosome"),

@@ -134,20 +134,11 @@ def why(error: Exception, hub_id: str, revision: str | None, offline: bool) -> s
     if isinstance(error, errors.RevisionNotFoundError):
         return f"it has no revision {revision!r}; look at {constants.ENDPOINT}/{hub_id}/commits/main"
     if isinstance(error, errors.RepositoryNotFoundError) or status(error) in (401, 403, 404):
-        return (
-            f"no repository of that name is open to you (HTTP {status(error)}); check the spelling, log in if it is "
-            "private"
-        )
+        return f"no repository of that name is open to you (HTTP {status(error)}); check its name, or log in"
     if is_of_the_disk(error):
-        return (
-            f"the cache {constants.HF_HUB_CACHE} could not be written ({error}); free some disk space, or set "
-            "HF_HOME to another disk"
-        )
+        return f"the cache {constants.HF_HUB_CACHE} could not be written ({error}); free disk space or set HF_HOME"
     cause = f"HTTP {status(error)}" if status(error) else str(chain(error)[-1])[:150]
-    return (
-        f"{constants.ENDPOINT} could not be reached or the connection broke off ({cause}); run again: what has "
-        "arrived is kept"
-    )
+    return f"{constants.ENDPOINT} could not be reached or the connection broke off ({cause}); run again to continue"
 
 # %% ../../nbs/assets/hub.ipynb #4269edf4
 STALLED = 120.0  # seconds without an answer and without a byte

@@ -32,9 +32,9 @@ def simulate_schedule(
     spread: float = 0.1,  # standard deviation of the logarithm of that time
     slow: float = 0.0,  # share of the workers that are slow
     slowness: float = 5.0,  # how many times as long they take
-    failures: float = 0.0,  # probability that an attempt dies
-    restart: float = 60.0,  # seconds until a worker that died is back
-    sharing: Literal["next", "fixed"] = "next",  # who is free takes the next stretch; or shares fixed at the start
+    failures: float = 0.0,  # probability that an attempt fails
+    restart: float = 60.0,  # seconds until a failed worker is replaced
+    sharing: Literal["next", "fixed"] = "next",  # next: a free worker takes the next; fixed: equal shares at the start
     seed: int = 0,  # seed of every random draw
 ) -> Schedule:
     "Simulate a run in which many workers share stretches. OptionError: numbers out of range."

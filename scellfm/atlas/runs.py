@@ -223,11 +223,11 @@ def run(
     out: str | Path,  # folder of the result
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
     columns: Sequence[str] = (),  # columns of obs to keep beside the result
-    settings: Mapping[str, Any] | None = None,  # of tokenizing, of `embed` or of `predict`
-    loading: Mapping[str, Any] | None = None,  # of `from_pretrained`: device, dtype, subfolder
-    rows: int = 8192,  # cells of a stretch: what a stop loses at most
+    settings: Mapping[str, Any] | None = None,  # options of tokenizing, of `embed` or of `predict`
+    loading: Mapping[str, Any] | None = None,  # options of `from_pretrained`: device, dtype, subfolder
+    rows: int = 8192,  # cells of a stretch: the most that an interruption loses
     workers: int | None = None,  # processes; one for each core by default
-    threads: int = 1,  # of each process, at the calculation
+    threads: int = 1,  # threads of each process
     backend: Literal["local", "ranks"] = "local",  # processes of this machine, or the ranks of torchrun and SLURM
 ) -> Path:
     """Tokenize, embed or predict all cells of many files; return the folder of the result, which `atlas.read` opens.

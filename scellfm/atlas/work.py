@@ -60,7 +60,7 @@ class Work:
     model: str  # folder of a tokenizer, a model, or a classifier; or a hub id
     layer: str | None = None  # layer that holds the counts, or raw; X by default
     settings: dict[str, Any] = field(default_factory=dict)  # options of the called method
-    loading: dict[str, Any] = field(default_factory=dict)  # of `from_pretrained`: device, dtype, subfolder
+    loading: dict[str, Any] = field(default_factory=dict)  # options of `from_pretrained`: device, dtype, subfolder
 
     def __post_init__(self):
         one_of("task", self.task, TASKS)

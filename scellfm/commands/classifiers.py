@@ -68,9 +68,7 @@ def finetuning_of(system: str, label: list[str] | None, classes: str | None) -> 
     if (label is None) == (classes is None):
         raise OptionError("give --label COLUMN for a classifier of cells, or --classes FILE for one of genes")
     if system == "scgpt" and (classes is not None or len(label) > 1):
-        raise OptionError(
-            "scGPT is trained with one --label of cells; classes of genes and several labels need Geneformer"
-        )
+        raise OptionError("scGPT takes one --label of cells; classes of genes and several labels need Geneformer")
     if system == "scgpt":
         return ANNOTATE
     return GENES if label is None else TASKS if len(label) > 1 else CELLS

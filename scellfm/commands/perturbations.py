@@ -59,8 +59,8 @@ def evaluate(
     out: str,  # file to write: .csv or .parquet
     condition: str = "condition",  # column of obs that holds the perturbations
     control: str | None = None,  # label of the unperturbed cells; ctrl and control are known
-    normalize: bool = False,  # the file holds raw counts
-    gene_vectors: str | None = None,  # file of gene vectors, where the model's tables were left out of its folder
+    normalize: bool = False,  # the file holds raw counts, to be normalised
+    gene_vectors: str | None = None,  # file of gene vectors, if the model's folder does not contain them
     metrics: str = "default",  # default or all
     device: str = "auto",  # auto, cpu, cuda or mps
 ) -> str:
@@ -133,7 +133,7 @@ def reproduce(
     | None = None,  # files of gene vectors by knowledge, as in ncbi=ncbi.pickle go_f=go_f.pickle
     seeds: list[int] | None = None,  # of each variant; 42 23 89 30 12 by default
     epochs: int = 20,  # of each run
-    root: str | None = None,  # where data sets lie, or are fetched to
+    root: str | None = None,  # folder of the data sets, also for downloads
 ) -> str:
     """Train each scGenePT variant over the published seeds, and compare its numbers with the published ones.
 

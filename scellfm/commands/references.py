@@ -78,12 +78,12 @@ def write_tables(folder: Path, tables: dict) -> list[str]:
 @takes(MAP, CALIBRATE, GENEFORMER, SCGPT, without=("ref", "quantize", "local_files_only", "tokenizer"))
 def map(
     ref: str,  # annotated cells (h5ad and other files, or demo-reference), or the folder of a saved map
-    query: str,  # cells to be named (h5ad and other files, or demo-query)
+    query: str,  # cells to label (h5ad and other files, or demo-query)
     *,
     out: str,  # folder of labels.csv and of a report, and of scores.csv and classes.csv if the query has labels
-    model: str | None = None,  # folder of a model that embeds both; else they have an embedding (--use-rep)
-    save: str | None = None,  # keep the map in this folder, to be given as the reference later
-    truth: str | None = None,  # column of the query to judge by; that of --label where the query has it
+    model: str | None = None,  # folder of a model that embeds both; or give an existing embedding (--use-rep)
+    save: str | None = None,  # save the map in this folder, for later use as the reference
+    truth: str | None = None,  # column of the query with true labels; that of --label if present
     calibrate: bool = False,  # set --min-confidence and --max-distance on held-out reference cells
     layer: str | None = None,  # layer of the files that holds raw counts, or raw; X by default
     **settings,
@@ -134,8 +134,8 @@ def integrate(
     cells: str,  # h5ad, 10x h5 or mtx folder, loom, zarr, or the word demo
     *,
     out: str,  # folder of scores.csv, umap.png and a report
-    model: str | None = None,  # folder of a model that makes the embedding
-    reps: list[str] | None = None,  # embeddings in obsm, where no --model makes one
+    model: str | None = None,  # folder of a model that computes the embedding
+    reps: list[str] | None = None,  # embeddings in obsm, if no --model is given
     **settings,
 ) -> str:
     """Score how an embedding preserves cell types and mixes batches.

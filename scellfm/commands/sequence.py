@@ -42,7 +42,7 @@ def windows(
     annotation: str,  # genes: a GTF file, a BED file, or a table
     *,
     out: str,  # file to write: .tsv, .csv, .parquet or .bed
-    fasta: str | None = None,  # the genome, plain or bgzip; starts are checked against it
+    fasta: str | None = None,  # the genome, plain or bgzip, to check the starts
     chrom_sizes: str | None = None,  # file with lengths of chromosomes (.fai, .sizes), if there is no FASTA file
     protein_coding: bool = False,  # only protein-coding transcripts
     **settings,
@@ -167,8 +167,8 @@ ROSA = "scellfm.commands.sequence.rosa_of"
 def rosa_of(
     kind: str = "ridge",  # ridge, mlp, transformer, encoder_decoder, performer or perceiver
     loss: str = "mse",  # mse, cross_entropy (over bins), poisson or negative_binomial
-    n_bins: int = 8,  # bins of the expression that a network reads
-    normalise: str = "train",  # genes that totals come from: train, all, or none for logarithms
+    n_bins: int = 8,  # bins of the input expression of a network
+    normalise: str = "train",  # genes used for cell totals: train, all, or none for logarithms
     epochs: int | None = None,  # of a network; 20 by default
     learning_rate: float | None = None,  # of a network; 0.001 by default
     batch_size: int | None = None,  # cells (of mlp: genes) of a training step; 16 by default
@@ -224,9 +224,9 @@ def fit(
     out: str,  # folder of the model, scores.csv, predictions.parquet and a report
     hold_genes: str = "random",  # how genes are held out: random, or by a column of var, such as chromosome
     hold_cells: str = "random",  # how cells are held out: random, or by a column of obs, such as donor
-    fraction: float = 0.2,  # share that is held out of genes and of cells
-    context: float = 0.5,  # share of training genes that may be read in held-out cells
-    kmers: str | None = None,  # vectors of words of DNA, for the row of their ridge regression beside the model's
+    fraction: float = 0.2,  # held-out share of genes and of cells
+    context: float = 0.5,  # share of training genes that may be used in held-out cells
+    kmers: str | None = None,  # k-mer vectors, for a ridge regression as comparison
     **settings,
 ) -> str:
     """Train a model of expression in cells from gene vectors, with genes and cells held out.

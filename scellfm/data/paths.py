@@ -95,10 +95,7 @@ def check_filters(dataset, path: Path) -> None:
         optional("hdf5plugin", "hdf5")
 
 # %% ../../nbs/data/paths.ipynb #7ebbd147
-BELIEVED = (
-    2**28,
-    10**5,
-)  # claimed bytes that are accepted without a check, and the accepted ratio of claimed to stored bytes
+BELIEVED = 2**28, 10**5  # claimed bytes accepted without a check; accepted ratio of claimed to stored bytes
 
 
 def check_size(name: str, shape, itemsize: int, stored: int, path: Path) -> None:
@@ -248,8 +245,7 @@ def check_claims(file: Path, told) -> None:
 
 
 def refuse_pickled(path: Path) -> None:
-    """DataError if a zarr store would run a program from the file, refers to files outside its folder, or claims too
-    much."""
+    "DataError if a zarr store would run a program from the file, refers outside its folder, or claims too much."
     for file in descriptions(path):
         told = described(file)
         odd = [word for word in codec_words(told) if "pickle" in word.lower()]

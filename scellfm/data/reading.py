@@ -339,9 +339,7 @@ def check_counts(adata: AnnData, layer: str | None = None) -> None:
     """
     shape, where = counts_of(adata, layer).shape, "X" if layer is None else f"layer {layer!r}"
     if 0 in shape:
-        raise DataError(
-            f"{where} has {shape[0]} cells x {shape[1]} genes: there is nothing to read; check earlier filters"
-        )
+        raise DataError(f"{where} has {shape[0]} cells x {shape[1]} genes: nothing to read; check earlier filters")
     genes, faults = genes_of(adata, layer).var_names, judge(adata, layer)
 
     def place(fault: Fault) -> str:

@@ -84,12 +84,12 @@ def embed(
     *,
     emb_layer: int | str = -1,  # 0 or last, -1 or second_to_last, and so on down
     pool: Literal["auto", "cell", "cls"] = "auto",  # cell: the mean over genes; auto: cls if the tokenizer has it
-    key_added: str = "X_geneformer",  # name of the vectors in obsm
+    key_added: str = "X_geneformer",  # key of the vectors in obsm
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
     match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     token_budget: int = 16384,  # tokens of one batch, padding included
-    folder: str | Path | None = None,  # keeps what is finished, so that the same call goes on where it stopped
-    copy: bool = False,  # return a copy, and leave the data as they are
+    folder: str | Path | None = None,  # saves finished blocks here; the same call resumes from them
+    copy: bool = False,  # return a copy and do not change the data
 ) -> AnnData | np.ndarray | None:
     """Embed cells: one vector each, in place.
 
@@ -212,12 +212,12 @@ def embed_genes(
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
     *,
     emb_layer: int | str = -1,  # 0 or last, -1 or second_to_last, and so on down
-    key_added: str = "X_geneformer",  # name of the vectors in varm
+    key_added: str = "X_geneformer",  # key of the vectors in varm
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
     match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     token_budget: int = 16384,  # tokens of one batch, padding included
-    folder: str | Path | None = None,  # keeps what is finished, so that the same call goes on where it stopped
-    copy: bool = False,  # return a copy, and leave the data as they are
+    folder: str | Path | None = None,  # saves finished blocks here; the same call resumes from them
+    copy: bool = False,  # return a copy and do not change the data
 ) -> AnnData | pd.DataFrame | None:
     """Embed genes in their context: each gene's mean over the cells that express it, in place.
 
@@ -302,7 +302,7 @@ def state_embeddings(
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
     *,
     state: str,  # column of obs
-    groupby: str | None = None,  # column of obs within which states are told apart
+    groupby: str | None = None,  # column of obs; states are summarised within each of its groups
     statistic: Literal["mean", "median"] = "mean",  # of the cells; the median is exact
     emb_layer: int | str = -1,  # 0 or last, -1 or second_to_last, and so on down
     pool: Literal["auto", "cell", "cls"] = "auto",  # cell: the mean over genes; auto: cls if the tokenizer has it

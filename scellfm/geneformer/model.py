@@ -276,7 +276,7 @@ def from_config(
     *,
     seed: int = 0,  # seed of the weights
     device: str = "auto",  # auto, cpu, cuda or mps
-    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the products
+    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the calculation
 ) -> GeneformerModel:
     "A new model of the shape 'tiny', 'V1-10M', 'V2-104M' or 'V2-316M' with the tokenizer's vocabulary, by `seed`."
     tokenizer = as_tokenizer(tokenizer)
@@ -324,10 +324,10 @@ def from_pretrained(
     subfolder: str | None = None,  # the model's folder inside the repository
     revision: str | None = None,  # commit of the hub repository
     tokenizer: RankTokenizer | str | Path | None = None,  # or its folder; the one that fits by default
-    local_files_only: bool = False,  # never ask the hub
+    local_files_only: bool = False,  # never contact the hub
     device: str = "auto",  # auto, cpu, cuda or mps
-    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the products
-    quantize: Literal["8bit", "4bit"] | None = None,  # small weights, on a CUDA card (extra quantize)
+    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the calculation
+    quantize: Literal["8bit", "4bit"] | None = None,  # smaller weights, on a CUDA GPU (extra quantize)
 ) -> GeneformerModel:
     """Load a checkpoint folder in the official layout (config.json, model.safetensors) or a hub id, every tensor
     checked. quantize: '8bit' or '4bit' weights, on a CUDA GPU with bitsandbytes (*Quantized weights*)."""
@@ -420,7 +420,7 @@ class GeneformerModel:
         model: PreTrainedModel,
         tokenizer: RankTokenizer,
         device: str | torch.device = "auto",  # auto, cpu, cuda or mps
-        dtype: Literal["float32", "bfloat16"] | torch.dtype = "float32",  # precision of the products
+        dtype: Literal["float32", "bfloat16"] | torch.dtype = "float32",  # precision of the calculation
     ):
         self.device, self.dtype = inference.pick_device(device), inference.pick_dtype(dtype)
         check_fit(tokenizer, model.config.vocab_size)

@@ -225,16 +225,16 @@ def pretrain(
     gf: GeneformerModel,  # trained in place
     data: AnnData | TokenizedCells | Corpus | str | Path | Sequence[str | Path],  # or paths of saved data sets
     *,
-    split: Split | None = None,  # its valid cells (or else its test cells) judge; by donor where there are donors
-    held_out: float = 0.1,  # share of cells to judge by, when no split is given
+    split: Split | None = None,  # its valid (or else test) cells are for evaluation; by donor if there are donors
+    held_out: float = 0.1,  # share of cells for evaluation, if no split is given
     epochs: int = 3,  # passes over the training cells
     learning_rate: float = 1e-3,  # largest step size
     batch_size: int = 12,  # cells of one step
-    mask_share: float = 0.15,  # share of a cell's genes that is asked for
+    mask_share: float = 0.15,  # share of a cell's genes that are hidden
     seed: int = 0,  # seed of every random draw
-    layer: str | None = None,  # where the counts are; None is X
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
-    folder: str | Path | None = None,  # a checkpoint lies here, and the same call goes on from it
+    folder: str | Path | None = None,  # saves checkpoints here; the same call resumes from them
     **recipe,  # further fields of scellfm.training.Recipe (steps, warmup, schedule, stop, ...), and save_every
 ) -> GeneformerModel:
     """Train the model in place by masked-gene modelling and return it; gf.history has its curves.
@@ -275,9 +275,7 @@ def fit_masked(
             **options,
         )
     except DivergedError as error:
-        raise DivergedError(
-            f"{error}. This model's weights are no longer usable: load it, or make it, again"
-        ) from error
+        raise DivergedError(f"{error}. The weights are no longer usable: load the model, or make it, again") from error
     gf.model.to(gf.dtype)
     gf.device = gf.model.device
     mark_trained(gf.model.config)

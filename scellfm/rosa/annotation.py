@@ -427,9 +427,7 @@ def annotation_table(table: pd.DataFrame, source: str = "the table", one_based: 
         wrong = (numbers.isna() | (numbers < one_based) | (numbers >= 1e11) | (numbers % 1 != 0)).to_numpy()
         if wrong.any():
             at = int(wrong.argmax())
-            raise DataError(
-                f"{source}: {name}={table[name].iloc[at]} of gene {table['gene'].iloc[at]!r} is not a position"
-            )
+            raise DataError(f"{source}: {name}={table[name].iloc[at]} of {table['gene'].iloc[at]!r} is not a position")
         table[name] = numbers.astype("int64") - (one_based and name in ("tss", "start", "gene_start"))
     if table[["gene", "chrom"]].isna().any(axis=None):
         raise DataError(f"{source} has rows without a gene or a chromosome; leave them out")
@@ -439,8 +437,7 @@ def annotation_table(table: pd.DataFrame, source: str = "the table", one_based: 
     if (table["end"] <= table["start"]).any():
         at = int((table["end"] <= table["start"]).to_numpy().argmax())
         raise DataError(
-            f"{source}: gene {table['gene'].iloc[at]!r} ends before it starts; start must be the smaller number on "
-            "both strands"
+            f"{source}: gene {table['gene'].iloc[at]!r} ends before it starts; give the smaller number as start"
         )
     return annotation_of(table, source)
 

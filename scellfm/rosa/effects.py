@@ -179,14 +179,14 @@ def variant_effect(
     *,
     model: Enformer,
     windows: Windows,
-    tracks: str | int | list = "CAGE",  # whose coverage is read
+    tracks: str | int | list = "CAGE",  # tracks whose coverage is used
     score: Literal["log2_sum", "ln_mean_exons"] = "log2_sum",  # how a change of coverage is measured
     around: Literal["start", "variant"] = "start",  # where coverage is summed
     width: int = 501,  # bases over which it is summed
     max_distance: int | None = None,  # of a variant from the start
-    strands: Literal["forward", "reverse", "both"] = "both",  # readings that are averaged
-    shifts: tuple[int, ...] = (0,),  # bases by which readings are shifted before they are averaged
-    folder: str | os.PathLike | None = None,  # where finished windows are kept, to go on after a stop
+    strands: Literal["forward", "reverse", "both"] = "both",  # strands whose results are averaged
+    shifts: tuple[int, ...] = (0,),  # shifts of the window (in bases) whose results are averaged
+    folder: str | os.PathLike | None = None,  # saves finished windows here; the same call resumes from them
 ) -> VariantEffects:
     """
     Effects of variants on the predicted coverage of the genes in whose windows they lie.

@@ -218,12 +218,12 @@ def embed_genes(
     fasta: str | os.PathLike | Genome | None = None,
     *,
     model: object,
-    rule: Literal["strongest_cage", "tss", "mean_tss", "mean"] = "strongest_cage",  # which start speaks for a gene
-    tracks: str | int | list = "CAGE",  # by whose coverage the strongest start is found
-    strands: Literal["forward", "reverse", "both"] = "forward",  # readings that are averaged
-    shifts: tuple[int, ...] = (0,),  # bases by which readings are shifted before they are averaged
-    original: str | None = None,  # one of rosa's own ways to choose bins
-    folder: str | os.PathLike | None = None,  # where finished blocks are kept, to go on after a stop
+    rule: Literal["strongest_cage", "tss", "mean_tss", "mean"] = "strongest_cage",  # which start represents a gene
+    tracks: str | int | list = "CAGE",  # tracks whose coverage determines the strongest start
+    strands: Literal["forward", "reverse", "both"] = "forward",  # strands whose results are averaged
+    shifts: tuple[int, ...] = (0,),  # shifts of the window (in bases) whose results are averaged
+    original: str | None = None,  # one of rosa's original ways to choose bins
+    folder: str | os.PathLike | None = None,  # saves finished blocks here; the same call resumes from them
     block: int = 8,  # windows of a block
 ) -> GeneVectors:
     """

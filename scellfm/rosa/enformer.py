@@ -186,7 +186,7 @@ class Enformer:
         *,
         subfolder: str | None = None,  # the model's folder inside the repository
         revision: str | None = None,  # commit of the hub repository
-        local_files_only: bool = False,  # never ask the hub
+        local_files_only: bool = False,  # never contact the hub
         gammas: Literal["auto", "published", "port"] = "auto",  # formula of the positional features
         tracks: str | Path | list | None = None,  # the table that names the human tracks (targets_human.txt)
         device: str = "auto",  # auto, cpu, cuda or mps

@@ -115,7 +115,7 @@ def quantile_bins(
     values: ArrayLike,  # counts or normalised values [cells, genes]
     n_bins: int = 8,
     *,
-    zeros: Zeros = "bin",  # "bin": zero is a bin of its own, the others equal; "halving": each half of what is left
+    zeros: Zeros = "bin",  # "bin": one bin for zero, the others equal; "halving": each takes half of the rest
     together: bool = False,  # one set of edges for all cells
 ) -> np.ndarray:
     "The bin (int64 [cells, genes]) of each value among those of its cell; any monotone transform gives the same bins."
@@ -251,7 +251,7 @@ def pseudobulk(
     *,
     donor: str = "donor",  # column of obs
     cell_type: str = "cell_type",  # column of obs
-    min_cells: int = 50,  # of a donor and cell type
+    min_cells: int = 50,  # fewest cells of a donor and cell type
     layer: str | None = None,
     gene_column: str | None = None,
 ) -> AnnData:

@@ -60,9 +60,7 @@ def index_lines(lines: Iterable[bytes], path: str | Path) -> dict[str, Record]:
             raise AssetError(f"{path} is not a FASTA file: it does not start with '>'")
         elif bases:
             if short or width[0] and bases > width[0]:
-                raise AssetError(
-                    f"{path} has lines of unequal length in {name!r}; rewrite the file, e.g. with samtools"
-                )
+                raise AssetError(f"{path} has lines of unequal length in {name!r}; rewrite it, e.g. with samtools")
             width = width if width[0] else (bases, len(line))
             short = (bases, len(line)) != width
             length += bases

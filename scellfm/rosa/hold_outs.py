@@ -360,11 +360,11 @@ def hold_out_grid(
     held_genes: Iterable[str] | None = None,  # the groups of genes to hold out; None: drawn, or "valid" and "test"
     held_cells: Iterable[str] | None = None,  # the groups of cells to hold out
     fraction: float | tuple[float, float] = 0.2,  # held-out share, of both axes or (genes, cells)
-    context: float | Iterable[str] = 0.5,  # training genes that may be read in held-out cells: a share, or their names
+    context: float | Iterable[str] = 0.5,  # training genes that may be used in held-out cells: a share, or their names
     donor: str | None = None,  # column of obs; None: "donor" if present
     cell_type: str | None = None,  # column of obs; None: "cell_type" if present
     gene_column: str | None = None,  # column of var with the names of genes
-    layer: str | None = None,  # layer that will be read; "raw" may have other genes than X
+    layer: str | None = None,  # layer that holds the counts, or raw (which may have other genes); X by default
     seed: int = 0,  # seed of every random draw
 ) -> HoldOutGrid:
     """

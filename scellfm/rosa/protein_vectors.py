@@ -105,7 +105,7 @@ class ESM2:
         path_or_hub_id: str | Path,
         *,
         revision: str | None = None,  # commit of the hub repository
-        local_files_only: bool = False,  # never ask the hub
+        local_files_only: bool = False,  # never contact the hub
         device: str = "auto",
         dtype: str = "float32",
     ) -> ESM2:
@@ -154,8 +154,8 @@ def embed(
     sequences: Iterable[str],
     *,
     pool: Literal["mean", "cls"] = "mean",
-    max_length: int = 1024,  # residues that are read; the rest is cut off
-    token_budget: int = 8192,  # tokens of a batch
+    max_length: int = 1024,  # largest number of residues; the rest is cut off
+    token_budget: int = 8192,  # tokens of one batch, padding included
 ) -> np.ndarray:
     "Vectors float32 [proteins, width]. DataError: an empty protein."
     one_of("pool", pool, ("mean", "cls"))
@@ -182,11 +182,11 @@ def embed_proteins(
     fasta: str | os.PathLike | Proteins,
     *,
     model: ESM2,
-    annotation: Annotation | None = None,  # whose canonical transcripts are preferred
+    annotation: Annotation | None = None,  # source of canonical transcripts, which are preferred
     genes: Iterable[str] | None = None,  # only these
     pool: Literal["mean", "cls"] = "mean",
     max_length: int = 1024,
-    folder: str | os.PathLike | None = None,  # where finished blocks are kept, to go on after a stop
+    folder: str | os.PathLike | None = None,  # saves finished blocks here; the same call resumes from them
     block: int = 64,
 ) -> GeneVectors:
     """

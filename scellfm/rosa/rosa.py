@@ -289,9 +289,9 @@ def explain_bases(
     model: Enformer,  # that made the vectors
     cells: str | Iterable[str] | None = None,  # a cell type, or names of training cells; None: all
     *,
-    bin: int | None = None,  # None: the one that the gene's vector was read in
+    bin: int | None = None,  # None: the bin from which the gene's vector was taken
     method: Method = "input_x_gradient",
-    steps: int = 32,  # of integrated gradients
+    steps: int = 32,  # steps of integrated gradients
 ) -> pd.DataFrame:
     "Contributions of each base (rows) of a gene's window to the predicted expression; columns A, C, G, T."
     fitted, task, rows = self._ready(), self.task, rows_of(self, cells)

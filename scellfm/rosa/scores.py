@@ -189,7 +189,7 @@ def score_grid(
     baselines: Literal["default", "all", "none"] = "default",
     references: Mapping[str, GeneVectors] | None = None,  # other vectors of the same genes, by the name of their row
     positions: pd.DataFrame | None = None,  # gene, chrom, tss: for the nearest gene
-    most_cells: int = 2000,  # of a quadrant that are scored
+    most_cells: int = 2000,  # largest number of scored cells of a quadrant
     refit: dict | None = None,  # options of fit_kind for the model with permuted vectors
 ) -> GridScores:
     "Scores of a fitted model and its baselines in each quadrant. OptionError: an unknown choice of baselines."
@@ -277,7 +277,7 @@ def compare_vectors(
     grid: HoldOutGrid,
     settings: Settings | None = None,
     *,
-    most_cells: int = 2000,  # of a quadrant that are scored
+    most_cells: int = 2000,  # largest number of scored cells of a quadrant
     **options,
 ) -> GridScores:
     "One model per kind of vectors, and for one-hot and permuted ones, on the genes that all of them have."

@@ -44,8 +44,8 @@ class Settings:
     n_bins: int = 8
     normalise: Literal["train", "all", "none"] = "train"
     size: str | dict = "small"  # of a network: 'small', 'original', or single fields of NetworkConfig
-    read: int = 512  # genes of a cell that a network reads at once
-    asked: int = 128  # genes of a cell that it is asked for in a training step
+    read: int = 512  # input genes of a cell
+    asked: int = 128  # target genes of a cell in a training step
     class_weights: bool = False  # cross entropy: weight each bin by one over its number of entries
     seed: int = 0
 

@@ -218,10 +218,10 @@ def tss_windows(
     chrom_sizes: str
     | os.PathLike
     | Mapping[str, int]
-    | None = None,  # lengths of chromosomes, where there is no FASTA file
+    | None = None,  # lengths of chromosomes, if there is no FASTA file
     length: int = 196_608,  # bases of a window
     tss: Literal["canonical", "all", "gene"] = "canonical",  # which starts
-    align: Literal["base", "bin"] = "base",  # bin: the start lies at the same index on both strands
+    align: Literal["base", "bin"] = "base",  # bin: the start has the same index on both strands
     original: bool = False,  # the original's windows, around the smaller end of each gene
     pad: Literal["N", "."] = "N",  # beyond the ends of a chromosome
 ) -> Windows:

@@ -249,10 +249,7 @@ def training_of(
     train, test = ([n for n in dict.fromkeys(names_of(list(part), control)) if n != CONTROL] for part in (train, test))
     both = sorted(set(train) & set(test))
     if both:
-        raise DataError(
-            f"{len(both)} perturbations are in training and test, e.g. {both[:3]}; a perturbation may be in one part "
-            "only"
-        )
+        raise DataError(f"{len(both)} perturbations are in training and test, e.g. {both[:3]}; put each in one part")
     place = {name: i for i, name in enumerate(effects.conditions)}
     lost = [name for name in [*train, *test] if name not in place]
     if not test or not set(train) & set(place) or len(lost) == len(train) + len(test):
@@ -261,9 +258,7 @@ def training_of(
             f" measured (e.g. {lost[:3]}); is it a split of other data?"
         )
     if lost:
-        warn(
-            f"{len(lost)} perturbations of the split were not measured, e.g. {lost[:3]}; they are not used for training"
-        )
+        warn(f"{len(lost)} perturbations of the split were not measured and are not used, e.g. {lost[:3]}")
     rows = [place[name] for name in train if name in place]
     return Training(
         [effects.conditions[i] for i in rows], effects.mean[rows], effects.n[rows], effects.control_mean, test, seed

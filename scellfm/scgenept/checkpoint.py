@@ -131,7 +131,7 @@ class ScGenePTCheckpoint:
         genes: Iterable[str],  # the rows of the tables
         *,
         inputs: Inputs,
-        vectors: Mapping[str, GeneVectors] | None = None,  # as they came; None once the tables were trained
+        vectors: Mapping[str, GeneVectors] | None = None,  # the original vectors; None after the tables were trained
         args: Mapping | None = None,
         device: str | torch.device = "auto",
         settings: Mapping | None = None,  # freeze_language, original, missing, seed, manifests
@@ -318,13 +318,13 @@ def from_pretrained(
     cls: type[ScGenePTCheckpoint],
     path_or_hub_id: str | Path,  # folder of scGPT or of a trained scGenePT, file of published weights, or a hub id
     *,
-    knowledge: str | None = None,  # ncbi, ncbi+uniprot, go_f, go_p, go_c, go_all, a name of the original, or an own one
+    knowledge: str | None = None,  # ncbi, ncbi+uniprot, go_f, go_p, go_c, go_all, a name of the original, or your own
     gene_vectors: Source | Mapping[str, Source] | None = None,  # vectors, their file, or {table: vectors}
-    token_vectors: Source | None = None,  # of another encoder, in place of scGPT's gene vectors
+    token_vectors: Source | None = None,  # from another encoder, instead of scGPT's gene vectors
     genes: Iterable[str] | None = None,  # for published weights: the genes whose rows are kept; None: all tokens
-    scgpt: str | PathLike | None = None,  # folder with args.json and vocab.json, where the weights lie alone
+    scgpt: str | PathLike | None = None,  # folder with args.json and vocab.json, if they are not beside the weights
     freeze_language: bool | None = None,  # None: as saved; False if nothing is saved
-    missing: Literal["mean", "zeros", "random", "error"] = "mean",  # what a gene without a vector gets
+    missing: Literal["mean", "zeros", "random", "error"] = "mean",  # vector of a gene that has none
     original: bool = False,  # tables and samples of genes as in the original
     seed: int = 0,
     device: str = "auto",  # auto, cpu, cuda or mps

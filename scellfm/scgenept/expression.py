@@ -99,7 +99,7 @@ def normalized_expression(
     layer: str | None = None,
     target_sum: float | None = None,  # counts per cell; None: the median over cells
     n_variable: int | None = None,  # None: all genes
-    keep: Iterable[str] = (),  # genes that stay, variable or not
+    keep: Iterable[str] = (),  # genes that are kept in any case
 ) -> tuple[sparse.csr_matrix, list[str]]:
     "Log-normalised values [cells, genes] (CSR, float32) from raw counts, and the genes; DataError for other values."
     check_counts(adata, layer)

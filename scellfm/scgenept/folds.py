@@ -42,7 +42,7 @@ def perturbation_folds(
     conditions: Iterable[str],  # labels, with or without 'ctrl'
     k: int = 5,
     *,
-    by: str = "gene",  # "gene": no gene of a tested perturbation is trained on; "perturbation": its genes may be
+    by: str = "gene",  # "gene": no gene of a test perturbation is in training; "perturbation": its genes may be
     seed: int = 0,
 ) -> list[PerturbationSplit]:
     "k splits; every perturbation is in the test set of one. DataError: fewer genes (or perturbations) than k."

@@ -175,9 +175,9 @@ def text_vectors(
     model: str | os.PathLike,  # a sentence model of transformers: a folder, or a hub id
     *,
     join: str = "average",  # of several sentences: "average" of their vectors, or "concat" to one text
-    genes: Iterable[str] | None = None,  # the genes wanted, in order; None: those with a text
+    genes: Iterable[str] | None = None,  # genes to return, in order; None: those with a text
     missing: str = "mean",  # of GeneVectors.take: the treatment of genes without a text
-    folder: str | os.PathLike | None = None,  # keeps finished blocks, to resume
+    folder: str | os.PathLike | None = None,  # saves finished blocks here; the same call resumes from them
     revision: str | None = None,  # of a hub id
     device: str = "auto",
     token_budget: int = 4096,  # tokens in a batch
@@ -271,7 +271,7 @@ def tfidf_vectors(
     texts: Mapping[str, str | Iterable[str]],  # {gene: text or sentences}
     n: int = 64,
     *,
-    genes: Iterable[str] | None = None,  # the genes wanted, in order; None: those with a text
+    genes: Iterable[str] | None = None,  # genes to return, in order; None: those with a text
     missing: str = "mean",  # of GeneVectors.take: the treatment of genes without a text
     seed: int = 0,  # for missing="random"
 ) -> GeneVectors:
@@ -289,7 +289,7 @@ def go_vectors(
     annotations: pd.DataFrame | Mapping[str, Iterable[str]],  # {gene: terms}, or a table with gene and term
     n: int = 64,
     *,
-    genes: Iterable[str] | None = None,  # the genes wanted, in order; None: those with a term
+    genes: Iterable[str] | None = None,  # genes to return, in order; None: those with a term
     missing: str = "mean",  # of GeneVectors.take: the treatment of genes without a term
     seed: int = 0,  # for missing="random"
 ) -> GeneVectors:

@@ -147,7 +147,7 @@ class PerturbedCells:
         cell_type: str | None = None,  # the column of obs; None: "cell_type" if present, else all cells are one type
         normalize: bool = False,  # the layer holds raw counts
         n_variable: int | None = None,  # with normalize: how many variable genes to keep; None: all
-        original: bool = False,  # refuse what GEARS cannot represent: a perturbed gene that is not measured
+        original: bool = False,  # error for what GEARS cannot represent: a perturbed gene that is not measured
     ):
         "DataError: no control, a missing label, counts for logs or the reverse, repeated genes, NaN."
         adata = cells_of(adata)

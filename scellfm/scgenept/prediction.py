@@ -38,7 +38,7 @@ def predict_values(
     inputs: pd.Index | None = None,  # the names of the columns; None: the model's genes
     genes: Literal["all", "seen"] = "all",
     original: bool = False,  # with genes="seen": a perturbed gene that no cell expresses is ignored, as in the original
-    batch_size: int | None = None,  # cells at once; None: what suits the device
+    batch_size: int | None = None,  # cells at once; None: depends on the device
 ) -> np.ndarray:
     "Predicted values [cells, genes] from control values [cells, genes] and flags, [genes] or [cells, genes]."
     one_of("genes", genes, ("all", "seen"))
@@ -194,8 +194,8 @@ def predict(
     perturbations: Sequence[str],  # 'A', 'A+ctrl', 'A+B', in any order
     *,
     controls: AnnData | PerturbationData | None = None,  # None: those of the data that the model was trained on
-    n_controls: int | None = 300,  # drawn by their names; None: all
-    layer: str | None = None,  # of an AnnData, where X does not hold the log-normalised values
+    n_controls: int | None = 300,  # drawn at random by name; None: all
+    layer: str | None = None,  # layer with log-normalised values of an AnnData; X by default
     seed: int = 0,
 ) -> pd.DataFrame:
     """Mean predicted expression after each perturbation, perturbations x genes (log-normalised), under the names given.
@@ -216,8 +216,8 @@ def predict_cells(
     *,
     controls: AnnData | PerturbationData | None = None,
     n_controls: int | None = 300,
-    counts: bool = False,  # whole numbers, drawn around the prediction, for metrics="vcc2026" alone
-    depth: float = 10_000,  # molecules of a drawn cell
+    counts: bool = False,  # whole numbers drawn around the prediction, needed only for metrics="vcc2026"
+    depth: float = 10_000,  # total counts of a drawn cell
     layer: str | None = None,
     seed: int = 0,
 ) -> AnnData:

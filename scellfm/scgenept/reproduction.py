@@ -123,9 +123,9 @@ def reproduce(
     data: PerturbationData,
     scgpt: str | PathLike,  # folder of scGPT's whole-human checkpoint
     vectors: Mapping[str, Source],  # {knowledge: vectors, file or folder}; the row without knowledge needs none
-    folder: str | PathLike,  # where runs are kept; the same call goes on from there
+    folder: str | PathLike,  # saves finished runs here; the same call resumes from them
     *,
-    dataset: str | None = "norman",  # whose published numbers are set beside: norman or adamson; None: of neither
+    dataset: str | None = "norman",  # whose published numbers are shown: norman or adamson; None: of neither
     knowledge: Sequence[str | None] | None = None,  # None: all with given vectors, and the model without
     seeds: Sequence[int] = SEEDS,
     **training: float,  # changes to the card's settings, as fit takes them

@@ -255,7 +255,7 @@ def read_uniprot(
     path: str | os.PathLike,  # .txt, .dat or .tsv, also .gz
     *,
     taxon: int | None = 9606,  # NCBI's number of the species; None: all
-    unreviewed: bool = False,  # take entries that no curator has reviewed too
+    unreviewed: bool = False,  # also use entries that no curator has reviewed
 ) -> dict[str, list[str]]:
     """{gene: its FUNCTION texts} from a file of UniProt, each text once; a warning counts genes without any.
 

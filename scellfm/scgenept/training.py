@@ -44,7 +44,7 @@ class Pairs:
         targets: np.ndarray,
         flags: Sequence[np.ndarray],
         n_inputs: int,
-        names: Sequence[str] | None = None,  # of the cells, which key all draws; None: their number
+        names: Sequence[str] | None = None,  # of the cells, for random draws by name; None: their number
     ):
         self.matrix, self.controls, self.targets, self.flags = matrix, controls, targets, list(flags)
         self.n_inputs, self.n_measured = n_inputs, matrix.shape[1]
@@ -166,14 +166,14 @@ def set_dropout(model: ScGenePTModel, dropout: float | None, attention_dropout: 
 
 # %% ../../nbs/scgenept/training.ipynb #e71fd39e
 def train_pairs(
-    model: ScGenePTCheckpoint,  # bound to the genes of the pairs; trained in place
+    model: ScGenePTCheckpoint,  # fitted to the genes of the pairs; trained in place
     pairs: Pairs,
     valid: Pairs | None = None,
     *,
     max_genes: int = 1536,
-    checkpointing: bool = False,  # inner states of layers are computed twice, which saves memory
+    checkpointing: bool = False,  # hidden states are computed twice, which saves memory
     seed: int = 0,
-    inputs: Mapping[str, str] | None = None,  # what else a checkpoint of the run must agree on
+    inputs: Mapping[str, str] | None = None,  # further inputs that a checkpoint must match
     **recipe,  # fields of scellfm.training.Recipe, device, folder, save_every
 ) -> training.History:
     "Train on pairs of cells; the curves. DataError, OptionError, StoreError: see scellfm.training.fit."
@@ -218,11 +218,11 @@ def fit(
     epochs: int = 20,
     batch_size: int = 64,
     learning_rate: float = 1e-4,
-    max_genes: int = 1536,  # read of each cell; 0.2 GB of memory per cell and layer are spared by the lean attention
+    max_genes: int = 1536,  # largest number of genes used of each cell
     dropout: float | None = None,  # None: the model's own, 0.2 in the published ones
     attention_dropout: float | None = None,  # None: as dropout; 0 is twice as fast
-    checkpointing: bool = False,  # layers keep no inner states: half the memory, a third more time
-    folder: str | PathLike | None = None,  # a checkpoint lies here, and the same call goes on from it
+    checkpointing: bool = False,  # recompute hidden states: half the memory, a third more time
+    folder: str | PathLike | None = None,  # saves checkpoints here; the same call resumes from them
     seed: int = 42,
     **recipe,  # patience, decay, clip, accumulate, dtype, save_every and other fields of scellfm.training.Recipe
 ) -> ScGenePTCheckpoint:

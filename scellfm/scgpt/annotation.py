@@ -66,7 +66,7 @@ def cell_probabilities(
     adata: AnnData,
     *,
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
-    gene_column: str | None = None,  # column of var that names the genes
+    gene_column: str | None = None,  # column of var that holds gene names
     match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
 ) -> pd.DataFrame:
     """Class probabilities [cells, classes] from the model not trained on a cell, else the mean of all models.
@@ -90,9 +90,9 @@ def predict_cells(
     data: AnnData | str | Path,  # cells or the path of a file of cells
     *,
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
-    gene_column: str | None = None,  # column of var that names the genes
+    gene_column: str | None = None,  # column of var that holds gene names
     match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
-    copy: bool = False,  # return a copy, and leave the data as they are
+    copy: bool = False,  # return a copy and do not change the data
 ) -> AnnData | None:
     """Predict the class of each cell, in place.
 
@@ -116,9 +116,9 @@ def classifier_from_pretrained(
     *,
     subfolder: str | None = None,  # the classifier's folder inside the repository
     revision: str | None = None,  # commit of the hub repository
-    local_files_only: bool = False,  # never ask the hub
+    local_files_only: bool = False,  # never contact the hub
     device: str = "auto",  # auto, cpu, cuda or mps
-    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the products
+    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the calculation
 ) -> CellClassifier:
     "Load what `save_pretrained` wrote. AssetError."
     folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
@@ -196,23 +196,23 @@ def advice_for(by: str | None, epochs: int, freeze_layers: int, n_layers: int) -
 # %% ../../nbs/scgpt/annotation.ipynb #7034e8fb
 @plain_arguments
 def finetune(
-    gpt: ScGPTCheckpoint,  # stays as it is
+    gpt: ScGPTCheckpoint,  # not changed
     adata: AnnData | str | Path,  # AnnData or the path of a file, raw or log-normalised counts
     label: str,  # column of obs
     *,
     split: Split | Folds | None = None,  # scellfm.data.folds(adata, by="donor") or hold_out(...)
     epochs: int = 10,  # passes over the training rows
-    freeze_layers: int = 0,  # lowest layers that stay as they are
+    freeze_layers: int = 0,  # lowest layers that are not trained
     learning_rate: float = 1e-4,  # largest step size
     batch_size: int = 32,  # rows of one step
     weight_decay: float = 0.0,  # decay of matrices
-    max_length: int = 1200,  # most tokens of a cell
+    max_length: int = 1200,  # largest number of tokens of a cell
     seed: int = 0,  # seed of every random draw
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
-    gene_column: str | None = None,  # column of var that names the genes
+    gene_column: str | None = None,  # column of var that holds gene names
     match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals
-    folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
+    folder: str | Path | None = None,  # saves checkpoints here; the same call resumes from them
     **recipe,  # further fields of scellfm.training.Recipe: stop="valid_loss", patience, schedule, ...
 ) -> CellClassifier:
     "Fine-tune one classifier per fold; evaluate it on held-out cells, beside simple methods. DataError, OptionError."

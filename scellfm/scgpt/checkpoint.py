@@ -58,9 +58,9 @@ def from_pretrained(
     *,
     subfolder: str | None = None,  # the model's folder inside the repository
     revision: str | None = None,  # commit of the hub repository
-    local_files_only: bool = False,  # never ask the hub
+    local_files_only: bool = False,  # never contact the hub
     device: str = "auto",  # auto, cpu, cuda or mps
-    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the products
+    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the calculation
 ) -> ScGPTCheckpoint:
     """Load a checkpoint folder in the original's layout; `load_report` lists what was done with each tensor.
     AssetError otherwise."""
@@ -79,11 +79,11 @@ def from_pretrained(
 def from_config(
     cls: type[ScGPTCheckpoint],
     name: Literal["tiny", "human"],  # shape of the network
-    genes: Vocabulary | AnnData | Iterable[str],  # what the vocabulary is made of
+    genes: Vocabulary | AnnData | Iterable[str],  # genes of the vocabulary
     *,
     seed: int = 0,  # seed of the weights
     device: str = "auto",  # auto, cpu, cuda or mps
-    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the products
+    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the calculation
     **changes: object,  # values of ScGPTConfig that differ from the shape's
 ) -> ScGPTCheckpoint:
     """A new model of the shape 'tiny' or 'human' for `genes` (a Vocabulary, an AnnData, a list); `changes` to
@@ -108,9 +108,9 @@ class ScGPTCheckpoint:
         model: ScGPTModel,
         vocabulary: Vocabulary,
         *,
-        args: Mapping | None = None,  # what args.json says
+        args: Mapping | None = None,  # the content of args.json
         device: str | torch.device = "auto",  # auto, cpu, cuda or mps
-        dtype: Literal["float32", "bfloat16"] | torch.dtype = "float32",  # precision of the products
+        dtype: Literal["float32", "bfloat16"] | torch.dtype = "float32",  # precision of the calculation
     ):
         if model.config.n_tokens != len(vocabulary):
             raise OptionError(
@@ -171,7 +171,7 @@ class ScGPTCheckpoint:
         self,
         adata: AnnData,
         *,
-        gene_column: str | None = None,  # column of var that names the genes
+        gene_column: str | None = None,  # column of var that holds gene names
         match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
         counts: np.ndarray | None = None,  # total of each gene, for the share that is kept
     ) -> GeneMatch:

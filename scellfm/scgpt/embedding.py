@@ -190,18 +190,18 @@ def embed(
     gpt: ScGPTCheckpoint,
     adata: AnnData | str | Path,
     *,
-    pool: Literal["cls", "mean", "weighted"] = "cls",  # what of the tokens is the cell's vector
+    pool: Literal["cls", "mean", "weighted"] = "cls",  # how the cell's vector is computed from the tokens
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
-    gene_column: str | None = None,  # column of var that names the genes
+    gene_column: str | None = None,  # column of var that holds gene names
     match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
-    max_length: int = 1200,  # most tokens of a cell
-    overlong: Literal["sample", "top", "first"] = "sample",  # which genes of a longer cell
+    max_length: int = 1200,  # largest number of tokens of a cell
+    overlong: Literal["sample", "top", "first"] = "sample",  # which genes of an over-long cell are used
     seed: int = 0,  # seed of every random draw
-    original: bool = False,  # the original's own embedding, with its faults
+    original: bool = False,  # the original's embedding, including its errors
     token_budget: int | None = None,  # tokens of one batch, padding included; depends on the device by default
-    folder: str | Path | None = None,  # keeps what is finished, so that the same call goes on where it stopped
-    key_added: str = "X_scGPT",  # name of the vectors in obsm
-    copy: bool = False,  # return a copy, and leave the data as they are
+    folder: str | Path | None = None,  # saves finished blocks here; the same call resumes from them
+    key_added: str = "X_scGPT",  # key of the vectors in obsm
+    copy: bool = False,  # return a copy and do not change the data
 ) -> AnnData | None:
     """Embed cells: one vector each, in place.
 
@@ -272,10 +272,10 @@ def attention(
     *,
     head_layer: int = -1,  # layer of the encoder; -1 is the last
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
-    gene_column: str | None = None,  # column of var that names the genes
+    gene_column: str | None = None,  # column of var that holds gene names
     match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
-    max_length: int = 1200,  # most tokens of a cell
-    overlong: Literal["sample", "top", "first"] = "sample",  # which genes of a longer cell
+    max_length: int = 1200,  # largest number of tokens of a cell
+    overlong: Literal["sample", "top", "first"] = "sample",  # which genes of an over-long cell are used
     seed: int = 0,  # seed of every random draw
 ) -> Iterator[AttentionMap]:
     "The attention of one layer (-1: the last) in each cell, one after the other; empty cells are left out."

@@ -38,8 +38,7 @@ __all__ = ['Votes', 'ReferenceMap']
 
 # %% ../../nbs/scgpt/mapping.ipynb #5ca07103
 def vectors_of(adata, key: str, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """obsm[key] as float32 [cells, d], and which cells have one. DataError: missing, not a matrix, or NaN in part of a
-    row."""
+    "obsm[key] as float32 [cells, d], and which cells have one. DataError: missing, no matrix, NaN in part of a row."
     if not hasattr(adata, "obsm"):
         raise DataError(f"the {what} is a {type(adata).__name__}; give an AnnData with obsm[{key!r}]")
     if key not in adata.obsm:
@@ -227,9 +226,9 @@ class Votes(NamedTuple):
 # %% ../../nbs/scgpt/mapping.ipynb #c150ffe4
 def transfer(
     reference: ReferenceMap,
-    query: AnnData,  # cells with the embedding, to be named
+    query: AnnData,  # cells with the embedding, to be labelled
     *,
-    copy: bool = False,  # return a copy, and leave the data as they are
+    copy: bool = False,  # return a copy and do not change the data
 ) -> AnnData | None:
     """
     Write obs['<label>_transferred'] (categorical), obs['<label>_confidence'] (share of the votes) and
@@ -277,11 +276,11 @@ def calibration_groups(reference: ReferenceMap, by: str | None) -> np.ndarray | 
 # %% ../../nbs/scgpt/mapping.ipynb #43c2a641
 def calibrate(
     reference: ReferenceMap,
-    accuracy: float = 0.95,  # share of named cells that should be right
-    far: float = 0.01,  # share of cells to be called too far
+    accuracy: float = 0.95,  # share of labelled cells that should be correct
+    far: float = 0.01,  # share of cells that may be 'unknown' because of their distance
     by: str | None = None,  # column whose groups (donors) are held out together
     *,
-    n_cells: int = 5000,  # at most so many cells are held out
+    n_cells: int = 5000,  # largest number of cells are held out
     seed: int = 0,  # seed of every random draw
 ) -> pd.DataFrame:
     """
@@ -331,7 +330,7 @@ class ReferenceMap:
         k: int = 10,  # neighbours that vote
         *,
         vote: Literal["majority", "balanced"] = "majority",  # balanced: common labels count less
-        ties: Literal["first", "nearest"] = "first",  # which of the labels with equal votes wins
+        ties: Literal["first", "nearest"] = "first",  # which label is chosen for equal votes
         search: Literal["exact", "faiss"] = "exact",  # faiss needs the extra search
         min_confidence: float = 0.0,  # share of votes below which a cell is unknown
         max_distance: float = np.inf,  # squared distance to the k-th neighbour beyond which it is unknown
@@ -414,10 +413,10 @@ class ReferenceMap:
     def evaluate(
         self,
         query: AnnData,  # cells with the embedding and labels
-        label: str | None = None,  # column of the query to judge by; that of the reference by default
+        label: str | None = None,  # column of the query with true labels; that of the reference by default
         *,
         layer: str | None = None,  # layer that holds the counts, or raw; X by default
-        baselines: bool = True,  # the same map on HVG + PCA, and the commonest label
+        baselines: bool = True,  # the same map on HVG + PCA, and the most frequent label
         seed: int = 0,  # seed of every random draw
     ) -> Scores:
         """Score the transfer against obs[label] of the query (None: the same column), beside the same map on HVG +

@@ -188,8 +188,7 @@ PARTS = ("hidden_gene_mse", "from_cell_mse", "label_loss")
 
 
 def pretraining_loss(model: ScGPTModel, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums and numbers of terms of the parts: squared errors from positions and from the cell, cross-entropy of a
-    known class."""
+    "Sums and numbers of terms of the parts: squared errors from genes and cell, cross-entropy of known classes."
     vectors, hidden = model.encoder(batch["genes"]), batch["hidden"]
     states = model.transformer_encoder(model.inputs(vectors, batch["values"]), batch["mask"])
     guesses = model.decoder(states[hidden])[0], model.mvc_decoder(states[:, 0], vectors)[0][hidden]
@@ -348,12 +347,12 @@ def predictions_of(part: Split, values: np.ndarray) -> FoldPredictions:
 # %% ../../nbs/scgpt/training.ipynb #e01d1a6e
 @plain_arguments
 def continue_pretraining(
-    gpt: ScGPTCheckpoint,  # stays as it is
+    gpt: ScGPTCheckpoint,  # not changed
     adata: AnnData | str | Path,  # raw or log-normalised counts
     *,
     label: str | None = None,  # column of obs with cell types; None: the first two losses alone
-    split: Split | None = None,  # its valid cells (or else its test cells) judge; hold_out(adata, by="donor")
-    held_out: float = 0.1,  # share of cells to judge by, when no split is given
+    split: Split | None = None,  # its valid (or else test) cells are for evaluation; hold_out(adata, by="donor")
+    held_out: float = 0.1,  # share of cells for evaluation, if no split is given
     epochs: int = 10,  # passes over the training cells
     learning_rate: float = 1e-4,  # largest step size
     batch_size: int = 32,  # cells of one step
@@ -361,13 +360,13 @@ def continue_pretraining(
     warmup: float = 0.1,  # share of the steps, or a number of steps
     schedule: str = "cosine",  # of the step size: see scellfm.training.Recipe
     weight_decay: float = 0.0,  # decay of matrices
-    max_length: int = 1200,  # most tokens of a cell
+    max_length: int = 1200,  # largest number of tokens of a cell
     seed: int = 0,  # seed of every random draw
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
-    gene_column: str | None = None,  # column of var that names the genes
+    gene_column: str | None = None,  # column of var that holds gene names
     match: MatchOptions | Mapping | None = None,  # mapping, symbols, orthologs: see data.genes
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals of the scores
-    folder: str | Path | None = None,  # a checkpoint lies here, and the same call goes on from it
+    folder: str | Path | None = None,  # saves checkpoints here; the same call resumes from them
     **recipe,  # further fields of scellfm.training.Recipe (stop="valid_loss", patience, ...), and save_every
 ) -> ScGPTCheckpoint:
     """A new model, trained further on these cells by the published recipe (Cui et al. 2024, scGPT_CP).

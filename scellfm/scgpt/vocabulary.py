@@ -102,7 +102,7 @@ class Vocabulary:
         self,
         adata: AnnData,
         *,
-        gene_column: str | None = None,  # column of var that names the genes
+        gene_column: str | None = None,  # column of var that holds gene names
         match: MatchOptions | Mapping | None = None,  # column, mapping, symbols, orthologs: see data.genes
         counts: np.ndarray | None = None,  # total of each gene, for the share that is kept
     ) -> GeneMatch:

@@ -62,8 +62,7 @@ def steadied(variance: np.ndarray, freedom: np.ndarray) -> np.ndarray:
 def donor_means(table: Shifts, residual: np.ndarray) -> dict[str, np.ndarray]:
     """Per gene: `mean` and `n` [genes, donors], `used` (donors with enough cells), `effect` = mean of donor means,
     their variance `s2`,
-    `noise` = variance between cells of a donor times the mean over donors of 1/n: the part of `s2` that the
-    number of cells alone explains.
+    `noise` = variance between cells of a donor times the mean over donors of 1/n: the part of `s2` from sampling cells.
     """
     size, donors, kept = len(table.genes), max(table.n_donors, 1), np.isfinite(residual)
     code, residual = (table.gene * donors + table.donor)[kept], residual[kept]
@@ -72,9 +71,7 @@ def donor_means(table: Shifts, residual: np.ndarray) -> dict[str, np.ndarray]:
     squares = exact_sums((residual - mean[code]) ** 2, code, size * donors).reshape(size, donors)
     n, mean = n.reshape(size, donors), mean.reshape(size, donors)
     used = n >= MIN_CELLS
-    used = np.where(
-        used.any(1, keepdims=True), used, n > 0
-    )  # a gene with few cells is shown with the values that it has
+    used = np.where(used.any(1, keepdims=True), used, n > 0)  # with few cells, every donor counts
     count = np.maximum(used.sum(1), 1)
 
     def add(values):

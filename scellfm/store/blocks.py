@@ -103,7 +103,7 @@ def rows_in_blocks(
     compute: Callable[[np.ndarray], np.ndarray | dict[str, np.ndarray]],
     *,
     inputs: dict,  # what the rows are computed from
-    settings: dict | None = None,  # how they are made
+    settings: dict | None = None,  # how they are computed
     block: int = 1024,
     desc: str | None = None,
     bar: "tqdm.tqdm | None" = None,

@@ -77,8 +77,7 @@ def _written(path: Path, temporary: Path, kind: FolderKind | None, inputs: Itera
 def atomic_write(
     path: str | os.PathLike,  # of a file or a folder
     *,
-    kind: FolderKind
-    | None = None,  # of a folder: an earlier result of this kind is replaced, any other folder is an error
+    kind: FolderKind | None = None,  # of a folder: it may replace only an earlier result of this kind
     inputs: Iterable[str | os.PathLike] = (),  # files that are read in the block
     tidy: bool = True,  # first remove temporary files that killed processes left beside it
 ) -> Iterator[Path]:
@@ -86,8 +85,7 @@ def atomic_write(
     Yield a temporary path for a file or folder; it becomes `path` when the block ends, complete and on the disk.
 
     On any error, Ctrl-C included, the temporary file is removed and the old content of `path` stays. StoreError: disk
-    full, no permission, `path` holds something other than an earlier result, another process is writing. OptionError:
-    not a path for a result.
+    full, no permission, no earlier result at `path`, another process writes. OptionError: not a path for a result.
     """
     path = output_path(path, "path")
     check_replaced(path, kind, inputs)

@@ -127,7 +127,7 @@ def predict_cells(
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
     match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     token_budget: int = 16384,  # tokens of one batch, padding included
-    copy: bool = False,  # return a copy, and leave the data as they are
+    copy: bool = False,  # return a copy and do not change the data
 ) -> AnnData | pd.DataFrame | None:
     """Predict the class of each cell, in place.
 
@@ -149,7 +149,7 @@ def embed_by_fold(
     clf: CellClassifier,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
     *,
-    fold: int = 0,  # the fold whose model embeds
+    fold: int = 0,  # number of the fold whose model is used
     **kwargs,
 ) -> AnnData | np.ndarray | None:
     "Embed cells with one fold's model (see `Geneformer.embed`): embeddings of different folds cannot be compared."
@@ -164,11 +164,11 @@ def classifier_from_pretrained(
     *,
     subfolder: str | None = None,  # the classifier's folder inside the repository
     revision: str | None = None,  # commit of the hub repository
-    local_files_only: bool = False,  # never ask the hub
+    local_files_only: bool = False,  # never contact the hub
     tokenizer: RankTokenizer | str | Path | None = None,  # or its folder; the one that fits by default
-    label: str = "class",  # of a model fine-tuned by the original: what its predictions are called
+    label: str = "class",  # name of the predictions, for a model fine-tuned by the original
     device: str = "auto",  # auto, cpu, cuda or mps
-    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the products
+    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the calculation
 ) -> CellClassifier:
     "Load what `save_pretrained` wrote, or a model fine-tuned by the original. AssetError."
     folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
@@ -434,7 +434,7 @@ def finetune_cells(
     *,
     split: Split | Folds | None = None,  # scellfm.data.folds(adata, by="donor") or hold_out(...)
     epochs: int = 1,  # passes over the training rows
-    freeze_layers: int = 0,  # lowest layers that stay as they are
+    freeze_layers: int = 0,  # lowest layers that are not trained
     lora: int | LoraConfig | None = None,  # rank of adapters trained instead of the weights, or a peft.LoraConfig
     learning_rate: float = 5e-5,  # largest step size
     batch_size: int = 12,  # rows of one step
@@ -442,10 +442,10 @@ def finetune_cells(
     weight_decay: float = 0.001,  # decay of matrices
     class_weights: Literal["balanced"] | Mapping[str, float] | None = None,  # None, "balanced" or {class: weight}
     seed: int = 0,  # seed of every random draw
-    layer: str | None = None,  # where the counts are; None is X
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals
-    folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
+    folder: str | Path | None = None,  # saves checkpoints here; the same call resumes from them
     **recipe,  # further fields of scellfm.training.Recipe: stop="valid_loss", patience, schedule, ...
 ) -> CellClassifier:
     "Fine-tune one classifier per fold; evaluate it on held-out cells, beside simple methods. DataError, OptionError."
@@ -479,7 +479,7 @@ def cell_scores(
 def train_and_judge(
     gf: GeneformerModel,
     data: AnnData | TokenizedCells,
-    prepared: tuple,  # what `prepare` found
+    prepared: tuple,  # the result of `prepare`
     options: list[dict],
     settings: dict,
     layer: str | None,

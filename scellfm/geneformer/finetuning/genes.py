@@ -336,10 +336,10 @@ def gene_classifier_from_pretrained(
     *,
     subfolder: str | None = None,  # the classifier's folder inside the repository
     revision: str | None = None,  # commit of the hub repository
-    local_files_only: bool = False,  # never ask the hub
+    local_files_only: bool = False,  # never contact the hub
     tokenizer: RankTokenizer | str | Path | None = None,  # or its folder; the one that fits by default
     device: str = "auto",  # auto, cpu, cuda or mps
-    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the products
+    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the calculation
 ) -> GeneClassifier:
     "Load what `save_pretrained` wrote, or a gene classifier fine-tuned by the original. AssetError."
     folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
@@ -486,9 +486,9 @@ def finetune_genes(
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
     classes: Mapping[str, Iterable[str]],  # {name of a class: gene ids or symbols}
     *,
-    folds: int = 5,  # parts of the genes; each is judged by the model that was not told its classes
+    folds: int = 5,  # parts of the genes; each is predicted by the model that was not given its classes
     epochs: int = 1,  # passes over the training rows
-    freeze_layers: int = 0,  # lowest layers that stay as they are
+    freeze_layers: int = 0,  # lowest layers that are not trained
     lora: int | LoraConfig | None = None,  # rank of adapters trained instead of the weights, or a peft.LoraConfig
     learning_rate: float = 5e-5,  # largest step size
     batch_size: int = 12,  # rows of one step
@@ -497,12 +497,12 @@ def finetune_genes(
     class_weights: Literal["balanced"]
     | Mapping[str, float]
     | None = None,  # balanced over occurrences, or of each class
-    max_cells: int | None = None,  # at most so many cells
+    max_cells: int | None = None,  # largest number of cells
     seed: int = 0,  # seed of every random draw
-    layer: str | None = None,  # where the counts are; None is X
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     n_boot: int = 200,  # resamples of the genes for the intervals
-    folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
+    folder: str | Path | None = None,  # saves checkpoints here; the same call resumes from them
     **recipe: Any,  # further fields of scellfm.training.Recipe: steps, schedule, clip, ...
 ) -> GeneClassifier:
     "Fine-tune one gene classifier per fold of genes; evaluate it on held-out genes. DataError, OptionError."

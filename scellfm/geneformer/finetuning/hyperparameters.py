@@ -279,12 +279,12 @@ def search(
     trials: int = 20,  # per fold
     space: Mapping | None = None,  # setting -> (low, high) or [choices]; None: learning rate, epochs, frozen layers
     metric: str = "macro_f1",  # of the inner cells
-    inner: float = 0.25,  # share of the training cells that judges trials, where the split has no valid part
+    inner: float = 0.25,  # share of the training cells used to score trials, if the split has no valid part
     seed: int = 0,
-    layer: str | None = None,  # where the counts are; None is X
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     n_boot: int = 200,  # resamples for the intervals of the held-out scores
-    folder: str | Path | None = None,  # notes and checkpoints lie here, and the same call goes on from them
+    folder: str | Path | None = None,  # saves results and checkpoints here; the same call resumes from them
     **fixed: Any,  # further arguments of `finetune`, the same in all trials
 ) -> Search:
     "Search settings of `finetune` within each fold's training cells; train with the best, evaluate on held-out cells."

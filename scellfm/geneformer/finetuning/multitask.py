@@ -203,7 +203,7 @@ def predict_tasks(
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
     match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     token_budget: int = 16384,  # tokens of one batch, padding included
-    copy: bool = False,  # return a copy, and leave the data as they are
+    copy: bool = False,  # return a copy and do not change the data
 ) -> AnnData | pd.DataFrame | None:
     """Predict the class of each cell for every label, in place; see `CellClassifier.predict`.
 
@@ -232,10 +232,10 @@ def tasks_from_pretrained(
     *,
     subfolder: str | None = None,  # the classifier's folder inside the repository
     revision: str | None = None,  # commit of the hub repository
-    local_files_only: bool = False,  # never ask the hub
+    local_files_only: bool = False,  # never contact the hub
     tokenizer: RankTokenizer | str | Path | None = None,  # or its folder; the one that fits by default
     device: str = "auto",  # auto, cpu, cuda or mps
-    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the products
+    dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the calculation
 ) -> TaskClassifier:
     "Load what `save_pretrained` wrote. AssetError."
     folder = Path(find(path_or_hub_id, subfolder=subfolder, revision=revision, local_files_only=local_files_only))
@@ -341,22 +341,22 @@ def finetune_tasks(
     labels: Sequence[str],  # columns of obs; a cell without a label (NaN) is not counted for it
     *,
     split: Split | Folds | None = None,  # scellfm.data.folds(adata, by="donor") or hold_out(...)
-    task_weights: Mapping[str, float] | None = None,  # how much a label counts; 1 where not given
+    task_weights: Mapping[str, float] | None = None,  # weight of each label in the loss; 1 by default
     class_weights: Literal["balanced"]
     | Mapping
     | None = None,  # "balanced", or {label: None, "balanced" or {class: weight}}
     epochs: int = 1,  # passes over the training rows
-    freeze_layers: int = 0,  # lowest layers that stay as they are
+    freeze_layers: int = 0,  # lowest layers that are not trained
     lora: int | LoraConfig | None = None,  # rank of adapters trained instead of the weights, or a peft.LoraConfig
     learning_rate: float = 5e-5,  # largest step size
     batch_size: int = 12,  # rows of one step
     warmup: float = 0.1,  # share of the steps, or a number of steps
     weight_decay: float = 0.001,  # decay of matrices
     seed: int = 0,  # seed of every random draw
-    layer: str | None = None,  # where the counts are; None is X
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals
-    folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
+    folder: str | Path | None = None,  # saves checkpoints here; the same call resumes from them
     **recipe,  # further fields of scellfm.training.Recipe
 ) -> TaskClassifier:
     "Fine-tune one encoder per fold on several labels; evaluate each label on held-out cells. DataError, OptionError."
@@ -455,17 +455,17 @@ def finetune(
     | Mapping
     | None = None,  # balanced or {class: weight}; of several labels also one of these for each
     epochs: int = 1,  # passes over the training rows
-    freeze_layers: int = 0,  # lowest layers that stay as they are
+    freeze_layers: int = 0,  # lowest layers that are not trained
     lora: int | LoraConfig | None = None,  # rank of adapters trained instead of the weights, or a peft.LoraConfig
     learning_rate: float = 5e-5,  # largest step size
     batch_size: int = 12,  # rows of one step
     warmup: float = 0.1,  # share of the steps, or a number of steps
     weight_decay: float = 0.001,  # decay of matrices
     seed: int = 0,  # seed of every random draw
-    layer: str | None = None,  # where the counts are; None is X
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
     n_boot: int = 200,  # resamples of the donors (or cells) for the intervals
-    folder: str | Path | None = None,  # checkpoints lie here, and the same call goes on from them
+    folder: str | Path | None = None,  # saves checkpoints here; the same call resumes from them
     **recipe,  # further fields of scellfm.training.Recipe: stop="valid_loss", patience, schedule, ...
 ) -> CellClassifier | TaskClassifier:
     "Fine-tune one classifier per fold; evaluate it on held-out cells, beside simple methods. DataError, OptionError."

@@ -22,8 +22,7 @@ def rank_and_detection(cells, special: bool) -> tuple[np.ndarray, np.ndarray, np
 
 
 def matched_controls(cells, targets: np.ndarray, n: int, special: bool) -> np.ndarray:
-    """The tokens of about `n` genes similar to each of the tokens `targets`, ascending; with the targets at least
-    MIN_GENES."""
+    "The tokens of about `n` genes similar to each of `targets`, ascending; with the targets at least MIN_GENES."
     tokens, rank, detection = rank_and_detection(cells, special)
     features, is_target = gene_features(rank, detection), np.isin(tokens, targets)
     if n == 0 or not is_target.any():

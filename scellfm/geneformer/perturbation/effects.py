@@ -63,13 +63,13 @@ def gene_effects(
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either
     *,
     kind: Literal["delete", "overexpress", "inhibit", "activate"] = "delete",
-    genes: Literal["all"] | str | list[str] = "all",  # each by itself, or ids or symbols, together
+    genes: Literal["all"] | str | list[str] = "all",  # all: each by itself; or ids or symbols, edited together
     anchor: str | None = None,  # with genes='all': a gene that is deleted together with each
-    quartiles: int | None = None,  # of inhibit and activate: by how many quartiles, 1, 2 or 3
-    emb_layer: int | str = -1,  # 0 or 'last', -1 or 'second_to_last', ...
-    layer: str | None = None,  # where the counts are; None is X
+    quartiles: int | None = None,  # for inhibit and activate: by how many quartiles, 1, 2 or 3
+    emb_layer: int | str = -1,  # 0 or last, -1 or second_to_last, and so on down
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
-    token_budget: int = 16384,  # tokens of a batch
+    token_budget: int = 16384,  # tokens of one batch, padding included
 ) -> pd.DataFrame:
     """Per edit and remaining gene: gene (edited), affected, cell, cosine to the same gene in the unedited cell, and
     the affected gene's symbol. Grows with genes squared; Screen.table(method='aggregate_gene_shifts') averages it."""

@@ -440,24 +440,23 @@ def perturb(
     combine: Literal["joint", "each", "pairs"] | None = None,  # of a list; joint
     matched: int | None = None,  # for a list of single genes: number of similar genes per gene, as controls
     anchor: str | None = None,  # with genes='all' and kind='delete': a gene that is deleted together with each
-    quartiles: int | None = None,  # of inhibit and activate: by how many quartiles, 1, 2 or 3
+    quartiles: int | None = None,  # for inhibit and activate: by how many quartiles, 1, 2 or 3
     state: str | None = None,  # column of obs
-    start: str | None = None,  # its value in the cells that are perturbed
-    goal: str | None = None,  # its value in the cells towards which shifts are measured
-    alt: str | list[str] | None = None,  # further values to measure shifts to
-    groupby: str | None = None,  # column of obs within which all happens, such as the cell type
-    donor: str | None = None,  # column of the donors, the sample of the statistics; None: a classifier's own
+    start: str | None = None,  # value of state in the cells that are perturbed
+    goal: str | None = None,  # value of state towards which shifts are measured
+    alt: str | list[str] | None = None,  # further values of state to which shifts are measured
+    groupby: str | None = None,  # column of obs; each of its groups, such as a cell type, is screened separately
+    donor: str | None = None,  # column of the donors, the sample of the statistics; None: that of a classifier
     where: dict | None = None,  # {column: value or values}: the cells that are used
-    emb_layer: int | str = -1,  # 0 or 'last', -1 or 'second_to_last', ...
+    emb_layer: int | str = -1,  # 0 or last, -1 or second_to_last, and so on down
     gradient: bool | dict = False,  # estimate, then compute the leading genes: True, or top and check_cells
-    model_of: Sequence[int]
-    | None = None,  # with a list of models: for each row of data the one that reads it (negative: none)
+    model_of: Sequence[int] | None = None,  # with a list of models: the model for each row of data (negative: none)
     max_cells: int | None = None,  # largest number of cells per group, drawn at random by name
     seed: int = 0,
-    layer: str | None = None,  # where the counts are; None is X
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
-    token_budget: int = 16384,  # tokens of a batch
-    folder: str | Path | None = None,  # keeps finished blocks, and the same call goes on from them
+    token_budget: int = 16384,  # tokens of one batch, padding included
+    folder: str | Path | None = None,  # saves finished blocks here; the same call resumes from them
     dry_run: bool = False,  # compute nothing; return the cost of an exact screen, group by group
 ) -> Screen | pd.DataFrame:
     """Perturb genes in silico and measure how far each cell moves: a Screen with one row per edit of a cell.

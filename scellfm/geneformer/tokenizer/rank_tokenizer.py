@@ -142,10 +142,10 @@ def tokenizer_from_pretrained(
     *,
     subfolder: str | None = None,  # the model's folder inside the repository
     revision: str | None = None,  # commit of the hub repository
-    local_files_only: bool = False,  # never ask the hub
-    version: Literal["V1", "V2"] | None = None,  # where a folder of dictionaries holds both
-    max_length: int | None = None,  # longest sequence; without it that of the dictionaries
-    special: bool | None = None,  # frame cells with <cls> and <eos>
+    local_files_only: bool = False,  # never contact the hub
+    version: Literal["V1", "V2"] | None = None,  # needed if a folder holds both
+    max_length: int | None = None,  # longest sequence; None: that of the dictionaries
+    special: bool | None = None,  # add <cls> and <eos> around each cell
 ) -> RankTokenizer:
     """Read the dictionaries in a folder (official V1 or V2, pickle or JSON; or ours) or of a hub repository.
 
@@ -170,7 +170,7 @@ def fitted_tokenizer(
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
     gene_column: str | None = None,  # column of var that holds gene ids
     mapping: Mapping[str, str] | None = None,  # {outdated id: id}
-    special: bool = False,  # frame cells with <cls> and <eos>
+    special: bool = False,  # add <cls> and <eos> around each cell
     max_length: int = 2048,  # longest sequence of tokens
 ) -> RankTokenizer:
     """Vocabulary and exact medians of your own cells: an AnnData, a path, a folder of files, or a list of these.
@@ -198,7 +198,7 @@ def matched_genes(
     tokenizer: RankTokenizer,
     adata: AnnData | GeneTable,
     *,
-    gene_column: str | None = None,  # column of var that holds gene ids; that of `fit` where there is one
+    gene_column: str | None = None,  # column of var that holds gene ids; by default that of `fit`
     match: MatchOptions | Mapping | None = None,  # column, mapping, symbols, orthologs: see data.genes
 ) -> GeneMatch:
     "The token of each gene of the data (`.index`, -1 = none), with a report; see `data.genes.match_genes`."
@@ -263,7 +263,7 @@ def tokenize(
     empty: Literal["drop", "keep", "error"] = "drop",  # cells without any known gene
     gene_column: str | None = None,  # column of var that holds gene ids
     match: MatchOptions | Mapping | None = None,  # how genes are named: column, mapping, symbols, orthologs
-    engine: Literal["auto", "numba", "numpy"] = "auto",  # the same tokens; numpy is slower
+    engine: Literal["auto", "numba", "numpy"] = "auto",  # both give the same tokens; numpy is slower
 ) -> TokenizedCells:
     """Tokenize an AnnData (any matrix, backed or not; never changed) or one file. Returns TokenizedCells in the
     order of the cells.
@@ -342,9 +342,9 @@ class RankTokenizer:
         mapping: Mapping[str, str] | None = None,  # outdated id -> current id
         gene_names: Mapping[str, str] | None = None,  # symbol -> id
         max_length: int | None = None,  # longest sequence, special tokens included; None: 4096 with <cls>, else 2048
-        special: bool | None = None,  # frame cells with <cls> and <eos>; None: if the dictionary has them
+        special: bool | None = None,  # add <cls> and <eos> around each cell; None: if the dictionary has them
         version: str | None = None,  # "V1", "V2" or "fitted"; None: determined from the dictionary
-        gene_column: str | None = None,  # column of var whose names the vocabulary holds, where there is one
+        gene_column: str | None = None,  # column of var with the names used in the vocabulary, if any
     ):
         "AssetError if the dictionaries do not fit each other."
         self.dictionaries = check_dictionaries(Dictionaries(token_dictionary, medians, mapping, gene_names))

@@ -120,8 +120,7 @@ def encode(
     special: tuple[int, int] | None = None,  # tokens of <cls> and <eos>
     keep_counts: bool = False,
     engine: str = "auto",  # "numba", "numpy", or numba where it is installed
-    vocabulary: int
-    | None = None,  # number of tokens that there are, which sets their width; None: as many as are given
+    vocabulary: int | None = None,  # number of tokens, which sets their width; None: as given
 ) -> Ranked:
     """Rank value encoding of every row (value descending, token ascending), cut to `max_length` tokens, special ones
     included."""

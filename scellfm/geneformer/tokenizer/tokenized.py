@@ -346,9 +346,7 @@ def data_files(folder: Path) -> list[Path]:
         )
     for name in names:
         if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
-            raise DataError(
-                f"{folder / 'state.json'} names the file {name!r}, which is not in this folder; it was not read"
-            )
+            raise DataError(f"{folder / 'state.json'} names {name!r}, which is not in this folder; it was not read")
     if state.get("_indices_data_files"):
         raise DataError(f"{folder} has an index of rows beside its data; save it again with datasets (flatten_indices)")
     return [folder / name for name in names]
