@@ -52,8 +52,8 @@ def wrong_folder(folder: str | os.PathLike, wanted: str, needed: tuple[str, ...]
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     held = f"it holds {', '.join(names[:12]) or 'nothing'}" if folder.is_dir() else "there is no such folder"
     return AssetError(
-        f"{folder} is not {wanted}: {' and '.join(missing) or 'a file'} is missing ({held}); "
-        f"copy {'it' if len(missing) < 2 else 'them'} there from where the model came"
+        f"{folder} is not {wanted}: {' and '.join(missing) or 'a file'} {'is' if len(missing) < 2 else 'are'} "
+        f"missing ({held}); copy {'it' if len(missing) < 2 else 'them'} there from where the model came"
     )
 
 # %% ../../nbs/assets/contents.ipynb #84859a37
