@@ -167,7 +167,7 @@ def path_blocks(
 # %% ../../nbs/data/reading.ipynb #f43b2397
 def count_blocks(
     adata_or_path: AnnData | str | Path,
-    layer: str | None = None,  # None: X, "raw": adata.raw.X, else a layer
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     rows: int = 2048,  # cells in a block
 ) -> Iterator[tuple[int, sparse.csr_matrix]]:
     """Go through all counts in row blocks: (index of the first row, canonical `csr_matrix` in the stored number type).

@@ -175,10 +175,10 @@ def without_bins(pairs: pd.DataFrame, bins: list[np.ndarray], score: str) -> tup
 # %% ../../nbs/rosa/effects.ipynb #313bc804
 def variant_effect(
     variants: str | os.PathLike | pd.DataFrame | Variants,
-    fasta: str | os.PathLike | Genome | None = None,
+    fasta: str | os.PathLike | Genome | None = None,  # the genome; None: that of the windows
     *,
-    model: Enformer,
-    windows: Windows,
+    model: Enformer,  # see Enformer
+    windows: Windows,  # see tss_windows
     tracks: str | int | list = "CAGE",  # tracks whose coverage is used
     score: Literal["log2_sum", "ln_mean_exons"] = "log2_sum",  # how a change of coverage is measured
     around: Literal["start", "variant"] = "start",  # where coverage is summed
@@ -226,8 +226,8 @@ def in_windows(
     folder: str | os.PathLike | None,
     pairs: pd.DataFrame,
     compute: Callable,
-    model: Enformer,
-    windows: Windows,
+    model: Enformer,  # see Enformer
+    windows: Windows,  # see tss_windows
     variants: Variants,
     settings: dict,
 ) -> np.ndarray:
@@ -269,13 +269,13 @@ def effect_table(
 # %% ../../nbs/rosa/effects.ipynb #a7a26a0d
 def variant_vectors(
     variants: str | os.PathLike | pd.DataFrame | Variants,
-    fasta: str | os.PathLike | Genome | None = None,
+    fasta: str | os.PathLike | Genome | None = None,  # the genome; None: that of the windows
     *,
-    model: Enformer,
-    windows: Windows,
+    model: Enformer,  # see Enformer
+    windows: Windows,  # see tss_windows
     bins: Mapping[str, int] | None = None,
-    strands: Literal["forward", "reverse", "both"] = "forward",
-    shifts: tuple[int, ...] = (0,),
+    strands: Literal["forward", "reverse", "both"] = "forward",  # strands whose results are averaged
+    shifts: tuple[int, ...] = (0,),  # shifts of the window (in bases) whose results are averaged
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """
     (pairs, before, after): the vectors float32 [pairs, width] of each gene at its bin, without and with each variant.

@@ -214,10 +214,10 @@ def annotation_of(annotation: Annotation | None) -> dict | None:
 
 # %% ../../nbs/rosa/embedding.ipynb #36bcc9cd
 def embed_genes(
-    windows: Windows,
-    fasta: str | os.PathLike | Genome | None = None,
+    windows: Windows,  # see tss_windows
+    fasta: str | os.PathLike | Genome | None = None,  # the genome; None: that of the windows
     *,
-    model: object,
+    model: object,  # an Enformer, or anything with .embed(windows)
     rule: Literal["strongest_cage", "tss", "mean_tss", "mean"] = "strongest_cage",  # which start represents a gene
     tracks: str | int | list = "CAGE",  # tracks whose coverage determines the strongest start
     strands: Literal["forward", "reverse", "both"] = "forward",  # strands whose results are averaged
@@ -272,13 +272,13 @@ def embed_genes(
 
 # %% ../../nbs/rosa/embedding.ipynb #bf876606
 def embed_bins(
-    windows: Windows,
-    fasta: str | os.PathLike | Genome | None = None,
+    windows: Windows,  # see tss_windows
+    fasta: str | os.PathLike | Genome | None = None,  # the genome; None: that of the windows
     *,
-    model: object,
+    model: object,  # an Enformer, or anything with .embed(windows)
     folder: str | os.PathLike,
-    strands: Literal["forward", "reverse", "both"] = "forward",
-    shifts: tuple[int, ...] = (0,),
+    strands: Literal["forward", "reverse", "both"] = "forward",  # strands whose results are averaged
+    shifts: tuple[int, ...] = (0,),  # shifts of the window (in bases) whose results are averaged
 ) -> Path:
     """
     Write the vectors of all bins of each window to `folder`/bins.zarr, float32 [windows, bins, width].

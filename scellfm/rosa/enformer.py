@@ -168,8 +168,8 @@ class Enformer:
         *,
         gammas: str = "port",
         tracks: str | Path | list | None = None,
-        device: str | torch.device = "auto",
-        dtype: str = "float32",
+        device: str | torch.device = "auto",  # auto, cpu, cuda or mps
+        dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the calculation
     ):
         one_of("gammas", gammas, GAMMAS)
         self.device, self.dtype = inference.pick_device(device), inference.pick_dtype(dtype)
@@ -182,7 +182,7 @@ class Enformer:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | Path,
+        path_or_hub_id: str | Path,  # folder of a checkpoint, or a hub id
         *,
         subfolder: str | None = None,  # the model's folder inside the repository
         revision: str | None = None,  # commit of the hub repository
@@ -190,7 +190,7 @@ class Enformer:
         gammas: Literal["auto", "published", "port"] = "auto",  # formula of the positional features
         tracks: str | Path | list | None = None,  # the table that names the human tracks (targets_human.txt)
         device: str = "auto",  # auto, cpu, cuda or mps
-        dtype: str = "float32",  # float32 or bfloat16
+        dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the calculation
     ) -> Enformer:
         """Open a checkpoint of enformer-pytorch: config.json and weights; `load_report` lists each tensor.
 
@@ -210,13 +210,13 @@ class Enformer:
     @classmethod
     def from_config(
         cls,
-        config: str | Mapping = "tiny",
+        config: str | Mapping = "tiny",  # shape by name, or values as in config.json
         *,
-        seed: int = 0,
-        gammas: Literal["auto", "published", "port"] = "auto",
+        seed: int = 0,  # seed of every random draw
+        gammas: Literal["auto", "published", "port"] = "auto",  # formula of the positional features
         tracks: str | Path | list | None = None,
-        device: str | torch.device = "auto",
-        dtype: str = "float32",
+        device: str | torch.device = "auto",  # auto, cpu, cuda or mps
+        dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the calculation
         **changes,
     ) -> Enformer:
         "A new model of the shape 'published' or 'tiny', or of a dict like config.json; `changes` to single values."
@@ -372,9 +372,9 @@ def embed(
     windows: object,
     *,
     bins: np.ndarray | list | None = None,
-    strands: Literal["forward", "reverse", "both"] = "forward",
-    shifts: tuple[int, ...] = (0,),
-    batch_size: int | None = None,
+    strands: Literal["forward", "reverse", "both"] = "forward",  # strands whose results are averaged
+    shifts: tuple[int, ...] = (0,),  # shifts of the window (in bases) whose results are averaged
+    batch_size: int | None = None,  # windows at once; None: depends on the device
     original: bool = False,
 ) -> np.ndarray:
     """
@@ -393,11 +393,11 @@ def predict(
     windows: object,
     *,
     tracks: str | int | list | slice | None = None,
-    head: str = "human",
+    head: str = "human",  # head of the model: human or mouse
     bins: np.ndarray | list | None = None,
-    strands: Literal["forward", "reverse", "both"] = "forward",
-    shifts: tuple[int, ...] = (0,),
-    batch_size: int | None = None,
+    strands: Literal["forward", "reverse", "both"] = "forward",  # strands whose results are averaged
+    shifts: tuple[int, ...] = (0,),  # shifts of the window (in bases) whose results are averaged
+    batch_size: int | None = None,  # windows at once; None: depends on the device
     original: bool = False,
 ) -> np.ndarray:
     "Predicted coverage float32 [windows, bins, tracks]; tracks by number or name, the rest as in `embed`."
@@ -416,11 +416,11 @@ def embed_with_coverage(
     windows: object,
     *,
     bins: np.ndarray | list | None = None,
-    tracks: str | int | list = "CAGE",
-    head: str = "human",
-    strands: Literal["forward", "reverse", "both"] = "forward",
-    shifts: tuple[int, ...] = (0,),
-    batch_size: int | None = None,
+    tracks: str | int | list = "CAGE",  # tracks by name or number
+    head: str = "human",  # head of the model: human or mouse
+    strands: Literal["forward", "reverse", "both"] = "forward",  # strands whose results are averaged
+    shifts: tuple[int, ...] = (0,),  # shifts of the window (in bases) whose results are averaged
+    batch_size: int | None = None,  # windows at once; None: depends on the device
 ) -> tuple[np.ndarray, np.ndarray]:
     "`embed` and the mean coverage float32 [windows, bins] of `tracks`, in one pass."
     wanted = torch.from_numpy(self.track_numbers(tracks, head)).to(self.device)
@@ -440,7 +440,7 @@ def gradient(
     *,
     track: str | int | list,
     bins: np.ndarray | list,
-    head: str = "human",
+    head: str = "human",  # head of the model: human or mouse
     original: bool = False,
 ) -> np.ndarray:
     """

@@ -141,7 +141,7 @@ def window_vector(
 
 # %% ../../nbs/rosa/explain.ipynb #9b9ff83c
 def base_attribution(
-    model: Enformer,
+    model: Enformer,  # see Enformer
     bases: np.ndarray,  # codes of one window
     bin: int,  # one of the model's
     slope: Callable[[Tensor], Tensor],  # vectors [1, width] -> the prediction's derivative by them [1, width]
@@ -149,7 +149,7 @@ def base_attribution(
     method: Method = "input_x_gradient",
     steps: int = 32,
     strands: str = "forward",
-    shifts: tuple[int, ...] = (0,),
+    shifts: tuple[int, ...] = (0,),  # shifts of the window (in bases) whose results are averaged
 ) -> np.ndarray:
     "Contributions float32 [bases, 4] to a function of the vector of a window's bin; zero where there is no base."
     x = one_hot(torch.from_numpy(np.asarray(bases, dtype=np.uint8))[None]).transpose(1, 2).contiguous()

@@ -113,7 +113,7 @@ def finite_table(values: ArrayLike, what: str) -> np.ndarray:
 # %% ../../nbs/rosa/expression.ipynb #17ba8223
 def quantile_bins(
     values: ArrayLike,  # counts or normalised values [cells, genes]
-    n_bins: int = 8,
+    n_bins: int = 8,  # number of bins
     *,
     zeros: Zeros = "bin",  # "bin": one bin for zero, the others equal; "halving": each takes half of the rest
     together: bool = False,  # one set of edges for all cells
@@ -247,13 +247,13 @@ def donor_types(obs: pd.DataFrame, donor: str, cell_type: str) -> tuple[pd.DataF
 
 # %% ../../nbs/rosa/expression.ipynb #515f7c2c
 def pseudobulk(
-    adata: AnnData,
+    adata: AnnData,  # cells with raw counts
     *,
     donor: str = "donor",  # column of obs
     cell_type: str = "cell_type",  # column of obs
     min_cells: int = 50,  # fewest cells of a donor and cell type
-    layer: str | None = None,
-    gene_column: str | None = None,
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
+    gene_column: str | None = None,  # column of var that holds gene names
 ) -> AnnData:
     """
     Summed counts of each donor and cell type: an AnnData with obs donor, cell_type (under their names) and n_cells.

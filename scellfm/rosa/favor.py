@@ -84,7 +84,7 @@ class FavorAttention(nn.Module):
         *,
         bias: bool,
         causal: bool = False,
-        seed: int = 0,
+        seed: int = 0,  # seed of every random draw
         redraw: int = 1000,
     ):
         super().__init__()

@@ -353,7 +353,7 @@ def context_flags(genes: pd.Index, train: np.ndarray, context: float | Iterable[
 # %% ../../nbs/rosa/hold_outs.ipynb #423f6400
 @plain_arguments
 def hold_out_grid(
-    adata: AnnData | str | os.PathLike,
+    adata: AnnData | str | os.PathLike,  # cells with raw counts
     *,
     genes: Scheme = "random",  # or a column of var ("chromosome"), or a mapping from gene to group
     cells: Scheme = "random",  # or a column of obs ("donor", "cell_type"), or a Split
@@ -363,7 +363,7 @@ def hold_out_grid(
     context: float | Iterable[str] = 0.5,  # training genes that may be used in held-out cells: a share, or their names
     donor: str | None = None,  # column of obs; None: "donor" if present
     cell_type: str | None = None,  # column of obs; None: "cell_type" if present
-    gene_column: str | None = None,  # column of var with the names of genes
+    gene_column: str | None = None,  # column of var that holds gene names
     layer: str | None = None,  # layer that holds the counts, or raw (which may have other genes); X by default
     seed: int = 0,  # seed of every random draw
 ) -> HoldOutGrid:

@@ -81,15 +81,15 @@ def log2_ratio(after: np.ndarray, before: np.ndarray, pseudocount: float = 1.0) 
 
 # %% ../../nbs/rosa/in_silico.ipynb #db678c16
 def mutagenesis(
-    model: Enformer,
+    model: Enformer,  # see Enformer
     window: object,
     *,
     region: tuple[int, int],
     bins: np.ndarray | list,
-    tracks: str | int | list = "CAGE",
-    head: str = "human",
-    strands: Literal["forward", "reverse", "both"] = "both",
-    shifts: tuple[int, ...] = (0,),
+    tracks: str | int | list = "CAGE",  # tracks by name or number
+    head: str = "human",  # head of the model: human or mouse
+    strands: Literal["forward", "reverse", "both"] = "both",  # strands whose results are averaged
+    shifts: tuple[int, ...] = (0,),  # shifts of the window (in bases) whose results are averaged
     pseudocount: float = 1.0,
 ) -> Mutagenesis:
     """

@@ -214,8 +214,8 @@ def score_variants(
     effects: VariantEffects | str | np.ndarray | pd.Series | Mapping,
     *,
     controls: int = 9,  # of each variant with an effect, in the set matched by distance
-    n_boot: int = 200,  # draws for the intervals; 0: none
-    seed: int = 0,
+    n_boot: int = 200,  # resamples for the intervals; 0: none
+    seed: int = 0,  # seed of every random draw
 ) -> Scores:
     """
     Predicted effects against labels: sign accuracy, AUROC, AUPRC, and both matched by distance, beside distance,

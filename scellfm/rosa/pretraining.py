@@ -84,7 +84,7 @@ def fit_tracks(
     targets: np.ndarray,
     *,
     valid: tuple | None = None,
-    head: str = "human",
+    head: str = "human",  # head of the model: human or mouse
     augment: bool = True,
     folder: str | os.PathLike | None = None,
     **recipe,

@@ -102,12 +102,12 @@ class ESM2:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | Path,
+        path_or_hub_id: str | Path,  # folder of a checkpoint, or a hub id
         *,
         revision: str | None = None,  # commit of the hub repository
         local_files_only: bool = False,  # never contact the hub
-        device: str = "auto",
-        dtype: str = "float32",
+        device: str = "auto",  # auto, cpu, cuda or mps
+        dtype: Literal["float32", "bfloat16"] = "float32",  # precision of the calculation
     ) -> ESM2:
         """Open a checkpoint in Hugging Face's layout; AssetError: missing, damaged, not an ESM-2, tensors that do not
         match."""
@@ -153,7 +153,7 @@ def embed(
     self: ESM2,
     sequences: Iterable[str],
     *,
-    pool: Literal["mean", "cls"] = "mean",
+    pool: Literal["mean", "cls"] = "mean",  # mean over residues, or the vector at <cls>
     max_length: int = 1024,  # largest number of residues; the rest is cut off
     token_budget: int = 8192,  # tokens of one batch, padding included
 ) -> np.ndarray:
@@ -184,10 +184,10 @@ def embed_proteins(
     model: ESM2,
     annotation: Annotation | None = None,  # source of canonical transcripts, which are preferred
     genes: Iterable[str] | None = None,  # only these
-    pool: Literal["mean", "cls"] = "mean",
-    max_length: int = 1024,
+    pool: Literal["mean", "cls"] = "mean",  # mean over residues, or the vector at <cls>
+    max_length: int = 1024,  # largest number of residues; the rest is cut off
     folder: str | os.PathLike | None = None,  # saves finished blocks here; the same call resumes from them
-    block: int = 64,
+    block: int = 64,  # proteins of a block
 ) -> GeneVectors:
     """
     One vector per gene from its protein: float32 [genes, width], with a manifest.

@@ -107,12 +107,12 @@ class Rosa:
 @patch
 def fit(
     self: Rosa,
-    adata: AnnData,
-    genes: GeneVectors,
-    grid: HoldOutGrid,
+    adata: AnnData,  # cells with raw counts
+    genes: GeneVectors,  # one vector per gene
+    grid: HoldOutGrid,  # see hold_out_grid
     *,
-    layer: str | None = None,
-    gene_column: str | None = None,
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
+    gene_column: str | None = None,  # column of var that holds gene names
     **recipe,
 ) -> Rosa:
     "Train only on training genes in training cells; `recipe`: epochs, learning_rate, ..., folder (see training)."
@@ -192,8 +192,8 @@ def predict(
     genes: GeneVectors | Iterable[str] | None = None,  # names of the model's genes, or vectors of any; None: all
     cells: AnnData | None = None,  # other cells; None: the training cells
     *,
-    layer: str | None = None,
-    gene_column: str | None = None,
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
+    gene_column: str | None = None,  # column of var that holds gene names
 ) -> pd.DataFrame:
     "Logarithms of expression per 10,000 counts: cells in rows, genes in columns. NaN: a cell without context."
     fitted, task = self._ready(), self.task
@@ -285,7 +285,7 @@ def bin_of(rosa: Rosa, gene: str, bin: int | None) -> int:
 def explain_bases(
     self: Rosa,
     gene: str,
-    windows: Windows,
+    windows: Windows,  # see tss_windows
     model: Enformer,  # that made the vectors
     cells: str | Iterable[str] | None = None,  # a cell type, or names of training cells; None: all
     *,
@@ -311,7 +311,7 @@ def explain_bases(
 def variant_effect(
     self: Rosa,
     variants: str | Path | pd.DataFrame | Variants,  # a VCF file, or a table of chrom, pos, ref, alt
-    fasta: str | Path | None = None,
+    fasta: str | Path | None = None,  # the genome; None: that of the windows
     *,
     model: Enformer,  # that made the vectors
     windows: Windows,  # of the genes

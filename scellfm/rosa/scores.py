@@ -157,7 +157,7 @@ def reference_rows(
     given: GeneVectors | None,
     found: Expression,
     task: Task,
-    grid: HoldOutGrid,
+    grid: HoldOutGrid,  # see hold_out_grid
     quadrants: dict[str, Quadrant],
 ) -> dict[str, np.ndarray | None]:
     "Predictions by quadrant of one row of other vectors, of the same genes; None if they are not given."
@@ -184,7 +184,7 @@ def score_grid(
     task: Task,
     found: Expression,
     vectors: GeneVectors,
-    grid: HoldOutGrid,
+    grid: HoldOutGrid,  # see hold_out_grid
     *,
     baselines: Literal["default", "all", "none"] = "default",
     references: Mapping[str, GeneVectors] | None = None,  # other vectors of the same genes, by the name of their row
@@ -274,7 +274,7 @@ def vectors_of_rows(
 def compare_vectors(
     found: Expression,
     vectors: Mapping[str, GeneVectors | None],  # by name, such as {"Enformer": ..., "ESM": None}; None: dashes
-    grid: HoldOutGrid,
+    grid: HoldOutGrid,  # see hold_out_grid
     settings: Settings | None = None,
     *,
     most_cells: int = 2000,  # largest number of scored cells of a quadrant

@@ -42,8 +42,8 @@ def promoter_windows(windows: Windows, length: int = 1024) -> Windows:
 
 # %% ../../nbs/rosa/simple_vectors.ipynb #a548a52a
 def kmer_vectors(
-    windows: Windows,
-    fasta: str | os.PathLike | Genome | None = None,
+    windows: Windows,  # see tss_windows
+    fasta: str | os.PathLike | Genome | None = None,  # the genome; None: that of the windows
     *,
     k: int = 4,
     folder: str | os.PathLike | None = None,

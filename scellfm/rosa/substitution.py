@@ -28,14 +28,14 @@ class WindowReader:
 
     def __init__(
         self,
-        model: Enformer,
+        model: Enformer,  # see Enformer
         codes: object,
         *,
         tracks: str | int | list | slice | None = None,
-        head: str = "human",
+        head: str = "human",  # head of the model: human or mouse
         strands: str = "both",
-        shifts: tuple[int, ...] = (0,),
-        batch_size: int | None = None,
+        shifts: tuple[int, ...] = (0,),  # shifts of the window (in bases) whose results are averaged
+        batch_size: int | None = None,  # windows at once; None: depends on the device
     ):
         self.model, self.plan = model, readings(strands, shifts)
         size = (1 if model.device.type == "cpu" else 8) if batch_size is None else batch_size

@@ -289,7 +289,7 @@ def variants_of_table(table: pd.DataFrame, source: str = "the table") -> Variant
 # %% ../../nbs/rosa/vcf.ipynb #a00a84a4
 def read_variants(
     source: str | os.PathLike | pd.DataFrame | Variants,
-    fasta: str | os.PathLike | Genome | None = None,
+    fasta: str | os.PathLike | Genome | None = None,  # the genome; None: that of the windows
     *,
     samples: str | Iterable[str] = (),
     mismatch: Literal["error", "leave_out"] = "error",

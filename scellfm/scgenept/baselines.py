@@ -200,10 +200,10 @@ def perturbation_baselines(
     *,
     vectors: GeneVectors | Mapping[str, GeneVectors] | None = None,
     annotations: Mapping[str, Iterable[str]] | pd.DataFrame | None = None,
-    baselines: str | Sequence[str] = "default",
+    baselines: str | Sequence[str] = "default",  # default, all, or names
     condition: str = "condition",
     control: str = "ctrl",
-    seed: int = 0,
+    seed: int = 0,  # seed of every random draw
 ) -> PerturbationBaselines:
     """
     Predict a split's test perturbations with simple methods fitted on its training perturbations.

@@ -133,7 +133,7 @@ class ScGenePTCheckpoint:
         inputs: Inputs,
         vectors: Mapping[str, GeneVectors] | None = None,  # the original vectors; None after the tables were trained
         args: Mapping | None = None,
-        device: str | torch.device = "auto",
+        device: str | torch.device = "auto",  # auto, cpu, cuda or mps
         settings: Mapping | None = None,  # freeze_language, original, missing, seed, manifests
     ):
         self.device = inference.pick_device(device)
@@ -326,7 +326,7 @@ def from_pretrained(
     freeze_language: bool | None = None,  # None: as saved; False if nothing is saved
     missing: Literal["mean", "zeros", "random", "error"] = "mean",  # vector of a gene that has none
     original: bool = False,  # tables and samples of genes as in the original
-    seed: int = 0,
+    seed: int = 0,  # seed of every random draw
     device: str = "auto",  # auto, cpu, cuda or mps
 ) -> ScGenePTCheckpoint:
     """A model to train, from scGPT, or a trained one; `load_report` says what became of each tensor.
@@ -377,14 +377,14 @@ def from_config(
     name: Literal["tiny", "human"],
     genes: PerturbationData | AnnData | Iterable[str],  # the vocabulary
     *,
-    knowledge: str | None = None,
+    knowledge: str | None = None,  # ncbi, ncbi+uniprot, go_f, go_p, go_c, go_all, or your own name
     gene_vectors: Source | Mapping[str, Source] | None = None,
     token_vectors: Source | None = None,
     freeze_language: bool = False,
     missing: Literal["mean", "zeros", "random", "error"] = "mean",
     original: bool = False,
-    seed: int = 0,
-    device: str = "auto",
+    seed: int = 0,  # seed of every random draw
+    device: str = "auto",  # auto, cpu, cuda or mps
     **changes: float,
 ) -> ScGenePTCheckpoint:
     "A new model with random weights, of the shape 'tiny' or 'human' (scGPT's); `changes` to ScGPTConfig values."

@@ -33,15 +33,15 @@ MODEL = "scGenePT"
 
 def evaluate(
     model: ScGenePTCheckpoint,
-    data: PerturbationData,
+    data: PerturbationData,  # see PerturbationData
     split: PerturbationSplit | None = None,  # data.split("simulation", seed=1)
     *,
     part: Literal["test", "valid"] = "test",
-    metrics: str | Sequence[str] = "default",
-    baselines: str | Sequence[str] = "default",
+    metrics: str | Sequence[str] = "default",  # default, all, or names
+    baselines: str | Sequence[str] = "default",  # default, all, or names
     vectors: GeneVectors | Mapping[str, GeneVectors] | None = None,  # None: those that the model reads
-    n_controls: int | None = 300,
-    seed: int = 0,
+    n_controls: int | None = 300,  # control cells drawn at random by name; None: all
+    seed: int = 0,  # seed of every random draw
 ) -> PerturbationScores:
     """Scores on a part's perturbations beside all baselines; see scellfm.scores.perturbation for the metrics.
 

@@ -95,8 +95,8 @@ def variable_genes(logs: sparse.csr_matrix, n_variable: int, keep: np.ndarray) -
 
 # %% ../../nbs/scgenept/expression.ipynb #4054ce82
 def normalized_expression(
-    adata: AnnData,
-    layer: str | None = None,
+    adata: AnnData,  # cells with raw counts
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     target_sum: float | None = None,  # counts per cell; None: the median over cells
     n_variable: int | None = None,  # None: all genes
     keep: Iterable[str] = (),  # genes that are kept in any case

@@ -83,7 +83,7 @@ def family_split(
     conditions: Iterable[str],
     families: Mapping[str, str] | pd.Series | pd.DataFrame,  # or a table with the columns 'gene' and 'family'
     *,
-    seed: int = 1,
+    seed: int = 1,  # seed of every random draw
     fractions: tuple = (0.7, 0.1, 0.2),  # of the genes: train, valid, test
     name: str = "gene_family",
 ) -> PerturbationSplit:
@@ -136,7 +136,7 @@ def similarity_split(
     conditions: Iterable[str],
     annotations: Mapping[str, Iterable[str]] | pd.DataFrame,  # or a table with the columns 'gene' and 'term'
     *,
-    seed: int = 1,
+    seed: int = 1,  # seed of every random draw
     threshold: float = 0.3,  # least Jaccard similarity within a family
     fractions: tuple = (0.7, 0.1, 0.2),
 ) -> PerturbationSplit:

@@ -43,7 +43,7 @@ def perturbation_folds(
     k: int = 5,
     *,
     by: str = "gene",  # "gene": no gene of a test perturbation is in training; "perturbation": its genes may be
-    seed: int = 0,
+    seed: int = 0,  # seed of every random draw
 ) -> list[PerturbationSplit]:
     "k splits; every perturbation is in the test set of one. DataError: fewer genes (or perturbations) than k."
     check_number("k", k, 2)

@@ -118,17 +118,17 @@ def run_process(python: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 # %% ../../nbs/scgenept/gears.ipynb #82e08019
 def gears_baseline(
-    data: PerturbationData,
+    data: PerturbationData,  # see PerturbationData
     split: PerturbationSplit | Mapping[str, Sequence[str]],
     annotations: pd.DataFrame | Mapping[str, Iterable[str]],  # {gene: GO terms}, or a table with gene and term
     *,
     python: str | os.PathLike | None = None,  # the interpreter with cell-gears; None: SCELLFM_GEARS_PYTHON
-    epochs: int = 20,
-    batch_size: int = 32,
+    epochs: int = 20,  # passes over the training rows
+    batch_size: int = 32,  # rows of one step
     hidden_size: int = 64,
     lr: float = 1e-3,
     device: str = "cpu",
-    seed: int = 0,
+    seed: int = 0,  # seed of every random draw
 ) -> pd.DataFrame:
     """
     GEARS's predictions of a split's test perturbations [perturbations, genes]; a row of NaN if it cannot predict.

@@ -90,7 +90,7 @@ def gene_tables(
     vectors: Mapping[str, GeneVectors],
     genes: Sequence[str],
     missing: Literal["mean", "zeros", "random", "error"] = "mean",
-    seed: int = 0,
+    seed: int = 0,  # seed of every random draw
 ) -> dict[str, np.ndarray]:
     """One row for each gene of every table, float32 [genes, width]; genes without a vector are filled in, with a
     warning."""

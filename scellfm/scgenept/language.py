@@ -178,9 +178,9 @@ def text_vectors(
     genes: Iterable[str] | None = None,  # genes to return, in order; None: those with a text
     missing: str = "mean",  # of GeneVectors.take: the treatment of genes without a text
     folder: str | os.PathLike | None = None,  # saves finished blocks here; the same call resumes from them
-    revision: str | None = None,  # of a hub id
-    device: str = "auto",
-    token_budget: int = 4096,  # tokens in a batch
+    revision: str | None = None,  # commit of the hub repository
+    device: str = "auto",  # auto, cpu, cuda or mps
+    token_budget: int = 4096,  # tokens of one batch, padding included
     seed: int = 0,  # for missing="random"
 ) -> GeneVectors:
     """

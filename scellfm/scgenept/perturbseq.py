@@ -143,7 +143,7 @@ class PerturbedCells:
         *,
         condition: str = "condition",
         control: str | Iterable[str] = CONTROL,
-        layer: str | None = None,  # None: X, "raw": adata.raw.X
+        layer: str | None = None,  # layer that holds the values, or raw; X by default
         cell_type: str | None = None,  # the column of obs; None: "cell_type" if present, else all cells are one type
         normalize: bool = False,  # the layer holds raw counts
         n_variable: int | None = None,  # with normalize: how many variable genes to keep; None: all

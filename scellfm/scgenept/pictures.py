@@ -27,12 +27,12 @@ __all__ = ['changed_genes', 'predicted_against_observed', 'split_map']
 # %% ../../nbs/scgenept/pictures.ipynb #b238b99c
 @styled(9, 4)
 def changed_genes(
-    data: PerturbationData,
+    data: PerturbationData,  # see PerturbationData
     predictions: Mapping[str, pd.DataFrame],
     perturbation: str,
     *,
     n: int = 20,
-    ax: Axes | None = None,
+    ax: Axes | None = None,  # axes to draw on; None: new ones
 ) -> Axes:
     "Changes of a perturbation's n most changed genes: measured cells as boxes, predictions as markers."
     rows, control = data.rows(perturbation), data.statistics("ctrl").mean

@@ -196,7 +196,7 @@ def predict(
     controls: AnnData | PerturbationData | None = None,  # None: those of the data that the model was trained on
     n_controls: int | None = 300,  # drawn at random by name; None: all
     layer: str | None = None,  # layer with log-normalised values of an AnnData; X by default
-    seed: int = 0,
+    seed: int = 0,  # seed of every random draw
 ) -> pd.DataFrame:
     """Mean predicted expression after each perturbation, perturbations x genes (log-normalised), under the names given.
 
@@ -215,11 +215,11 @@ def predict_cells(
     perturbations: Sequence[str],
     *,
     controls: AnnData | PerturbationData | None = None,
-    n_controls: int | None = 300,
+    n_controls: int | None = 300,  # control cells drawn at random by name; None: all
     counts: bool = False,  # whole numbers drawn around the prediction, needed only for metrics="vcc2026"
     depth: float = 10_000,  # total counts of a drawn cell
-    layer: str | None = None,
-    seed: int = 0,
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
+    seed: int = 0,  # seed of every random draw
 ) -> AnnData:
     "Predicted cells of every perturbation, log-normalised or as drawn counts; obs['condition'], uns['simulated']."
     import anndata

@@ -86,7 +86,7 @@ def run_settings(data: PerturbationData, scgpt: str | PathLike, vectors: Source 
 
 # %% ../../nbs/scgenept/reproduction.ipynb #583705cd
 def one_run(
-    data: PerturbationData,
+    data: PerturbationData,  # see PerturbationData
     scgpt: str | PathLike,
     knowledge: str | None,
     vectors: Source | None,
@@ -120,7 +120,7 @@ def one_run(
 
 # %% ../../nbs/scgenept/reproduction.ipynb #16de49d1
 def reproduce(
-    data: PerturbationData,
+    data: PerturbationData,  # see PerturbationData
     scgpt: str | PathLike,  # folder of scGPT's whole-human checkpoint
     vectors: Mapping[str, Source],  # {knowledge: vectors, file or folder}; the row without knowledge needs none
     folder: str | PathLike,  # saves finished runs here; the same call resumes from them

@@ -52,8 +52,8 @@ def which(
     candidates: Sequence[str],
     *,
     controls: AnnData | PerturbationData | None = None,
-    n_controls: int | None = 300,
-    seed: int = 0,
+    n_controls: int | None = 300,  # control cells drawn at random by name; None: all
+    seed: int = 0,  # seed of every random draw
 ) -> pd.DataFrame:
     "Candidates by how well their predicted change explains the observed one: columns correlation and rank, best first."
     predicted = predict(model, candidates, controls=controls, n_controls=n_controls, seed=seed)
@@ -114,12 +114,12 @@ def rank_scores(ranks: pd.DataFrame, n_candidates: int) -> Scores:
 # %% ../../nbs/scgenept/reverse.ipynb #eac62c41
 def evaluate_which(
     model: ScGenePTCheckpoint,
-    data: PerturbationData,
+    data: PerturbationData,  # see PerturbationData
     split: PerturbationSplit,
     *,
     candidates: Sequence[str] | None = None,  # None: every perturbation of the data
-    n_controls: int | None = 300,
-    seed: int = 0,
+    n_controls: int | None = 300,  # control cells drawn at random by name; None: all
+    seed: int = 0,  # seed of every random draw
 ) -> Scores:
     "The rank of the true perturbation for each held-out profile, beside differential expression and chance."
     data.check_split(split)

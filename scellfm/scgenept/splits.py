@@ -254,8 +254,8 @@ def split_conditions(
     conditions: Iterable[str],  # labels in the order in which they first occur in the data, with or without 'ctrl'
     kind: str = "simulation",  # one of KINDS
     *,
-    seed: int = 1,
-    version: str = "0.0.2",
+    seed: int = 1,  # seed of every random draw
+    version: str = "0.0.2",  # version of GEARS whose rule is used
     go_genes: Iterable[str] | None = None,  # genes of GEARS's GO graph, for version 0.1.2
     train_gene_set_size: float = 0.75,
     combo_seen2_train_frac: float = 0.75,

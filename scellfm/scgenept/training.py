@@ -170,9 +170,9 @@ def train_pairs(
     pairs: Pairs,
     valid: Pairs | None = None,
     *,
-    max_genes: int = 1536,
+    max_genes: int = 1536,  # largest number of genes used of each cell
     checkpointing: bool = False,  # hidden states are computed twice, which saves memory
-    seed: int = 0,
+    seed: int = 0,  # seed of every random draw
     inputs: Mapping[str, str] | None = None,  # further inputs that a checkpoint must match
     **recipe,  # fields of scellfm.training.Recipe, device, folder, save_every
 ) -> training.History:
@@ -212,18 +212,18 @@ def train_pairs(
 @plain_arguments
 def fit(
     model: ScGenePTCheckpoint,
-    data: PerturbationData,
+    data: PerturbationData,  # see PerturbationData
     split: PerturbationSplit | None = None,  # data.split("simulation", seed=1)
     *,
-    epochs: int = 20,
-    batch_size: int = 64,
-    learning_rate: float = 1e-4,
+    epochs: int = 20,  # passes over the training rows
+    batch_size: int = 64,  # rows of one step
+    learning_rate: float = 1e-4,  # largest step size
     max_genes: int = 1536,  # largest number of genes used of each cell
     dropout: float | None = None,  # None: the model's own, 0.2 in the published ones
     attention_dropout: float | None = None,  # None: as dropout; 0 is twice as fast
     checkpointing: bool = False,  # recompute hidden states: half the memory, a third more time
     folder: str | PathLike | None = None,  # saves checkpoints here; the same call resumes from them
-    seed: int = 42,
+    seed: int = 42,  # seed of every random draw
     **recipe,  # patience, decay, clip, accumulate, dtype, save_every and other fields of scellfm.training.Recipe
 ) -> ScGenePTCheckpoint:
     """Train the model in place on a split's training perturbations and return it; `history` has the curves.

@@ -208,7 +208,7 @@ def perturbations_among(names: np.ndarray, condition: str, control: str) -> list
 def measure_effects(
     adata: AnnData,
     *,
-    condition: str = "condition",  # the column of obs with the perturbation of each cell
+    condition: str = "condition",  # column of obs that holds the perturbations
     control: str = "ctrl",  # its label for unperturbed cells
     as_published: bool = False,  # keep 'A+ctrl' and 'ctrl+A' apart
     seed: int = 0,  # for the halves

@@ -173,7 +173,7 @@ def gears_scores(
     conditions: Sequence[str],  # the condition of each row, as published
     *,
     analysis: str = "all",  # "metrics", "deeper", "non_dropout", "non_zero", or "all"
-    condition: str = "condition",  # the column of obs
+    condition: str = "condition",  # column of obs that holds the perturbations
     control: str = "ctrl",
 ) -> pd.DataFrame:
     """The numbers of GEARS's four analyses under their published names, conditions x numbers.

@@ -60,7 +60,7 @@ def log2_fold_change(
     goal: str | int,  # the value of state for comparison
     *,
     donor: str | None = None,  # column of the donors
-    layer: str | None = None,  # layer that holds the counts, or "raw"; None: X
+    layer: str | None = None,  # layer that holds the counts, or raw; X by default
     mask: np.ndarray | None = None,  # the cells to take [cells]
     genes: Sequence[str] | np.ndarray | None = None,  # the gene of each column; '' for none
 ) -> pd.Series:
