@@ -43,8 +43,8 @@ def test_distance_that_explains_the_labels_is_of_no_use_once_it_is_matched():
     assert found.loc["near", "auroc"] > 0.8 and abs(found.loc["near", "matched_auroc"] - 0.5) < 0.07
     assert found.loc["real", "matched_auroc"] > 0.6
     assert np.isclose(found.loc["distance alone", "auroc"], found.loc["near", "auroc"])
-    assert found.loc["one value for all", "auroc"] == 0.5
-    assert np.isclose(found.loc["one value for all", "auprc"], 150 / 2000)
+    assert found.loc["one answer for all", "auroc"] == 0.5
+    assert np.isclose(found.loc["one answer for all", "auprc"], 150 / 2000)
     assert found["sign_accuracy"].isna().all()  # labels without direction
 
 

@@ -185,7 +185,7 @@ def methods_of(effects: Mapping[str, np.ndarray], labels: Labels) -> dict[str, n
         found[ALONE[0]] = -labels.distance
     if labels.frequency is not None:
         found[ALONE[1]] = -labels.frequency
-    return found | {"one value for all": None}
+    return found | {"one answer for all": None}
 
 # %% ../../nbs/rosa/labelled.ipynb #bc5f3167
 def drawn_rows(labels: Labels, n_boot: int, seed: int):
@@ -219,7 +219,7 @@ def score_variants(
 ) -> Scores:
     """
     Predicted effects against labels: sign accuracy, AUROC, AUPRC, and both matched by distance, beside distance,
-    allele frequency and one value for all.
+    allele frequency and "one answer for all".
 
     labelled: columns chrom, pos (from 1), ref, alt, label, and perhaps tss_distance, allele_frequency, group, gene.
     effects: of `variant_effect`, one number per row, a column's name, or several of these by name of the method.
