@@ -344,7 +344,7 @@ def confusion(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(true)), true)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set(xlabel="called", ylabel="true")
+    ax.set(xlabel="predicted", ylabel="true")
 
 # %% ../nbs/plotting.ipynb #9e280e8c
 def results_of(source: Results) -> dict[str, ClassificationResult]:
@@ -431,7 +431,9 @@ def calibration(source: Results, *, ax: Axes | None = None) -> Axes:
             clip_on=False,
             zorder=3,
         )
-    ax.set(xlabel="stated confidence", ylabel="share of correct predictions", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    ax.set(
+        xlabel="predicted confidence", ylabel="share of correct predictions", xlim=(0, 1), ylim=(0, 1), aspect="equal"
+    )
     legend = ax.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.14), title="calibration error", title_fontsize=9, alignment="left"
     )

@@ -166,7 +166,7 @@ def check_layers(wanted: int, tensors: Mapping, prefix: str, where: object) -> N
     numbers = {name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)}
     if len(numbers) != wanted:
         raise AssetError(
-            f"{where} speaks of {wanted:,} layers, and the weights beside it have {len(numbers):,}: they do not belong "
+            f"{where} describes {wanted:,} layers, but the weights beside it have {len(numbers):,}: they do not belong "
             "together; fetch both again"
         )
 

@@ -38,7 +38,7 @@ def split_from(cells, settings: dict):
 
         cells = TokenizedCells.load(cells)
     if "fractions" in settings and "k" in settings:
-        raise OptionError("--k asks for folds and --fractions for one split; give one of the two")
+        raise OptionError("--k makes folds and --fractions one split; give one of the two")
     if "fractions" in settings:
         return hold_out(cells, **settings_of(settings, HOLD_OUT))
     return folds(cells, **settings_of(settings, FOLDS))

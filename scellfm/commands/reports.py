@@ -23,7 +23,7 @@ INPUTS = ("cells", "model", "tokenizer", "classes", "ref", "query")
 
 
 def begin(title: str, settings: dict) -> Report:
-    "A Report that knows the settings of a command and the files that they name."
+    "A Report with the settings of a command and the files named in them."
     from scellfm.report import Report
 
     report, given = Report(title), dict(settings)

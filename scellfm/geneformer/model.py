@@ -124,7 +124,7 @@ def check_tokens(cells: Sequences, vocabulary: int, cls: int | None, eos: int | 
     full, (ends, highest) = np.flatnonzero(cells.lengths), ends_and_highest(cells)
     if highest >= vocabulary:
         raise DataError(
-            f"the cells hold token {highest:,} and the model knows {vocabulary:,} tokens (0 to "
+            f"the cells hold token {highest:,} but the model knows {vocabulary:,} tokens (0 to "
             f"{vocabulary - 1:,}): they were tokenized with another dictionary; tokenize them with this "
             "model's tokenizer"
         )

@@ -207,7 +207,7 @@ def variant_effect(
         check_number("max_distance", max_distance, 0)
         pairs = pairs[pairs["distance"].abs() <= max_distance].reset_index(drop=True)
     if not len(pairs):
-        raise DataError(f"none of {len(variants.table):,} variants lies near a start in {len(windows):,} windows")
+        raise DataError(f"none of {len(variants.table):,} variants is near a start in {len(windows):,} windows")
     pairs, bins = without_bins(pairs, wanted_bins(model, windows, pairs, score, around, width), score)
     how = {"tracks": tracks, "strands": strands, "shifts": shifts}
     settings = {"score": score, "around": around, "width": width, "tracks": str(tracks), "strands": strands}
@@ -288,7 +288,7 @@ def variant_vectors(
     variants = read_variants(variants, windows.genome)
     pairs = pair_with_windows(variants, windows)
     if not len(pairs):
-        raise DataError(f"none of {len(variants.table):,} variants lies in one of {len(windows):,} windows")
+        raise DataError(f"none of {len(variants.table):,} variants is in one of {len(windows):,} windows")
     first, _ = model.bins(windows.length)
     own = dict(zip(windows.table["gene"], windows.table["index"] // model.bin_size - first)) | dict(bins or {})
     before, after = (np.zeros((len(pairs), model.width), np.float32) for _ in range(2))

@@ -167,7 +167,7 @@ def region_sets(positions: Windows | Annotation | pd.DataFrame, regions: str | P
             places = by_chrom.get_group(chrom)
             member.loc[places.index, name] = inside(places.to_numpy(), part["start"].to_numpy(), part["end"].to_numpy())
     if not member.to_numpy().any():
-        raise DataError("no gene lies in any region; are both of the same genome build?")
+        raise DataError("no gene is in any region; are both of the same genome build?")
     sets = np.where(member.sum(axis=1) == 1, member.columns[member.to_numpy().argmax(axis=1)], UNUSED)
     return pd.Series(sets, index=pd.Index(table["gene"].astype(str)), name="set")
 

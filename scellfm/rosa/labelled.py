@@ -52,7 +52,8 @@ def numbers_of(table: pd.DataFrame, name: str, low: float, high: float) -> np.nd
     if wrong.any():
         at = int(wrong.argmax())
         raise DataError(
-            f"{name}={str(table[name].iloc[at])!r} in row {at} of {len(table):,} is no number from {low:g} to {high:g}"
+            f"{name}={str(table[name].iloc[at])!r} in row {at} of {len(table):,} is not a number from {low:g} to "
+            f"{high:g}"
             f" ({wrong.sum():,} such rows)"
         )
     return values

@@ -74,7 +74,7 @@ def _read_manifest(folder: Path) -> dict | None:
         return None
     found = read_record(path, MANIFEST, StoreError)
     if odd := [name for name in found["shards"] if not NAME.fullmatch(name)]:
-        raise StoreError(f"{path} names the shard {odd[0]!r}, which is no file of this folder; delete {folder}")
+        raise StoreError(f"{path} names the shard {odd[0]!r}, which is not a file of this folder; delete {folder}")
     return {key: found[key] for key in MANIFEST}
 
 # %% ../../nbs/store/shards.ipynb #17ea803d

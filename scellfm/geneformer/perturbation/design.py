@@ -27,7 +27,7 @@ __all__ = []
 
 # %% ../../../nbs/geneformer/perturbation/design.ipynb #e5a7b2c9
 def resolve_filter(where: dict | None) -> dict | None:
-    "`where` with a list of plain values for each column; OptionError if it is no dictionary."
+    "`where` with a list of plain values for each column; OptionError if it is not a dictionary."
     if where is None:
         return None
     if not isinstance(where, dict) or not where:

@@ -333,7 +333,7 @@ def gene_facts(
     match: MatchOptions | Mapping | None = None,
 ) -> pd.DataFrame:
     """group, gene, symbol and log2fc (goal over start; NaN where counts or a goal are missing) of every gene
-    screened or asked for, within a group in the order of the tokens."""
+    screened or requested, within a group in the order of the tokens."""
     more = pd.DataFrame([(group, gene) for group, genes in absent.items() for gene in genes], columns=["group", "gene"])
     facts = pd.concat([shifts[["group", "gene"]].drop_duplicates(), more], ignore_index=True)
     token = facts["gene"].str.split("+").str[0].map(gf.tokenizer.token_dictionary)
