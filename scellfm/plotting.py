@@ -431,9 +431,7 @@ def calibration(source: Results, *, ax: Axes | None = None) -> Axes:
             clip_on=False,
             zorder=3,
         )
-    ax.set(
-        xlabel="predicted confidence", ylabel="share of correct predictions", xlim=(0, 1), ylim=(0, 1), aspect="equal"
-    )
+    ax.set(xlabel="predicted confidence", ylabel="share correct", xlim=(0, 1), ylim=(0, 1), aspect="equal")
     legend = ax.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.14), title="calibration error", title_fontsize=9, alignment="left"
     )

@@ -6,6 +6,8 @@
 __all__ = ['simulate_shifts']
 
 # %% ../../nbs/data/shifts.ipynb #484678d1
+from typing import Literal
+
 import numpy as np
 import pandas as pd
 
@@ -67,8 +69,8 @@ def simulate_shifts(
     cells_per_donor: int = 200,
     tau: float = 0.1,
     *,
-    offset: str = "constant",
-    offset_law: str = "normal",
+    offset: Literal["constant", "rank"] = "constant",
+    offset_law: Literal["normal", "laplace"] = "normal",
     drivers: float = 0.0,
     driver_effect: float = 8.0,
     driver_donors: int | None = None,

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from fastcore.basics import patch
@@ -110,7 +110,7 @@ def select(self: Annotation, genes: Iterable[str]) -> Annotation:
 
 # %% ../../nbs/rosa/annotation.ipynb #b1c75cda
 @patch
-def starts(self: Annotation, tss: str = "canonical") -> pd.DataFrame:
+def starts(self: Annotation, tss: Literal["canonical", "all", "gene"] = "canonical") -> pd.DataFrame:
     """
     The rows on which windows are centred: one per gene ('canonical', 'gene') or one per distinct start of a gene
     ('all').

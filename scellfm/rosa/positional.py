@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..core import OptionError, check_number, one_of, optional
 
@@ -44,7 +44,7 @@ def gamma_formula(n: int, features: int, gammas: str) -> torch.Tensor:
 TABLE_BINS, TABLE_FEATURES = 1536, 32
 
 
-def gamma_features(n: int, features: int, gammas: str = "published") -> torch.Tensor:
+def gamma_features(n: int, features: int, gammas: Literal["published", "port"] = "published") -> torch.Tensor:
     "Humps float32 [2n-1, features] of n bins: DeepMind's table at its own shape, else the formula in float64."
     one_of("gammas", gammas, GAMMAS)
     if gammas == "published" and (n, features) == (TABLE_BINS, TABLE_FEATURES):
@@ -70,7 +70,7 @@ def mask_features(n: int, features: int) -> torch.Tensor:
 
 # %% ../../nbs/rosa/positional.ipynb #a6fa62f2
 @lru_cache(maxsize=8)
-def positional_features(n: int, features: int, gammas: str = "published") -> torch.Tensor:
+def positional_features(n: int, features: int, gammas: Literal["published", "port"] = "published") -> torch.Tensor:
     """
     Features float32 [2n-1, features] of the distances -(n-1) to n-1 between n bins; do not change them in place.
 

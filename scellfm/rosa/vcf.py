@@ -228,7 +228,7 @@ def _fits_along(places: list[int], refs, genome: Genome, name: str) -> list[bool
     return fits
 
 # %% ../../nbs/rosa/vcf.ipynb #f51e5561
-def check_reference(variants: Variants, genome: Genome, mismatch: str = "error") -> Variants:
+def check_reference(variants: Variants, genome: Genome, mismatch: Literal["error", "leave_out"] = "error") -> Variants:
     """
     The variants whose REF agrees with the genome.
 

@@ -32,7 +32,7 @@ BIN = 128  # bases in a bin of Enformer
 
 
 def window_bounds(
-    tss: np.ndarray, strand: np.ndarray, length: int, align: str = "base"
+    tss: np.ndarray, strand: np.ndarray, length: int, align: Literal["base", "bin"] = "base"
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
     Start, end (int64, genomic, end not included) and the index of the start in reading direction, for each start.

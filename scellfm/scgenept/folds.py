@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def perturbation_folds(
     conditions: Iterable[str],  # labels, with or without 'ctrl'
     k: int = 5,
     *,
-    by: str = "gene",  # "gene": no gene of a test perturbation is in training; "perturbation": its genes may be
+    by: Literal["gene", "perturbation"] = "gene",  # gene: no gene of a test perturbation is in training
     seed: int = 0,  # seed of every random draw
 ) -> list[PerturbationSplit]:
     "k splits; every perturbation is in the test set of one. DataError: fewer genes (or perturbations) than k."

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -174,9 +174,9 @@ def text_vectors(
     texts: Mapping[str, str | Iterable[str]],  # {gene: text or sentences}
     model: str | os.PathLike,  # a sentence model of transformers: a folder, or a hub id
     *,
-    join: str = "average",  # of several sentences: "average" of their vectors, or "concat" to one text
+    join: Literal["average", "concat"] = "average",  # several sentences: mean of vectors, or one text
     genes: Iterable[str] | None = None,  # genes to return, in order; None: those with a text
-    missing: str = "mean",  # of GeneVectors.take: the treatment of genes without a text
+    missing: Literal["mean", "zeros", "random", "error"] = "mean",  # for genes without a text
     folder: str | os.PathLike | None = None,  # saves finished blocks here; the same call resumes from them
     revision: str | None = None,  # commit of the hub repository
     device: str = "auto",  # auto, cpu, cuda or mps
@@ -272,7 +272,7 @@ def tfidf_vectors(
     n: int = 64,
     *,
     genes: Iterable[str] | None = None,  # genes to return, in order; None: those with a text
-    missing: str = "mean",  # of GeneVectors.take: the treatment of genes without a text
+    missing: Literal["mean", "zeros", "random", "error"] = "mean",  # for genes without a text
     seed: int = 0,  # for missing="random"
 ) -> GeneVectors:
     "Vectors [n] from the words of each gene's texts: TF-IDF of shared words, then SVD. DataError: no texts."
@@ -290,7 +290,7 @@ def go_vectors(
     n: int = 64,
     *,
     genes: Iterable[str] | None = None,  # genes to return, in order; None: those with a term
-    missing: str = "mean",  # of GeneVectors.take: the treatment of genes without a term
+    missing: Literal["mean", "zeros", "random", "error"] = "mean",  # for genes without a term
     seed: int = 0,  # for missing="random"
 ) -> GeneVectors:
     "Vectors [n] from the terms of each gene: SVD of genes x terms. DataError: no term that 2 genes share."

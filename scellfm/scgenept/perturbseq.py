@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -326,7 +326,9 @@ class PerturbationData(CellStatistics):
             raise OptionError(f"the split {kind!r} needs {needed}=; see {OWN_SPLITS[kind].__name__}")
         return OWN_SPLITS[kind](self.labels, options.pop(needed), **seeded, **options)
 
-    def folds(self, k: int = 5, *, by: str = "gene", seed: int = 0) -> list[PerturbationSplit]:
+    def folds(
+        self, k: int = 5, *, by: Literal["gene", "perturbation"] = "gene", seed: int = 0
+    ) -> list[PerturbationSplit]:
         "k splits, each perturbation in one test set; by='gene' or 'perturbation', see `perturbation_folds`."
         return perturbation_folds(self.labels, k, by=by, seed=seed)
 

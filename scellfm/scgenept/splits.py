@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class PerturbationSplit:
     test: list[str]
     name: str
     seed: int
-    version: str = "0.0.2"  # of GEARS, whose rule it is; "scellfm" for ours
+    version: Literal["0.0.2", "0.1.2"] = "0.0.2"  # of GEARS, whose rule it is; "scellfm" for ours
     held_out: list[str] = field(default_factory=list)  # in no set: they share genes with the validation or test set
     subgroups: dict[str, list[str]] = field(default_factory=dict)  # of the test set
     valid_subgroups: dict[str, list[str]] = field(default_factory=dict)
@@ -255,7 +255,7 @@ def split_conditions(
     kind: str = "simulation",  # one of KINDS
     *,
     seed: int = 1,  # seed of every random draw
-    version: str = "0.0.2",  # version of GEARS whose rule is used
+    version: Literal["0.0.2", "0.1.2"] = "0.0.2",  # version of GEARS whose rule is used
     go_genes: Iterable[str] | None = None,  # genes of GEARS's GO graph, for version 0.1.2
     train_gene_set_size: float = 0.75,
     combo_seen2_train_frac: float = 0.75,

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..core import AssetError, DataError, one_of, user_path, warn
 
@@ -120,7 +120,9 @@ def go_annotations(
 ASPECTS = {"F": "Molecular function", "P": "Biological process", "C": "Cellular component"}
 
 
-def go_texts(table: pd.DataFrame, *, aspect: str = "all", definitions: bool = True) -> dict[str, list[str]]:
+def go_texts(
+    table: pd.DataFrame, *, aspect: Literal["all", "F", "P", "C"] = "all", definitions: bool = True
+) -> dict[str, list[str]]:
     """
     {gene: its sentences, one per term, in the order of terms} from `go_annotations`; aspect: 'F', 'P', 'C' or 'all'.
 

@@ -12,6 +12,7 @@ __all__ = ['LONG', 'POOLS', 'UNUSED', 'KEY_STYLES', 'ScGPTConfig', 'LabelEncoder
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -286,7 +287,11 @@ POOLS = ("cls", "mean", "weighted")
 
 
 def pool_cells(
-    states: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, pool: str = "cls", original: bool = False
+    states: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    pool: Literal["cls", "mean", "weighted"] = "cls",
+    original: bool = False,
 ) -> torch.Tensor:
     "States [b, L, d], values [b, L], mask of real tokens [b, L] -> cells [b, d] by 'cls', 'mean' or 'weighted'."
     one_of("pool", pool, POOLS)
@@ -362,7 +367,7 @@ class ScGPTModel(nn.Module):
         values: torch.Tensor | None,
         mask: torch.Tensor | None = None,
         batch: torch.Tensor | None = None,
-        pool: str = "cls",
+        pool: Literal["cls", "mean", "weighted"] = "cls",
     ) -> dict[str, torch.Tensor]:
         """All outputs: states, cell, and of each head expression, seen, from_cell, from_cell_seen, classes,
         adversary (if it is there)."""

@@ -8,6 +8,7 @@ __all__ = ['SHARED', 'HEADS', 'PerturbationConfig', 'AffineDecoder', 'Perturbati
 # %% ../../nbs/scgpt/perturbation.ipynb #b6eac6c3
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -102,7 +103,7 @@ def predict(
     values: torch.Tensor,
     flags: torch.Tensor,
     *,
-    genes: str = "all",
+    genes: Literal["all", "seen"] = "all",
     original: bool = False,
 ) -> torch.Tensor:
     "Predicted values [b, n] of control cells' values [b, n] with perturbation flags [b, n], for genes with tokens [n]."

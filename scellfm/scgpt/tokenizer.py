@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def encode_cell(
     draws=None,
     n_bins: int | None = 51,
     max_length: int = 1200,
-    overlong: str = "sample",
+    overlong: Literal["sample", "top", "first"] = "sample",
     cls_value: float = -2,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The tokens [n + 1] (int64) and values [n + 1] (float32) of one cell with `<cls>` in front, at most
@@ -169,7 +169,7 @@ def tokenize(
     layer: str | None = None,
     n_bins: int | None = 51,
     max_length: int = 1200,
-    overlong: str = "sample",
+    overlong: Literal["sample", "top", "first"] = "sample",
     seed: int = 0,
     original: bool = False,
     cls_value: float = -2,

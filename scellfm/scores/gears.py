@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -172,7 +172,7 @@ def gears_scores(
     observed: np.ndarray,  # [rows, genes] measured cells
     conditions: Sequence[str],  # the condition of each row, as published
     *,
-    analysis: str = "all",  # "metrics", "deeper", "non_dropout", "non_zero", or "all"
+    analysis: Literal["all", "metrics", "deeper", "non_dropout", "non_zero"] = "all",
     condition: str = "condition",  # column of obs that holds the perturbations
     control: str = "ctrl",
 ) -> pd.DataFrame:

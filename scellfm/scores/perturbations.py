@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -251,7 +251,13 @@ class PerturbationScores(Scores):
         metrics = [m for m in as_frame(self.details[DUPLICATE]["by_condition_half"])] if metrics is None else metrics
         return pd.DataFrame({metric: self._share(metric) for metric in metrics})
 
-    def plot(self, ax: Axes | None = None, *, kind: str = "shares", metrics: Sequence[str] | None = None) -> Axes:
+    def plot(
+        self,
+        ax: Axes | None = None,
+        *,
+        kind: Literal["shares", "scores"] = "shares",
+        metrics: Sequence[str] | None = None,
+    ) -> Axes:
         "Draw kind 'shares' (from the training mean to the duplicate) or 'scores' (the table, with intervals)."
         one_of("kind", kind, ("shares", "scores"))
         if kind == "scores":

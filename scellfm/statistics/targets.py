@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -137,7 +137,7 @@ def score_ranking(value: np.ndarray, known: np.ndarray, weights: np.ndarray) -> 
 
 # %% ../../nbs/statistics/targets.ipynb #c50c8be4
 def recovery(
-    table: pd.DataFrame, known: Iterable[str], *, by: str = "z", n_boot: int = 1000, seed: int = 0
+    table: pd.DataFrame, known: Iterable[str], *, by: Literal["z", "effect"] = "z", n_boot: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """How well `known` targets are ranked by the screen, compared with |log2FC|, expression (detection) and rank.
 

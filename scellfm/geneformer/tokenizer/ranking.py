@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy import sparse
@@ -119,7 +120,7 @@ def encode(
     *,
     special: tuple[int, int] | None = None,  # tokens of <cls> and <eos>
     keep_counts: bool = False,
-    engine: str = "auto",  # "numba", "numpy", or numba where it is installed
+    engine: Literal["auto", "numba", "numpy"] = "auto",  # "numba", "numpy", or numba where it is installed
     vocabulary: int | None = None,  # number of tokens, which sets their width; None: as given
 ) -> Ranked:
     """Rank value encoding of every row (value descending, token ascending), cut to `max_length` tokens, special ones
