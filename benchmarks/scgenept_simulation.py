@@ -28,12 +28,12 @@ from scellfm.scgenept import PerturbationData, ScGenePT, perturbation_folds
 from scellfm.scores import perturbation
 
 SHAPE = dict(d_model=32, n_heads=2, d_hid=32, n_layers=1, dropout=0.0)
-FULL = dict(n_targets=40, n_pairs=0, n_genes=60, n_modules=3, n_cells=15, n_controls=60)
+FULL = dict(n_targets=40, n_pairs=0, n_genes=60, n_modules=3, n_cells=10, n_controls=40)
 QUICK = dict(n_targets=24, n_pairs=0, n_genes=30, n_modules=3, n_cells=8, n_controls=20)
 CHOOSING, MEASURING = 0, (101, 102, 103)  # seeds of the simulations
 KINDS = ("know", "permuted", "none")
 RATES = (3e-3, 1e-2, 2e-2)  # to choose from
-COMMON = dict(epochs=60, patience=15, batch_size=32, decay=0.97)
+COMMON = dict(epochs=50, patience=10, batch_size=32, decay=0.97)
 
 
 def problem(size: dict, k: int, seed: int) -> tuple:
