@@ -206,7 +206,9 @@ def plan_jobs(runner: ScreenRunner, tasks: list[ScreenTask], change: GeneChange)
         targets, n = change.sets[0], change.matched
         more = [group_controls(runner, tasks, task.group, targets[:, 0], n)] if n else []
         for number, tokens in enumerate([*change.sets, *more]):
-            edits = make_edits(own, change.kind, tokens, change.anchor, gf.special, gf.max_length, change.quartiles)
+            edits = make_edits(
+                own, change.kind, tokens, change.anchor, gf.special, gf.max_length, change.quartiles, change.dose
+            )
             jobs.append(Job(f"{i:04d}-{number}-", task, own, edits, edit_labels(own, edits, vocabulary)))
     if not any(len(job.edits) for job in jobs):
         raise DataError(why_nothing(runner, tasks, change))
@@ -441,6 +443,7 @@ def perturb(
     matched: int | None = None,  # for a list of single genes: number of similar genes per gene, as controls
     anchor: str | None = None,  # with genes='all' and kind='delete': a gene that is deleted together with each
     quartiles: int | None = None,  # for inhibit and activate: by how many quartiles, 1, 2 or 3
+    dose: float | None = None,  # for inhibit and activate: the share of the way to the bottom or front, 0 to 1
     state: str | None = None,  # column of obs
     start: str | None = None,  # value of state in the cells that are perturbed
     goal: str | None = None,  # value of state towards which shifts are measured
@@ -463,15 +466,15 @@ def perturb(
 
     Shifts are cosines: with a goal, how much nearer the cell is to the goal's centre; without, 1 - cosine to the
     unedited cell (Theodoris et al. 2023). 'overexpress' puts a gene on top, 'inhibit' and 'activate' move it down and
-    up by `quartiles`. gradient={'top': 100, 'check_cells': 20}: estimates all deletions, then computes the `top` genes
-    of each group, and all genes of some cells to measure the error of the estimate. A classifier uses for each cell the
-    model that was not trained on it. OptionError, DataError, StoreError."""
+    up by `quartiles` or `dose`. gradient={'top': 100, 'check_cells': 20}: estimates all deletions, then computes the
+    `top` genes of each group, and all genes of some cells to measure the error of the estimate. A classifier uses
+    for each cell the model that was not trained on it. OptionError, DataError, StoreError."""
     models, model_of, held_out_by = reading_models(model, data, model_of, layer, match)
     gf, alt = models[0], (alt,) if isinstance(alt, str) else tuple(alt or ())
     if max_cells is not None:
         check_number("max_cells", max_cells, 1)
     design = ScreenDesign(state, start, goal, alt, groupby, donor or held_out_by, resolve_filter(where))
-    change = resolve_change(gf.tokenizer, kind, genes, combine, matched, anchor, quartiles)
+    change = resolve_change(gf.tokenizer, kind, genes, combine, matched, anchor, quartiles, dose)
     gradient = resolve_gradient(gradient, kind, change.genes, anchor, goal)
     params = screen_params(models, design, change, emb_layer, gradient, max_cells, seed)
     cells = gf.cells(data, layer=layer, match=match, columns=design.columns)
