@@ -64,18 +64,6 @@ def bfloat16_is_fast(flags_file: str | Path = "/proc/cpuinfo") -> bool:
     lines = (line.partition(":") for line in told.splitlines())
     return any(FAST_BFLOAT16 & set(flags.split()) for name, _, flags in lines if name.strip() in ("flags", "Features"))
 
-
-def in_precision(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    "The module on a device in a precision; bfloat16 weights are computed in float32 where the processor has no other."
-    module = module.to(device=device, dtype=dtype)
-    if dtype is torch.bfloat16 and not computes_bfloat16(device):
-        tell(
-            "this processor has no bfloat16: the weights are rounded to it and computed in float32, as slow as float32"
-        )
-        module = module.float()
-    hint.could_be_faster = dtype is torch.float32 and device.type == "cpu" and bfloat16_is_fast()
-    return module
-
 # %% ../nbs/inference.ipynb #33a8a1c9
 PATIENCE = 60.0  # seconds of computing, before the hint is given
 
@@ -91,7 +79,7 @@ class Hint:
     def add(self, seconds: float) -> None:
         "Add the seconds of a batch."
         self.spent += seconds * self.could_be_faster
-        if self.given or self.spent < PATIENCE or not settings.progress:
+        if self.given or not self.could_be_faster or self.spent < PATIENCE or not settings.progress:
             return
         self.given = True
         tell(
@@ -101,6 +89,18 @@ class Hint:
 
 
 hint = Hint()
+
+# %% ../nbs/inference.ipynb #ac22ff99
+def in_precision(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    "The module on a device in a precision; bfloat16 weights are computed in float32 where the processor has no other."
+    module = module.to(device=device, dtype=dtype)
+    if dtype is torch.bfloat16 and not computes_bfloat16(device):
+        tell(
+            "this processor has no bfloat16: the weights are rounded to it and computed in float32, as slow as float32"
+        )
+        module = module.float()
+    hint.could_be_faster = dtype is torch.float32 and device.type == "cpu" and bfloat16_is_fast()
+    return module
 
 # %% ../nbs/inference.ipynb #3c24a5d0
 def plan_batches(lengths: np.ndarray, token_budget: int = 16384, spread: float = 0.25) -> list[np.ndarray]:

@@ -92,7 +92,7 @@ def test_a_query_whose_lists_hold_too_few_cells_is_searched_exactly(halves):
 
 def test_an_index_that_misses_too_much_warns():
     pytest.importorskip("faiss")
-    noise = np.random.default_rng(0).normal(size=(3000, 300)).astype(np.float32)  # no directions: nothing to index
+    noise = np.random.default_rng(0).normal(size=(1000, 200)).astype(np.float32)  # no directions: nothing to index
     index = index_of(noise)
     with pytest.warns(ScellfmWarning, match="search exactly"):
         tuned(index, noise, 10, recall=1.01)

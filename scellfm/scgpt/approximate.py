@@ -28,7 +28,7 @@ FEWEST = 20_000  # cells; a smaller reference is searched exactly, which is fast
 RECALL, JUDGES = 0.97, 100  # what the index must reach, on so many reference cells
 SAMPLE = 64  # cells per list from which the centres are learnt
 
-
+# %% ../../nbs/scgpt/approximate.ipynb #c23b1d15
 @dataclass
 class SearchIndex:
     "An index of reference cells: what faiss needs, and how thoroughly to search."
@@ -71,7 +71,8 @@ def empty_index(faiss, sample: np.ndarray, lists: int):
     parts = next(parts for parts in range(min(BYTES, inside), 0, -1) if inside % parts == 0)
     project = faiss.PCAMatrix(d, inside, 0, True)
     inner = faiss.IndexIVFPQ(faiss.IndexFlatL2(inside), inside, lists, parts, 8)
-    inner.cp.niter = 10
+    for clustering in (inner.cp, inner.pq.cp):
+        clustering.niter, clustering.min_points_per_centroid = 10, 1
     index = faiss.IndexPreTransform(project, inner)
     index.train(sample)
     return index, project, inner
@@ -88,7 +89,7 @@ def arrays_of(faiss, project, inner) -> dict[str, np.ndarray]:
     sizes = np.array([lists.list_size(i) for i in range(inner.nlist)], np.int64)
     members, codes = np.empty(inner.ntotal, np.uint32), np.empty((inner.ntotal, pq.code_size), np.uint8)
     ends = np.cumsum(sizes)
-    for i, (end, size) in enumerate(zip(ends, sizes)):
+    for i, (end, size) in enumerate(zip(ends.tolist(), sizes.tolist())):
         if size:
             here = slice(end - size, end)
             members[here] = faiss.rev_swig_ptr(lists.get_ids(i), size)
@@ -103,7 +104,7 @@ def arrays_of(faiss, project, inner) -> dict[str, np.ndarray]:
         "codes": codes,
     }
 
-
+# %% ../../nbs/scgpt/approximate.ipynb #390da8a3
 def index_of(rows, seed: int = 0) -> SearchIndex:
     "Index `rows` [n, d], in memory or mapped from a file; how thoroughly to search it is not settled yet."
     n, lists = len(rows), n_lists(len(rows))
@@ -135,11 +136,11 @@ def faiss_index(self: SearchIndex, faiss):
         faiss.copy_array_to_vector(self.values.ravel(), inner.pq.centroids)
         inner.is_trained = True
         ends = np.cumsum(self.sizes)
-        for i, (end, size) in enumerate(zip(ends, self.sizes)):
+        for i, (end, size) in enumerate(zip(ends.tolist(), self.sizes.tolist())):
             ids, codes = self.members[end - size : end].astype(np.int64), self.codes[end - size : end]
             if size:
                 codes = np.ascontiguousarray(codes)
-                inner.invlists.add_entries(i, int(size), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
+                inner.invlists.add_entries(i, size, faiss.swig_ptr(ids), faiss.swig_ptr(codes))
         inner.ntotal = len(self)
         inner.precompute_table()
         self.built = project, inner
@@ -153,7 +154,7 @@ def refined(rows, query: np.ndarray, found: np.ndarray, k: int) -> tuple[np.ndar
     order = np.lexsort((found, distances))[:k]
     return distances[order], found[order]
 
-
+# %% ../../nbs/scgpt/approximate.ipynb #e982e2e3
 @patch
 def search(self: SearchIndex, rows, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     "As `neighbours.nearest`: (squared distances float32, positions int64) [m, k] of about the nearest of `rows`."
@@ -187,7 +188,7 @@ def exact_judges(rows, k: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     itself[~itself.any(1), -1] = True  # more than k identical cells come before it
     return judges, near[~itself].reshape(-1, k)
 
-
+# %% ../../nbs/scgpt/approximate.ipynb #6bb874f6
 def tuned(index: SearchIndex, rows, k: int, recall: float = RECALL, seed: int = 0) -> SearchIndex:
     "Set `probes` and `candidates` to the fewest with which `recall` of the k nearest is found; warn if none reach it."
     judges, exact = exact_judges(rows, k, seed)
@@ -217,9 +218,9 @@ def write_index(index: SearchIndex, path: str | Path) -> None:
     with atomic_write(path) as part:
         save_file(arrays, part, {name: repr(getattr(index, name)) for name in SETTLED})
 
-
-def fits(index: SearchIndex, n: int, d: int) -> bool:
-    "Is it an index of n vectors of d numbers, each in one list?"
+# %% ../../nbs/scgpt/approximate.ipynb #06a17b17
+def shapes_fit(index: SearchIndex, n: int, d: int) -> bool:
+    "Have all arrays the shapes and the types of an index of n vectors of d numbers?"
     inside, lists, parts = len(index.project), len(index.centres), len(index.values)
     shapes = {
         "project": (inside, d),
@@ -231,17 +232,20 @@ def fits(index: SearchIndex, n: int, d: int) -> bool:
         "codes": (n, parts),
     }
     kinds = dict.fromkeys(ARRAYS, np.float32) | {"sizes": np.int64, "members": np.uint32, "codes": np.uint8}
-    if any((a := getattr(index, name)).shape != shapes[name] or a.dtype != kinds[name] for name in ARRAYS):
-        return False
-    numbers = (index.project, index.shift, index.centres, index.values)
-    return bool(
-        inside == parts * index.values.shape[2]
-        and all(np.isfinite(part).all() for part in numbers)
+    found = {name: getattr(index, name) for name in ARRAYS}
+    return all(a.shape == shapes[name] and a.dtype == kinds[name] for name, a in found.items())
+
+# %% ../../nbs/scgpt/approximate.ipynb #b28c3440
+def fits(index: SearchIndex, n: int, d: int) -> bool:
+    "Is it an index of n vectors of d numbers, each in one list?"
+    return shapes_fit(index, n, d) and bool(
+        index.project.shape[0] == index.values.shape[0] * index.values.shape[2]
+        and all(np.isfinite(part).all() for part in (index.project, index.shift, index.centres, index.values))
         and (index.sizes >= 0).all()
         and index.sizes.sum() == n
         and index.members.max(initial=0) < n
         and (np.bincount(index.members, minlength=n) == 1).all()
-        and 1 <= index.probes <= lists
+        and 1 <= index.probes <= len(index.centres)
         and 1 <= index.candidates <= 2**20
     )
 

@@ -23,6 +23,11 @@ from scellfm.core import (
     user_path,
     warn,
 )
+
+# %% auto #0
+__all__ = ['Votes', 'ReferenceMap']
+
+# %% ../../nbs/scgpt/mapping.ipynb #88d190b2
 from ..data.splits import column_of
 from .approximate import SearchIndex, prepared, write_index
 from scellfm.scgpt.neighbours import (
@@ -43,9 +48,6 @@ from ..store.records import read_record
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-# %% auto #0
-__all__ = ['Votes', 'ReferenceMap']
 
 # %% ../../nbs/scgpt/mapping.ipynb #5ca07103
 def vectors_of(adata, key: str, what: str) -> tuple[np.ndarray, np.ndarray]:
@@ -172,21 +174,21 @@ def save_map(path: str | Path, vectors, codes: np.ndarray, record: dict, index: 
         if index is not None:
             write_index(index, Path(folder) / INDEX)
 
-
+# %% ../../nbs/scgpt/mapping.ipynb #2fe9fe42
 def write_vectors(path: Path, vectors, codes: np.ndarray) -> None:
-    "Write vectors and labels as one safetensors file, a block of vectors at a time."
-    (n, d), size = vectors.shape, 4 * vectors.shape[0] * vectors.shape[1]
+    "Write labels and vectors as one safetensors file, a block of vectors at a time."
+    n, d = vectors.shape
     parts = {
-        "embedding": {"dtype": "F32", "shape": [n, d], "data_offsets": [0, size]},
-        "codes": {"dtype": "I64", "shape": [n], "data_offsets": [size, size + 8 * n]},
+        "codes": {"dtype": "I64", "shape": [n], "data_offsets": [0, 8 * n]},
+        "embedding": {"dtype": "F32", "shape": [n, d], "data_offsets": [8 * n, 8 * n + 4 * n * d]},
     }
     header = json.dumps(parts).encode()
     header += b" " * (-len(header) % 8)
     with open(path, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
+        file.write(codes.astype("<i8").tobytes())
         for _, block in row_blocks(vectors):
             file.write(np.ascontiguousarray(block, dtype="<f4").tobytes())
-        file.write(codes.astype("<i8").tobytes())
 
 # %% ../../nbs/scgpt/mapping.ipynb #112ed3bf
 def belong_together(vectors: np.ndarray, codes: np.ndarray, record: dict) -> bool:

@@ -39,7 +39,7 @@ class Subset:
     def __getitem__(self, which) -> np.ndarray:
         return self.rows[self.positions[which]]
 
-
+# %% ../../nbs/scgpt/neighbours.ipynb #d6864464
 def forget(rows) -> None:
     "Give the pages of a read-only mapped file back to the system, which would count them as memory of this process."
     mapped = rows.rows if isinstance(rows, Subset) else rows

@@ -75,11 +75,6 @@ class Tally:
     total: float = 0.0  # sum of all counts
     genes: dict = field(default_factory=dict)  # the report of match_genes
 
-    def join(self, other: Tally) -> None:
-        "Add the counts of a block that comes after those counted so far."
-        for name in ("n_cells", "n_filtered", "n_empty", "n_kept", "n_truncated", "known", "total"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
     def report(self) -> dict:
         "As a dictionary of plain values, ready for JSON."
         share = self.known / self.total if self.total else 0.0
@@ -87,6 +82,13 @@ class Tally:
             name: int(getattr(self, name)) for name in ("n_cells", "n_filtered", "n_empty", "n_kept", "n_truncated")
         }
         return {"file": self.file, **figures, "genes": {**self.genes, "share_of_counts": share}}
+
+# %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #4a0aeb3f
+@patch
+def join(self: Tally, other: Tally) -> None:
+    "Add the counts of a block that comes after those counted so far."
+    for name in ("n_cells", "n_filtered", "n_empty", "n_kept", "n_truncated", "known", "total"):
+        setattr(self, name, getattr(self, name) + getattr(other, name))
 
 # %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #867d6e6b
 def merge_reports(reports: list[dict], max_length: int) -> dict:
