@@ -151,7 +151,7 @@ def base_attribution(
     strands: str = "forward",
     shifts: tuple[int, ...] = (0,),
 ) -> np.ndarray:
-    "Contributions float32 [bases, 4] to a function of the vector of a window's bin; zero where no base is."
+    "Contributions float32 [bases, 4] of each letter, against any letter, to a function of a bin's vector."
     x = one_hot(torch.from_numpy(np.asarray(bases, dtype=np.uint8))[None]).transpose(1, 2).contiguous()
 
     def by_base(probabilities: Tensor) -> Tensor:
@@ -159,4 +159,6 @@ def base_attribution(
         vector = window_vector(model, p.to(model.device), bin, strands, shifts).cpu()
         return derivative((vector * slope(vector.detach())).sum(), p)
 
-    return attribution(by_base, x, torch.zeros_like(x), method, steps)[0].numpy()
+    any_letter = torch.where(x.sum(dim=2, keepdim=True) > 0, 0.25, 0.0).expand_as(x)  # of an N nothing is asked
+    parts = attribution(by_base, x, any_letter, method, steps)
+    return (parts.sum(dim=2, keepdim=True) * x)[0].numpy()

@@ -134,6 +134,7 @@ def score(
     references: Mapping[str, GeneVectors] | None = None,
     positions: pd.DataFrame | None = None,
     most_cells: int = 2000,
+    permutations: int | None = None,
 ) -> GridScores:
     "Compute the scores; see `scellfm.rosa.scores.score_grid` for the arguments. They are kept as `scores`."
     fitted = self._ready()
@@ -141,6 +142,7 @@ def score(
         raise DataError("a model that was opened from a folder has no cells to be scored on; its kept scores: .scores")
     refit = {k: v for k, v in self._recipe.items() if k != "folder"} | {"device": self.device}
     how = {"references": references, "positions": positions, "most_cells": most_cells, "refit": refit}
+    how |= {"permutations": permutations}
     data = (self._expression, self.vectors, self.grid)
     self._scores = score_grid(fitted, self.task, *data, baselines=baselines, **how)
     return self._scores
@@ -292,7 +294,7 @@ def explain_bases(
     method: Method = "input_x_gradient",
     steps: int = 32,  # of integrated gradients
 ) -> pd.DataFrame:
-    "Contributions of each base (rows) of a gene's window to the predicted expression; columns A, C, G, T."
+    "What each base (rows) of a window adds to the predicted expression, against any letter; columns A, C, G, T."
     fitted, task, rows = self._ready(), self.task, rows_of(self, cells)
     at = task.genes.get_indexer(asked_vectors(self, gene)[0])
     window = window_of(windows, gene)

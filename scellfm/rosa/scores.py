@@ -5,12 +5,13 @@
 # %% ../../nbs/rosa/scores.ipynb #47fb7970
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
 from ..core import DataError, OptionError, check_number, keyed_seed, one_of, warn
 from ..data.vectors import GeneVectors
@@ -18,11 +19,12 @@ from .expression import Expression
 from .hold_outs import QUADRANTS, TRAIN, HoldOutGrid, keyed_share, positions_of
 from .simple_vectors import identity_vectors
 from .training import Fitted, Readable, Settings, Task, fit_kind, learnable, logs_of
-from ..scores.sequence import METRICS, GridScores, expression_scores
+from ..scores.sequence import METRICS, ExpressionScorer, GridScores
+from ..scores.table import Scores
 
 # %% auto #0
-__all__ = ['DEFAULT_ROWS', 'MORE_ROWS', 'Rows', 'Quadrant', 'chosen_cells', 'readable_of', 'quadrant_of', 'predict_quadrant',
-           'gene_mean', 'other_half', 'nearest_gene', 'direct', 'reference_rows', 'grid_of', 'score_grid',
+__all__ = ['DEFAULT_ROWS', 'MORE_ROWS', 'Answers', 'Quadrant', 'chosen_cells', 'readable_of', 'quadrant_of', 'predict_quadrant',
+           'gene_mean', 'other_half', 'nearest_gene', 'direct', 'reference_rows', 'answers_of', 'grid_of', 'score_grid',
            'compare_vectors', 'published_figures']
 
 # %% ../../nbs/rosa/scores.ipynb #cbf5ca78
@@ -143,7 +145,7 @@ def nearest_gene(task: Task, quadrant: Quadrant, positions: pd.DataFrame) -> np.
 # %% ../../nbs/rosa/scores.ipynb #81f7c8af
 DEFAULT_ROWS = ("k-mer ridge",)
 MORE_ROWS = ("GC", "promoter only", "all tracks", "CAGE")
-Rows = dict[str, dict[str, np.ndarray | None]]  # quadrant -> row -> predictions
+Answers = dict[str, np.ndarray | None]  # predictions [cells, genes] by quadrant; None: a dash
 
 
 def direct(vectors: GeneVectors, task: Task, quadrant: Quadrant) -> np.ndarray:
@@ -159,17 +161,28 @@ def reference_rows(
     task: Task,
     grid: HoldOutGrid,
     quadrants: dict[str, Quadrant],
-) -> dict[str, np.ndarray | None]:
+) -> Answers:
     "Predictions by quadrant of one row of other vectors, of the same genes; None where they are not given."
     if given is None:
         return dict.fromkeys(quadrants)
     if name == "CAGE":
         return {quadrant: direct(given, task, part) for quadrant, part in quadrants.items()}
-    own = learnable(
-        found, given.take(task.genes), grid_of(grid, task), replace(task.settings, kind="ridge", loss="mse")
-    )
-    fitted = fit_kind(own)
-    return {quadrant: predict_quadrant(fitted, own, part) for quadrant, part in quadrants.items()}
+    settings = replace(task.settings, kind="ridge", loss="mse")
+    return answers_of(given.take(task.genes), found, grid_of(grid, task), settings, quadrants)
+
+# %% ../../nbs/rosa/scores.ipynb #5d0e1a31
+def answers_of(
+    vectors: GeneVectors,
+    found: Expression,
+    grid: HoldOutGrid,
+    settings: Settings,
+    quadrants: dict[str, Quadrant],
+    options: Mapping | None = None,
+) -> Answers:
+    "Predictions by quadrant of a model that is fitted on these vectors."
+    task = learnable(found, vectors, grid, settings)
+    fitted = fit_kind(task, **(options or {}))
+    return {name: predict_quadrant(fitted, task, quadrant) for name, quadrant in quadrants.items()}
 
 
 def grid_of(grid: HoldOutGrid, task: Task) -> HoldOutGrid:
@@ -177,6 +190,70 @@ def grid_of(grid: HoldOutGrid, task: Task) -> HoldOutGrid:
     at = grid.genes.get_indexer(task.genes)
     parts = (grid.gene_part[at], grid.cell_part, grid.context[at], grid.stopping[at])
     return HoldOutGrid(task.genes, grid.cells, *parts, grid.obs, grid.settings)
+
+# %% ../../nbs/rosa/scores.ipynb #5d0e1a21
+def number_of(permutations: int | None, task: Task) -> int:
+    "How many permutations a row of permuted vectors is made of: more where a fit takes no time."
+    if permutations is None:
+        quick = min(len(task.train), task.vectors.shape[1]) <= 1000
+        return 1 if task.settings.kind != "ridge" else 10 if quick else 3
+    check_number("permutations", permutations, 1)
+    return permutations
+
+# %% ../../nbs/rosa/scores.ipynb #5d0e1a34
+def permuted_answers(
+    vectors: GeneVectors,
+    found: Expression,
+    grid: HoldOutGrid,
+    settings: Settings,
+    quadrants: dict[str, Quadrant],
+    n: int,
+    options: Mapping | None = None,
+) -> Iterator[Answers]:
+    "Predictions by quadrant of the model on n permutations of the vectors, one after the other."
+    for number in range(n):
+        shuffled = vectors.permuted(settings.seed + number)
+        yield answers_of(shuffled, found, grid, settings, quadrants, options)
+
+# %% ../../nbs/rosa/scores.ipynb #5d0e1a24
+class Board:
+    "The tables of all quadrants, filled row by row."
+
+    def __init__(self, quadrants: dict[str, Quadrant], task: Task, grid: HoldOutGrid):
+        self.quadrants, self.task, self.grid, self.methods = quadrants, task, grid, []
+        self.scorers = {n: self.scorer(q) for n, q in quadrants.items() if min(q.measured.shape) > 1}
+
+    def scorer(self, quadrant: Quadrant) -> ExpressionScorer:
+        "The scorer of a quadrant."
+        donors = None
+        if "donor" in self.grid.obs:
+            donors = self.grid.obs["donor"].reindex(self.grid.cells[quadrant.cells]).astype(object).tolist()
+        how = {"genes": self.task.genes[quadrant.genes], "donors": donors, "seed": self.task.settings.seed}
+        return ExpressionScorer(quadrant.measured, title=title_of(quadrant), **how)
+
+
+def title_of(quadrant: Quadrant) -> str:
+    "The caption of a quadrant's table."
+    return f"{quadrant.name}: {len(quadrant.cells):,} cells x {len(quadrant.genes):,} genes"
+
+# %% ../../nbs/rosa/scores.ipynb #5d0e1a36
+@patch
+def add(self: Board, method: str, answers: Answers, repeat: int = 0, repeats: int = 1) -> None:
+    "One row of each quadrant, or one of several repeats of it."
+    self.methods.append(method)
+    for name, scorer in self.scorers.items():
+        scorer.add(method, answers[name], repeat, repeats)
+
+
+@patch
+def scores(self: Board, origin: dict) -> GridScores:
+    "All tables."
+    empty = pd.DataFrame(np.nan, index=list(dict.fromkeys(self.methods)), columns=list(METRICS))
+    tables = {
+        name: self.scorers[name].scores() if name in self.scorers else Scores(empty, title=title_of(quadrant))
+        for name, quadrant in self.quadrants.items()
+    }
+    return GridScores(tables, origin)
 
 # %% ../../nbs/rosa/scores.ipynb #7529001d
 def score_grid(
@@ -191,46 +268,29 @@ def score_grid(
     positions: pd.DataFrame | None = None,  # gene, chrom, tss: for the nearest gene
     most_cells: int = 2000,  # of a quadrant that are scored
     refit: dict | None = None,  # options of fit_kind for the model with permuted vectors
+    permutations: int | None = None,  # of the vectors; None: 10 or 3 for ridge, 1 for what is trained for long
 ) -> GridScores:
     "Scores of a fitted model and its baselines in each quadrant. OptionError: an unknown choice of baselines."
     one_of("baselines", baselines, ("default", "all", "none"))
     check_number("most_cells", most_cells, 2)
+    n = number_of(permutations, task)
     quadrants = {name: quadrant_of(name, found, task, grid, most_cells) for name in QUADRANTS}
-    rows: Rows = {name: {task.settings.kind: predict_quadrant(fitted, task, q)} for name, q in quadrants.items()}
-    if baselines != "none":
-        shuffled = learnable(
-            found, vectors.take(task.genes).permuted(task.settings.seed), grid_of(grid, task), task.settings
-        )
-        other = fit_kind(shuffled, **(refit or {}))
-        extra = MORE_ROWS if baselines == "all" else ()
-        names = dict.fromkeys([*DEFAULT_ROWS, *extra, *(references or {})])
-        made = {row: reference_rows(row, (references or {}).get(row), found, task, grid, quadrants) for row in names}
-        for name, quadrant in quadrants.items():
-            rows[name]["gene mean"] = gene_mean(task, quadrant)
-            rows[name]["permuted vectors"] = predict_quadrant(other, shuffled, quadrant)
-            rows[name] |= {row: predictions[name] for row, predictions in made.items()}
-            if baselines == "all" or positions is not None:
-                near = None if positions is None else nearest_gene(task, quadrant, positions)
-                rows[name]["nearest gene"] = near
-            rows[name]["ceiling (donor halves)"] = other_half(found, task, grid, quadrant)
-    return GridScores(
-        {name: scored(quadrants[name], rows[name], task, grid) for name in quadrants}, origin_of(task, grid)
-    )
-
-# %% ../../nbs/rosa/scores.ipynb #e0e93867
-def scored(quadrant: Quadrant, rows: dict, task: Task, grid: HoldOutGrid):
-    "The Scores of one quadrant; dashes where it has no cells or genes."
-    from scellfm.scores.table import Scores
-
-    title = f"{quadrant.name}: {len(quadrant.cells):,} cells x {len(quadrant.genes):,} genes"
-    if min(quadrant.measured.shape) < 2:
-        empty = pd.DataFrame(np.nan, index=list(rows), columns=list(METRICS))
-        return Scores(empty, title=title)
-    donors = None
-    if "donor" in grid.obs:
-        donors = grid.obs["donor"].reindex(grid.cells[quadrant.cells]).astype(object).tolist()
-    genes = task.genes[quadrant.genes]
-    return expression_scores(rows, quadrant.measured, genes=genes, donors=donors, seed=task.settings.seed, title=title)
+    board = Board(quadrants, task, grid)
+    board.add(task.settings.kind, {name: predict_quadrant(fitted, task, q) for name, q in quadrants.items()})
+    if baselines == "none":
+        return board.scores(origin_of(task, grid))
+    board.add("gene mean", {name: gene_mean(task, quadrant) for name, quadrant in quadrants.items()})
+    given = (vectors.take(task.genes), found, grid_of(grid, task), task.settings, quadrants)
+    for number, answers in enumerate(permuted_answers(*given, n, refit)):
+        board.add("permuted vectors", answers, number, n)
+    for row in dict.fromkeys([*DEFAULT_ROWS, *(MORE_ROWS if baselines == "all" else ()), *(references or {})]):
+        board.add(row, reference_rows(row, (references or {}).get(row), found, task, grid, quadrants))
+    if positions is not None:
+        board.add("nearest gene", {name: nearest_gene(task, q, positions) for name, q in quadrants.items()})
+    elif baselines == "all":
+        board.add("nearest gene", dict.fromkeys(quadrants))
+    board.add("ceiling (donor halves)", {name: other_half(found, task, grid, q) for name, q in quadrants.items()})
+    return board.scores(origin_of(task, grid) | {"permutations": n})
 
 # %% ../../nbs/rosa/scores.ipynb #79f881cb
 def origin_of(task: Task, grid: HoldOutGrid) -> dict:
@@ -254,9 +314,9 @@ class Shared:
 
 # %% ../../nbs/rosa/scores.ipynb #89d5efba
 def vectors_of_rows(
-    vectors: Mapping[str, GeneVectors | None], grid: HoldOutGrid, seed: int
+    vectors: Mapping[str, GeneVectors | None], grid: HoldOutGrid
 ) -> tuple[HoldOutGrid, dict[str, GeneVectors | None]]:
-    "The grid over the genes that all kinds have, and the vectors of each row on them: one-hot and permuted come last."
+    "The grid over the genes that all kinds have, and the vectors of each row on them: one-hot comes last."
     known = {name: given for name, given in vectors.items() if given is not None}
     if not known:
         raise OptionError("there are no vectors to compare; give at least one kind, such as {'Enformer': vectors}")
@@ -265,8 +325,7 @@ def vectors_of_rows(
     if len(genes) < 5:
         raise DataError(f"{len(genes)} genes have a vector of every kind: {list(known)}; are they named alike?")
     rows = {name: None if given is None else given.take(genes) for name, given in vectors.items()}
-    permuted = rows[next(iter(known))].permuted(seed)
-    return grid_of(grid, Shared(pd.Index(genes))), rows | {"one-hot": identity_vectors(genes), "permuted": permuted}
+    return grid_of(grid, Shared(pd.Index(genes))), rows | {"one-hot": identity_vectors(genes)}
 
 # %% ../../nbs/rosa/scores.ipynb #4458ece5
 def compare_vectors(
@@ -276,24 +335,24 @@ def compare_vectors(
     settings: Settings | None = None,
     *,
     most_cells: int = 2000,  # of a quadrant that are scored
+    permutations: int | None = None,  # of the first vectors; None: 10 or 3 for ridge, 1 for what is trained for long
     **options,
 ) -> GridScores:
     "One model per kind of vectors, and for one-hot and permuted ones, on the genes that all of them have."
     settings = settings or Settings()
-    own, every = vectors_of_rows(vectors, grid, settings.seed)
-    rows: Rows = {name: {} for name in QUADRANTS}
-    for method, given in every.items():
-        if given is None:
-            rows = {name: part | {method: None} for name, part in rows.items()}
-            continue
-        task = learnable(found, given, own, settings)
-        fitted = fit_kind(task, **options)
-        quadrants = {name: quadrant_of(name, found, task, own, most_cells) for name in QUADRANTS}
-        for name, quadrant in quadrants.items():
-            rows[name][method] = predict_quadrant(fitted, task, quadrant)
-    for name, quadrant in quadrants.items():
-        rows[name]["gene mean"] = gene_mean(task, quadrant)
-    return GridScores({n: scored(q, rows[n], task, own) for n, q in quadrants.items()}, origin_of(task, own))
+    own, rows = vectors_of_rows(vectors, grid)
+    first = next(given for given in rows.values() if given is not None)
+    task = learnable(found, first, own, settings)
+    n = number_of(permutations, task)
+    quadrants = {name: quadrant_of(name, found, task, own, most_cells) for name in QUADRANTS}
+    board = Board(quadrants, task, own)
+    for method, given in rows.items():
+        absent = dict.fromkeys(quadrants)
+        board.add(method, absent if given is None else answers_of(given, found, own, settings, quadrants, options))
+    for number, answers in enumerate(permuted_answers(first, found, own, settings, quadrants, n, options)):
+        board.add("permuted", answers, number, n)
+    board.add("gene mean", {name: gene_mean(task, quadrant) for name, quadrant in quadrants.items()})
+    return board.scores(origin_of(task, own) | {"permutations": n})
 
 # %% ../../nbs/rosa/scores.ipynb #6b08af1c
 def published_figures() -> pd.DataFrame:

@@ -62,9 +62,8 @@ def sigmas(p: np.ndarray, t: np.ndarray, cells: np.ndarray, suffix: str = "") ->
     }
 
 # %% ../../nbs/scores/gears.ipynb #d7036296
-def metrics_of(p, t, m, cells, ranked, sets, variable) -> dict:
+def metrics_of(p, t, m, cells, top, ranked, sets, variable) -> dict:
     "`compute_metrics`: errors and correlations over all genes and the first 20 ranked."
-    top = np.sort(ranked[:20])
     return {
         "mse": float(((p - t) ** 2).mean()),
         "pearson": pearson(p, t),
@@ -73,18 +72,20 @@ def metrics_of(p, t, m, cells, ranked, sets, variable) -> dict:
     }
 
 # %% ../../nbs/scores/gears.ipynb #6e7f7d70
-def deeper_of(p, t, m, cells, ranked, sets, variable) -> dict:
+def deeper_of(p, t, m, cells, top, ranked, sets, variable) -> dict:
     "`deeper_analysis`: directions, ranges, fold changes, and the first 20 to 200 ranked genes."
     move = directions(p, t, m)
     out = {"frac_correct_direction_all": float((move == 0).mean())}
     for k in (20, 50, 100, 200):
         out[f"frac_correct_direction_{k}"] = float((move[ranked[:k]] == 0).sum() / k)
-    top = np.sort(ranked[:20])
     alive = (cells[:, top] != 0).any(0)
     misaligned = directions(p[top][alive], t[top][alive], m[ranked[:20]][alive])  # as in the original
     out["frac_correct_direction_20_nonzero"] = float((misaligned == 0).mean())
     out |= in_range(p[top][alive], cells[:, top][:, alive]) | sigmas(p[top], t[top], cells[:, top])
-    out |= {"pearson_delta": pearson(p - m, t - m), "pearson_delta_de": pearson((p - m)[top], (t - m)[top])}
+    out |= {
+        "pearson_delta": pearson(p - m, t - m),
+        "pearson_delta_de": pearson((p - m)[ranked[:20]], (t - m)[ranked[:20]]),
+    }
     out |= fold_change_gaps(p, t, m) | three_numbers(p, t, m, variable, "top200_hvg")
     for k in (20, 200, 100, 50):
         out |= three_numbers(p, t, m, ranked[:k], f"top{k}_de")
@@ -123,12 +124,12 @@ def set_analysis(kind: str, p, t, m, cells, sets) -> dict:
     return out | three_numbers(p, t, m, top, f"top20_de_{kind}")
 
 # %% ../../nbs/scores/gears.ipynb #ff1c44d1
-def non_dropout_of(p, t, m, cells, ranked, sets, variable) -> dict:
+def non_dropout_of(p, t, m, cells, top, ranked, sets, variable) -> dict:
     "`non_dropout_analysis`."
     return set_analysis("non_dropout", p, t, m, cells, sets)
 
 
-def non_zero_of(p, t, m, cells, ranked, sets, variable) -> dict:
+def non_zero_of(p, t, m, cells, top, ranked, sets, variable) -> dict:
     "`non_zero_analysis`."
     return set_analysis("non_zero", p, t, m, cells, sets)
 
@@ -139,22 +140,34 @@ ANALYSES = {"metrics": metrics_of, "deeper": deeper_of, "non_dropout": non_dropo
 LISTS = ("top_non_dropout_de_20", "top_non_zero_de_20", "non_dropout_gene_idx", "non_zeros_gene_idx")
 
 
-def gene_sets(uns: Mapping, condition: str, index: pd.Index) -> tuple[np.ndarray, dict]:
-    "Positions of a condition's ranked genes, and of its other sets. DataError: it has none."
-    ranked = list_of(uns.get("rank_genes_groups_cov_all", {}), condition)
-    if ranked is None:
+def gene_sets(uns: Mapping, condition: str, names: tuple[str, str] | None, index: pd.Index) -> tuple:
+    "(sorted positions of the first cell's 20 genes, the last cell's ranked genes, its other sets). DataError: none."
+    first, last = names or (None, None)
+    lists = [list_of(uns.get("rank_genes_groups_cov_all", {}), condition, name) for name in (first, last)]
+    if any(found is None for found in lists):
         raise DataError(
             f"uns['rank_genes_groups_cov_all'] has no genes for {str(condition)!r}; process the data as GEARS does,"
             " or use scellfm.scores.perturbation, which ranks genes itself"
         )
-    sets = {name: list_of(uns.get(name, {}), condition) for name in LISTS}
-    return positions(ranked, index), {n: positions(found, index) for n, found in sets.items() if found is not None}
+    top, ranked = (positions(found, index) for found in lists)
+    sets = {name: list_of(uns.get(name, {}), condition, last) for name in LISTS}
+    return np.sort(top[:20]), ranked, {n: positions(found, index) for n, found in sets.items() if found is not None}
 
 # %% ../../nbs/scores/gears.ipynb #708b420c
-def list_of(lists: Mapping, condition: str):
-    "The last list of a condition, named by it or as cell type, condition and dose."
+def list_of(lists: Mapping, condition: str, name: str | None = None):
+    "The list of a name; else the last of a condition, named by it or as cell type, condition and dose."
+    if name in lists:
+        return np.asarray(lists[name])
     keys = [key for key in lists if key == condition or str(key).rsplit("_", 1)[0].endswith(f"_{condition}")]
     return np.asarray(lists[keys[-1]]) if keys else None
+
+
+def names_of_lists(obs: pd.DataFrame, condition: str) -> dict[str, tuple[str, str]]:
+    "The name that the first and the last cell of each condition have; empty where GEARS's column of names is lacking."
+    if "condition_name" not in obs:
+        return {}
+    by_condition = obs["condition_name"].astype(str).groupby(obs[condition].astype(str), sort=False)
+    return dict(zip(by_condition.first().index, zip(by_condition.first(), by_condition.last())))
 
 # %% ../../nbs/scores/gears.ipynb #1be0bf3d
 def positions(found: np.ndarray, index: pd.Index) -> np.ndarray:
@@ -194,20 +207,12 @@ def gears_scores(
         raise DataError(f"no cell is a control: obs[{condition!r}] has no {control!r}")
     means = {name: mean_of(adata.X[np.flatnonzero(groups == name)]) for name in pd.unique(groups)}
     variable = np.argsort(-np.std(list(means.values()), axis=0), kind="stable")[:200]
-    index = adata.var_names.astype(str)
+    index, names = adata.var_names.astype(str), names_of_lists(adata.obs, condition)
     rows = {}
     for name in pd.unique(labels):
         here = labels == name
-        ranked, sets = gene_sets(adata.uns, name, index)
-        arguments = (
-            predicted[here].mean(0),
-            observed[here].mean(0),
-            means[control],
-            observed[here],
-            ranked,
-            sets,
-            variable,
-        )
+        lists = gene_sets(adata.uns, name, names.get(name), index)
+        arguments = (predicted[here].mean(0), observed[here].mean(0), means[control], observed[here], *lists, variable)
         makers = ANALYSES.values() if analysis == "all" else [ANALYSES[analysis]]
         rows[name] = {key: value for make in makers for key, value in make(*arguments).items()}
     return pd.DataFrame(rows).T.rename_axis("condition")

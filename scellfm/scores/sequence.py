@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['METRICS', 'FLAT', 'double_centred', 'flattened', 'prepared', 'row_correlations', 'correlations', 'resampled',
-           'draw_weights', 'donor_weights', 'bounds', 'score_one', 'expression_scores', 'GridScores',
-           'quadrant_picture', 'bin_confusion']
+           'draw_weights', 'donor_weights', 'bounds', 'score_one', 'ExpressionScorer', 'expression_scores',
+           'GridScores', 'quadrant_picture', 'bin_confusion']
 
 # %% ../../nbs/scores/sequence.ipynb #82174b9b
 METRICS = tuple(
@@ -118,43 +118,21 @@ def bounds(drawn: np.ndarray) -> tuple[float, float]:
 def score_one(
     predicted: ArrayLike, measured: ArrayLike, metric: str, by_gene: np.ndarray, by_donor: np.ndarray | None
 ) -> dict:
-    "mean, genes (low, high), donors (low, high), values: of one metric."
+    "mean, values, and the drawn means over genes and donors (none without weights), of one metric."
     rows, genes = (prepared(predicted, metric), prepared(measured, metric)), "_across_genes" in metric
     found = row_correlations(*rows)[0]
     known = np.isfinite(found)
     result = {"mean": float(found[known].mean()) if known.any() else np.nan, "values": found}
-    result["genes"] = bounds(resampled(rows, found, by_gene, along=genes))
-    result["donors"] = (np.nan, np.nan)
-    if by_donor is not None:
-        result["donors"] = bounds(resampled(rows, found, by_donor, along=not genes))
+    result["genes"] = resampled(rows, found, by_gene, along=genes)
+    result["donors"] = np.empty(0) if by_donor is None else resampled(rows, found, by_donor, along=not genes)
     return result
 
-# %% ../../nbs/scores/sequence.ipynb #46842f16
-def expression_scores(
-    predictions: Mapping[str, np.ndarray | None],  # by method: [cells, genes], or None where it cannot answer
-    measured: ArrayLike,  # [cells, genes]
-    *,
-    genes: Sequence[str] | None = None,
-    donors: Sequence[str | None] | None = None,  # of the cells; three or more for intervals
-    metrics: Sequence[str] = METRICS,
-    n_draws: int = 200,
-    seed: int = 0,
-    title: str = "",
-) -> Scores:
-    "Scores of predicted expression; details[method]: intervals over donors, correlations by gene, numbers of both."
-    check_number("n_draws", n_draws, 1)
-    measured = np.asarray(measured, dtype=np.float64)
-    if measured.ndim != 2 or not measured.size or not np.isfinite(measured).all():
-        raise DataError(f"measured has the shape {measured.shape} or holds NaN; a table [cells, genes] is needed")
-    by_gene = draw_weights(measured.shape[1], n_draws, None, seed, "genes")
-    by_donor = None if donors is None else donor_weights(donors, n_draws, seed)
-    found = {}
-    for method, predicted in predictions.items():
-        found[method] = None
-        if predicted is not None:
-            check_prediction(predicted, measured, method)
-            found[method] = {m: score_one(predicted, measured, m, by_gene, by_donor) for m in metrics}
-    return scores_from(found, list(metrics), genes, title)
+# %% ../../nbs/scores/sequence.ipynb #3c5a7d11
+def merged(parts: Sequence[dict]) -> dict:
+    "One result of the repeats of a method: means of means and values, all draws."
+    result = {"mean": float(np.mean([part["mean"] for part in parts]))}
+    result["values"] = np.mean([part["values"] for part in parts], axis=0)
+    return result | {over: np.concatenate([part[over] for part in parts]) for over in ("genes", "donors")}
 
 # %% ../../nbs/scores/sequence.ipynb #b7b678d3
 def check_prediction(predicted, measured: np.ndarray, method: str) -> None:
@@ -171,18 +149,83 @@ def scores_from(found: dict, metrics: list[str], genes: Sequence[str] | None, ti
     "The Scores of what `score_one` found by method and metric."
     table, low, high, details = {}, {}, {}, {}
     for method, results in found.items():
-        empty = {"mean": np.nan, "genes": (np.nan, np.nan)}
+        empty = {"mean": np.nan, "genes": np.empty(0)}
         results_or = {metric: empty if results is None else results[metric] for metric in metrics}
         table[method] = {metric: result["mean"] for metric, result in results_or.items()}
-        low[method] = {metric: result["genes"][0] for metric, result in results_or.items()}
-        high[method] = {metric: result["genes"][1] for metric, result in results_or.items()}
+        ends = {metric: bounds(result["genes"]) for metric, result in results_or.items()}
+        low[method], high[method] = ({metric: pair[end] for metric, pair in ends.items()} for end in (0, 1))
         if results is not None:
-            details[method] = {"over_donors": {metric: result["donors"] for metric, result in results.items()}}
+            details[method] = {"over_donors": {metric: bounds(result["donors"]) for metric, result in results.items()}}
             details[method]["n"] = {m: int(np.isfinite(result["values"]).sum()) for m, result in results.items()}
             across = {m: result["values"] for m, result in results.items() if "_across_cells" in m}
             details[method]["by_gene"] = pd.DataFrame(across, index=None if genes is None else list(genes))
     frames = (pd.DataFrame.from_dict(part, orient="index", columns=metrics) for part in (table, low, high))
     return Scores(*frames, details=details, title=title)
+
+# %% ../../nbs/scores/sequence.ipynb #3c5a7d14
+class ExpressionScorer:
+    "Scores predictions [cells, genes] of methods against one measured table, one at a time."
+
+    def __init__(
+        self,
+        measured: ArrayLike,  # [cells, genes]
+        *,
+        genes: Sequence[str] | None = None,
+        donors: Sequence[str | None] | None = None,  # of the cells; three or more for intervals
+        metrics: Sequence[str] = METRICS,
+        n_draws: int = 200,
+        seed: int = 0,
+        title: str = "",
+    ):
+        check_number("n_draws", n_draws, 1)
+        self.measured = np.asarray(measured, dtype=np.float64)
+        if self.measured.ndim != 2 or not self.measured.size or not np.isfinite(self.measured).all():
+            shape = self.measured.shape
+            raise DataError(f"measured has the shape {shape} or holds NaN; a table [cells, genes] is needed")
+        self.genes, self.metrics, self.title, self.found = genes, list(metrics), title, {}
+        self.by_gene = draw_weights(self.measured.shape[1], n_draws, None, seed, "genes")
+        self.by_donor = None if donors is None else donor_weights(donors, n_draws, seed)
+
+# %% ../../nbs/scores/sequence.ipynb #3c5a7d16
+@patch
+def add(self: ExpressionScorer, method: str, predicted: np.ndarray | None, repeat: int = 0, repeats: int = 1) -> None:
+    "Score a prediction, the `repeat`-th of `repeats` of its method; None: it cannot answer. DataError: another shape."
+    parts = self.found.setdefault(method, [])
+    if predicted is None:
+        return
+    check_prediction(predicted, self.measured, method)
+    by_gene = self.by_gene[repeat::repeats]
+    by_donor = None if self.by_donor is None else self.by_donor[repeat::repeats]
+    parts.append({m: score_one(predicted, self.measured, m, by_gene, by_donor) for m in self.metrics})
+
+
+@patch
+def scores(self: ExpressionScorer) -> Scores:
+    "The table of all methods so far; details[method]: intervals over donors, correlations by gene, numbers of both."
+    whole = {
+        method: {m: merged([part[m] for part in parts]) for m in self.metrics} if parts else None
+        for method, parts in self.found.items()
+    }
+    return scores_from(whole, self.metrics, self.genes, self.title)
+
+# %% ../../nbs/scores/sequence.ipynb #46842f16
+def expression_scores(
+    predictions: Mapping[str, np.ndarray | None],  # by method: [cells, genes], or None where it cannot answer
+    measured: ArrayLike,  # [cells, genes]
+    *,
+    genes: Sequence[str] | None = None,
+    donors: Sequence[str | None] | None = None,  # of the cells; three or more for intervals
+    metrics: Sequence[str] = METRICS,
+    n_draws: int = 200,
+    seed: int = 0,
+    title: str = "",
+) -> Scores:
+    "Scores of predicted expression; details[method]: intervals over donors, correlations by gene, numbers of both."
+    how = {"genes": genes, "donors": donors, "metrics": metrics, "n_draws": n_draws, "seed": seed, "title": title}
+    scorer = ExpressionScorer(measured, **how)
+    for method, predicted in predictions.items():
+        scorer.add(method, predicted)
+    return scorer.scores()
 
 # %% ../../nbs/scores/sequence.ipynb #324ca8e5
 @dataclass(repr=False)
