@@ -285,7 +285,8 @@ def test_counts_for_logs_and_logs_for_counts_are_refused():
 
 
 @pytest.mark.parametrize(
-    "change, message", [(lambda x: -x, "negative"), (lambda x: x * 100, "no logarithm"), (lambda x: x * np.nan, "NaN")]
+    "change, message",
+    [(lambda x: -x, "negative"), (lambda x: x * 100, "too large for a logarithm"), (lambda x: x * np.nan, "NaN")],
 )
 def test_values_that_are_no_logs_are_refused(change, message):
     adata = small(LABELS)

@@ -147,7 +147,7 @@ def test_a_condition_in_two_cell_types_has_the_lists_of_its_first_and_its_last_c
 
 def test_bad_inputs_are_named(folder, data):
     predicted, truth, labels = cells(folder, "random_results.npz")
-    with pytest.raises(DataError, match="do not belong together"):
+    with pytest.raises(DataError, match="do not match"):
         gears_scores(data, predicted[:, 1:], truth, labels)
     with pytest.raises(DataError, match="has no genes for 'NEW.ctrl'"):
         gears_scores(data, predicted[:2], truth[:2], ["NEW+ctrl"] * 2)
