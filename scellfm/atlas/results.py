@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ import pandas as pd
 from .. import data
 from .stretches import CellsOnDisk, Stretch
 from .work import Work
-from ..core import AssetError, user_path
+from ..core import AssetError, DataError, user_path
 from ..data.paths import open_store
 from ..store.files import atomic_write
 from ..store.layouts import DATASET
@@ -28,17 +28,28 @@ from ..store.shards import Store
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from scellfm.data.vectors import GeneVectors
+    from scellfm.geneformer.perturbation.screen import Screen
     from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
 
 # %% auto #0
-__all__ = ['Finished', 'parts_with_obs', 'read', 'gathered_notes']
+__all__ = ['Finished', 'parts_with_obs', 'read']
+
+# %% ../../nbs/atlas/results.ipynb #87fec9fa
+def count_notes(notes: dict[str, int], kinds: dict[str, str], found: str) -> None:
+    "Count the notes (JSON) of a shard into `notes`; of those that differ in numbers alone the first speaks for all."
+    for note in json.loads(found):
+        first = kinds.setdefault(re.sub(r"\d[\d,.]*", "0", note), note)
+        notes[first] = notes.get(first, 0) + 1
 
 # %% ../../nbs/atlas/results.ipynb #548bd198
-class Finished(NamedTuple):
-    "The finished shards of a run, and which cells each of them holds."
+@dataclass
+class Finished:
+    "The finished shards of a run, and which cells each of them holds; what they noted is counted as they are read."
 
     store: Store
     stretches: dict[str, Stretch]  # by the name of the shard, in the order of the cells
+    notes: dict[str, int] = field(default_factory=dict)  # in how many shards each came
 
     @property
     def n(self) -> int:
@@ -47,8 +58,12 @@ class Finished(NamedTuple):
 
     def parts(self) -> Iterable[tuple[Stretch, dict[str, np.ndarray]]]:
         "(stretch, arrays) in the order of the cells."
+        kinds: dict[str, str] = {}
+        self.notes.clear()
         for name, stretch in self.stretches.items():
-            yield stretch, self.store.read(name)
+            arrays = self.store.read(name)
+            count_notes(self.notes, kinds, str(arrays["notes"]))
+            yield stretch, arrays
 
     def one(self) -> dict[str, np.ndarray]:
         "The arrays of the first shard, to see what they are."
@@ -100,7 +115,8 @@ def write_vectors(finished: Finished, work: Work, folder: Path, columns: Sequenc
 def predicted_columns(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | pd.Categorical]:
     "The columns that a stretch's arrays stand for."
     columns = {}
-    for name, values in arrays.items():
+    for name in sorted(arrays, key=lambda name: (name.rpartition("_")[0], name.endswith("_confidence"))):
+        values = arrays[name]
         if f"{name}.classes" in arrays:
             columns[name] = pd.Categorical.from_codes(values, arrays[f"{name}.classes"])
         elif not name.endswith(".classes") and name != "notes":
@@ -132,12 +148,41 @@ def write_tokens(finished: Finished, work: Work, folder: Path, columns: Sequence
             special = report.pop("special")
             reports.setdefault(stretch.file, []).append(report)
             offsets, rows = np.concatenate([[0], np.cumsum(arrays["lengths"])]), arrays["rows"]
-            cells = TokenizedCells(arrays["tokens"], offsets, obs.iloc[rows], rows + stretch.start, special=special)
+            cells = TokenizedCells(
+                arrays["tokens"], offsets, obs.iloc[rows], rows + stretch.start, arrays.get("counts")
+            )
+            cells.special = special
             writer.write(cells, stretch.file or Path(work.cells).name)
         limit = report["max_length"]
         merged = merge_reports([merge_reports(parts, limit) | {"file": file} for file, parts in reports.items()], limit)
         warn_of_empty(merged, "drop")
         writer.finish(merged, special)
+
+# %% ../../nbs/atlas/results.ipynb #154d2468
+GENES, SCREEN, VECTORS = "genes.parquet", "screen", "vectors"
+
+
+def write_genes(finished: Finished, work: Work, folder: Path, columns: Sequence[str]) -> None:
+    "Write genes.parquet. DataError where no cell has any of the genes."
+    from scellfm.commands.inputs import load_classifier
+    from scellfm.geneformer.finetuning.genes import prediction_table
+    from scellfm.scores.table import storable_table
+
+    classifier = load_classifier(work.model, **work.loading)
+    n = len(classifier.models[0].tokenizer.genes)
+    sums, weights, n_cells = np.zeros((n, len(classifier.classes))), np.zeros(n), np.zeros(n, np.int64)
+    for _, arrays in finished.parts():
+        sums[arrays["tokens"]] += arrays["values"] * arrays["weights"][:, None]
+        weights[arrays["tokens"]] += arrays["weights"]
+        n_cells[arrays["tokens"]] += arrays["n_cells"]
+    tokens = np.flatnonzero(weights)
+    if not len(tokens):
+        raise DataError(
+            f"none of the {finished.n:,} cells has any of the genes asked for; there is nothing to judge by"
+        )
+    table = prediction_table(classifier, tokens, sums[tokens] / weights[tokens][:, None], n_cells[tokens])
+    with atomic_write(folder / GENES) as path:
+        storable_table(table).to_parquet(path)
 
 # %% ../../nbs/atlas/results.ipynb #22e2cca0
 WRITE = {"embed": write_vectors, "predict": write_predictions, "tokenize": write_tokens}
@@ -145,32 +190,46 @@ WRITE = {"embed": write_vectors, "predict": write_predictions, "tokenize": write
 
 def write_result(finished: Finished, work: Work, folder: Path, columns: Sequence[str] = ()) -> None:
     "Write the result of a run into its folder."
-    WRITE[work.task](finished, work, folder, columns)
+    of_genes = work.task == "predict" and "tokens" in finished.one()
+    (write_genes if of_genes else WRITE[work.task])(finished, work, folder, columns)
 
 # %% ../../nbs/atlas/results.ipynb #86716bfd
-def read(folder: str | Path) -> AnnData | TokenizedCells:
-    """The result of an atlas run: an AnnData that reads its X (the vectors) when it is indexed; for tokens, the cells.
+def read(folder: str | Path) -> AnnData | TokenizedCells | Screen | GeneVectors | pd.DataFrame:
+    """The result of an atlas run: an AnnData that reads its X (the vectors) when it is indexed; tokens, a screen or
+    gene vectors as their classes open them; for classes of genes the table.
 
     AssetError: the folder is no finished run."""
     folder = user_path(folder, "folder")
-    if (folder / TOKENS).is_dir():
-        from scellfm.geneformer import TokenizedCells
-
-        return TokenizedCells.load(folder / TOKENS)
+    for name, load in OPEN.items():
+        if (folder / name).exists():
+            return load(folder / name)
     if not (folder / RESULT).is_file():
         begun = "a run that was begun lies in it: run it again to go on" if (folder / "parts").exists() else ""
-        raise AssetError(f"{folder} holds no {RESULT} and no {TOKENS}; {begun or 'scellfm.atlas.run writes them'}")
+        raise AssetError(
+            f"{folder} holds no result ({RESULT}, {', '.join(OPEN)}); {begun or 'scellfm.atlas.run writes it'}"
+        )
     with open_store(folder / RESULT) as file:
         vectors = "X" in file
     return data.read(folder / RESULT, backed=vectors)
 
-# %% ../../nbs/atlas/results.ipynb #87fec9fa
-def gathered_notes(finished: Finished) -> dict[str, int]:
-    "The notes of all stretches, and in how many they came; of those that differ in numbers alone the first."
-    first: dict[str, str] = {}
-    times: Counter = Counter()
-    for _, arrays in finished.parts():
-        for note in json.loads(str(arrays["notes"])):
-            kind = re.sub(r"\d[\d,.]*", "0", note)
-            times[first.setdefault(kind, note)] += 1
-    return dict(times)
+# %% ../../nbs/atlas/results.ipynb #86716bff
+def open_tokens(path: Path) -> TokenizedCells:
+    "The tokenized cells of a data set."
+    from scellfm.geneformer import TokenizedCells
+
+    return TokenizedCells.load(path)
+
+
+def open_screen(path: Path) -> Screen:
+    "The screen of a folder."
+    from scellfm.geneformer import Screen
+
+    return Screen.load(path)
+
+
+def open_vectors(path: Path) -> GeneVectors:
+    "The gene vectors of a folder."
+    return data.read_vectors(path)
+
+
+OPEN = {TOKENS: open_tokens, SCREEN: open_screen, VECTORS: open_vectors, GENES: pd.read_parquet}
