@@ -5,8 +5,10 @@
 # %% ../../nbs/atlas/ray_engine.ipynb #33a1b003
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ import numpy as np
 from .crew import ATTEMPTS, BUDGET, Task, raise_answer
 from .stretches import Stretch
 from .work import Work
-from .workers import Computer, Reader, keep_stretch
+from .workers import Computer, Reader, keep_stretch, reads_cells
 from ..core import StoreError, optional, warn
 
 if TYPE_CHECKING:
@@ -71,9 +73,11 @@ class Actor:
         self.compute, self.folder = Computer(Work(**work)), Path(folder)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        (part, notes), row = batch["read"][0], one_row({name: batch[name] for name in batch if name != "read"})
+        row = one_row({name: batch[name] for name in batch if name != "read"})
+        own = Stretch(row["file"], row["start"], row["stop"]), []  # where workers have their inputs at hand
+        part, notes = batch["read"][0] if "read" in batch else own
         entry = {"bytes": 0, "sha256": ""}
-        if not row["error"]:
+        if not row.get("error"):
             budget = row["budget"] or None
             try:
                 arrays, more = self.compute(part, budget)
@@ -81,24 +85,30 @@ class Actor:
                 entry = keep_stretch(self.folder, row["name"], arrays, notes, budget)
             except Exception as failure:  # told to the driver, which raises it or asks again
                 row |= {"error": type(failure).__name__, "message": str(failure)}
-        return as_batch(row | entry)
+        return as_batch({"error": "", "message": ""} | row | entry)
 
 # %% ../../nbs/atlas/ray_engine.ipynb #33a1b013
 def answers_of(ray: Any, work: Work, tasks: list[Task], folder: Path, workers: int, threads: int):
     "The rows that the actors answer, as they come."
     cards = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {}
-    given, size = asdict(work), {"batch_size": 1, "max_restarts": 1, "max_task_retries": 1}
-    actors = min(workers, len(tasks))
+    given, actors = asdict(work), min(workers, len(tasks))
+    few = {"batch_size": 1, "max_restarts": 1, "max_task_retries": 1}
+    pool = partial(ray.data.ActorPoolStrategy, max_size=actors)
     data = ray.data.from_items(rows_of(tasks), override_num_blocks=len(tasks))
-    read = data.map_batches(ReadingActor, fn_constructor_args=(given,), num_cpus=0.5, concurrency=(1, actors), **size)
-    how = {"num_cpus": 0.1, "concurrency": actors, **cards, **size}
-    yield from read.map_batches(Actor, fn_constructor_args=(given, str(folder), threads), **how).iter_rows()
+    if reads_cells(work):
+        data = data.map_batches(
+            ReadingActor, fn_constructor_args=(given,), num_cpus=0.5, compute=pool(min_size=1), **few
+        )
+    how = {"num_cpus": 0.1, "compute": pool(min_size=actors), **cards, **few}
+    yield from data.map_batches(Actor, fn_constructor_args=(given, str(folder), threads), **how).iter_rows()
 
 
 def started() -> Any:
     "Ray, connected to the cluster that RAY_ADDRESS names, or started here. ExtraError: it is not installed."
     ray = optional("ray", "ray")
     streams = optional("ray.data", "ray")
+    for name in ("ray", "ray.data"):  # what it logs of each stage belongs into its own files
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
     context = streams.DataContext.get_current()

@@ -54,6 +54,11 @@ def halves(work: Work) -> tuple[Callable[[Work], Callable], Callable[[Work], Cal
         return (lambda work: as_it_is), sequences.computing
     return CellReader, tokenizing
 
+# %% ../../nbs/atlas/workers.ipynb #30a1b018
+def reads_cells(work: Work) -> bool:
+    "Whether something is read from files of cells, stretch by stretch."
+    return work.stage == "tokens" or work.task not in ("perturb", "sequence")
+
 # %% ../../nbs/atlas/workers.ipynb #30a1b010
 def noted(function: Callable, *arguments: Any) -> tuple[Any, list[str]]:
     "What a call gives, and what it warned of, each once."
