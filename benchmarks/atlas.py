@@ -2,11 +2,11 @@
 
     python benchmarks/atlas.py [--pairs 5] [--quick]
 
-Two processes: the embeddings of the same cells by one process and by two, each of one thread, the sides in turns, from the
-call to the result; the two have to start and to load the model, the one has it. Overhead: the time that
-is spent in writing, hashing and recording shards and in the record of the run, as a share of the whole run of one process.
-Memory: the peak of a process of its own that embeds 20,000 and 200,000 cells of which all but a few are the same (a file
-whose rows repeat), over the imports."""
+Two processes: the embeddings of the same cells by one process and by two, each of one thread, the sides in turns, from
+the call to the result; the two have to start and to load the model, the one has it. Overhead: the time that is spent
+in writing, hashing and recording shards and in the record of the run, as a share of the whole run of one process.
+Memory: the peak, over the imports, of a process of its own that embeds 20,000 and then 200,000 cells (a thousand rows
+that repeat, so that the cells are alike)."""
 
 import sys
 import tempfile
@@ -71,7 +71,7 @@ def run_once(place: Path, workers: int, rows: int, n_cells: int) -> None:
 
 def watched() -> list[float]:
     "Seconds spent in keeping shards and records, added up while the run goes on."
-    from scellfm.atlas import crew, runs, workers
+    from scellfm.atlas import runs, workers
     from scellfm.store.shards import Store
 
     spent = [0.0]
@@ -111,12 +111,12 @@ def main() -> int:
         place = Path(folder)
         write_inputs(place, small)
         rows = small // 20
-        seconds: dict[int, list[float]] = {1: [], 2: []}
+        seconds, first = {1: [], 2: []}, {}
         for _ in range(pairs):
             for workers in seconds:
                 found = figures(place, workers, rows, small)
                 seconds[workers].append(found["s"])
-                first = found if workers == 1 else first  # noqa: F821
+                first = found if workers == 1 else first
         ratio = float(np.median(np.divide(seconds[1], seconds[2])))
         print(f"one process: {small / seconds[1][-1]:.0f} cells a second; seconds {seconds}")
         write_inputs(place, large)

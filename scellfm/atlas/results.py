@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -21,11 +22,13 @@ from .stretches import CellsOnDisk, Stretch
 from .work import Work
 from ..core import AssetError, DataError, user_path
 from ..data.paths import open_store
+from ..geneformer.tokenizer.sources import cell_files
 from ..store.files import atomic_write
 from ..store.layouts import DATASET
 from ..store.shards import Store
 
 if TYPE_CHECKING:
+    import h5py
     from anndata import AnnData
 
     from scellfm.data.vectors import GeneVectors
@@ -80,12 +83,81 @@ def parts_with_obs(
                 yield stretch, arrays, file.obs(stretch.start, stretch.stop)[list(columns)]
 
 # %% ../../nbs/atlas/results.ipynb #b47c0209
-def one_table(tables: list[tuple[str, pd.DataFrame]]) -> pd.DataFrame:
-    "The tables of all stretches as one, with the column `file` where they come from several."
-    several = len({file for file, _ in tables}) > 1
-    obs = pd.concat([table.assign(file=file) if several else table for file, table in tables])
-    texts = [name for name in obs if obs[name].dtype == object]
-    return obs.astype(dict.fromkeys(texts, "category"))
+def column_types(work: Work, columns: Sequence[str]) -> dict[str, np.dtype | pd.CategoricalDtype]:
+    "The types of the columns that are kept of obs, over all files: labels and texts are categories."
+    files = [CellsOnDisk(path, work.layer, columns) for path in cell_files(Path(work.cells))] if columns else []
+    try:
+        found = {name: one_type([file.columns[name] for file in files]) for name in columns}
+    finally:
+        for file in files:
+            file.__exit__()
+    names = [path.name for path in cell_files(Path(work.cells))]
+    return found | ({"file": pd.CategoricalDtype(sorted(names))} if len(names) > 1 else {})
+
+
+def one_type(parts: Sequence[pd.Series]) -> np.dtype | pd.CategoricalDtype:
+    "The type that a column has over all files."
+    types = [part.dtype for part in parts]
+    if isinstance(types[0], pd.CategoricalDtype) and all(one == types[0] for one in types):
+        return types[0]
+    if all(isinstance(one, np.dtype) and one.kind in "biuf" for one in types):
+        return np.result_type(*types)
+    values = pd.unique(pd.concat([pd.Series(part.dropna().unique()).astype(str) for part in parts]))
+    return pd.CategoricalDtype(sorted(values))
+
+# %% ../../nbs/atlas/results.ipynb #0e06f26c
+class ObsWriter:
+    "The table of the cells in an h5ad file, written a part at a time."
+
+    def __init__(self, file: h5py.File, n: int, types: dict[str, np.dtype | pd.CategoricalDtype]):
+        from anndata.io import write_elem
+
+        self.types, self.start = types, 0
+        columns = {name: pd.Series([None if labels(kind) else 0], dtype=kind) for name, kind in types.items()}
+        frame = pd.DataFrame(
+            {name: values.array for name, values in columns.items()}, index=pd.Index(["cell"], dtype=object)
+        )
+        write_elem(file, "obs", frame)
+        self.table = file["obs"]
+        self.names = lengthened(self.table, self.table.attrs["_index"], n)
+        self.columns = {
+            name: lengthened(self.table[name], "codes", n) if labels(kind) else lengthened(self.table, name, n)
+            for name, kind in types.items()
+        }
+
+    def write(self, table: pd.DataFrame) -> None:
+        "Write the next cells: their names are the index."
+        place = slice(self.start, self.start + len(table))
+        self.names[place] = table.index.to_numpy().astype(object)
+        for name, kind in self.types.items():
+            values = table[name]
+            if labels(kind):
+                known = (
+                    values
+                    if isinstance(values.dtype, pd.CategoricalDtype)
+                    else values.astype(str).where(values.notna())
+                )
+                self.columns[name][place] = pd.Categorical(known, categories=kind.categories).codes
+            else:
+                self.columns[name][place] = values.to_numpy(kind)
+        self.start = place.stop
+
+# %% ../../nbs/atlas/results.ipynb #0e06f26d
+def labels(kind: np.dtype | pd.CategoricalDtype) -> bool:
+    "Whether a column holds labels."
+    return isinstance(kind, pd.CategoricalDtype)
+
+
+def lengthened(group: h5py.Group, name: str, n: int) -> h5py.Dataset:
+    "A dataset of the same type and attributes with so many entries, in the place of the one of this name."
+    import h5py
+
+    old, attributes = group[name], dict(group[name].attrs)
+    kind = h5py.string_dtype() if h5py.check_string_dtype(old.dtype) else old.dtype
+    del group[name]
+    made = group.create_dataset(name, (n,), kind)
+    made.attrs.update(attributes)
+    return made
 
 # %% ../../nbs/atlas/results.ipynb #fb387f69
 RESULT, TOKENS = "cells.h5ad", "cells.dataset"
@@ -93,23 +165,31 @@ RESULT, TOKENS = "cells.h5ad", "cells.dataset"
 
 def write_vectors(finished: Finished, work: Work, folder: Path, columns: Sequence[str]) -> None:
     "Write cells.h5ad, with the vectors as X."
+    width, types, start = finished.one()["vectors"].shape[1], column_types(work, columns), 0
+    with atomic_write(folder / RESULT) as path, started_file(path, width) as file:
+        vectors = file.create_dataset("X", (finished.n, width), np.float32, chunks=(min(1024, finished.n), width))
+        vectors.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        table = ObsWriter(file, finished.n, types)
+        for stretch, arrays, obs in parts_with_obs(finished, work, columns):
+            vectors[start : start + stretch.n] = arrays["vectors"]
+            table.write(obs if "file" in obs else obs.assign(file=stretch.file))
+            start += stretch.n
+
+
+@contextmanager
+def started_file(path: Path, width: int) -> Iterator[h5py.File]:
+    "An h5ad file with all but X and obs, for so many variables."
     import h5py
     from anndata import AnnData
     from anndata.io import write_elem
 
-    width, tables, start = finished.one()["vectors"].shape[1], [], 0
-    frame = AnnData(obs=pd.DataFrame(index=["none yet"]), var=pd.DataFrame(index=[str(i) for i in range(width)]))
-    with atomic_write(folder / RESULT) as path, h5py.File(path, "w") as file:
-        write_elem(file, "/", frame)
-        vectors = file.create_dataset("X", (finished.n, width), np.float32, chunks=(min(1024, finished.n), width))
-        vectors.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-        for stretch, arrays, obs in parts_with_obs(finished, work, columns):
-            vectors[start : start + stretch.n] = arrays["vectors"]
-            tables.append((stretch.file, obs))
-            start += stretch.n
+    with h5py.File(path, "w") as file:
+        write_elem(
+            file, "/", AnnData(obs=pd.DataFrame(index=["cell"]), var=pd.DataFrame(index=[str(i) for i in range(width)]))
+        )
         for name in {"obs", "raw"} & set(file):
             del file[name]
-        write_elem(file, "obs", one_table(tables))
+        yield file
 
 # %% ../../nbs/atlas/results.ipynb #d4cf3b49
 def predicted_columns(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | pd.Categorical]:
@@ -126,14 +206,13 @@ def predicted_columns(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | p
 
 def write_predictions(finished: Finished, work: Work, folder: Path, columns: Sequence[str]) -> None:
     "Write cells.h5ad, with the predictions in obs."
-    from anndata import AnnData
-
-    tables = [
-        (stretch.file, obs.assign(**predicted_columns(arrays)))
-        for stretch, arrays, obs in parts_with_obs(finished, work, columns)
-    ]
-    with atomic_write(folder / RESULT) as path:
-        AnnData(obs=one_table(tables)).write_h5ad(path)
+    first = pd.DataFrame(predicted_columns(finished.one()))
+    types = column_types(work, columns) | {name: first[name].dtype for name in first}
+    with atomic_write(folder / RESULT) as path, started_file(path, 0) as file:
+        table = ObsWriter(file, finished.n, types)
+        for stretch, arrays, obs in parts_with_obs(finished, work, columns):
+            own = obs if "file" in obs else obs.assign(file=stretch.file)
+            table.write(own.assign(**predicted_columns(arrays)))
 
 # %% ../../nbs/atlas/results.ipynb #d3947337
 def write_tokens(finished: Finished, work: Work, folder: Path, columns: Sequence[str]) -> None:

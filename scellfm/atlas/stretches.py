@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from scipy import sparse
 
 from ..core import DataError, OptionError, check_number
-from ..data.columns import column_names, read_column, row_names
+from ..data.columns import column_names, n_rows, read_column, row_names
 from ..data.genes import GeneTable
 from ..data.matrices import canonical_csr, check_shape, stored_form, stored_offsets, stored_part
 from ..data.paths import damage_named, existing, open_store
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['CellsOnDisk', 'Stretch', 'stretches_of', 'CellFiles', 'repeated_cells', 'all_names']
+__all__ = ['CellsOnDisk', 'Stretch', 'stretches_of', 'CellFiles', 'repeated_cells', 'name_blocks', 'names_at']
 
 # %% ../../nbs/atlas/stretches.ipynb #2bf85d6b
 READ = ("n_counts", "filter_pass")
@@ -192,13 +192,13 @@ def repeated_cells(path_or_folder: str | Path) -> dict[str, np.ndarray]:
     root, hashes = existing(path_or_folder), []
     paths = cell_files(root)
     for path in paths:
-        hashes.append(pd.util.hash_array(all_names(path), categorize=False))
+        hashes.append(np.concatenate([pd.util.hash_array(names, categorize=False) for names in name_blocks(path)]))
     values, times = np.unique(np.concatenate(hashes), return_counts=True)
     twice, found = values[times > 1], []
     for path, keys in zip(paths, hashes) if len(twice) else ():
         rows = np.flatnonzero(np.isin(keys, twice))
         name = path.relative_to(root).as_posix() if path != root else ""
-        found.append(pd.DataFrame({"file": name, "row": rows, "name": all_names(path)[rows]}))
+        found.append(pd.DataFrame({"file": name, "row": rows, "name": names_at(path, rows)}))
     if not found:
         return {"file": np.empty(0, "U1"), "row": np.empty(0, np.int64), "number": np.empty(0, np.int64)}
     table = pd.concat(found)
@@ -211,7 +211,18 @@ def repeated_cells(path_or_folder: str | Path) -> dict[str, np.ndarray]:
     }
 
 
-def all_names(path: Path) -> np.ndarray:
-    "The names of all cells of a file (object)."
+def name_blocks(path: Path, block: int = 2**16) -> Iterator[np.ndarray]:
+    "The names of the cells of a file (object), a block at a time."
     with damage_named(path), open_store(path) as file:
-        return row_names(file["obs"]).astype(str).astype(object)
+        n = n_rows(file["obs"])
+        for start in range(0, n, block):
+            yield row_names(file["obs"], start, min(start + block, n)).astype(str).astype(object)
+
+
+def names_at(path: Path, rows: np.ndarray) -> np.ndarray:
+    "The names of some cells of a file, in order."
+    found, start = [], 0
+    for names in name_blocks(path):
+        found.append(names[rows[(rows >= start) & (rows < start + len(names))] - start])
+        start += len(names)
+    return np.concatenate(found)
