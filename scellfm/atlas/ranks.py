@@ -105,7 +105,7 @@ class Leader:
         if not error:
             self.ranks.keys.wait([f"atlas/left{rank}" for rank in range(1, self.ranks.n)], LONGEST)
 
-
+# %% ../../nbs/atlas/ranks.ipynb #5a1c0d0b
 def follow(ranks: Ranks, threads: int) -> None:
     "What any other rank does: stage after stage as rank 0 tells. Its error is an error of all."
     stage = 0

@@ -175,7 +175,7 @@ def write_vectors(finished: Finished, work: Work, folder: Path, columns: Sequenc
             table.write(obs if "file" in obs else obs.assign(file=stretch.file))
             start += stretch.n
 
-
+# %% ../../nbs/atlas/results.ipynb #5a1c0d1b
 @contextmanager
 def started_file(path: Path, width: int) -> Iterator[h5py.File]:
     "An h5ad file with all but X and obs, for so many variables."

@@ -111,7 +111,7 @@ def inputs_of(work: Work) -> dict[str, Path]:
             paths[name] = Path(value)
     return paths
 
-
+# %% ../../nbs/atlas/runs.ipynb #5a1c0d2b
 def plan_of(work: Work, rows: int | None, threads: int, columns: Sequence[str]) -> Plan:
     "The plan of a run. DataError: no cells; AssetError: no model; OptionError: settings that do not fit."
     paths = inputs_of(work)
@@ -148,7 +148,7 @@ def write_run(folder: Path, content: dict) -> None:
     with atomic_write(folder / RECORD) as path:
         path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf8")
 
-
+# %% ../../nbs/atlas/runs.ipynb #5a1c0d3b
 def opened_run(folder: Path, plan: Plan) -> dict:
     "The record of a run, new or begun. StoreError: another run's, or a folder that is none."
     check_replaced(folder, KIND, [plan.work.cells, plan.work.model])

@@ -84,7 +84,7 @@ def state_units(plan: PlannedScreen) -> dict[str, tuple[ScreenTask, np.ndarray]]
         for number, rows in enumerate(block_rows(len(plan.runner.state_cells(task)), CELL_BLOCK))
     }
 
-
+# %% ../../nbs/atlas/screens.ipynb #5a1c0d4b
 def edit_units(jobs: list[Job], chosen: list[np.ndarray] | None, estimated: bool) -> dict[str, tuple[Job, np.ndarray]]:
     "The blocks of edits of each job (of those `chosen`), by the name that the screen of one process gives them."
     found = {}
@@ -95,7 +95,7 @@ def edit_units(jobs: list[Job], chosen: list[np.ndarray] | None, estimated: bool
             found[f"{label}-{block:05d}"] = (job, own[rows])
     return found
 
-
+# %% ../../nbs/atlas/screens.ipynb #5a1c0d5b
 def as_stretches(units: dict[str, tuple[Any, np.ndarray]]) -> dict[str, Stretch]:
     "The units as stretches: their name in place of a file, and how many rows they have."
     ends = np.cumsum([0, *(len(rows) for _, rows in units.values())]).tolist()
@@ -109,14 +109,14 @@ def centres_of(plan: PlannedScreen, store: Store) -> dict[str, np.ndarray]:
         parts.setdefault(int(name.split("-")[1]), []).append(store.read(name)[ONE])
     return {f"{i:04d}": plan.runner.state_centres(plan.tasks[i], np.concatenate(found)) for i, found in parts.items()}
 
-
+# %% ../../nbs/atlas/screens.ipynb #5a1c0d6b
 def chosen_of(plan: PlannedScreen, seed: int) -> dict[str, np.ndarray]:
     "Of each job the edits that are computed after the estimates, which the runner's store holds."
     rows, at = runner.estimated_rows(plan.runner, plan.jobs)
     exact, _ = choose_exact(rows, plan.names, *plan.gradient, seed)
     return {f"{i:05d}": np.flatnonzero(exact[start:stop]) for i, (start, stop) in enumerate(zip(at, at[1:]))}
 
-
+# %% ../../nbs/atlas/screens.ipynb #5a1c0d7b
 def take_states(plan: PlannedScreen, folder: Path) -> None:
     "Give the runner the centres that were written."
     import torch

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['CellsOnDisk', 'Stretch', 'stretches_of', 'CellFiles', 'repeated_cells', 'name_blocks', 'names_at']
+__all__ = ['CellsOnDisk', 'Stretch', 'stretches_of', 'CellFiles', 'repeated_cells']
 
 # %% ../../nbs/atlas/stretches.ipynb #2bf85d6b
 READ = ("n_counts", "filter_pass")
@@ -210,7 +210,7 @@ def repeated_cells(path_or_folder: str | Path) -> dict[str, np.ndarray]:
         "number": number[again],
     }
 
-
+# %% ../../nbs/atlas/stretches.ipynb #5a1c0d8b
 def name_blocks(path: Path, block: int = 2**16) -> Iterator[np.ndarray]:
     "The names of the cells of a file (object), a block at a time."
     with damage_named(path), open_store(path) as file:
