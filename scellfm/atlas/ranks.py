@@ -102,7 +102,7 @@ class Leader:
     def end(self, error: str = "") -> None:
         "Tell the others that there is no further stage, or why; wait for them if all is well."
         self.ranks.keys.set(f"atlas/{self.stage}/told", json.dumps({"error": error}))
-        if not error:
+        if not error and self.ranks.n > 1:
             self.ranks.keys.wait([f"atlas/left{rank}" for rank in range(1, self.ranks.n)], LONGEST)
 
 # %% ../../nbs/atlas/ranks.ipynb #5a1c0d0b

@@ -154,4 +154,5 @@ def work_on_ray(
         except ray.exceptions.RayError as error:
             short, why = list(left.values()), f"a process of Ray died ({type(error).__name__})"
         if left:
+            short, why = short or list(left.values()), why or "Ray gave no answer"
             left |= {task.name: task for task in smaller(short, why, work)}

@@ -68,6 +68,11 @@ class Finished:
             count_notes(self.notes, kinds, str(arrays["notes"]))
             yield stretch, arrays
 
+    def count(self) -> None:
+        "Read all shards for their notes."
+        for _ in self.parts():
+            continue
+
     def one(self) -> dict[str, np.ndarray]:
         "The arrays of the first shard, to see what they are."
         return self.store.read(next(iter(self.stretches)))

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,7 +23,7 @@ from .results import GENES, RESULT, SCREEN, TOKENS, VECTORS, Finished, write_res
 from .stretches import Stretch, repeated_cells, stretches_of
 from .work import REPEATS, Work
 from ..commands.inputs import system_of
-from ..core import OptionError, StoreError, check_number, one_of, plain_arguments, progress, warn
+from ..core import OptionError, StoreError, check_number, one_of, plain, plain_arguments, progress, warn
 from ..data.paths import existing
 from ..geneformer.tokenizer.sources import cell_files
 from ..store.files import atomic_write, sha256
@@ -115,6 +115,10 @@ def inputs_of(work: Work) -> dict[str, Path]:
 def plan_of(work: Work, rows: int | None, threads: int, columns: Sequence[str]) -> Plan:
     "The plan of a run. DataError: no cells; AssetError: no model; OptionError: settings that do not fit."
     paths = inputs_of(work)
+    if columns and work.task in ("perturb", "sequence"):
+        raise OptionError(f"columns={list(columns)!r}: the result of {work.task!r} has no table of cells; leave it out")
+    if work.layer and work.task == "sequence":
+        raise OptionError(f"layer={work.layer!r}: 'sequence' reads no counts; leave it out")
     if work.task == "sequence":
         reading, rows = sequences.reading_of(work), 8 if rows is None else rows
         return Plan(work, sequences.stretches_of_genes(reading, rows), paths, rows, threads, tuple(columns), reading)
@@ -228,14 +232,15 @@ def screen_through(plan: Plan, engine: Engine, store: Store, folder: Path) -> di
     tokens = Finished(store, plan.stretches)
     if not (parts / TOKENS).exists():
         write_tokens(tokens, plan.work, parts, plan.columns)
+    else:
+        tokens.count()
     inputs = {"run": fingerprint(store.manifest["inputs"]), "tokens": fingerprint(parts / TOKENS)}
     made = state_stage(screen, engine, parts, inputs)
     with Store(parts / "screen", inputs | made, store.manifest["settings"]) as blocks:
         units = edit_stages(screen, engine, blocks)
         result = screens.finished_screen(screen, blocks)
         finished = Finished(blocks, units)
-        for _ in finished.parts():
-            continue  # each notes what it has to
+        finished.count()
     result.params["made_from"] = inputs | made
     result.save(folder / SCREEN)
     return tokens.notes | finished.notes
@@ -342,7 +347,7 @@ def run(
     one_of("backend", backend, ("local", "ranks", "ray"))
     where = resolved(cells), resolved(model)
     named = {name: resolved(value) for name, value in (settings or {}).items() if name in ("fasta", "targets")}
-    work = Work(task, *where, layer, dict(settings or {}) | named, dict(loading or {}))
+    work = Work(task, *where, layer, in_words(dict(settings or {}) | named), in_words(dict(loading or {})))
     folder, plan = output_path(out), partial(plan_of, work, rows, threads, columns)
     existing(cells)
     if backend == "ranks":
@@ -362,6 +367,22 @@ def resolved(path: str | Path) -> str:
     "A path as every process finds it, wherever it works; a hub id or another word as it is."
     local = Path(path).expanduser()
     return str(local.resolve() if local.exists() else path)
+
+
+def in_words(options: dict[str, Any]) -> dict[str, Any]:
+    "Options as they travel between processes. OptionError: one that cannot be written."
+
+    def write(value: Any) -> Any:
+        if is_dataclass(value):
+            return asdict(value)
+        return str(value) if isinstance(value, Path) else list(value)
+
+    for name, value in options.items():
+        try:
+            json.dumps(value, default=write)
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"{name}={value!r:.80} cannot be told to other processes: {error}") from error
+    return json.loads(json.dumps(plain(options), default=write))
 
 
 def on_ray() -> Callable:

@@ -17,7 +17,7 @@ import pandas as pd
 from .stretches import CellsOnDisk, Stretch
 from ..commands.inputs import load_classifier, load_model, system_of
 from ..commands.signatures import parameters_of
-from ..core import DataError, one_of
+from ..core import DataError, one_of, warn
 from ..geneformer.tokenizer.rank_tokenizer import request_of, tokenized_blocks
 from ..geneformer.tokenizer.tokenizing import Tally, join_cells, merge_reports
 
@@ -158,12 +158,15 @@ def tokenized(
     match: Mapping | None = None,
     engine: str = "auto",
 ) -> TokenizedCells:
-    "What calling the tokenizer gives, but for the error where no cell has a known gene."
+    "What calling the tokenizer gives, but for the error where no cell has a known gene: that is warned of."
     from scellfm.geneformer.tokenizer.sources import open_source
 
     ask, tally = request_of(tokenizer, (), keep_counts, empty, engine), Tally("AnnData")
     blocks = list(tokenized_blocks(tokenizer, open_source(part), ask, tally, gene_column, match))
-    return join_cells(blocks, merge_reports([tally.report()], tokenizer.max_length), tokenizer.special)
+    report = merge_reports([tally.report()], tokenizer.max_length)
+    if report["n_empty"]:
+        warn(f"{report['n_empty']:,} of {report['n_cells']:,} cells have no count in any known gene")
+    return join_cells(blocks, report, tokenizer.special)
 
 # %% ../../nbs/atlas/work.ipynb #9a10f427
 def tokenizing(work: Work) -> Callable[[AnnData, dict], dict[str, np.ndarray]]:

@@ -82,8 +82,9 @@ class Computer:
     "The half of a worker that computes, with a model that is loaded once: (arrays, notes) of what was read."
 
     def __init__(self, work: Work):
-        self.work = work
-        self.compute, _ = noted(halves(work)[1], work)  # the run itself has told what loading warns of
+        self.work, make = work, halves(work)[1]
+        # what planning a screen warns of, the run has told already
+        self.compute = noted(make, work)[0] if work.task == "perturb" else make(work)
 
     def __call__(self, part: Any, token_budget: int | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
         "token_budget: tokens of one batch, this once, in place of the setting."
