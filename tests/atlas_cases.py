@@ -65,11 +65,11 @@ def write_inputs(place):
     gf.save_pretrained(place / "geneformer")
     gpt.save_pretrained(place / "scgpt")
     known, halves = cells[2:34].copy(), {"a": GENES[:20], "b": GENES[20:]}
-    split = sf.data.folds(known, by="donor", k=2)
+    split, one = sf.data.folds(known, by="donor", k=2), sf.data.hold_out(known, fractions=(0.5, 0, 0.5), seed=0)
     gf.finetune(known, label="state", split=split, **fast).save_pretrained(place / "of_cells")
-    gf.finetune(known, label=["state", "kind"], split=split, **fast).save_pretrained(place / "of_tasks")
+    gf.finetune(known, label=["state", "kind"], split=one, **fast).save_pretrained(place / "of_tasks")
     gf.finetune_genes(known, halves, folds=2, **fast).save_pretrained(place / "of_genes")
-    gpt.finetune(known, label="state", split=split, **fast).save_pretrained(place / "of_scgpt")
+    gpt.finetune(known, label="state", split=one, **fast).save_pretrained(place / "of_scgpt")
     return place, cells
 
 

@@ -366,19 +366,39 @@ def test_a_stretch_that_kills_its_worker_three_times_ends_the_run_and_is_named()
         crew.once_more(twice, "killed", work)
 
 
-@POSIX
-@FORKS
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
-def test_no_worker_outlives_its_parent(atlas, tmp_path, signal_number):
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    parent = Forked(partial(run_kind, atlas[0], "tokens", tmp_path / "out", workers=2, rows=1))
-    deadline = time.monotonic() + 60
-    while len(children := children_of(parent.pid)) < 2 and time.monotonic() < deadline:
+def children_once_there(parent, n):
+    "The processes that a forked parent has started, as soon as there are so many."
+    deadline = time.monotonic() + 120
+    while len(children := children_of(parent.pid)) < n and time.monotonic() < deadline:
         time.sleep(0.01)
-    parent.kill(signal_number)
+    assert len(children) == n
+    return children
+
+
+def gone(children):
+    "Whether all of these processes end."
+    deadline = time.monotonic() + 120
     while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(children) == 2 and time.monotonic() < deadline
+    return time.monotonic() < deadline
+
+
+@POSIX
+@FORKS
+def test_ctrl_c_leaves_no_orphan(atlas, tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    parent = Forked(partial(run_kind, atlas[0], "tokens", tmp_path / "out", workers=2))
+    children = children_once_there(parent, 2)
+    assert parent.kill(signal.SIGINT) == 1 and gone(children)
+
+
+@POSIX
+@FORKS
+def test_no_worker_outlives_a_parent_that_is_killed(atlas, tmp_path):
+    task = crew.Task("cells-0", Stretch("a.h5ad", 0, 8))
+    parent = Forked(lambda: (crew.Crew(work_of(atlas[0]), [task], tmp_path, 1, 1), time.sleep(60)))
+    children = children_once_there(parent, 1)
+    assert parent.kill() == -signal.SIGKILL and gone(children)
 
 
 # ---- what is refused

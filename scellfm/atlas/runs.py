@@ -206,26 +206,28 @@ def count_repeats(work: Work, parts: Path) -> None:
         write_shard(parts, REPEATS, **repeated_cells(work.cells))
 
 # %% ../../nbs/atlas/runs.ipynb #98b0682e
-def cells_through(plan: Plan, engine: Engine, store: Store, folder: Path) -> dict[str, int]:
-    "One stage over all cells, and its result; the notes."
+def cells_through(plan: Plan, engine: Engine, store: Store, folder: Path, check: Callable[[], None]) -> dict[str, int]:
+    "One stage over all cells, and, after a `check`, its result; the notes."
     work = replace(plan.work, folder=str(store.folder))
     count_repeats(work, store.folder)
     work_off(engine, work, plan.stretches, store)
     finished = Finished(store, plan.stretches)
+    check()
     write_result(finished, plan.work, folder, plan.columns)
     return finished.notes
 
 
-def genes_through(plan: Plan, engine: Engine, store: Store, folder: Path) -> dict[str, int]:
-    "One stage over all genes, and their vectors; the notes."
+def genes_through(plan: Plan, engine: Engine, store: Store, folder: Path, check: Callable[[], None]) -> dict[str, int]:
+    "One stage over all genes, and, after a `check`, their vectors; the notes."
     work_off(engine, plan.work, plan.stretches, store)
     finished = Finished(store, plan.stretches)
+    check()
     sequences.finished_vectors(plan.at_hand, finished.parts()).save(folder / VECTORS)
     return finished.notes
 
 # %% ../../nbs/atlas/runs.ipynb #98b06830
-def screen_through(plan: Plan, engine: Engine, store: Store, folder: Path) -> dict[str, int]:
-    "The stages of a screen, and its result; the notes."
+def screen_through(plan: Plan, engine: Engine, store: Store, folder: Path, check: Callable[[], None]) -> dict[str, int]:
+    "The stages of a screen, and, after a `check`, its result; the notes."
     parts, screen = store.folder, plan.at_hand
     screen.work = work = replace(plan.work, folder=str(parts))
     work_off(engine, replace(work, stage="tokens"), plan.stretches, store)
@@ -238,6 +240,7 @@ def screen_through(plan: Plan, engine: Engine, store: Store, folder: Path) -> di
     made = state_stage(screen, engine, parts, inputs)
     with Store(parts / "screen", inputs | made, store.manifest["settings"]) as blocks:
         units = edit_stages(screen, engine, blocks)
+        check()
         result = screens.finished_screen(screen, blocks)
         finished = Finished(blocks, units)
         finished.count()
@@ -289,8 +292,8 @@ def carry_out(plan: Plan, folder: Path, engine: Engine) -> None:
     found = opened_run(folder, plan)
     if not found["finished"]:
         with Store(folder / PARTS, found["inputs"], found["settings"]) as store:
-            notes = THROUGH.get(plan.work.task, cells_through)(plan, engine, store, folder)
-            check_unchanged(plan, folder, found)
+            through = THROUGH.get(plan.work.task, cells_through)
+            notes = through(plan, engine, store, folder, partial(check_unchanged, plan, folder, found))
             n = sum(stretch.n for stretch in plan.stretches.values())
             write_run(
                 folder, found | {"finished": True, f"n_{plan.work.unit}": n, "notes": dict(sorted(notes.items()))}
