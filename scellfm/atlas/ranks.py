@@ -14,6 +14,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from fastcore.basics import patch
+
 from .stretches import Stretch
 from .work import Work
 from .workers import Worker, write_stretch
@@ -99,11 +101,13 @@ class Leader:
         store.take_up()
         self.stage += 1
 
-    def end(self, error: str = "") -> None:
-        "Tell the others that there is no further stage, or why; wait for them if all is well."
-        self.ranks.keys.set(f"atlas/{self.stage}/told", json.dumps({"error": error}))
-        if not error and self.ranks.n > 1:
-            self.ranks.keys.wait([f"atlas/left{rank}" for rank in range(1, self.ranks.n)], LONGEST)
+# %% ../../nbs/atlas/ranks.ipynb #6b1c0d6b
+@patch
+def end(self: Leader, error: str = "") -> None:
+    "Tell the others that there is no further stage, or why; wait for them if all is well."
+    self.ranks.keys.set(f"atlas/{self.stage}/told", json.dumps({"error": error}))
+    if not error and self.ranks.n > 1:
+        self.ranks.keys.wait([f"atlas/left{rank}" for rank in range(1, self.ranks.n)], LONGEST)
 
 # %% ../../nbs/atlas/ranks.ipynb #5a1c0d0b
 def follow(ranks: Ranks, threads: int) -> None:

@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
+# %% auto #0
+__all__ = ['Finished', 'parts_with_obs', 'read']
+
+# %% ../../nbs/atlas/results.ipynb #6b1c0d3b
 from .. import data
 from .stretches import CellsOnDisk, Stretch
 from .work import Work
@@ -34,9 +39,6 @@ if TYPE_CHECKING:
     from scellfm.data.vectors import GeneVectors
     from scellfm.geneformer.perturbation.screen import Screen
     from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
-
-# %% auto #0
-__all__ = ['Finished', 'parts_with_obs', 'read']
 
 # %% ../../nbs/atlas/results.ipynb #87fec9fa
 def count_notes(notes: dict[str, int], kinds: dict[str, str], found: str) -> None:
@@ -130,22 +132,20 @@ class ObsWriter:
             for name, kind in types.items()
         }
 
-    def write(self, table: pd.DataFrame) -> None:
-        "Write the next cells: their names are the index."
-        place = slice(self.start, self.start + len(table))
-        self.names[place] = table.index.to_numpy().astype(object)
-        for name, kind in self.types.items():
-            values = table[name]
-            if labels(kind):
-                known = (
-                    values
-                    if isinstance(values.dtype, pd.CategoricalDtype)
-                    else values.astype(str).where(values.notna())
-                )
-                self.columns[name][place] = pd.Categorical(known, categories=kind.categories).codes
-            else:
-                self.columns[name][place] = values.to_numpy(kind)
-        self.start = place.stop
+# %% ../../nbs/atlas/results.ipynb #6b1c0d4b
+@patch
+def write(self: ObsWriter, table: pd.DataFrame) -> None:
+    "Write the next cells: their names are the index."
+    place = slice(self.start, self.start + len(table))
+    self.names[place] = table.index.to_numpy().astype(object)
+    for name, kind in self.types.items():
+        values = table[name]
+        if labels(kind):
+            known = values if values.dtype == kind else values.astype(str).where(values.notna())
+            self.columns[name][place] = pd.Categorical(known, categories=kind.categories).codes
+        else:
+            self.columns[name][place] = values.to_numpy(kind)
+    self.start = place.stop
 
 # %% ../../nbs/atlas/results.ipynb #0e06f26d
 def labels(kind: np.dtype | pd.CategoricalDtype) -> bool:

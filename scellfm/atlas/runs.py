@@ -15,6 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+# %% auto #0
+__all__ = ['run']
+
+# %% ../../nbs/atlas/runs.ipynb #6b1c0d1b
 from ..assets.hub import find
 from . import screens, sequences
 from .crew import share
@@ -32,9 +36,6 @@ from ..store.outputs import FolderKind, check_replaced, output_path
 from ..store.records import Between, read_record
 from ..store.shards import Store, check_same_run, described, versions, write_shard
 
-# %% auto #0
-__all__ = ['run']
-
 # %% ../../nbs/atlas/runs.ipynb #16baacc6
 STAMPS = {...: {"size": Between(0), "changed": int, "sha256": str}}
 
@@ -49,7 +50,7 @@ def stamped(path: Path, known: dict | None) -> dict:
         return known
     return stamp | {"sha256": sha256(path)}
 
-
+# %% ../../nbs/atlas/runs.ipynb #6b1c0d2b
 def stamps_of(paths: Mapping[str, Path], record: Path) -> dict[str, str]:
     "The hashes of files by name; `record` is the JSON file that remembers them."
     known = read_record(record, STAMPS, StoreError) if record.exists() else {}

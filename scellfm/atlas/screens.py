@@ -15,6 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+# %% auto #0
+__all__ = ['AtlasScreen', 'tokenizing', 'computing', 'finished_screen']
+
+# %% ../../nbs/atlas/screens.ipynb #6b1c0d5b
 from .stretches import CellFiles, Stretch
 from .work import Work, model_tokenizer, token_arrays, tokenized
 from ..commands.inputs import is_classifier, load_classifier, load_geneformer
@@ -32,9 +36,6 @@ if TYPE_CHECKING:
     from scellfm.geneformer.perturbation.runner import Job, PlannedScreen, ScreenTask
     from scellfm.geneformer.perturbation.screen import Screen
     from scellfm.store.shards import Store
-
-# %% auto #0
-__all__ = ['AtlasScreen', 'tokenizing', 'computing', 'finished_screen']
 
 # %% ../../nbs/atlas/screens.ipynb #31a1b008
 def asked(work: Work) -> dict[str, Any]:

@@ -154,29 +154,35 @@ class CellFiles:
         self.genes = GeneTable(var[~var.index.duplicated()] if len(genes) > 1 else var)
         self.starts = np.cumsum([0, *map(len, tables)])
 
-    @property
-    def n_obs(self) -> int:
-        "The number of cells."
-        return len(self.obs)
+# %% ../../nbs/atlas/stretches.ipynb #6b1c0d7b
+@patch(as_prop=True)
+def n_obs(self: CellFiles) -> int:
+    "The number of cells."
+    return len(self.obs)
 
-    @property
-    def obs_names(self) -> pd.Index:
-        "The names of the cells."
-        return self.obs.index
 
-    def gene_table(self) -> GeneTable:
-        "The genes of all files, each once."
-        return self.genes
+@patch(as_prop=True)
+def obs_names(self: CellFiles) -> pd.Index:
+    "The names of the cells."
+    return self.obs.index
 
-    def stacked_blocks(self, rows: int = 2048) -> Iterator[tuple[int, sparse.csr_matrix]]:
-        "(index of the first cell, counts [cells, genes]) of blocks of at most so many cells, as `count_blocks` gives."
-        for path, first in zip(self.paths, self.starts):
-            with CellsOnDisk(path, self.layer) as file:
-                same = file.genes.var.index.equals(self.genes.var.index)
-                place = None if same else self.genes.var.index.get_indexer(file.genes.var.index)
-                for start in range(0, len(file), rows):
-                    counts = file.counts_between(start, min(start + rows, len(file)))
-                    yield int(first) + start, counts if same else moved_columns(counts, place, len(self.genes.var))
+
+@patch
+def gene_table(self: CellFiles) -> GeneTable:
+    "The genes of all files, each once."
+    return self.genes
+
+# %% ../../nbs/atlas/stretches.ipynb #6b1c0d7c
+@patch
+def stacked_blocks(self: CellFiles, rows: int = 2048) -> Iterator[tuple[int, sparse.csr_matrix]]:
+    "(index of the first cell, counts [cells, genes]) of blocks of at most so many cells, as `count_blocks` gives."
+    for path, first in zip(self.paths, self.starts):
+        with CellsOnDisk(path, self.layer) as file:
+            same = file.genes.var.index.equals(self.genes.var.index)
+            place = None if same else self.genes.var.index.get_indexer(file.genes.var.index)
+            for start in range(0, len(file), rows):
+                counts = file.counts_between(start, min(start + rows, len(file)))
+                yield int(first) + start, counts if same else moved_columns(counts, place, len(self.genes.var))
 
 # %% ../../nbs/atlas/stretches.ipynb #2f60c103
 def moved_columns(counts: sparse.csr_matrix, place: np.ndarray, n_genes: int) -> sparse.csr_matrix:
