@@ -349,7 +349,11 @@ def test_a_worker_that_the_kernel_killed_is_named_and_its_stretch_tried_in_small
     team = object.__new__(crew.Crew)
     team.work, team.waiting, team.dismiss, team.hire = Work("embed", "cells", "model"), crew.deque(), list, list
     team.dismiss, team.hire = (lambda hand: None), (lambda: None)
-    for now, budget, words in ((4, 2048, "when memory runs out"), (3, 4096, "not for memory"), (None, 2048, "memory")):
+    for now, budget, words in (
+        (4, 2048, "when memory runs out"),
+        (3, 4096, "not for want of memory"),
+        (None, 2048, "memory"),
+    ):
         monkeypatch.setattr(crew, "memory_kills", lambda: now)
         with pytest.warns(sf.ScellfmWarning, match=f"cells 0 to 7 of a.h5ad: the worker was killed.*{words}"):
             assert team.take(Gone, None) is None

@@ -22,7 +22,7 @@ ELSEWHERE = ("task", "settings", "loading", "copy", "folder", "key_added", "quan
 
 
 def run_task(task: str, cells: str, model: str, out: str, settings: dict, loaders: tuple[str, ...]) -> str:
-    "Run a task, each setting handed to what it belongs to; the folder of the result."
+    "Run a task, each setting passed to its function; returns the folder of the result."
     from scellfm.atlas import run
 
     own, loading = settings_of(settings, RUN), settings_of(settings, *loaders)
@@ -74,7 +74,7 @@ def predict(
     out: str,  # folder of the result
     **settings,
 ) -> str:
-    """The class of each cell of many files, and how sure the classifier is.
+    """The class of each cell of many files, with its confidence.
 
     Example: scellfm atlas predict runs/atlas/cells --model runs/demo/classifier --out runs/atlas/predicted
     """
