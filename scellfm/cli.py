@@ -29,7 +29,7 @@ MODULES = (
 )
 GROUPS = {  # commands below a command
     "sequence": "DNA around genes: windows, gene vectors, variants, expression",
-    "atlas": "Many files of cells at once: tokens, vectors, predictions",
+    "atlas": "Many files of cells at once: tokens, vectors, predictions, screens; gene vectors",
 }
 
 
