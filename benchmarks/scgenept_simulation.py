@@ -37,8 +37,8 @@ QUICK = dict(n_targets=24, n_pairs=0, n_genes=24, n_modules=3, n_cells=20, n_con
 CELLS = 20  # of one row
 CHOOSING, MEASURING = 0, (101, 102, 103)  # seeds of the simulations
 KINDS = ("know", "permuted", "none")
-RATES = (3e-3, 1e-2, 2e-2)  # to choose from
-COMMON = dict(epochs=120, patience=30, batch_size=8, decay=0.98)
+RATES = (3e-3, 1e-2)  # to choose from
+COMMON = dict(epochs=60, patience=20, batch_size=8, decay=0.97)
 
 
 def averaged(adata: anndata.AnnData) -> anndata.AnnData:
