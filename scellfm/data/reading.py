@@ -244,6 +244,12 @@ class Depth:
         self.n_few_counts += int(((row_sums(block) if totals is None else totals) < self.few_counts).sum())
         self.n_few_genes += int((np.diff(block.indptr) < self.few_genes).sum())
 
+    def join(self, other: Depth) -> None:
+        "Add the cells that another has counted."
+        self.n_cells += other.n_cells
+        self.n_few_counts += other.n_few_counts
+        self.n_few_genes += other.n_few_genes
+
     warn = warn_of_poor
 
 # %% ../../nbs/data/reading.ipynb #bb867959
