@@ -181,7 +181,7 @@ def train_pairs(
     "Train on pairs of cells; the curves. DataError, OptionError, StoreError: see scellfm.training.fit."
     check_number("max_genes", max_genes, 1)
     if len(model.genes) != pairs.n_inputs:
-        raise DataError(f"the model is bound to {len(model.genes):,} genes and the pairs have {pairs.n_inputs:,}")
+        raise DataError(f"the model is fitted to {len(model.genes):,} genes but the pairs have {pairs.n_inputs:,}")
     most = max((len(flags) for flags in pairs.flags), default=0)
     if max_genes < most:
         raise OptionError(f"max_genes={max_genes} is fewer than the {most} genes of one perturbation; allow more")

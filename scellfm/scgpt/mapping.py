@@ -258,10 +258,14 @@ def transfer(
     copy: bool = False,  # return a copy and do not change the data
 ) -> AnnData | None:
     """
-    Write obs['<label>_transferred'] (categorical), obs['<label>_confidence'] (share of the votes) and
-    uns['<label>_transferred'].
+    Label cells by their nearest reference cells, in place.
 
-    Returns None, or with copy=True the copy. 'unknown': below the thresholds, or no embedding (confidence NaN).
+    Writes
+    - obs["<label>_transferred"]: categorical; 'unknown' below the thresholds, or without an embedding
+    - obs["<label>_confidence"]: share of the votes; NaN without an embedding
+    - uns["<label>_transferred"]: params (settings of the map), n_unknown, n_without_embedding
+
+    Returns None, or with copy=True the copy.
     """
     query = query.to_memory(copy=True) if copy else query
     votes = reference.votes(query)
