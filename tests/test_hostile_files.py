@@ -178,7 +178,7 @@ def test_the_classifier_reads_no_hostile_names_of_classes(place, where, name):
     refused(
         lambda: CellClassifier.from_pretrained(folder / "theirs", label="x", device="cpu"),
         canary,
-        words=f"{name} is (a pickle that asks for|no readable JSON)",
+        words=f"{name} (is a pickle that asks for|cannot be read as JSON)",
     )
 
 
@@ -226,7 +226,7 @@ def test_the_gene_classifier_reads_no_hostile_names_of_classes(place, name):
     refused(
         lambda: GeneClassifier.from_pretrained(where, device="cpu"),
         canary,
-        words=f"{name} is (a pickle that asks for|no readable JSON)",
+        words=f"{name} (is a pickle that asks for|cannot be read as JSON)",
     )
 
 
@@ -293,7 +293,7 @@ def test_the_tokenizer_reads_no_zarr_store_with_a_codec_that_runs_programs(tmp_p
     for chunk in meta.parent.glob("[0-9]*"):
         put_pickle(chunk, canary)
     for read in (RankTokenizer.fit, tok, lambda path: tok.tokenize_files(path, tmp_path / "out")):
-        refused(lambda: read(store), canary, DataError, "asks for the codec 'pickle'.*nothing was run")
+        refused(lambda: read(store), canary, DataError, "asks for the codec 'pickle'.*nothing was executed")
 
 
 @pytest.fixture
@@ -318,7 +318,7 @@ def test_scgpt_reads_no_hostile_description(scgpt, name):
     refused(
         lambda: ScGPT.from_pretrained(folder, device="cpu"),
         canary,
-        words=f"{name} is (a pickle that asks for|no readable JSON)",
+        words=f"{name} (is a pickle that asks for|cannot be read as JSON)",
     )
 
 
