@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,7 +114,8 @@ class Hand:
         "End the worker, even during work."
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # it died before it had read all that was said to it
+            self.process.stdin.close()
 
 # %% ../../nbs/atlas/crew.ipynb #36dc5550
 class Task(NamedTuple):
