@@ -245,12 +245,18 @@ def judged_genes(record: dict, model: GeneformerReader, where: Path) -> pd.DataF
             raise ValueError(f"genes {strange[:3]}, classes {odd[:3]}, folds up to {genes['fold'].max()}")
     return genes
 
-# %% ../../../nbs/geneformer/finetuning/genes.ipynb #569df0ac
-def wanted_tokens(tokenizer: RankTokenizer, cells: TokenizedCells, genes: str | Iterable[str] | None) -> np.ndarray:
-    "Which tokens (bool) are to be predicted: the named genes, or all; DataError if no cell has any."
+# %% ../../../nbs/geneformer/finetuning/genes.ipynb #569df0ab
+def resolve_tokens(tokenizer: RankTokenizer, genes: str | Iterable[str] | None) -> np.ndarray:
+    "Which tokens (bool) are those of the genes named (ids or symbols), or of all genes. DataError: an unknown gene."
     wanted = np.zeros(len(tokenizer.genes), dtype=bool)
     names = tokenizer.medians if genes is None else [genes] if isinstance(genes, str) else genes
     wanted[[tokenizer.token(str(gene)) for gene in names]] = True
+    return wanted
+
+# %% ../../../nbs/geneformer/finetuning/genes.ipynb #569df0ac
+def wanted_tokens(tokenizer: RankTokenizer, cells: TokenizedCells, genes: str | Iterable[str] | None) -> np.ndarray:
+    "Which tokens (bool) a prediction is asked for: the genes named, or all genes; DataError where no cell has any."
+    wanted = resolve_tokens(tokenizer, genes)
     if not has_any(cells, wanted).any():
         raise DataError(
             f"none of the {len(cells):,} cells has any of the {int(wanted.sum()):,} requested genes, so there is no "
@@ -278,13 +284,10 @@ def judged_tokens(
     return tokens[found], values[found]
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #41f7f918
-def prediction_table(
-    clf: GeneClassifier, tokens: np.ndarray, values: np.ndarray, cells: TokenizedCells
-) -> pd.DataFrame:
+def prediction_table(clf: GeneClassifier, tokens: np.ndarray, values: np.ndarray, n_cells: np.ndarray) -> pd.DataFrame:
     "One row per token, sorted by gene: see `GeneClassifier.predict`."
     tokenizer = clf.models[0].tokenizer
     names = pd.Index(tokenizer.genes[tokens].astype(str), name="gene")
-    n_cells = np.bincount(cells.tokens.astype(np.int64), minlength=len(tokenizer.genes))[tokens]
     columns = {
         "symbol": [tokenizer.symbol(gene) for gene in names],
         "class": clf.genes["class"].reindex(names).to_numpy(),
@@ -313,7 +316,9 @@ def predict_genes(
     cells = clf.models[0].cells(data, layer=layer, match=match)
     wanted = wanted_tokens(clf.models[0].tokenizer, cells, genes)
     cells = cells[has_any(cells, wanted)]
-    return prediction_table(clf, *judged_tokens(clf, cells, wanted, token_budget), cells)
+    tokens, values = judged_tokens(clf, cells, wanted, token_budget)
+    n_cells = np.bincount(cells.tokens.astype(np.int64), minlength=len(wanted))[tokens]
+    return prediction_table(clf, tokens, values, n_cells)
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #4d1fd1c9
 RECORD = "gene_classifier.json"
