@@ -251,7 +251,7 @@ def fits(index: SearchIndex, n: int, d: int) -> bool:
 
 # %% ../../nbs/scgpt/approximate.ipynb #274730b0
 def read_index(path: str | Path, n: int, d: int) -> SearchIndex:
-    "Read an index of n vectors of d numbers. AssetError where the file is damaged or belongs to other vectors."
+    "Read an index of n vectors of d numbers. AssetError if the file is damaged or belongs to other vectors."
     from safetensors import safe_open
 
     try:
