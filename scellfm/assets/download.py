@@ -23,8 +23,10 @@ from typing import Any
 
 from .files import nearby, usable
 from .hub import cache_folder
-from ..core import AssetError, StoreError, logger, progress
+from ..core import AssetError, StoreError, logger, progress, user_path
 from ..store import atomic_write, sha256
+from ..store.lock import Lock
+from ..store.outputs import check_replaced, output_path
 from ..store.records import read_record
 
 # %% auto #0
@@ -97,26 +99,41 @@ def attempt(url: str, path: Path, timeout: float) -> None:
 ATTEMPTS, PAUSE = 4, 1.0  # seconds, doubled each time
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 
-# %% ../../nbs/assets/download.ipynb #88d9de2f
-def download_file(url: str, path: str | os.PathLike, *, timeout: float = 60.0) -> Path:
-    """
-    Fetch `url` to `path` and remember its SHA-256; a file that is there already is checked against the remembered one.
-
-    AssetError: not HTTPS, not found, a page in place of a file, other bytes than at the first use. StoreError: no room.
-    """
-    check_address(url)
-    path = Path(path)
-    if not path.exists():
+# %% ../../nbs/assets/download.ipynb #6f23c6c5
+def _fetch(url: str, path: Path, timeout: float) -> None:
+    "Bring the file to `path`. AssetError: the server has it not. StoreError: no room, another process is fetching it."
+    with Lock(path.with_name(f".lock-{path.name}"), path):
         for number in range(ATTEMPTS):
             if fetched(url, path, timeout, last=number == ATTEMPTS - 1):
                 break
             time.sleep(PAUSE * 2**number)
         os.replace(part_files(path)[0], path)
-        part_files(path)[1].unlink(missing_ok=True)
+
+# %% ../../nbs/assets/download.ipynb #88d9de2f
+def download_file(url: str, path: str | os.PathLike, *, timeout: float = 60.0) -> Path:
+    """
+    Fetch `url` to `path` and remember its SHA-256; a file that is there already is checked against the remembered one.
+
+    AssetError: not HTTPS, not found, a page in place of a file, other bytes than at the first use. StoreError: no room,
+    another process fetches it. OptionError: the path can be no file.
+    """
+    check_address(url)
+    path = output_path(path, "path")
+    check_replaced(path, None)
+    there = path.exists()
+    if not there:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{path} could not be written: {error}; name another place") from error
+        _fetch(url, path, timeout)
+    part_files(path)[1].unlink(missing_ok=True)  # of this call, or of one that was killed as it ended
     try:
         usable(path)
         remember_download(url, sha256(path))
-    except AssetError:
+    except AssetError as error:
+        if there:
+            raise AssetError(f"{error}; it was there before and stays: move {path} away to fetch it anew") from error
         os.replace(path, path.with_name(f"{path.name}.refused"))
         raise
     return path
@@ -125,10 +142,9 @@ def download_file(url: str, path: str | os.PathLike, *, timeout: float = 60.0) -
 def fetched(url: str, path: Path, timeout: float, last: bool) -> bool:
     "One attempt: did it succeed? Errors that do not pass by themselves, and the last one, are raised."
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         attempt(url, path, timeout)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is left to send, or the part is of another content: begin anew
+        if error.code == 416 and not last:  # nothing is left to send, or the part is of another content: begin anew
             part_files(path)[0].unlink(missing_ok=True)
         elif error.code not in PASSING or last:
             raise AssetError(
@@ -203,7 +219,7 @@ def unpack_zip(path: str | os.PathLike, folder: str | os.PathLike, skip: Iterabl
 
     AssetError: no zip, damaged, or a member that would leave the folder. StoreError: no room.
     """
-    path, folder, endings = Path(path), Path(folder), tuple(skip)
+    path, folder, endings = user_path(path), user_path(folder, "folder"), tuple(skip)
     kind = usable(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -214,8 +230,10 @@ def unpack_zip(path: str | os.PathLike, folder: str | os.PathLike, skip: Iterabl
                 raise StoreError(f"{path} unpacks to {wanted:,} bytes and {folder} has {free:,} free")
             for member in members:
                 unpack_member(archive, member, folder)
+    except (AssetError, StoreError):
+        raise
+    except OSError as error:
+        raise StoreError(f"{folder} could not be written: {error}; name another folder") from error
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:
-        if isinstance(error, AssetError):
-            raise
         raise AssetError(f"{path} is {kind} that cannot be unpacked ({error}); {nearby(path)}") from error
     return [folder / one.filename for one in members]

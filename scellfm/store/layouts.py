@@ -178,7 +178,12 @@ VECTORS = FolderKind(
 )
 
 # %% ../../nbs/store/layouts.ipynb #1f75f264
-MANIFEST_OF_VECTORS = {"steps": Maybe([dict]), "read": Maybe({...: {"bin": Between(-1, 2**32)}})}
+MANIFEST_OF_VECTORS = {
+    "steps": Maybe([dict]),
+    "read": Maybe({...: {"bin": Between(-1, 2**32)}}),
+    "not_finite": Maybe(Between(0, 2**32)),
+    "names": Maybe(str),
+}
 SCGENEPT = {
     "format": Only(("scellfm scGenePT",)),
     "version": Between(1, 1),

@@ -26,6 +26,7 @@ from scellfm.data.genes import (
     gene_ids,
     match_genes,
     match_options,
+    name_table,
     plain_id,
     plain_names,
     species_of,
@@ -179,6 +180,7 @@ def fitted_tokenizer(
     than once if they hold more than 20 million values.
     """
     given = list(adata) if isinstance(adata, (list, tuple)) else [adata]
+    mapping = name_table(mapping, "mapping")
     inputs = [file for one in given for file in (cell_files(one) if isinstance(one, (str, Path)) else [one])]
     found = fit_dictionaries([open_source(one, layer) for one in inputs], gene_column, mapping, special)
     return cls(found.tokens, found.medians, found.mapping, found.gene_names, max_length, special, "fitted", gene_column)
