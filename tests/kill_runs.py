@@ -1,8 +1,8 @@
 """Every run of the package that goes on from a folder, small, and a process that kills one of them again and again.
 
-As a program: `python tests/kill_runs.py RUN PLACE KILLS` makes the inputs of a run below PLACE, lets it end once, then
-kills copies of this process that run it anew, half of them at a moment of its course and half before one of its changes
-to a file, until so many were killed; what it leaves in the end is compared with what the run left alone had written.
+As a program: `python tests/kill_runs.py PLACE KILLS RUN...` makes the inputs of each run below PLACE, lets it end once,
+then kills copies of this process that run it anew, half of them at a moment of its course and half before one of its
+changes to a file, until so many were killed; what it leaves in the end is compared with what the run left alone wrote.
 """
 
 import json
@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -444,8 +445,6 @@ def child(run, place: Path, out: Path, at: int | None = None) -> int:
             (place / "changes").write_text(str(count[0]))
         os._exit(0)
     except BaseException as error:
-        import traceback
-
         traceback.print_exception(error)
         os._exit(1)
 
@@ -513,4 +512,13 @@ def kill_again_and_again(name: str, place: Path, kills: int) -> dict:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    print(json.dumps(kill_again_and_again(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))))
+    failed = []
+    for name in sys.argv[3:]:
+        try:
+            found = kill_again_and_again(name, Path(sys.argv[1]) / name.replace(" ", "-"), int(sys.argv[2]))
+        except Exception:
+            failed.append(name)
+            traceback.print_exc()
+            continue
+        print(json.dumps(found), flush=True)
+    sys.exit(f"{', '.join(failed)}: see above" if failed else 0)

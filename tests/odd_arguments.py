@@ -67,6 +67,7 @@ class World:
         small_cells().write_h5ad(place / "cells.h5ad")
         self.tok = RankTokenizer.fit(cells())
         self.gf = Geneformer.from_config("tiny", self.tok, device="cpu")
+        self.gf.save_pretrained(place / "gf")
         self.gpt = ScGPT.from_config("tiny", GENES, device="cpu")
         adata = small_cells()
         short = dict(split=deal(adata), epochs=1, n_boot=0)
@@ -122,7 +123,7 @@ def doors(w: World) -> dict:
         "take": (w.vectors.take, dict(genes=GENES[:3])),
         "RankTokenizer.fit": (RankTokenizer.fit, dict(data=adata)),
         "RankTokenizer": (w.tok, dict(data=adata)),
-        "tokenize_files": (w.tok.tokenize_files, dict(path_or_folder=w.place / "cells.h5ad", out=w.place / "out")),
+        "tokenize_files": (w.tok.tokenize_files, dict(path_or_folder=w.place / "cells.h5ad", out="out")),
         "Geneformer.from_config": (Geneformer.from_config, dict(name="tiny", tokenizer=w.tok, device="cpu")),
         "embed": (w.gf.embed, dict(data=adata)),
         "embed_genes": (w.gf.embed_genes, dict(data=adata)),
@@ -180,7 +181,7 @@ def doors(w: World) -> dict:
         ),
         "tss_windows": (tss_windows, dict(annotation=w.starts(), fasta=w.fasta, length=w.length)),
         "rosa embed_genes": (embed_genes, dict(windows=w.windows, model=w.enformer)),
-        "embed_bins": (embed_bins, dict(windows=w.windows, model=w.enformer, folder=w.place / "bins")),
+        "embed_bins": (embed_bins, dict(windows=w.windows, model=w.enformer, folder="bins")),
         "hold_out_grid": (hold_out_grid, dict(adata=w.expressed(), cells="donor")),
         "Rosa": (Rosa, dict(kind="mlp", **w.tiny)),
         "Rosa.fit": (
@@ -191,7 +192,7 @@ def doors(w: World) -> dict:
         "ridge predict": (w.ridge.predict, dict(genes=["G01", "G02"])),
         "Rosa.score": (w.ridge.score, dict(baselines="none")),
         "variant_effect": (variant_effect, dict(variants=w.variants, windows=w.windows, model=w.enformer)),
-        "atlas": (atlas.run, dict(task="embed", cells=w.place / "cells.h5ad", model=w.gf, out=w.place / "atlas")),
+        "atlas": (atlas.run, dict(task="embed", cells=w.place / "cells.h5ad", model=w.place / "gf", out="atlas")),
     }
 
 

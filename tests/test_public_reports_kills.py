@@ -12,21 +12,20 @@ from conftest import ROOT
 SOME = ["finetune", "perturb", "download", "vectors converted", "rosa mlp", "tokenize"]  # embed: see test_resume
 
 
-def killed(run: str, place, kills: int) -> dict:
-    "What `kill_runs` says of a run that it killed so often, in a process of its own; it fails where bytes differ."
+def killed(place, kills: int, *runs: str) -> list[dict]:
+    "What `kill_runs` says of runs that it killed so often, in a process of its own; it fails where bytes differ."
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "tests" / "kill_runs.py"), run, str(place), str(kills)]
+    command = [sys.executable, str(ROOT / "tests" / "kill_runs.py"), str(place), str(kills), *runs]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-3000:]}"
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("run", SOME)
-def test_a_run_that_is_killed_goes_on_to_the_same_bytes_and_leaves_nothing(tmp_path, run):
-    assert killed(run, tmp_path / "place", 2)["killed"] == 2
+def test_runs_that_are_killed_go_on_to_the_same_bytes_and_leave_nothing(tmp_path):
+    assert [run["killed"] for run in killed(tmp_path, 2, *SOME)] == [2] * len(SOME)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", kill_runs.RUNS)
 def test_thirty_kills_leave_the_same_bytes_and_nothing_else(tmp_path, run):
-    assert killed(run, tmp_path / "place", 30)["killed"] == 30
+    assert killed(tmp_path, 30, run)[0]["killed"] == 30

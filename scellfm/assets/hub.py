@@ -52,7 +52,7 @@ def verify(path: Path) -> str:
 def cache_folder() -> Path:
     "Where scellfm remembers things between sessions."
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scellfm"
-    return Path(os.environ.get("SCELLFM_CACHE", default)).expanduser()
+    return user_path(os.environ.get("SCELLFM_CACHE", default))
 
 # %% ../../nbs/assets/hub.ipynb #a39b522c
 def noted(path: Path) -> dict:

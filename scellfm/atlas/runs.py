@@ -20,7 +20,7 @@ from .ranks import join, take_turns, told_by_first
 from .results import RESULT, TOKENS, Finished, gathered_notes, write_result
 from .stretches import Stretch, stretches_of
 from .work import Work
-from ..core import OptionError, StoreError, check_number, one_of, plain_arguments, progress, warn
+from ..core import OptionError, StoreError, check_number, one_of, plain_arguments, progress, user_path, warn
 from ..data.paths import existing
 from ..geneformer.tokenizer.sources import cell_files
 from ..store.files import atomic_write, sha256
@@ -245,7 +245,7 @@ def run(
     check_number("workers", workers, 1)
     check_number("threads", threads, 1)
     one_of("backend", backend, ("local", "ranks"))
-    local = Path(model).expanduser()
+    local = user_path(model)
     where = str(existing(cells).resolve()), str(local.resolve() if local.exists() else model)
     work = Work(task, *where, layer, dict(settings or {}), dict(loading or {}))
     folder = output_path(out)

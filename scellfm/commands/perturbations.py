@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .inputs import out_format, output_file, whole_cells, write_table
-from ..core import OptionError
+from ..core import OptionError, user_path
 from ..store.files import atomic_write
 from ..store.layouts import SCGPT_MODEL
 from ..store.outputs import FolderKind, check_replaced, check_writable, output_path
@@ -33,7 +33,7 @@ def load_scgenept(model: str, gene_vectors: str | None, device: str):
     "The scGenePT in a folder; OptionError where the folder holds none."
     from scellfm.scgenept import ScGenePT
 
-    if not (Path(model).expanduser() / "scgenept.json").is_file():
+    if not (user_path(model) / "scgenept.json").is_file():
         raise OptionError(f"{model} holds no trained scGenePT (there is no scgenept.json); save_pretrained writes one")
     return ScGenePT.from_pretrained(model, gene_vectors=gene_vectors, device=device)
 
@@ -112,7 +112,7 @@ def named_files(gene_vectors: list[str]) -> dict[str, str]:
 
 def card_of(data: str) -> str | None:
     "Whose published numbers stand beside: those of the set that a name or the last part of a path says, or of none."
-    name = Path(data).expanduser().name
+    name = user_path(data).name
     return {"norman": "norman", "adamson": "adamson", "simulated": "norman"}.get(name)
 
 # %% ../../nbs/commands/perturbations.ipynb #77b1d089

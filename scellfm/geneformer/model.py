@@ -312,7 +312,7 @@ def tokenizer_beside(
 ) -> RankTokenizer:
     "The tokenizer that fits a checkpoint: beside it, or in its hub repository at the same revision. AssetError."
     hub = dict(path_or_hub_id=path_or_hub_id, revision=revision, local_files_only=local_files_only)
-    hub = None if Path(path_or_hub_id).expanduser().exists() else hub
+    hub = None if user_path(path_or_hub_id).exists() else hub
     return fitting_tokenizer(folder, config.vocab_size, config.max_position_embeddings, hub)
 
 # %% ../../nbs/geneformer/model.ipynb #755ac808

@@ -71,7 +71,7 @@ class FolderKind(NamedTuple):
 def check_replaced(path: Path, kind: FolderKind | None, inputs: Iterable[str | os.PathLike] = ()) -> None:
     "StoreError unless what is at `path` may go: nothing, a file, or a folder of the kind; and no input lies in it."
     for given in inputs:
-        real = Path(given).expanduser().resolve()
+        real = user_path(given).resolve()
         if real == path or path in real.parents:
             raise StoreError(f"{path} would be replaced, and {given} is read from there; choose another place")
     if not path.is_dir():
