@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['logger', 'UNPRINTABLE', 'listeners', 'ENDS', 'settings', 'printable', 'storable', 'ScellfmError', 'DataError',
            'DivergedError', 'AssetError', 'OptionError', 'StoreError', 'ExtraError', 'ScellfmWarning', 'warn', 'one_of',
-           'check_number', 'plain', 'check_ends', 'check_adata', 'check_named', 'check_key', 'plain_arguments',
-           'user_path', 'optional', 'Settings', 'progress', 'tell', 'keyed_seed', 'keyed_generator', 'threads_kept']
+           'check_number', 'plain', 'check_ends', 'check_adata', 'check_named', 'check_key', 'checked_arguments',
+           'plain_arguments', 'user_path', 'optional', 'Settings', 'progress', 'tell', 'keyed_seed', 'keyed_generator',
+           'threads_kept']
 
 # %% ../nbs/core.ipynb #7fa33fd6
 import difflib
 import functools
 import hashlib
 import importlib
+import inspect
 import logging
 import os
 import re
@@ -98,7 +100,7 @@ def warn(message: str) -> None:
 # %% ../nbs/core.ipynb #5259b53e
 def one_of(name: str, value: Any, choices: Collection) -> None:
     "Raise an OptionError unless `value` is one of `choices`; suggest the nearest."
-    if value in choices:
+    if isinstance(value, (str, int, float, type(None))) and value in choices:
         return
     close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -166,9 +168,58 @@ def check_key(key: Any) -> None:
     if key is not None and not (isinstance(key, str) and key.strip() and "/" not in key):
         raise OptionError(f"key_added={key!r} must be a text without '/', such as 'X_model'")
 
+# %% ../nbs/core.ipynb #d074cc26
+KINDS = {
+    "str": (str, "a text"),
+    "bool": ((bool, Integral), "True or False"),
+    "int": (Real, "a whole number"),
+    "float": (Real, "a number"),
+    "Path": (os.PathLike, "a path"),
+    "os.PathLike": (os.PathLike, "a path"),
+    "PathLike": (os.PathLike, "a path"),
+    "None": (type(None), "None"),
+}
+
+
+def _kinds_of(annotation: Any) -> list[str]:
+    "The plain kinds that an annotation names; none where it names others, too."
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    parts = [part.strip() for part in text.split("|")]
+    return parts if all(part in KINDS for part in parts) else []
+
+
+def check_kinds(kinds: Mapping[str, list[str]], options: Mapping[str, Any]) -> None:
+    "OptionError for an argument that is of none of the kinds of its parameter."
+    for name, value in options.items():
+        wanted = kinds.get(name)
+        if wanted and not isinstance(value, tuple(one for kind in wanted for one in _types(kind))):
+            words = " or ".join(dict.fromkeys(KINDS[kind][1] for kind in wanted))
+            raise OptionError(f"{name} must be {words}, not of the type {type(value).__name__}")
+
+
+def _types(kind: str) -> tuple:
+    "The types of a kind, as a tuple."
+    types = KINDS[kind][0]
+    return types if isinstance(types, tuple) else (types,)
+
+# %% ../nbs/core.ipynb #7900305f
+def checked_arguments(function: Callable) -> Callable:
+    "The same function; arguments of plain kinds are checked first."
+    parameters = inspect.signature(function).parameters
+    names = list(parameters)
+    kinds = {name: _kinds_of(parameters[name].annotation) for name in names if name not in ("device", "dtype")}
+
+    @functools.wraps(function)
+    def checked(*given: Any, **options: Any) -> Any:
+        check_kinds(kinds, {**dict(zip(names, given)), **options})
+        return function(*given, **options)
+
+    return checked
+
 # %% ../nbs/core.ipynb #1c88be68
 def plain_arguments(function: Callable) -> Callable:
-    "The same function, with its options as plain Python."
+    "The same function, with its options as plain Python, checked by their kinds."
+    call = checked_arguments(function)
 
     @functools.wraps(function)
     def with_plain(*given: Any, **options: Any) -> Any:
@@ -176,7 +227,7 @@ def plain_arguments(function: Callable) -> Callable:
         options = plain(options)
         check_ends(options)
         check_key(options.get("key_added"))
-        return function(*first, **options)
+        return call(*first, **options)
 
     return with_plain
 

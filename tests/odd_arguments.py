@@ -101,7 +101,7 @@ class World:
 
 def doors(w: World) -> dict:
     "{name: (what is called, its arguments as they should be)}; called for every trial, so that nothing is shared."
-    from scellfm import atlas, data, scores, statistics
+    from scellfm import data, scores, statistics
     from scellfm.data import GeneVectors, read_vectors
     from scellfm.geneformer import Geneformer, RankTokenizer
     from scellfm.rosa import Rosa, embed_bins, embed_genes, hold_out_grid, tss_windows, variant_effect
@@ -192,7 +192,6 @@ def doors(w: World) -> dict:
         "ridge predict": (w.ridge.predict, dict(genes=["G01", "G02"])),
         "Rosa.score": (w.ridge.score, dict(baselines="none")),
         "variant_effect": (variant_effect, dict(variants=w.variants, windows=w.windows, model=w.enformer)),
-        "atlas": (atlas.run, dict(task="embed", cells=w.place / "cells.h5ad", model=w.place / "gf", out="atlas")),
     }
 
 
@@ -309,5 +308,4 @@ NAMES = [
     "ridge predict",
     "Rosa.score",
     "variant_effect",
-    "atlas",
 ]

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, OptionError, check_number, one_of, tell, warn
+from ..core import DataError, OptionError, check_number, checked_arguments, one_of, tell, warn
 from ..data.vectors import GeneVectors
 from .annotation import Annotation
 from .extraction import RULES, original_smoothing, original_vectors, strongest_start
@@ -209,6 +209,7 @@ def annotation_of(annotation: Annotation | None) -> dict | None:
     return named | {"fingerprint": fingerprint(annotation.table)}
 
 # %% ../../nbs/rosa/embedding.ipynb #36bcc9cd
+@checked_arguments
 def embed_genes(
     windows: Windows,
     fasta: str | os.PathLike | Genome | None = None,
@@ -267,6 +268,7 @@ def embed_genes(
     return GeneVectors(genes, rows["vectors"], None, manifest | {"read": dict(zip(genes, read))})
 
 # %% ../../nbs/rosa/embedding.ipynb #bf876606
+@checked_arguments
 def embed_bins(
     windows: Windows,
     fasta: str | os.PathLike | Genome | None = None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, keyed_generator, one_of, warn
+from ..core import DataError, checked_arguments, keyed_generator, one_of, warn
 from .screen import percentile
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def has_value(obs: pd.DataFrame, columns: list[str], chosen: np.ndarray) -> np.n
     return kept
 
 # %% ../../nbs/statistics/targets.ipynb #94ab551a
+@checked_arguments
 def log2_fold_change(
     adata: AnnData,
     state: str,  # column of obs
@@ -136,6 +137,7 @@ def score_ranking(value: np.ndarray, known: np.ndarray, weights: np.ndarray) -> 
     return dict(zip(SCORES, np.column_stack([drawn[:, 0], low, high]).ravel()))
 
 # %% ../../nbs/statistics/targets.ipynb #c50c8be4
+@checked_arguments
 def recovery(
     table: pd.DataFrame, known: Iterable[str], *, by: str = "z", n_boot: int = 1000, seed: int = 0
 ) -> pd.DataFrame:

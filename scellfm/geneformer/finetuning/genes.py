@@ -21,7 +21,7 @@ __all__ = ['GeneClassifier', 'finetune_genes']
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #cc9e2b6c
 from ... import inference
 from ...assets import find, load_state, read_tensors
-from ...core import AssetError, DataError, check_number, keyed_seed, plain_arguments, warn
+from ...core import AssetError, DataError, check_number, checked_arguments, keyed_seed, plain_arguments, warn
 from ...crossfit.check import check_overfit, fewer_epochs, freeze_more, untried
 from ...crossfit.evidence import Evidence, evidence_of
 from ...crossfit.membership import by_name
@@ -295,6 +295,7 @@ def prediction_table(
     return pd.DataFrame(columns, index=names).sort_index()
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #9717799a
+@checked_arguments
 def predict_genes(
     clf: GeneClassifier,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either; not changed

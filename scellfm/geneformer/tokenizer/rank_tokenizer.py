@@ -18,7 +18,7 @@ import numpy as np
 __all__ = ['RankTokenizer']
 
 # %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #f7aeb3ff
-from ...core import DataError, OptionError, check_number, progress
+from ...core import DataError, OptionError, check_number, checked_arguments, progress
 from scellfm.data.genes import (
     NUMBER,
     MatchOptions,
@@ -164,6 +164,7 @@ def tokenizer_from_pretrained(
     return cls(found.tokens, found.medians, found.mapping, found.gene_names, **settings)
 
 # %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #01a8ecf3
+@checked_arguments
 def fitted_tokenizer(
     cls: type[RankTokenizer],
     adata: AnnData | str | Path | Iterable,
@@ -255,6 +256,7 @@ def tokenized_blocks(
     yield from tokenize_blocks(source, medians, found.index, ask, tally)
 
 # %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #b33f4c1c
+@checked_arguments
 def tokenize(
     tokenizer: RankTokenizer,
     adata: AnnData | str | Path,
@@ -286,6 +288,7 @@ def tokenize(
     return join_cells(parts, report, tokenizer.special)
 
 # %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #a4dbd4da
+@checked_arguments
 def tokenize_files(
     tokenizer: RankTokenizer,
     path_or_folder: str | Path,
