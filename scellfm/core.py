@@ -168,16 +168,16 @@ def check_key(key: Any) -> None:
     if key is not None and not (isinstance(key, str) and key.strip() and "/" not in key):
         raise OptionError(f"key_added={key!r} must be a text without '/', such as 'X_model'")
 
-# %% ../nbs/core.ipynb #d074cc26
+# %% ../nbs/core.ipynb #b30d28d8
 KINDS = {
-    "str": (str, "a text"),
+    "str": ((str,), "a text"),
     "bool": ((bool, Integral), "True or False"),
-    "int": (Real, "a whole number"),
-    "float": (Real, "a number"),
-    "Path": (os.PathLike, "a path"),
-    "os.PathLike": (os.PathLike, "a path"),
-    "PathLike": (os.PathLike, "a path"),
-    "None": (type(None), "None"),
+    "int": ((Real,), "a whole number"),
+    "float": ((Real,), "a number"),
+    "Path": ((os.PathLike,), "a path"),
+    "os.PathLike": ((os.PathLike,), "a path"),
+    "PathLike": ((os.PathLike,), "a path"),
+    "None": ((type(None),), "None"),
 }
 
 
@@ -187,22 +187,16 @@ def _kinds_of(annotation: Any) -> list[str]:
     parts = [part.strip() for part in text.split("|")]
     return parts if all(part in KINDS for part in parts) else []
 
-
+# %% ../nbs/core.ipynb #14282205
 def check_kinds(kinds: Mapping[str, list[str]], options: Mapping[str, Any]) -> None:
     "OptionError for an argument that is of none of the kinds of its parameter."
     for name, value in options.items():
         wanted = kinds.get(name)
-        if wanted and not isinstance(value, tuple(one for kind in wanted for one in _types(kind))):
+        if wanted and not isinstance(value, tuple(one for kind in wanted for one in KINDS[kind][0])):
             words = " or ".join(dict.fromkeys(KINDS[kind][1] for kind in wanted))
             raise OptionError(f"{name} must be {words}, not of the type {type(value).__name__}")
 
-
-def _types(kind: str) -> tuple:
-    "The types of a kind, as a tuple."
-    types = KINDS[kind][0]
-    return types if isinstance(types, tuple) else (types,)
-
-# %% ../nbs/core.ipynb #7900305f
+# %% ../nbs/core.ipynb #340e0ba8
 def checked_arguments(function: Callable) -> Callable:
     "The same function; arguments of plain kinds are checked first."
     parameters = inspect.signature(function).parameters

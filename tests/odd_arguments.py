@@ -2,6 +2,7 @@
 
 import inspect
 import signal
+import sys
 import tempfile
 import traceback
 import warnings
@@ -309,3 +310,15 @@ NAMES = [
     "Rosa.score",
     "variant_effect",
 ]
+
+
+if __name__ == "__main__":  # python tests/odd_arguments.py SEED SHARE [DOORS...]
+    with tempfile.TemporaryDirectory() as place:
+        world, rng = World(Path(place)), np.random.default_rng(int(sys.argv[1]))
+        for door in sys.argv[3:] or NAMES:
+            print(door, outcome(world, door, None, None), flush=True)
+            for one in trials(world, door):
+                if rng.random() < float(sys.argv[2]):
+                    said = outcome(world, *one)
+                    if not is_fine(said):
+                        print("   ", *one[1:], "->", said, flush=True)

@@ -99,9 +99,13 @@ def attempt(url: str, path: Path, timeout: float) -> None:
 ATTEMPTS, PAUSE = 4, 1.0  # seconds, doubled each time
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 
-# %% ../../nbs/assets/download.ipynb #6f23c6c5
+# %% ../../nbs/assets/download.ipynb #1518ca34
 def _fetch(url: str, path: Path, timeout: float) -> None:
     "Bring the file to `path`. AssetError: the server has it not. StoreError: no room, another process is fetching it."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{path} could not be written: {error}; name another place") from error
     with Lock(path.with_name(f".lock-{path.name}"), path):
         for number in range(ATTEMPTS):
             if fetched(url, path, timeout, last=number == ATTEMPTS - 1):
@@ -122,10 +126,6 @@ def download_file(url: str, path: str | os.PathLike, *, timeout: float = 60.0) -
     check_replaced(path, None)
     there = path.exists()
     if not there:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"{path} could not be written: {error}; name another place") from error
         _fetch(url, path, timeout)
     part_files(path)[1].unlink(missing_ok=True)  # of this call, or of one that was killed as it ended
     try:

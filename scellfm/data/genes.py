@@ -364,12 +364,12 @@ class MatchOptions:
     symbols: Mapping[str, str] | None = None  # {symbol: Ensembl id}
     orthologs: Orthologs | None = None  # {gene of the data: gene of the model}, a table, or the path of one
 
-# %% ../../nbs/data/genes.ipynb #855500c0
+# %% ../../nbs/data/genes.ipynb #6ca27c46
 def is_missing(value: Any) -> bool:
     "Is a name missing: None, NaN or pandas' NA?"
     return value is None or isinstance(value, float) and value != value or type(value).__name__ == "NAType"
 
-
+# %% ../../nbs/data/genes.ipynb #ac25487d
 def name_table(table: Any, name: str) -> dict[str, str] | None:
     "{name: name} without entries of which a half is missing. OptionError: no dictionary or Series, or not of texts."
     if table is not None and hasattr(table, "to_dict") and hasattr(table, "index"):
@@ -384,7 +384,7 @@ def name_table(table: Any, name: str) -> dict[str, str] | None:
             raise OptionError(f"{name} has {key!r}: {value!r}; both must be names, as texts")
     return None if table is None else whole
 
-# %% ../../nbs/data/genes.ipynb #1f2285b5
+# %% ../../nbs/data/genes.ipynb #6c2add9a
 def options_of(match: Mapping) -> dict:
     "The options in a dictionary; a bare table is the mapping. OptionError for a key that is misspelt."
     known = [field.name for field in fields(MatchOptions)]
@@ -397,7 +397,7 @@ def options_of(match: Mapping) -> dict:
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise OptionError(f"match has the key {odd!r}; it may have {', '.join(map(repr, known))}.{hint}")
 
-# %% ../../nbs/data/genes.ipynb #7fd4bb88
+# %% ../../nbs/data/genes.ipynb #b3081e17
 def match_options(match: MatchOptions | Mapping | Orthologs | None) -> MatchOptions:
     "What a user passed as `match=`; OptionError for a key that there is not, or for a table that is none."
     if isinstance(match, MatchOptions):

@@ -179,8 +179,6 @@ def read_vectors(
     usable(path)
     digest = sha256(path)
     folder = None if folder is None else user_path(folder, "folder")
-    if genes is not None and not isinstance(genes, (str, os.PathLike)):
-        genes = [str(gene) for gene in genes]
     if folder is not None and (folder / "vectors.json").exists():
         return converted_before(folder, path, genes, digest)
     found = vectors_in(path, genes, digest)
