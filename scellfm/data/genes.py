@@ -78,6 +78,8 @@ class Names:
 def data_names(ids_or_adata, column: str | None) -> Names:
     "The names of the genes of an AnnData, a GeneTable or a list."
     if not hasattr(ids_or_adata, "var_names"):
+        if not isinstance(ids_or_adata, Iterable) or getattr(ids_or_adata, "ndim", 1) != 1:
+            raise DataError(f"the genes are a {type(ids_or_adata).__name__}; give an AnnData or a list of names")
         ids = list(plain_names(ids_or_adata))
         return Names(ids, ids, np.zeros(len(ids), dtype=bool), [])
     ids, names = gene_ids(ids_or_adata, column), plain_names(ids_or_adata.var_names)
@@ -302,7 +304,10 @@ def match_report(names: list[str], index: np.ndarray, routes: np.ndarray, counts
     dropped = np.flatnonzero(~known)
     share = None
     if counts is not None:
-        counts = np.asarray(counts, dtype=np.float64).ravel()
+        try:
+            counts = np.asarray(counts, dtype=np.float64).ravel()
+        except (TypeError, ValueError) as error:
+            raise DataError(f"counts must be one total per gene, not a {type(counts).__name__}") from error
         if len(counts) != len(names):
             raise DataError(f"counts has {len(counts)} values for {len(names)} genes; pass one total per gene")
         share = float(counts[known].sum() / counts.sum()) if counts.sum() else 0.0
@@ -364,12 +369,12 @@ class MatchOptions:
     symbols: Mapping[str, str] | None = None  # {symbol: Ensembl id}
     orthologs: Orthologs | None = None  # {gene of the data: gene of the model}, a table, or the path of one
 
-# %% ../../nbs/data/genes.ipynb #6ca27c46
+# %% ../../nbs/data/genes.ipynb #7bfb6878
 def is_missing(value: Any) -> bool:
     "Is a name missing: None, NaN or pandas' NA?"
     return value is None or isinstance(value, float) and value != value or type(value).__name__ == "NAType"
 
-# %% ../../nbs/data/genes.ipynb #ac25487d
+# %% ../../nbs/data/genes.ipynb #64f79482
 def name_table(table: Any, name: str) -> dict[str, str] | None:
     "{name: name} without entries of which a half is missing. OptionError: no dictionary or Series, or not of texts."
     if table is not None and hasattr(table, "to_dict") and hasattr(table, "index"):
@@ -384,7 +389,7 @@ def name_table(table: Any, name: str) -> dict[str, str] | None:
             raise OptionError(f"{name} has {key!r}: {value!r}; both must be names, as texts")
     return None if table is None else whole
 
-# %% ../../nbs/data/genes.ipynb #6c2add9a
+# %% ../../nbs/data/genes.ipynb #1f2285b5
 def options_of(match: Mapping) -> dict:
     "The options in a dictionary; a bare table is the mapping. OptionError for a key that is misspelt."
     known = [field.name for field in fields(MatchOptions)]
@@ -397,7 +402,7 @@ def options_of(match: Mapping) -> dict:
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise OptionError(f"match has the key {odd!r}; it may have {', '.join(map(repr, known))}.{hint}")
 
-# %% ../../nbs/data/genes.ipynb #b3081e17
+# %% ../../nbs/data/genes.ipynb #7fd4bb88
 def match_options(match: MatchOptions | Mapping | Orthologs | None) -> MatchOptions:
     "What a user passed as `match=`; OptionError for a key that there is not, or for a table that is none."
     if isinstance(match, MatchOptions):

@@ -181,6 +181,8 @@ def fitted_tokenizer(
     than once if they hold more than 20 million values.
     """
     given = list(adata) if isinstance(adata, (list, tuple)) else [adata]
+    if not given:
+        raise DataError("there are no cells to fit a tokenizer to: the list of files or AnnData is empty")
     mapping = name_table(mapping, "mapping")
     inputs = [file for one in given for file in (cell_files(one) if isinstance(one, (str, Path)) else [one])]
     found = fit_dictionaries([open_source(one, layer) for one in inputs], gene_column, mapping, special)

@@ -5,14 +5,14 @@
 # %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #eebb8b19
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from ...core import DataError, one_of, warn
+from ...core import DataError, OptionError, one_of, warn
 from ...data.reading import CountFaults, Depth
 from .ranking import Ranked, encode
 from .sources import CellSource, cell_totals, stored_totals
@@ -136,6 +136,8 @@ def column_names(columns) -> dict[str, str]:
     "A name, names or a dictionary of obs columns as {column: name in the result}."
     if isinstance(columns, str):
         columns = (columns,)
+    if not isinstance(columns, Iterable) or not all(isinstance(name, str) for name in columns):
+        raise OptionError(f"columns={columns!r} must be a column of obs, several, or {{column: name in the result}}")
     return dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
 
 
