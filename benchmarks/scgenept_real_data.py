@@ -1,7 +1,7 @@
 """Does language help? A small scGenePT on Papalexi and Norman, with six kinds of gene vectors, beside every baseline.
 
     SCELLFM_DATA=... python benchmarks/scgenept_real_data.py papalexi FOLDER [choose | train [SEED ...] | score]
-    SCELLFM_DATA=... python benchmarks/scgenept_real_data.py norman FOLDER
+    SCELLFM_DATA=... python benchmarks/scgenept_real_data.py norman FOLDER [--quick]
 
 Without a step all of them are run. What is done is kept in FOLDER, and the same call goes on from there. `score`
 writes FOLDER/tables, which nbs/scgenept/language_experiment.ipynb shows.
@@ -13,12 +13,12 @@ loss of the model with MiniLM and without vectors together; no test perturbation
 
 import json
 import os
-import sys
 import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import harness  # first: it sets the number of threads
 import anndata
 import numpy as np
 import pandas as pd
@@ -305,18 +305,30 @@ def score(task: Experiment) -> None:
     (out / f"{task.name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    "Run the steps that are asked for."
+    made = harness.parser(__doc__, pairs=None, quick="one seed, two epochs and no choice: for a try, no result")
+    made.add_argument("name", choices=EPOCHS, help="the data set")
+    made.add_argument("folder", type=Path, help="where all that is done is kept")
+    made.add_argument("step", nargs="?", default="all", choices=("choose", "train", "score", "all"))
+    made.add_argument("seeds", nargs="*", type=int, help="seeds to train; all of them if none is named")
+    options = made.parse_args()
     warnings.simplefilter("ignore")
     start = time.time()
-    task = Experiment(sys.argv[1], Path(sys.argv[2]))
+    task = Experiment(options.name, options.folder)
     print(f"inputs {time.time() - start:.0f} s, {task.data}, {len(task.data.input_genes)} genes read", flush=True)
-    step = (*sys.argv[3:], "all")[0]
-    if step in ("choose", "train", "all"):
+    if options.quick and not (task.folder / "chosen.json").exists():
+        recipe = {"rate": RATES[0], "frozen": False, "epochs": 2, "loss": None, "valid": [], "tried": []}
+        (task.folder / "chosen.json").write_text(json.dumps(recipe))
+    if options.step != "score":
         recipe = choose(task)
-        print(
-            {key: recipe[key] for key in ("rate", "frozen", "epochs", "loss", "valid")}, time.time() - start, flush=True
-        )
-    if step in ("train", "all"):
-        train(task, tuple(map(int, sys.argv[4:])) or SEEDS)
-    if step in ("score", "all"):
+        told = {key: recipe[key] for key in ("rate", "frozen", "epochs", "loss", "valid")}
+        print(told, f"{time.time() - start:.0f} s", flush=True)
+    if options.step in ("train", "all"):
+        train(task, tuple(options.seeds) or SEEDS[: 1 if options.quick else None])
+    if options.step in ("score", "all"):
         score(task)
+
+
+if __name__ == "__main__":
+    main()

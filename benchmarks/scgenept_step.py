@@ -10,7 +10,6 @@ as fast with dropout of attention weights off, which is the user's choice."""
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 
@@ -62,7 +61,6 @@ def network(way: str, n_genes: int):
 
 def one(way: str, n_cells: int, n_genes: int) -> dict:
     "Seconds of one step (after none to warm up: the second would profit from the memory of the first), and its peak."
-    torch.set_num_threads(1)
     tokens, values, flags, rows, targets = inputs(n_cells, n_genes)
     model = network(way, n_genes)
     before, start = harness.peak_memory(reset=True), time.process_time()
@@ -84,9 +82,7 @@ def measure(n_pairs: int, n_cells: int, n_genes: int) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {way: [] for way in WAYS}
     for _ in range(n_pairs):
         for way in WAYS:
-            run = [sys.executable, __file__, "--way", way, "--genes", str(n_genes), "--batch", str(n_cells)]
-            done = subprocess.run(run, capture_output=True, text=True, check=True)
-            found[way].append(json.loads(done.stdout.splitlines()[-1]))
+            found[way].append(harness.figures_of(__file__, "--way", way, "--genes", n_genes, "--batch", n_cells))
             print(way, found[way][-1], flush=True)
     return found
 

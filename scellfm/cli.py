@@ -28,7 +28,7 @@ def build_parser(only: str | None = None) -> Parser:
     """The parser of the whole command line: a command for each function with an example in `MODULES`, in their order,
     and those of `GROUPS`, below the name of the group.
 
-    `only`: the one command that needs its options, the others being named alone."""
+    `only`: the one command whose options are added; of the others only the names."""
     parser = Parser(prog="scellfm", description=scellfm.__doc__, epilog="Each command has its own --help.")
     parser.add_argument("--version", action="version", version=f"scellfm {scellfm.__version__}")
     parsers = parser.add_subparsers(title="commands", metavar="command", required=True, parser_class=Parser)
@@ -50,7 +50,7 @@ def with_hyphens(argument: str) -> str:
 
 # %% ../nbs/cli.ipynb #4d5e7c08
 def plain_warning(message, category, *place, **more) -> None:
-    "Show a warning of ours as one line; drop others."
+    "Show a warning of scellfm as one line; other warnings are not shown."
     if issubclass(category, ScellfmWarning):
         print(f"scellfm: warning: {one_line(message)}", file=sys.stderr)
 
@@ -61,7 +61,7 @@ def one_line(message) -> str:
 
 
 def file_error(error: OSError) -> str:
-    "What went wrong with which file, in words."
+    "The message for an error of a file."
     return f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
 
 # %% ../nbs/cli.ipynb #60a3c5de
@@ -73,7 +73,7 @@ def execute(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("scellfm: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone, such as `head`
+    except BrokenPipeError:  # the program that reads our output has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ScellfmError as error:
@@ -87,7 +87,7 @@ def execute(options: argparse.Namespace) -> int:
 
 # %% ../nbs/cli.ipynb #f8c7d86f
 def main(argv: Sequence[str] | None = None) -> int:
-    "Run the command line; returns the exit code: 0, 2 (something that the user can mend) or 130 (Ctrl-C)."
+    "Run the command line; returns the exit code: 0, 2 (an error that the user can correct) or 130 (Ctrl-C)."
     given = sys.argv[1:] if argv is None else argv
     try:
         options = build_parser(given[0] if given else "").parse_args([with_hyphens(argument) for argument in given])

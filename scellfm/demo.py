@@ -29,7 +29,7 @@ STATES = {
 
 
 def two_states(adata: AnnData) -> AnnData:
-    "The monocytes and T cells among the demonstration cells, told apart in obs['state']."
+    "The monocytes and T cells among the demonstration cells, labelled in obs['state']."
     adata = adata[adata.obs["cell_type"].isin(list(STATES)).to_numpy()].copy()
     adata.obs["state"] = adata.obs["cell_type"].astype(str).map(STATES).astype("category")
     return adata
@@ -49,11 +49,12 @@ EXPLANATION = (
 # %% ../nbs/demo.ipynb #61c49f72
 @dataclass
 class Demo:
-    "What the main job gives: the classifier with its scores, the screen, its table, and the folder with the files."
+    """The result of the demonstration: the classifier with its scores, the screen, its table, and the folder with the
+    files."""
 
     classifier: Any  # scellfm.geneformer.CellClassifier
     screen: Any  # scellfm.geneformer.Screen
-    table: pd.DataFrame  # one row per gene, the largest deviation from genes like it first
+    table: pd.DataFrame  # one row per gene, the largest deviation from similar genes first
     folder: Path
 
     def summary(self, n: int = 12) -> str:
@@ -98,15 +99,16 @@ def figures(model, classifier, screen, table: pd.DataFrame) -> dict[str, tuple]:
         ),
         "screen.png": (
             screen.plot(),
-            "The effect of each gene against its mean rank; the band is what genes of like rank and detection do.",
+            "The effect of each gene against its mean rank; the band shows the effects of genes of similar rank and "
+            "detection.",
         ),
         "top_genes.png": (
             plotting.top_genes(table),
-            "The genes that deviate most from genes like them, and their fold change between the states.",
+            "The genes that deviate most from similar genes, and their fold change between the states.",
         ),
         "training.png": (
             model.history.plot(),
-            "Masked-gene loss while the model was trained; dotted, guessing by frequency.",
+            "Masked-gene loss during training; dotted: predicting by gene frequency alone.",
         ),
     }
 
@@ -121,7 +123,7 @@ def write_report(folder: Path, adata: AnnData, model, classifier, screen, table:
 
     report.add_input("cells", adata)
     report.add_settings({**classifier.settings, **screen.params})
-    report.add_scores(classifier.scores, "Can the model tell the states apart?")
+    report.add_scores(classifier.scores, "Can the model distinguish the states?")
     report.add_text(EXPLANATION.replace("\n", " "), "Which gene's loss moves a monocyte towards a T cell?")
     drawn = figures(model, classifier, screen, table)
     for name, (axes, caption) in drawn.items():
@@ -139,7 +141,7 @@ def write_report(folder: Path, adata: AnnData, model, classifier, screen, table:
 # %% ../nbs/demo.ipynb #f618936b
 @contextmanager
 def one_thread():
-    "Torch on one thread within the block: sums are added in the same order, however many cores there are."
+    "Torch on one thread within the block: sums are added in the same order, whatever the number of cores."
     import torch
 
     threads = torch.get_num_threads()
@@ -155,12 +157,12 @@ def run_demo(
     *,
     pretrain_epochs: int = PRETRAIN_EPOCHS,  # passes over the cells without labels
     finetune_epochs: int = 5,  # passes over the labelled cells
-    max_cells: int | None = None,  # at most so many monocytes are screened; all where none is given
+    max_cells: int | None = None,  # largest number of monocytes to screen; all by default
     seed: int = 0,  # seed of every random draw
 ) -> Demo:
-    """The main job on the demonstration cells; writes table.csv, figures, report.html and report.json into `out`.
+    """The complete demonstration on 700 real cells; writes table.csv, figures, report.html and report.json into `out`.
 
-    The same numbers at every run on one machine. `max_cells` limits the monocytes that are screened."""
+    Every run on one machine gives the same numbers. `max_cells` limits the monocytes that are screened."""
     from scellfm.data import demo
     from scellfm.report import Report
     from scellfm.store.layouts import REPORT
@@ -170,7 +172,7 @@ def run_demo(
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(
         "Which gene's loss moves a monocyte towards a T cell?",
-        "A small Geneformer, trained and judged on 700 blood cells that ship with scanpy (Zheng et al. 2017).",
+        "A small Geneformer, trained and evaluated on 700 blood cells that ship with scanpy (Zheng et al. 2017).",
     )
     with report.recording():
         model, classifier, screen = journey(

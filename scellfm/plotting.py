@@ -43,7 +43,7 @@ COLORS = (
     "#56B4E9",
     "#8C6D31",
     "#000000",
-)  # Okabe & Ito; ochre for their yellow
+)  # Okabe & Ito, with ochre in place of yellow
 MARKERS = ("o", "^", "s", "D", "v", "P")
 GREY = "#8A8A8A"
 
@@ -72,7 +72,7 @@ STYLE = {
 
 # %% ../nbs/plotting.ipynb #f97b931f
 def styled(width: float, height: float) -> Callable[[Callable], Callable]:
-    "Decorate a drawing function: the house style while it draws, and new axes of this size (inches) where ax is None."
+    "Decorate a drawing function: it uses scellfm's style, and new axes of this size (inches) if ax is None."
 
     def decorate(draw):
         @functools.wraps(draw)
@@ -85,7 +85,7 @@ def styled(width: float, height: float) -> Callable[[Callable], Callable]:
                     ax = figure.add_subplot() if ax is None else ax
                     ax.spines[["top", "right"]].set_visible(False)
                     draw(*args, ax=ax, **settings)
-                except BaseException:  # no empty picture is left behind
+                except BaseException:  # no empty picture remains
                     plt.close(figure) if figure is not None else None
                     raise
             return ax
@@ -96,7 +96,7 @@ def styled(width: float, height: float) -> Callable[[Callable], Callable]:
 
 # %% ../nbs/plotting.ipynb #c4ba49f2
 def look(i: int) -> dict:
-    "Colour and marker of the i-th class: eight colours, then their tints and shades, each turn with another marker."
+    "Colour and marker of the i-th class: eight colours, then lighter and darker versions of them with other markers."
     from matplotlib.colors import to_hex, to_rgb
 
     turn = i // len(COLORS) % len(MARKERS)
@@ -134,7 +134,7 @@ BESIDE = dict(textcoords="offset points", color="#222222", va="center")
 
 
 def label_points(ax: Axes, x: Sequence[float], y: Sequence[float], texts: Sequence[str], *, size: float = 9) -> None:
-    "Write texts beside points, in order of importance, without overlap; what fits nowhere stays out."
+    "Write texts beside points, the most important first, without overlap; texts without free space are left out."
     pixel = ax.figure.dpi / 72
     ax.figure.draw_without_rendering()
     at, frame = ax.transData.transform(np.column_stack([x, y])), ax.get_window_extent()
@@ -154,7 +154,7 @@ def label_points(ax: Axes, x: Sequence[float], y: Sequence[float], texts: Sequen
 
 # %% ../nbs/plotting.ipynb #db8924a4
 def gene_names(table: pd.DataFrame) -> pd.Series:
-    "The symbol of each gene where there is one, else its id."
+    "The symbol of each gene, or its id if it has none."
     names = table["gene"].astype(str)
     return (
         table["symbol"].where(table["symbol"].notna() & (table["symbol"].astype(str) != ""), names).astype(str)
@@ -164,7 +164,8 @@ def gene_names(table: pd.DataFrame) -> pd.Series:
 
 # %% ../nbs/plotting.ipynb #d04c338b
 def spread_of(table: pd.DataFrame) -> pd.Series:
-    "Standard deviation of genes like each: tau between genes and se from donors (an exploratory tau holds both)."
+    """Standard deviation among genes similar to each: tau between genes and se from donors (an exploratory tau holds
+    both)."""
     return np.sqrt(table["tau"] ** 2 + table["se"].fillna(0) ** 2)
 
 # %% ../nbs/plotting.ipynb #9a6462b0
@@ -177,7 +178,7 @@ def standouts(table: pd.DataFrame, fdr: float, n: int) -> tuple[pd.DataFrame, bo
 
 # %% ../nbs/plotting.ipynb #a451143f
 def matched_band(ax: Axes, table: pd.DataFrame) -> None:
-    "The band in which genes of a rank are expected."
+    "The band in which 95 % of the genes of a rank are expected."
     known = table[table["expected"].notna() & table["tau"].notna()].sort_values("rank", kind="stable")
     if len(known) < 10:
         return
@@ -191,19 +192,19 @@ def matched_band(ax: Axes, table: pd.DataFrame) -> None:
         middle + 1.96 * spread,
         color="#DDDDDD",
         lw=0,
-        label="expected of genes like it (95 %)",
+        label="expected for similar genes (95 %)",
     )
     ax.plot(known["rank"], middle, color=GREY, lw=1)
 
 # %% ../nbs/plotting.ipynb #d7b61c90
 def mean_shifts(table: pd.DataFrame, ax: Axes) -> None:
-    "The plain mean shifts of genes that have no others to be compared with."
+    "The mean shifts of genes, if there are too few genes to compare with."
     shown = table[table["mean_shift"].notna()]
     if not len(shown):
-        raise DataError("no gene of this screen has a mean shift in enough cells: there is nothing to draw")
+        raise DataError("no gene of this screen has a mean shift in enough cells, so there is nothing to draw")
     ax.axhline(0, color=GREY, lw=1)
     ax.scatter(shown["rank"], shown["mean_shift"], s=24, color=COLORS[0], lw=0)
-    ax.set(xlabel="mean rank in the cell (0 = most remarkable gene)", ylabel="mean shift")
+    ax.set(xlabel="mean rank in the cell (0 = highest rank value)", ylabel="mean shift")
     ax.margins(x=0.1, y=0.15)
     ax.set_title(f"{len(shown):,} genes, too few to compare: mean shifts")
     label_points(ax, shown["rank"].to_numpy(float), shown["mean_shift"].to_numpy(float), gene_names(shown))
@@ -211,7 +212,7 @@ def mean_shifts(table: pd.DataFrame, ax: Axes) -> None:
 # %% ../nbs/plotting.ipynb #38b5cc48
 @styled(6.4, 4.2)
 def screen(table: pd.DataFrame, *, fdr: float = 0.05, n_labels: int = 15, ax: Axes | None = None) -> Axes:
-    "Effect against mean rank with the matched band; `table`: of `screen_test` or `Screen.table()`. DataError."
+    "Effect against mean rank with the matched band; `table`: from `screen_test` or `Screen.table()`. DataError."
     columns = ["gene", "effect", "expected", "tau", "se", "z", "fdr", "rank"]
     need_columns(table, columns, "the picture of a screen (method='matched')")
     table = table[table["status"] != "too few cells"] if "status" in table else table
@@ -238,12 +239,12 @@ def screen(table: pd.DataFrame, *, fdr: float = 0.05, n_labels: int = 15, ax: Ax
             label=label,
             zorder=3,
         )
-    ax.set(xlabel="mean rank in the cell (0 = most remarkable gene)", ylabel="effect of the perturbation")
+    ax.set(xlabel="mean rank in the cell (0 = highest rank value)", ylabel="effect of the perturbation")
     ax.margins(x=0.04, y=0.12)
     title = (
         f"{len(table):,} genes, exploratory: no test"
         if exploratory
-        else f"{len(table):,} genes, {len(found)} outliers among genes like them"
+        else f"{len(table):,} genes, {len(found)} outliers among similar genes"
     )
     ax.set_title(title)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, handletextpad=0.3, columnspacing=1.2)
@@ -267,18 +268,19 @@ def table_columns(top: pd.DataFrame, exploratory: bool) -> list[tuple[str, list[
 # %% ../nbs/plotting.ipynb #a1b8829d
 @styled(6.4, 4.4)
 def top_genes(table: pd.DataFrame, n: int = 15, *, ax: Axes | None = None) -> Axes:
-    "The n genes furthest from what is expected of genes like them; FDR (or percentile), fold change, donors and cells."
+    """The n genes furthest from the effect expected of similar genes; with FDR (or percentile), fold change, donors
+    and cells."""
     need_columns(
         table, ["gene", "effect", "expected", "tau", "se", "z", "fdr"], "the picture of top genes (method='matched')"
     )
     table = table[table["status"] != "too few cells"] if "status" in table else table
     exploratory, table = standouts(table, 0.05, n)[1], table[table["z"].notna()]
     if not len(table):
-        raise DataError("no gene of this table has been compared with others (z is empty): there is nothing to draw")
+        raise DataError("no gene of this table was compared with others (z is empty), so there is nothing to draw")
     top = table.loc[table["z"].abs().sort_values(ascending=False, kind="stable").index].head(n)
     y, spread = np.arange(len(top)), 1.96 * spread_of(top)
     hit = (top["fdr"] < 0.05).to_numpy()
-    ax.barh(y, 2 * spread, left=top["expected"] - spread, height=0.5, color="#DDDDDD", label="genes like it (95 %)")
+    ax.barh(y, 2 * spread, left=top["expected"] - spread, height=0.5, color="#DDDDDD", label="similar genes (95 %)")
     colors = np.where(top["z"] > 0, COLORS[1], COLORS[0])
     ax.scatter(
         top["effect"],
@@ -311,7 +313,7 @@ def top_genes(table: pd.DataFrame, n: int = 15, *, ax: Axes | None = None) -> Ax
 
 # %% ../nbs/plotting.ipynb #398132f9
 def write_counts(ax: Axes, counts: np.ndarray, share: np.ndarray) -> None:
-    "Numbers of cells into the fields of a confusion matrix, white on dark ones; nothing into an empty field."
+    "Write numbers of cells into a confusion matrix, white on dark fields; empty fields stay empty."
     for (row, column), value in np.ndenumerate(counts):
         if value:
             ax.text(
@@ -327,7 +329,7 @@ def write_counts(ax: Axes, counts: np.ndarray, share: np.ndarray) -> None:
 # %% ../nbs/plotting.ipynb #2de4bcb4
 @styled(5.2, 3.8)
 def confusion(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    "Confusion matrix [true class, called class]: colour is the share of the row, the text is the number of cells."
+    "Confusion matrix [true class, predicted class]: colour is the share of the row, the text is the number of cells."
     counts = df.to_numpy(dtype=float)
     totals = counts.sum(1, keepdims=True)
     share = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
@@ -336,13 +338,13 @@ def confusion(df: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         write_counts(ax, counts, share)
     called = [str(name) for name in df.columns]
     true = [str(name) for name in df.index]
-    if sum(map(len, called)) > 28 and called == true:  # long names: written once, numbers below
+    if sum(map(len, called)) > 28 and called == true:  # long names are written once, with numbers at the other axis
         called, true = [str(i + 1) for i in range(len(called))], [f"{name}  {i + 1}" for i, name in enumerate(true)]
     ax.set_xticks(range(len(called)), called)
     ax.set_yticks(range(len(true)), true)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set(xlabel="called", ylabel="true")
+    ax.set(xlabel="predicted", ylabel="true")
 
 # %% ../nbs/plotting.ipynb #9e280e8c
 def results_of(source: Results) -> dict[str, ClassificationResult]:
@@ -401,8 +403,8 @@ def roc(source: Results, *, ax: Axes | None = None) -> Axes:
             clip_on=False,
         )
     ax.set(
-        xlabel="share of other cells called so",
-        ylabel="share of the class found",
+        xlabel="false positive rate",
+        ylabel="true positive rate",
         xlim=(0, 1),
         ylim=(0, 1),
         aspect="equal",
@@ -412,7 +414,7 @@ def roc(source: Results, *, ax: Axes | None = None) -> Axes:
 # %% ../nbs/plotting.ipynb #00c06bda
 @styled(4.4, 5.0)
 def calibration(source: Results, *, ax: Axes | None = None) -> Axes:
-    "Accuracy against stated confidence in 15 bins, a line for each method; the area of a dot is its share of cells."
+    "Accuracy against predicted confidence in 15 bins, a line for each method; the area of a dot is its share of cells."
     ax.plot([0, 1], [0, 1], color=GREY, lw=1, ls=":")
     for i, (name, result) in enumerate(results_of(source).items()):
         bins = result.calibration
@@ -429,7 +431,7 @@ def calibration(source: Results, *, ax: Axes | None = None) -> Axes:
             clip_on=False,
             zorder=3,
         )
-    ax.set(xlabel="stated confidence", ylabel="share that was right", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    ax.set(xlabel="predicted confidence", ylabel="share correct", xlim=(0, 1), ylim=(0, 1), aspect="equal")
     legend = ax.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.14), title="calibration error", title_fontsize=9, alignment="left"
     )
@@ -438,10 +440,10 @@ def calibration(source: Results, *, ax: Axes | None = None) -> Axes:
 
 # %% ../nbs/plotting.ipynb #a4cf7c4f
 def metric_label(metric: str, scale: float) -> str:
-    "The name of a metric for the axis; its divisor where it was scaled; an arrow where small is good."
+    "The name of a metric for the axis; its divisor if it was scaled; a note if small values are better."
     return (
         metric_name(metric)
-        + (" (small is good)" if smaller_is_better(metric) else "")
+        + (" (small is better)" if smaller_is_better(metric) else "")
         + ("" if scale == 1 else f"\n÷ {scale:.3g}")
     )
 
@@ -522,7 +524,7 @@ def training_curves(history: History | pd.DataFrame, *, ax: Axes | None = None) 
 
 # %% ../nbs/plotting.ipynb #3baec1af
 def plane(adata: AnnData, basis: str) -> tuple[np.ndarray, list[str]]:
-    "Two coordinates of each cell and the names of the axes. DataError where there is no such embedding."
+    "Two coordinates of each cell and the names of the axes. DataError: no such embedding."
     key = next((name for name in (basis, f"X_{basis}") if name in adata.obsm), None)
     if key is None:
         raise DataError(
@@ -571,7 +573,7 @@ def embedding(adata: AnnData, basis: str = "X_umap", color: str | None = None, *
 
 # %% ../nbs/plotting.ipynb #85c2f9a6
 def draw_classes(ax: Axes, places: np.ndarray, values: pd.Series, size: float, title: str) -> None:
-    "Dots coloured by class in the order that is given, with a legend; cells without a class are grey."
+    "Dots coloured by class in the given order, with a legend; cells without a class are grey."
     values = values.astype("category")
     codes, names = values.cat.codes.to_numpy(), [str(name) for name in values.cat.categories]
     colors = np.array([*(look(i)["color"] for i in range(len(names))), "#D0D0D0"])

@@ -114,7 +114,7 @@ def test_a_flipped_bit_in_an_official_dictionary_is_noticed_wherever_it_is(tmp_p
 def test_a_truncated_official_dictionary_is_named(tmp_path, folder, name):
     data = real_data(f"{folder}/{name}.pkl").read_bytes()
     (tmp_path / f"{name}.pkl").write_bytes(data[: len(data) // 2])
-    says = rf"{name}\.pkl \(a pickle, \d+ bytes\) is no readable dictionary.*fetch it again"
+    says = rf"{name}\.pkl \(a pickle, \d+ bytes\) is cannot be read as a dictionary.*fetch it again"
     with pytest.warns(ScellfmWarning, match="has the name of the published"), pytest.raises(AssetError, match=says):
         read_dictionary(tmp_path / f"{name}.pkl")
 
@@ -337,9 +337,9 @@ def test_whatever_the_bytes_the_answer_is_a_dictionary_or_an_asset_error(tmp_pat
     "text, says",
     [
         ("[1, 2]", "JSON with a list, not a dictionary"),
-        ('{"a": 1', "no readable dictionary"),
-        ('{"a": 1}}', "no readable dictionary"),
-        ('{"a": ' * 100000, "no readable dictionary"),
+        ('{"a": 1', "cannot be read as a dictionary"),
+        ('{"a": 1}}', "cannot be read as a dictionary"),
+        ('{"a": ' * 100000, "cannot be read as a dictionary"),
     ],
 )
 def test_json_that_is_cut_or_no_dictionary_is_named(tmp_path, text, says):
@@ -883,7 +883,7 @@ def test_a_bit_that_flips_in_the_cache_is_noticed_offline(hub, tmp_path):
     data[500] ^= 16
     path.write_bytes(data)
     found = ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main", local_files_only=True)
-    assert found["error"] == "AssetError" and "was changed since" in found["message"]
+    assert found["error"] == "AssetError" and "differs from the published file" in found["message"]
 
 
 def test_a_moved_main_is_told_at_the_next_use(hub, tmp_path):
@@ -902,20 +902,20 @@ def test_other_contents_of_one_commit_are_an_error(hub, tmp_path):
     notes[f"org/model@{commit}"]["config.json"][0] = "0" * 64
     (tmp_path / "scellfm" / "hub.json").write_text(json.dumps(notes))
     found = ask(hub.url, tmp_path, path_or_hub_id="org/model", revision=commit)
-    assert found["error"] == "AssetError" and "is one commit and yet has other contents" in found["message"]
+    assert found["error"] == "AssetError" and "is a fixed commit, but its content has changed" in found["message"]
 
 
 def test_what_cannot_be_had_says_why(hub, tmp_path):
     hub.closed = {"org/gated": (403, "GatedRepo"), "org/private": (401, "")}
     for arguments, says in (
         ({"path_or_hub_id": "org/none"}, r"none of that name is open to you (HTTP 404); check the spelling"),
-        ({"path_or_hub_id": "org/private"}, "log in if it is private"),
+        ({"path_or_hub_id": "org/private"}, "check its name, or log in"),
         ({"path_or_hub_id": "org/gated"}, f"it is gated: accept its conditions at {hub.url}/org/gated"),
         ({"path_or_hub_id": "org/model", "revision": "v9"}, "it has no revision 'v9'"),
         ({"path_or_hub_id": "org/model", "revision": "main", "subfolder": "V9"}, "has no files V9/*"),
         ({"path_or_hub_id": "org/new", "local_files_only": True}, "is not in the cache"),
         ({"path_or_hub_id": "org/new", "environment": {"HF_HUB_OFFLINE": "1"}}, "fetch it once with a network"),
-        ({"path_or_hub_id": "org/a--b"}, "no valid hub id"),
+        ({"path_or_hub_id": "org/a--b"}, "nor a valid hub id"),
     ):
         found = ask(hub.url, tmp_path, **arguments)
         assert found["error"] == "AssetError"
@@ -933,7 +933,7 @@ def test_a_login_page_in_place_of_the_hub_is_an_asset_error(tmp_path):
     with Hub({}) as proxy:
         proxy.answer = lambda request: proxy.send(request, 200, b"<!doctype html><html>log in</html>")
         found = ask(proxy.url, tmp_path, path_or_hub_id="org/model", revision="main")
-    assert found["error"] == "AssetError" and "could not be reached or broke off" in found["message"]
+    assert found["error"] == "AssetError" and "could not be reached or the connection broke off" in found["message"]
 
 
 def test_caches_that_cannot_be_written(hub, tmp_path):
@@ -967,7 +967,7 @@ def test_a_local_folder_wins_over_a_hub_id(tmp_path, monkeypatch):
 @pytest.mark.parametrize("wrong", ["./org/model", "/nowhere/model", "model", "a/b/c", "~/no/such/folder", "../x"])
 def test_a_path_that_does_not_exist_is_no_hub_id(tmp_path, monkeypatch, wrong):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(AssetError, match="does not exist, and is no hub id like"):
+    with pytest.raises(AssetError, match="does not exist, and is not a hub id like"):
         find(wrong)
 
 

@@ -110,7 +110,7 @@ ERRORS = {
     "log-normalised, no counts": (
         lambda _: check(cells(np.log1p)),
         DataError,
-        ["0.693147", "go back to the file with the raw counts"],
+        ["0.693147", "use the file with the raw counts"],
     ),
     "scaled layer": (
         lambda _: check(cells(scaled=lambda x: x - 1.5), "scaled"),
@@ -258,7 +258,7 @@ ERRORS = {
     "a cell on both sides": (
         lambda _: sf.data.check_leakage(leaky(), range(40)),
         DataError,
-        ["row ", "both train and test", "deal the cells again"],
+        ["row ", "both train and test", "split the cells again"],
     ),
     "a pointer for cells": (
         lambda d: sf.data.read(file(d, "cells.h5ad")),
@@ -296,7 +296,7 @@ ERRORS = {
         StoreError,
         ["taken"],
     ),
-    "a name too long for the disk": (lambda d: write(d / ("x" * 300)), StoreError, ["can be no file here"]),
+    "a name too long for the disk": (lambda d: write(d / ("x" * 300)), StoreError, ["cannot be a file here"]),
     "no such file": (
         lambda d: (file(d, "cells.h5ad"), sf.data.read(d / "cell.h5ad")),
         DataError,

@@ -115,7 +115,7 @@ def test_a_hostile_file_runs_nothing(tmp_path, place, protocol):
 def test_an_array_of_objects_on_its_own_runs_nothing(tmp_path):
     canary = tmp_path / "canary"
     np.save(tmp_path / "array.npy", np.array([[Run(canary)]], dtype=object), allow_pickle=True)
-    with pytest.raises(AssetError, match="no readable array of numbers"):
+    with pytest.raises(AssetError, match="cannot be read as an array of numbers"):
         read_vectors(tmp_path / "array.npy", genes=["JAK2"])
     assert not canary.exists()
 
@@ -192,16 +192,16 @@ def test_rows_that_are_no_knowledge_are_told(tmp_path):
         ("a.pkl", pickle.dumps({3140: [1.0, 2.0]}), AssetError, "more than vectors by name"),
         ("a.pkl", pickle.dumps({"JAK2": ["x"]}), AssetError, "a list of something that is a str"),
         ("a.pkl", pickle.dumps({}), DataError, "no entry"),
-        ("a.pkl", pickle.dumps({"JAK2": [1.0, 2.0]})[:-12], AssetError, "no readable dictionary"),
+        ("a.pkl", pickle.dumps({"JAK2": [1.0, 2.0]})[:-12], AssetError, "cannot be read as a dictionary"),
         ("a.pkl", b"version https://git-lfs.github.com/spec/v1\n", AssetError, "git-lfs pointer"),
         ("a.txt", b"JAK2 1 2\nSTAT1 1\n", AssetError, "line 2: 2 numbers"),
         ("a.txt", b"JAK2 1 2\nSTAT1 1 x\n", AssetError, "line 2"),
         ("a.txt", b"JAK2 1 2\nJAK2 1 3\n", DataError, "more than once"),
         ("a.txt", b"gene a b\n", AssetError, "holds no vector"),
-        ("a.txt", b"\xff\xfe\x00JAK2 1 2", AssetError, "no readable text"),
-        ("a.txt.gz", gzip.compress(b"JAK2 1 2\n" * 99, mtime=0)[:-9], AssetError, "no readable text"),
+        ("a.txt", b"\xff\xfe\x00JAK2 1 2", AssetError, "cannot be read as text"),
+        ("a.txt.gz", gzip.compress(b"JAK2 1 2\n" * 99, mtime=0)[:-9], AssetError, "cannot be read as text"),
         ("a.json", b'{"JAK2": [1, "x"]}', AssetError, "numbers are needed"),
-        ("a.json", b'{"JAK2": [[1], [1, 2]]}', AssetError, "no array of numbers"),
+        ("a.json", b'{"JAK2": [[1], [1, 2]]}', AssetError, "not an array of numbers"),
         ("a.zip", b"PK\x03\x04....", AssetError, "a zip archive; vectors are read from"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",  # the bytes of an archive hold the time

@@ -118,7 +118,7 @@ def test_saved_vectors_come_back_and_the_same_vectors_are_the_same_bytes(table, 
         ({"not_covered": [30]}, "not_covered"),
         ({"sha256": "0"}, "is not the file that vectors.json describes"),
         ("[]", "does not describe gene vectors"),
-        ("{", "no readable JSON"),
+        ("{", "cannot be read as JSON"),
     ],
 )
 def test_a_damaged_folder_is_refused(table, tmp_path, change, message):
@@ -145,7 +145,7 @@ def test_varm_holds_nan_where_a_gene_has_no_vector(table):
         (lambda t: GeneVectors(["A", ""], np.ones((2, 2))), DataError, "gene 1 of 2 is ''"),
         (lambda t: GeneVectors(["A"], [[np.nan, 1]]), DataError, "first for the gene 'A' in column 0"),
         (lambda t: GeneVectors(["A"], np.ones((2, 2))), DataError, r"shape \(2, 2\) for 1 genes"),
-        (lambda t: GeneVectors(["A"], [["x"]]), DataError, "no table of numbers"),
+        (lambda t: GeneVectors(["A"], [["x"]]), DataError, "not a table of numbers"),
         (lambda t: GeneVectors(["A"], [[1.0]], [1]), DataError, "covered is int"),
         (lambda t: GeneVectors(["A"], [[1.0]], manifest={"a": object()}), OptionError, "JSON"),
         (lambda t: t.take(["ENSG1", "ENSG2"]), DataError, "only 0 of 2 genes .* both symbols, or both Ensembl ids"),

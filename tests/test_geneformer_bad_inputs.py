@@ -190,7 +190,7 @@ ERRORS = {
     "a cell in training and test": (
         lambda g, c, s, d: tuned(g, cells(), split=leaky()),
         DataError,
-        ["both train and test", "deal the cells again"],
+        ["both train and test", "split the cells again"],
     ),
     "a number for a split": (
         lambda g, c, s, d: tuned(g, cells(), split=5),
@@ -217,14 +217,14 @@ ERRORS = {
             cells(), learning_rate=1e30
         ),
         DivergedError,
-        ["lower learning_rate", "make it, anew"],
+        ["lower learning_rate", "make it, again"],
     ),
     "no length": (
         lambda g, c, s, d: RankTokenizer.fit(cells(), max_length=0),
         OptionError,
         ["max_length=0", "at least 1"],
     ),
-    "no room for a gene": (
+    "no space for a gene": (
         lambda g, c, s, d: RankTokenizer.fit(cells(), special=True, max_length=2),
         OptionError,
         ["max_length=2", "at least 3"],

@@ -168,8 +168,8 @@ def test_what_is_no_result_is_named(tmp_path):
         Screen.from_original(tmp_path, tokenizer)
     for content, message in (
         ({"ENSG1": 5}, "by gene are expected"),
-        ({5: 0.5}, "another file"),
-        ({(5, "cell_emb", 1): [0.5]}, "another file"),
+        ({5: 0.5}, "a different file"),
+        ({(5, "cell_emb", 1): [0.5]}, "a different file"),
         ({(10**6, "cell_emb"): [0.5]}, "tokenizer of the model"),
         ({("TP53", "cell_emb"): [0.5]}, "token 'TP53'"),
         ({(5, 7): [0.5]}, "original_effects"),

@@ -415,7 +415,7 @@ def test_a_screen_is_saved_and_comes_back(pbmc, tmp_path):
     pd.testing.assert_frame_equal(loaded.shifts, screen.shifts)
     pd.testing.assert_frame_equal(loaded.genes, screen.genes)
     assert loaded.params == json.loads(json.dumps(screen.params)) and repr(loaded) == repr(screen)
-    with pytest.raises(AssetError, match="no saved screen"):
+    with pytest.raises(AssetError, match="not a saved screen"):
         Screen.load(tmp_path)
 
 

@@ -99,7 +99,7 @@ def test_transformers_gets_the_original_settings(package, width, monkeypatch, ad
         lambda: quantized.pretrain(adata),
         lambda: quantized.finetune_genes(adata, {"a": adata.var_names[:8], "b": adata.var_names[8:16]}, folds=2),
     ):
-        with pytest.raises(OptionError, match="only reads.*lora=8"):
+        with pytest.raises(OptionError, match="cannot be trained.*lora=8"):
             train()
 
 

@@ -178,7 +178,7 @@ def test_the_classifier_reads_no_hostile_names_of_classes(place, where, name):
     refused(
         lambda: CellClassifier.from_pretrained(folder / "theirs", label="x", device="cpu"),
         canary,
-        words=f"{name} is (a pickle that asks for|no readable JSON)",
+        words=f"{name} (is a pickle that asks for|cannot be read as JSON)",
     )
 
 
@@ -226,7 +226,7 @@ def test_the_gene_classifier_reads_no_hostile_names_of_classes(place, name):
     refused(
         lambda: GeneClassifier.from_pretrained(where, device="cpu"),
         canary,
-        words=f"{name} is (a pickle that asks for|no readable JSON)",
+        words=f"{name} (is a pickle that asks for|cannot be read as JSON)",
     )
 
 
@@ -318,7 +318,7 @@ def test_scgpt_reads_no_hostile_description(scgpt, name):
     refused(
         lambda: ScGPT.from_pretrained(folder, device="cpu"),
         canary,
-        words=f"{name} is (a pickle that asks for|no readable JSON)",
+        words=f"{name} (is a pickle that asks for|cannot be read as JSON)",
     )
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,13 @@ SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "scgenept_real_
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("language_experiment", SCRIPT)
+    spec, environment = importlib.util.spec_from_file_location("language_experiment", SCRIPT), dict(os.environ)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)
+        spec.loader.exec_module(module)
+    os.environ.clear()
+    os.environ.update(environment)  # the harness sets the number of threads of all that follows
     module.EPOCHS, module.RATES, module.FROZEN, module.SEEDS = {"small": 2}, (1e-2,), (False,), (0, 1)
     return module
 

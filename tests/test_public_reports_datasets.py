@@ -81,7 +81,7 @@ def test_a_state_names_files_of_its_own_folder_alone(tmp_path, tok, name):
     state = tmp_path / "saved" / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": [{"filename": name}]}))
     for door in (TokenizedCells.load, Corpus):
-        with pytest.raises(DataError, match="none of this folder"):
+        with pytest.raises(DataError, match="not in this folder"):
             door(tmp_path / "saved")
 
 

@@ -204,7 +204,7 @@ def test_a_zarr_store_is_searched_behind_links_and_may_not_lead_out(tmp_path):
     (inside / "X" / ".zarray").write_text(json.dumps({"filters": [{"id": "Pickle"}]}))
     (tmp_path / "elsewhere").mkdir()
     for name, target, words in (
-        ("linked", inside / "X", "nothing was run"),
+        ("linked", inside / "X", "nothing was executed"),
         ("out", tmp_path / "elsewhere", "leads out"),
     ):
         (path / name).symlink_to(target)

@@ -484,7 +484,7 @@ def test_baselines_take_one_logarithm_and_say_so_once():
     by_counts, said = warned(lambda: run(counts))
     assert not said
     by_logs, said = warned(lambda: run(logs))
-    assert len(said) == 1 and "used as they are" in said[0]
+    assert len(said) == 1 and "used unchanged" in said[0]
     for name, expected in by_counts.items():
         np.testing.assert_allclose(by_logs[name].held_out()[1], expected.held_out()[1], atol=1e-5)
     alone = baseline_predictions(count_classifiers(0), logs, codes, parts, n_classes=codes.max() + 1)

@@ -331,9 +331,9 @@ def test_how_genes_are_named_cannot_be_said_of_tokens(gf, tmp_path):
     gf.tokenizer.tokenize_files(written(adata, tmp_path / "cells.h5ad"), tmp_path / "cells.dataset")
     for given in (gf.tokenizer(adata), tmp_path / "cells.dataset"):
         for method in (gf.embed, gf.pretrain, gf.perturb):
-            with pytest.raises(OptionError, match="tokenized already"):
+            with pytest.raises(OptionError, match="already tokenized"):
                 method(given, match={"mapping": {"a": "b"}})
-    with pytest.raises(OptionError, match="tokenized already"):
+    with pytest.raises(OptionError, match="already tokenized"):
         gf.pretrain([tmp_path / "cells.dataset"], match={"mapping": {"a": "b"}})
 
 

@@ -178,7 +178,7 @@ def test_an_encoder_without_coverage_reads_the_own_start_and_says_so(windows):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         embed_genes(windows, model=Shares(128), rule="mean")
-    with pytest.raises(OptionError, match="known to Enformer"):
+    with pytest.raises(OptionError, match="options of Enformer"):
         embed_genes(windows, model=Shares(128), rule="tss", strands="both")
 
 

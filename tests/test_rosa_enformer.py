@@ -207,8 +207,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, checkpoint):
     for changed, error in (
         ({"dim": config["dim"] * 2}, "do not belong together"),
         ({"dim": "wide"}, "as dim, which should be"),
-        ({"heads": 5}, "describes no Enformer"),
-        ({"output_heads": {}}, "describes no Enformer"),
+        ({"heads": 5}, "does not describe an Enformer"),
+        ({"output_heads": {}}, "does not describe an Enformer"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | changed))
         with pytest.raises(AssetError, match=error):
@@ -241,7 +241,7 @@ def test_published_tracks_are_found_by_name():
     assert len(cage) == 638 and cage.tolist() == find_tracks("CAGE", len(tracks)).tolist()
     one = tracks["description"].iloc[12]
     assert 12 in find_tracks(one, len(tracks), tracks) and find_tracks([3, 1], len(tracks)).tolist() == [3, 1]
-    with pytest.raises(OptionError, match="near it"):
+    with pytest.raises(OptionError, match="similar names"):
         find_tracks("CAGE:no such cell", len(tracks), tracks)
 
 

@@ -178,7 +178,7 @@ def test_counts_are_read_from_raw_where_x_holds_logarithms():
     adata.raw = anndata.AnnData(sparse.csr_matrix(counts), var=adata.var)
     found = read_expression(adata)
     assert found.counts and (found.values.toarray() == counts).all() and found.genes[4] == "ENSG00000000004"
-    with pytest.warns(ScellfmWarning, match="no counts"):
+    with pytest.warns(ScellfmWarning, match="not counts"):
         assert not read_expression(anndata.AnnData(adata.X, var=adata.var)).counts
 
 
@@ -201,7 +201,7 @@ def test_pseudobulk_sums_by_donor_and_type_and_lists_what_is_left_out():
         (lambda a: a.obs.drop(columns="donor", inplace=True), "'donor' is not a column"),
         (lambda a: a.X.__setitem__((0, 0), np.nan), "missing or infinite"),
         (lambda a: a.X.__setitem__((0, 0), -1), "negative"),
-        (lambda a: setattr(a, "var_names", ["A", "A"]), "have no name or one that is there before"),
+        (lambda a: setattr(a, "var_names", ["A", "A"]), "have no name or a repeated one"),
         (lambda a: None, "no donor has 50 cells"),
     ],
 )

@@ -128,7 +128,7 @@ def test_regions_of_enformer():
     [
         ({"genes": "famly"}, DataError, "'famly' is not a column of var"),
         ({"genes": {"other": "x"}}, DataError, "has a group"),
-        ({"genes": 3}, OptionError, "tells no groups"),
+        ({"genes": 3}, OptionError, "does not define groups"),
         ({"cells": "tissue"}, DataError, "'tissue' is not a column of obs"),
         ({"genes": "chrom", "held_genes": ["chr9"]}, DataError, "chr9"),
         ({"context": ["nonsense"]}, DataError, "not training genes"),

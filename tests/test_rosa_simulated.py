@@ -71,7 +71,8 @@ def test_attribution_peaks_on_planted_motifs_of_unseen_genes(study):
     high = unseen[np.argsort(-measured)[:8]]
     ratios = []
     for gene in high:
-        weight = rosa.explain_bases(gene, windows, enformer).abs().sum(axis=1).to_numpy()
+        weight = rosa.explain_bases(gene, windows, enformer, method="integrated_gradients", steps=16)
+        weight = weight.abs().sum(axis=1).to_numpy()
         start = int(windows.table.loc[windows.table["gene"] == gene, "index"].iloc[0])
         inside = np.zeros(windows.length, bool)
         for first in [start - 36, *(start + simulation.sites.query("gene == @gene")["distance"] - 6)]:

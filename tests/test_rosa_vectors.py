@@ -124,8 +124,8 @@ def test_the_canonical_protein_is_taken_and_else_the_longest(proteins):
         (">a\nMK-T\n", "'-'"),
         (">a\nMKT\n>a\nMKV\n", "twice"),
         (">a\n" + "ACGT" * 9 + "\n>b\n" + "GGCA" * 9 + "\n", "are DNA"),
-        (b">a\nMK\xff\xfe\n", "no text"),
-        (gzip.compress(b">a\nMKTAYIAKQRQISF\n" * 1, mtime=0)[:-9], "was cut"),
+        (b">a\nMK\xff\xfe\n", "not text"),
+        (gzip.compress(b">a\nMKTAYIAKQRQISF\n" * 1, mtime=0)[:-9], "incomplete"),
     ],
 )
 def test_what_is_no_protein_fasta_is_refused(tmp_path, text, message):
@@ -193,7 +193,7 @@ def test_other_checkpoints_are_refused(published, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for name in ("model.safetensors", "vocab.txt"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
-    for changed, message in (({"model_type": "bert"}, "no ESM-2"), ({"vocab_size": 30}, "vocab_size")):
+    for changed, message in (({"model_type": "bert"}, "not an ESM-2"), ({"vocab_size": 30}, "vocab_size")):
         (tmp_path / "config.json").write_text(json.dumps(config | changed))
         with pytest.raises(AssetError, match=message):
             ESM2.from_pretrained(tmp_path, device="cpu")

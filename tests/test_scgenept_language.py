@@ -128,7 +128,7 @@ def test_a_weight_that_the_file_lacks_is_an_error(model, tmp_path):
     with pytest.raises(AssetError, match="1 weights are not in the file"):
         text_vectors(TEXTS, tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(AssetError, match="no readable sentence model"):
+    with pytest.raises(AssetError, match="cannot be read as a sentence model"):
         text_vectors(TEXTS, tmp_path)
 
 
@@ -242,7 +242,7 @@ def test_empty_and_foreign_files_of_texts(tmp_path):
     with pytest.warns(ScellfmWarning, match="1 of 2 genes have no text"):
         assert read_texts(path) == {"A": "kinase of"}
     path.write_text(json.dumps({"A": ["kinase"]}))
-    with pytest.raises(AssetError, match="no dictionary of texts"):
+    with pytest.raises(AssetError, match="not a dictionary of texts"):
         read_texts(path)
 
 
@@ -320,7 +320,7 @@ def test_uniprot_is_read_in_both_forms(tmp_path, name, content):
         ("cut.txt.gz", gzip.compress(PROTEINS.encode())[:-30], "cut.txt.gz cannot be read"),
         ("page.txt", b"<!DOCTYPE html><html></html>", "page.txt is"),
         ("other.tsv", b"gene\ttext\nA\tb\n", "those of UniProt are"),
-        ("other.txt", b">sp|Q1|AAA_HUMAN\nMKV\n", "no file of UniProt"),
+        ("other.txt", b">sp|Q1|AAA_HUMAN\nMKV\n", "not a file of UniProt"),
         ("latin.txt", PROTEINS.replace("zinc", "z\u00efnc").encode("latin-1"), "cannot be read"),
         ("plain.tsv.gz", ROWS.encode(), "cannot be read"),
     ],

@@ -107,5 +107,5 @@ def test_a_checkpoint_of_another_vocabulary_is_refused():
 
 
 def test_unknown_names_of_models_are_refused():
-    with pytest.raises(OptionError, match="no model of the original"):
+    with pytest.raises(OptionError, match="not a model of the original"):
         published_inputs("scgenept_go_c_gpt")

@@ -270,7 +270,7 @@ def test_bad_inputs_of_training_are_named(data, simulated):
     split = data.split("simulation", seed=1)
     other = simulate_perturbations(n_targets=5, n_pairs=0, n_genes=20, n_cells=4, n_controls=8, seed=3)
     other_data = PerturbationData(other.adata)
-    with pytest.raises(DataError, match="of other data"):
+    with pytest.raises(DataError, match="to other data"):
         new(data, simulated).fit(data, other_data.split("simulation", seed=1))
     pairs = data.split("no_split")
     pairs = data.split("custom", sets={"train": [label for label in pairs.test if label != "ctrl"]})
@@ -278,7 +278,7 @@ def test_bad_inputs_of_training_are_named(data, simulated):
         new(data, simulated).fit(data, pairs, max_genes=1)
     with pytest.raises(OptionError, match="dropout=2"):
         new(data, simulated).fit(data, split, dropout=2)
-    with pytest.raises(DataError, match="bound to"):
+    with pytest.raises(DataError, match="fitted to"):
         train_pairs(new(data, simulated), Pairs.from_arrays(*np.zeros((3, 2, 7))))
     with pytest.raises(DataError, match="vocabulary has 0 of the 40"):
         ScGenePT.from_config("tiny", [f"X{i}" for i in range(40)], **SMALL).fit(data, split)
@@ -288,7 +288,7 @@ def test_bad_inputs_of_training_are_named(data, simulated):
         ScGenePT.from_config("tiny", data, knowledge="go_x", **SMALL)
     with pytest.raises(OptionError, match="pass the vectors"):
         ScGenePT.from_config("tiny", data, knowledge="go_f", **SMALL)
-    with pytest.raises(OptionError, match="the model reads none"):
+    with pytest.raises(OptionError, match="the model uses none"):
         ScGenePT.from_config("tiny", data, gene_vectors=simulated.vectors["know"], **SMALL)
 
 

@@ -109,7 +109,7 @@ def test_frozen_layers_stay_and_cells_without_genes_get_no_name(gpt, adata):
     made.predict(few)
     assert few.obs["cell_type_predicted"].isna().tolist() == [i == 2 for i in range(60)]
     assert np.isnan(few.obs["cell_type_confidence"].iloc[2])
-    with pytest.warns(ScellfmWarning, match="memory, not judgement"):
+    with pytest.warns(ScellfmWarning, match="their predictions are not held out"):
         made.probabilities(few)
 
 

@@ -286,7 +286,7 @@ def test_genes_are_found_by_symbol_ensembl_id_and_alias(small):
     both = adata.copy()
     both.var["ensembl_id"] = ids
     assert np.array_equal(embedded(gpt, both), expected)
-    with pytest.raises(DataError, match="Ensembl ids.*vocabulary is of symbols.*mapping.: {Ensembl id: symbol}"):
+    with pytest.raises(DataError, match="Ensembl ids.*vocabulary holds symbols.*mapping.: {Ensembl id: symbol}"):
         gpt.embed(by_id)
 
 

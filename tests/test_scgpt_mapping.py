@@ -411,7 +411,7 @@ def test_a_map_of_two_halves_is_refused(clouds, tmp_path):
     ReferenceMap(clouds[0]).save(tmp_path / "map")
     file = tmp_path / "map" / "index.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"classes": ["B"]}))
-    with pytest.raises(AssetError, match="does not belong"):
+    with pytest.raises(AssetError, match="does not match"):
         ReferenceMap.load(tmp_path / "map")
 
 

@@ -211,7 +211,7 @@ def broken(tensors, kind):
         ("missing", r"does not fit this ScGPTModel.* 1 .*: transformer_encoder.*norm2.bias"),
         ("shape", r"linear1.weight of the shape .*, and the weights beside it have"),
         ("unknown", r"does not fit this ScGPTModel.* 1 .*: surprise.weight"),
-        ("vocabulary", r"the vocabulary has [\d,]+ tokens .* embedding [\d,]+ rows: they do not belong together"),
+        ("vocabulary", r"the vocabulary has [\d,]+ tokens .* embedding [\d,]+ rows: they do not match"),
         ("no table", r"no encoder.embedding.weight"),
     ],
 )
@@ -240,7 +240,7 @@ def test_a_vocabulary_of_another_size_is_refused(tmp_path):
     vocabulary = json.loads(file.read_text())
     file.write_text(json.dumps(vocabulary | {"ONE_MORE_GENE": max(vocabulary.values()) + 1}))
     with pytest.raises(
-        AssetError, match=r"the vocabulary has [\d,]+ tokens .* embedding [\d,]+ rows: they do not belong together"
+        AssetError, match=r"the vocabulary has [\d,]+ tokens .* embedding [\d,]+ rows: they do not match"
     ):
         ScGPT.from_pretrained(tmp_path / "model", device="cpu")
 

@@ -55,7 +55,7 @@ class Hostile:
         ('{"B2M": 0, "ACTB": 0}', "tokens 'B2M' and 'ACTB' have the same number 0"),
         ('{"B2M": "a"}', "token 'B2M' has the number 'a'"),
         ('["B2M"]', "not a dictionary"),
-        ('{"B2M": 0', "no readable dictionary"),
+        ('{"B2M": 0', "cannot be read as a dictionary"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
         ("<!DOCTYPE html><html>", "web page"),
         ("", "empty file"),

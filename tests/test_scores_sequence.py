@@ -6,7 +6,14 @@ from conftest import golden
 from scipy import stats
 
 from scellfm import DataError, OptionError
-from scellfm.scores.sequence import METRICS, GridScores, bin_confusion, correlations, expression_scores
+from scellfm.scores.sequence import (
+    METRICS,
+    ExpressionScorer,
+    GridScores,
+    bin_confusion,
+    correlations,
+    expression_scores,
+)
 
 FOLDER = golden("rosa")
 
@@ -66,6 +73,37 @@ def test_a_random_prediction_has_zero_in_its_interval_and_a_good_one_has_not():
     assert np.isnan(two.details["good"]["over_donors"]["pearson_across_genes"]).all()
     again = GridScores.from_dict(GridScores({"q": scores}).to_dict())
     assert again["q"].low.equals(scores.low)
+
+
+def test_the_interval_of_a_repeated_method_holds_what_a_repeat_scores():
+    draws = np.random.default_rng(3)
+    profile = draws.normal(size=(20, 1))  # of all genes: they say the same of one permutation
+    measured = profile + 0.3 * draws.normal(size=(20, 80))
+    repeats = [draws.normal(size=(20, 1)) + 0.3 * draws.normal(size=(20, 80)) for _ in range(60)]
+    metric = "pearson_across_cells"
+    one = [expression_scores({"m": table}, measured, metrics=[metric]) for table in repeats]
+    means = np.array([scores.table.loc["m", metric] for scores in one])
+    outside = np.mean([not scores.low.loc["m", metric] < 0 < scores.high.loc["m", metric] for scores in one])
+    scorer = ExpressionScorer(measured, metrics=[metric])
+    for number, table in enumerate(repeats[:40]):
+        scorer.add("m", table, number, 40)
+    found = scorer.scores()
+    low, high = found.low.loc["m", metric], found.high.loc["m", metric]
+    assert found.table.loc["m", metric] == pytest.approx(means[:40].mean())
+    assert low < 0 < high and ((means[40:] > low) & (means[40:] < high)).mean() > 0.85
+    assert outside > 0.5  # one permutation by itself is sure of what is an accident
+    assert found.details["m"]["by_gene"].shape == (80, 1) and found.details["m"]["n"][metric] == 80
+
+
+def test_a_repeat_of_one_is_the_prediction_itself():
+    draws = np.random.default_rng(4)
+    measured, predicted = draws.normal(size=(2, 12, 30))
+    scorer = ExpressionScorer(measured)
+    scorer.add("m", predicted)
+    scorer.add("none", None)
+    whole = expression_scores({"m": predicted, "none": None}, measured)
+    for name in ("table", "low", "high"):
+        assert getattr(scorer.scores(), name).equals(getattr(whole, name))
 
 
 def test_bad_tables_are_refused():

@@ -424,8 +424,7 @@ def test_a_benchmark_imports_what_there_is(script):
     assert lacking == []
 
 
-# overexpression is deletion under another name; those of scGenePT tell torch its number of threads
-OTHERWISE = {"harness", "overexpression", "scgenept_real_data", "scgenept_simulation", "scgenept_step"}
+OTHERWISE = {"harness", "overexpression"}  # the second is deletion under another name
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.keys() - OTHERWISE))

@@ -194,7 +194,7 @@ def test_a_full_disk_stops_training_which_then_goes_on(tmp_path):
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 300, old[1]))
     try:
-        with pytest.raises(StoreError, match=f"{CHECKPOINT} could not be written.*make room"):
+        with pytest.raises(StoreError, match=f"{CHECKPOINT} could not be written.*free some disk space"):
             fit(make(), loss, 93, batch, folder=tmp_path / "run", save_every=3, **options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)

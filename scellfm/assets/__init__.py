@@ -1,4 +1,4 @@
-"""Checkpoints and dictionaries in: found, verified, read without executing anything, accounted for tensor by tensor."""
+"""Checkpoints and dictionaries in: found, verified, read without executing anything, checked tensor by tensor."""
 
 from scellfm import _lazy
 

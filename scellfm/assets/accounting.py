@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/assets/accounting.ipynb #3d5ebc3b
 def by_prefix(name: str, rules: Mapping[str, str]) -> str:
-    "`name` with its beginning translated by the longest rule that fits."
+    "`name` with its prefix translated by the longest matching rule."
     old = max((prefix for prefix in rules if name.startswith(prefix)), key=len, default="")
     return rules.get(old, "") + name[len(old) :]
 
@@ -37,7 +37,7 @@ def renamed(names: Iterable[str], rename: Callable | Mapping | None) -> dict[str
 
 # %% ../../nbs/assets/accounting.ipynb #6f0d8eed
 def shared_names(target: Mapping) -> dict[str, list[str]]:
-    "For each name of a state dict, all names of the same memory, itself included."
+    "For each name of a state dict, all names that share its memory, itself included."
     groups: dict = {}
     for name, tensor in target.items():
         memory = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
@@ -46,7 +46,7 @@ def shared_names(target: Mapping) -> dict[str, list[str]]:
 
 # %% ../../nbs/assets/accounting.ipynb #8b8f74a9
 def report_rows(report: "LoadReport") -> list[tuple[str, str]]:
-    "What there is to say, as pairs of heading and text."
+    "The report as pairs of heading and text."
     named = [(word, getattr(report, word)) for word in ("unused", "fresh", "tied")]
     return [
         ("loaded", f"{len(report.loaded)} tensors"),
@@ -64,9 +64,9 @@ class LoadReport:
     "What became of each tensor of a checkpoint and of each parameter of the model; prints itself."
 
     loaded: list[str]  # parameters that a tensor was copied to
-    unused: list[str] = field(default_factory=list)  # tensors of the checkpoint that nothing was done with
-    fresh: list[str] = field(default_factory=list)  # parameters that keep the values they were made with
-    tied: list[str] = field(default_factory=list)  # parameters filled through another name of the same memory
+    unused: list[str] = field(default_factory=list)  # tensors of the checkpoint that were not used
+    fresh: list[str] = field(default_factory=list)  # parameters that keep their initial values
+    tied: list[str] = field(default_factory=list)  # parameters filled under another name of the same memory
     casts: dict = field(default_factory=dict)  # {'float16 to float32': number of tensors}
     files: dict = field(default_factory=dict)  # {file: sha256}
 
@@ -83,7 +83,7 @@ class LoadReport:
 
 # %% ../../nbs/assets/accounting.ipynb #25ae4a95
 def raise_if_any(module: "torch.nn.Module", problems: dict[str, list[str]]) -> None:
-    "One AssetError with all that does not balance."
+    "One AssetError that lists every tensor and parameter without a counterpart."
     found = [
         f"{len(names)} {'is' if len(names) == 1 else 'are'} {what}: {', '.join(names)}"
         for what, names in problems.items()
@@ -97,7 +97,7 @@ def raise_if_any(module: "torch.nn.Module", problems: dict[str, list[str]]) -> N
 
 # %% ../../nbs/assets/accounting.ipynb #f68d7ba9
 def misfits(tensors: Mapping, target: Mapping, names: Mapping[str, str]) -> dict[str, list[str]]:
-    "What keeps tensors from being copied, by kind of trouble."
+    "Why tensors cannot be copied, grouped by reason."
     pairs = [(new, tensors[old], target[new]) for new, old in names.items() if new in target]
     shapes = [
         f"{new} (checkpoint {tuple(a.shape)}, model {tuple(b.shape)})" for new, a, b in pairs if a.shape != b.shape
@@ -121,7 +121,7 @@ def misfits(tensors: Mapping, target: Mapping, names: Mapping[str, str]) -> dict
 
 # %% ../../nbs/assets/accounting.ipynb #0ea8afbc
 def left_over(tensors: Mapping, target: Mapping, names: Mapping[str, str], ignore: tuple, fresh: tuple) -> list[str]:
-    "Tensors, by their names in the model, without a place in it or replaced by a fresh parameter of another shape."
+    "Tensors (by their names in the model) that the model lacks, or whose parameter is fresh and of another shape."
     return [
         new
         for new, old in names.items()
@@ -135,7 +135,7 @@ def left_over(tensors: Mapping, target: Mapping, names: Mapping[str, str], ignor
 
 # %% ../../nbs/assets/accounting.ipynb #ed4c9871
 def copy_all(tensors: Mapping, target: Mapping, names: Mapping[str, str]) -> dict[str, int]:
-    "Copy, and count the conversions from one type of number to another."
+    "Copy, and count the conversions between number types."
     import torch
 
     casts: dict[str, int] = {}
@@ -159,9 +159,9 @@ def load_state(
     """
     Copy `tensors` into a torch module and account for all of them.
 
-    rename: a function of a tensor's name, or {old beginning: new beginning}. ignore: beginnings of the names of tensors
+    rename: a function of a tensor's name, or {old beginning: new beginning}. ignore: prefixes of the names of tensors
     that may stay unused; fresh: of parameters that may keep their values. AssetError, before anything is copied:
-    leftovers, gaps, shapes that do not fit; it lists every one.
+    unused tensors, missing parameters, shapes that differ; it lists every one.
     """
     ignore, fresh = tuple(ignore), tuple(fresh)
     target = {name: value for name, value in module.state_dict().items() if hasattr(value, "shape")}

@@ -45,7 +45,7 @@ def split_path(path: str) -> tuple[str, list[str]]:
         place = ROOT.joinpath(*parts[1:n])
         if n > 1 and place.with_suffix(".py").exists():
             return ".".join(parts[:n]), parts[n:]
-    raise OptionError(f"{path!r} is no function of this package: no module on its way has a file")
+    raise OptionError(f"{path!r} is not a function of this package: no module of this path has a file")
 
 # %% ../../nbs/commands/signatures.ipynb #2fbeb7cd
 def named(node: ast.stmt, name: str) -> bool:
@@ -68,7 +68,7 @@ def imported_from(node: ast.stmt, name: str, module: str) -> tuple[str, str] | N
 
 # %% ../../nbs/commands/signatures.ipynb #77ad5ca9
 def definition(module: str, name: str) -> tuple[ast.stmt, str] | None:
-    "The statement that defines `name` as `module` sees it, and the module that it stands in; None for foreign names."
+    "The statement that defines `name` as `module` sees it, and its module; None for names from other packages."
     for node in source_of(module).tree.body:
         if named(node, name):
             return node, module
@@ -120,7 +120,7 @@ def literal_values(node: ast.expr, module: str) -> tuple:
 
 # %% ../../nbs/commands/signatures.ipynb #1b4ba03e
 def kind_of(node: ast.expr) -> str | None:
-    "The kind of one alternative: 'int', 'list', ...; None where it has no form on a command line."
+    "The kind of one alternative: 'int', 'list', ...; None if it cannot be given on a command line."
     name = ast.unparse(node.value if isinstance(node, ast.Subscript) else node).split(".")[-1]
     return "list" if name in LISTS else KINDS.get(name)
 
@@ -175,13 +175,13 @@ def method_node(owner: ast.ClassDef, name: str, module: str) -> tuple[ast.stmt, 
 
 # %% ../../nbs/commands/signatures.ipynb #f80a39aa
 def function_node(path: str) -> tuple[ast.FunctionDef, str]:
-    "The definition of a function or method by its dotted path, and the module that it stands in. OptionError."
+    "The definition of a function or method by its dotted path, and its module. OptionError."
     module, names = split_path(path)
     found = definition(module, names[0])
     for name in names[1:]:
         found = method_node(found[0], name, found[1]) if found and isinstance(found[0], ast.ClassDef) else None
     if found is None or not isinstance(found[0], ast.FunctionDef):
-        raise OptionError(f"{path!r} is no function of this package")
+        raise OptionError(f"{path!r} is not a function of this package")
     return found
 
 # %% ../../nbs/commands/signatures.ipynb #27894f6f

@@ -24,28 +24,28 @@ def classes_of(labels: np.ndarray, label: str) -> tuple[np.ndarray, np.ndarray]:
     "The sorted classes and each cell's class number; DataError for one class only or a class of one cell."
     classes, codes = np.unique(np.asarray(labels).astype(str), return_inverse=True)
     if not len(labels):
-        raise DataError(f"there are no cells with obs[{label!r}] to learn from; check the filters before")
+        raise DataError(f"there are no cells with obs[{label!r}] to train on; check the filters before this")
     if len(classes) < 2:
         raise DataError(
             f"obs[{label!r}] has a single class, {str(classes[0])!r}, in all {len(labels):,} cells: "
-            "there is nothing to tell apart; choose another column or add cells of another class"
+            "there is nothing to distinguish; choose another column or add cells of another class"
         )
     sizes = np.bincount(codes)
     if sizes.min() < 2:
         rare = classes[sizes < 2]
         raise DataError(
-            f"class {str(rare[0])!r} of obs[{label!r}] has 1 cell; a class needs at least 2, one to "
-            "learn from and one to judge by. Leave it out or join it with another"
+            f"class {str(rare[0])!r} of obs[{label!r}] has 1 cell; a class needs at least 2, one for training and "
+            "one for evaluation. Leave it out or join it with another"
         )
     return classes, codes
 
 # %% ../../nbs/crossfit/labels.ipynb #ec7fb31f
 def check_class_folds(parts: list[Split], classes: np.ndarray, codes: np.ndarray, label: str) -> None:
-    "DataError where a fold has no test cells, or a class is missing from a fold's training cells."
+    "DataError if a fold has no test cells, or a class is missing from a fold's training cells."
     for k, part in enumerate(parts):
         if not len(part.test):
             raise DataError(
-                f"fold {k} has no test cells to be judged by; make the split with a test part, such as "
+                f"fold {k} has no test cells; make the split with a test part, such as "
                 "hold_out(adata, fractions=(.8, .1, .1))"
             )
         missing = np.setdiff1d(np.arange(len(classes)), codes[part.train])
@@ -70,12 +70,16 @@ def predicted_classes(probabilities: pd.DataFrame, label: str) -> pd.DataFrame:
 
 # %% ../../nbs/crossfit/labels.ipynb #880cabc7
 def write_predictions(adata: AnnData, rows: np.ndarray, predicted: pd.DataFrame, parameters: dict) -> None:
-    """Put what `predicted_classes` found for the cells `rows` into obs; the other cells get none, with a warning.
+    """Write the result of `predicted_classes` for the cells `rows` into obs; other cells get missing values, with a
+    warning.
 
     Writes obs[{label}_predicted], obs[{label}_confidence] and uns[{label}_predicted]["params"].
     """
     if len(rows) < adata.n_obs:
-        warn(f"{adata.n_obs - len(rows):,} of {adata.n_obs:,} cells have no gene the model knows: no prediction")
+        warn(
+            f"{adata.n_obs - len(rows):,} of {adata.n_obs:,} cells have no gene that the model knows: they get no "
+            "prediction"
+        )
     name, confidence = predicted.columns
     codes = np.full(adata.n_obs, -1)
     codes[rows] = predicted[name].cat.codes

@@ -30,7 +30,7 @@ NEW, TRAINED = -1, -2  # no model was trained on the row; all models were
 
 
 def held_out_fold(n: int, parts: list[Split]) -> np.ndarray:
-    "For each of n rows: the first fold that tests it, TRAINED where all train on it, NEW where no fold has it."
+    "For each of n rows: the first fold that tests it, TRAINED if all folds train on it, NEW if no fold contains it."
     fold = np.full(n, NEW, dtype=np.int64)
     for part in parts:
         fold[part.train] = fold[part.valid] = TRAINED
@@ -56,9 +56,9 @@ class TrainedOn:
         kind: str = "cell",
         contents: Mapping[str, np.ndarray] | None = None,
     ) -> TrainedOn:
-        """From the names of all rows and the parts of each fold; a row in no part of any fold stays NEW.
+        """From the names of all rows and the parts of each fold; a row that is in no fold is NEW.
 
-        contents: hashes of what the rows contain (`count_contents`, `token_contents`)."""
+        contents: hashes of the rows' contents (`count_contents`, `token_contents`)."""
         keys, fold = keys_of(names, kind), held_out_fold(len(names), parts)
         order = np.argsort(keys, kind="stable")
         order = order[fold[order] != NEW]
@@ -66,7 +66,7 @@ class TrainedOn:
 
     @classmethod
     def nothing(cls, kind: str = "cell") -> TrainedOn:
-        "The record of a model whose training data are not known: every row is NEW."
+        "The record of a model with unknown training data: every row is NEW."
         return cls(np.empty(0, np.uint64), np.empty(0, np.int64), kind)
 
     def fold_of(
@@ -74,7 +74,7 @@ class TrainedOn:
     ) -> np.ndarray:
         """The fold for each name: k, NEW or TRAINED.
 
-        contents: of these rows; a known name with another content is NEW, and a warning counts such rows."""
+        contents: of these rows; a known name with different content is NEW, and a warning counts such rows."""
         if not len(self.keys):
             return np.full(len(names), NEW)
         keys = keys_of(names, self.kind)
@@ -95,12 +95,12 @@ class TrainedOn:
 
 # %% ../../nbs/crossfit/membership.ipynb #02f5a618
 def keys_of(names: Sequence[str] | pd.Index | np.ndarray, kind: str = "cell") -> np.ndarray:
-    "64-bit keys of the names of rows; a name that repeats is told apart by how often it came before."
+    "64-bit keys of the names of rows; repeated names are distinguished by their number of earlier occurrences."
     return np.array([keyed_seed(0, kind, name) for name in by_occurrence(names)], dtype=np.uint64)
 
 # %% ../../nbs/crossfit/membership.ipynb #65d38f1d
 def scrambled(values: np.ndarray) -> np.ndarray:
-    "64-bit numbers mixed so that near ones are far apart (splitmix64; Steele et al. 2014)."
+    "64-bit numbers, mixed so that similar ones become very different (splitmix64; Steele et al. 2014)."
     values = (values + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -108,13 +108,13 @@ def scrambled(values: np.ndarray) -> np.ndarray:
 
 
 def row_sums(values: np.ndarray, indptr: np.ndarray) -> np.ndarray:
-    "Sums of 64-bit numbers by row, scrambled again: the content of each row."
+    "Sums of 64-bit numbers by row, mixed again: a hash of the content of each row."
     running = np.concatenate([np.zeros(1, np.uint64), np.cumsum(values, dtype=np.uint64)])
     return scrambled(running[indptr[1:]] - running[indptr[:-1]])
 
 # %% ../../nbs/crossfit/membership.ipynb #92bb13ce
 def gene_columns(genes: Sequence[str] | np.ndarray) -> tuple[csr_matrix, np.ndarray]:
-    "What sums the columns of one gene [columns, genes], and a key for each gene (0 for '', which is none)."
+    "The matrix that sums the columns of each gene [columns, genes], and a key for each gene (0 for '', no gene)."
     from scipy.sparse import csr_matrix
 
     names, place = np.unique(np.asarray(genes, dtype=object).astype(str), return_inverse=True)
@@ -123,7 +123,7 @@ def gene_columns(genes: Sequence[str] | np.ndarray) -> tuple[csr_matrix, np.ndar
 
 
 def matrix_contents(matrix: csr_matrix, columns: tuple[csr_matrix, np.ndarray]) -> np.ndarray:
-    "The content of each row of counts [cells, columns] as uint64; `columns` from `gene_columns`."
+    "A hash of each row of counts [cells, columns], uint64; `columns` from `gene_columns`."
     by_gene, gene = matrix @ columns[0], columns[1]
     by_gene.eliminate_zeros()
     counts = by_gene.data.astype(np.float32).view(np.uint32).astype(np.uint64)
@@ -132,7 +132,7 @@ def matrix_contents(matrix: csr_matrix, columns: tuple[csr_matrix, np.ndarray]) 
 
 # %% ../../nbs/crossfit/membership.ipynb #4509a155
 def count_contents(adata: AnnData, layer: str | None = None) -> np.ndarray:
-    "The content of each cell by the counts that `layer` names, read in row blocks: uint64 [cells]."
+    "A hash of the counts of each cell in `layer`, read in row blocks: uint64 [cells]."
     from scellfm.data.genes import gene_ids, plain_id
     from scellfm.data.reading import count_blocks, genes_of
 
@@ -142,7 +142,7 @@ def count_contents(adata: AnnData, layer: str | None = None) -> np.ndarray:
 
 # %% ../../nbs/crossfit/membership.ipynb #f87f5664
 def token_contents(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    "The content of each cell by its tokens in their order: uint64 [cells]."
+    "A hash of the ordered tokens of each cell: uint64 [cells]."
     offsets = np.asarray(offsets, dtype=np.int64)
     place = np.arange(len(tokens)) - np.repeat(offsets[:-1], np.diff(offsets))
     return row_sums(
@@ -151,7 +151,7 @@ def token_contents(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/crossfit/membership.ipynb #4f730828
 def cell_contents(data: Any, cells: Any = None, layer: str | None = None) -> dict[str, np.ndarray]:
-    "The contents of cells as `TrainedOn` takes them: of their counts where `data` has them, and of their tokens."
+    "The hashes of cells for `TrainedOn`: of their counts if `data` has them, and of their tokens."
     found = {}
     if hasattr(data, "var_names"):
         counts = count_contents(data, layer)
@@ -165,28 +165,29 @@ def cell_contents(data: Any, cells: Any = None, layer: str | None = None) -> dic
 def same_contents(
     trained_on: TrainedOn, at: np.ndarray, known: np.ndarray, contents: Mapping[str, np.ndarray]
 ) -> np.ndarray:
-    "Whether rows with a `known` name have the content of the rows `at` of the record (bool); warns where not."
+    "Whether rows with a `known` name have the same content as the rows `at` of the record (bool); warns if not."
     common = next((name for name in contents if name in trained_on.contents), None)
     if common is None:
         if known.any():
             warn(
-                f"{known.sum():,} of {len(known):,} {trained_on.kind}s are known to the model by their names alone: "
-                "its record holds no contents of the same kind. Are they the same? Other cells may have the same names"
+                f"{known.sum():,} of {len(known):,} {trained_on.kind}s were recognised by their names alone, because "
+                "the model's record holds no hashes of the same kind. Check that they are the same: other cells may "
+                "have the same names"
             )
         return known
     same = trained_on.contents[common][at] == contents[common]
     others = known & ~same
     if others.any():
         warn(
-            f"{others.sum():,} of {len(known):,} {trained_on.kind}s have the name of one that the model was trained on "
-            "and another content: they are taken for new ones. If they are the same (other genes, another layer), what "
-            "is said of them is not held out"
+            f"{others.sum():,} of {len(known):,} {trained_on.kind}s have the name of one that the model was trained "
+            "on but different content: they are treated as new. If they are the same (other genes, another layer), "
+            "their predictions are not held out"
         )
     return same
 
 # %% ../../nbs/crossfit/membership.ipynb #aa6b9381
 def record_file(folder: Path, kind: str) -> Path:
-    "Where the record lies: cells.safetensors for cells."
+    "The file of the record: cells.safetensors for cells."
     return folder / f"{kind}s.safetensors"
 
 
@@ -219,28 +220,29 @@ def load_membership(folder: Path, kind: str = "cell") -> TrainedOn:
     if not whole or not ordered or len(keys) != len(fold):
         raise AssetError(
             f"{path} is damaged: keys has the shape {keys.shape} ({keys.dtype}), fold {fold.shape} ({fold.dtype}); "
-            "both are one column, keys ascending. Save the classifier again"
+            "both must be one column, keys ascending. Save the classifier again"
         )
     return TrainedOn(keys, fold, kind, contents)
 
 # %% ../../nbs/crossfit/membership.ipynb #5cafc7e4
 def warn_of_trained(fold: np.ndarray) -> None:
-    "Warn where every model was trained on a cell (`fold` from `TrainedOn.fold_of`)."
+    "Warn if every model was trained on a cell (`fold` from `TrainedOn.fold_of`)."
     if (fold == TRAINED).any():
         warn(
-            f"{(fold == TRAINED).sum():,} of {len(fold):,} cells were trained on by every model: what is said of them "
-            "is memory, not judgement; with split=folds(...) each cell is judged by a model that has not seen it"
+            f"{(fold == TRAINED).sum():,} of {len(fold):,} cells were used to train every model, so their "
+            "predictions are not held out; with split=folds(...) each cell is predicted by a model that was not "
+            "trained on it"
         )
 
 # %% ../../nbs/crossfit/membership.ipynb #fa7f57f4
 def check_cells(names: pd.Index, split: Split | Folds, n: int) -> None:
-    "DataError where there are no cells, or the split is not of the `n` cells of the data; warns of repeated names."
+    "DataError if there are no cells, or the split is not of the `n` cells of the data; warns of repeated names."
     if not len(names):
-        raise DataError("there are no cells to learn from; check the filters before")
+        raise DataError("there are no cells to train on; check the filters before this")
     if not names.is_unique:
         warn(
-            f"obs_names repeat (e.g. {names[names.duplicated()][0]!r}); which models have seen a cell is told by its "
-            "name and by how often the name came before: keep the order, or call adata.obs_names_make_unique()"
+            f"obs_names repeat (e.g. {names[names.duplicated()][0]!r}); training cells are recognised by name and, "
+            "for repeated names, by their order: keep the order, or call adata.obs_names_make_unique()"
         )
     of = split.folds()[0].n
     if of != n:
@@ -257,7 +259,7 @@ def resolve_folds(
     """(the folds as rows of the model's data, each part in the order of the names; the groups of the rows, or None).
 
     obs: of the rows of the model's data. n: cells of the data that were split; None: the same.
-    rows_of: rows of the model's data for positions in the data, without those that it cannot read; None: the same.
+    rows_of: rows of the model's data for positions in the data, without cells that it cannot use; None: the same.
     Raises DataError.
     """
     check_cells(obs.index, split, len(obs) if n is None else n)

@@ -18,7 +18,7 @@ __all__ = ['row_names', 'score_table', 'class_score_table']
 
 # %% ../../nbs/crossfit/tables.ipynb #51054a1e
 def row_names(model: str, unit: str = "cells") -> tuple[str, str]:
-    "The rows of a model in a table of scores: judged on what was held out, and on its training cells (or genes)."
+    "The rows of a model in a table of scores: on held-out cells, and on its training cells (or genes)."
     return f"{model} (held out)", f"{model} (training {unit})"
 
 # %% ../../nbs/crossfit/tables.ipynb #03f72eca
@@ -59,7 +59,7 @@ def class_score_table(
     groups: np.ndarray | None,
     *,
     model: str,
-    origin: dict,  # where the scores came from; its "label" begins the title
+    origin: dict,  # the source of the scores; its "label" begins the title
     n_boot: int = 200,
     seed: int = 0,
     unit: str = "cells",

@@ -25,30 +25,30 @@ __all__ = []
 
 # %% ../../nbs/data/tenx.ipynb #f8fbd458
 def prefixes(folder: Path) -> list[str]:
-    "The prefixes of the samples in a folder: what stands before `matrix.mtx`."
+    "The prefixes of the samples in a folder: the part of the file name before `matrix.mtx`."
     return sorted(
         {path.name.split("matrix.mtx")[0] for path in folder.glob("*matrix.mtx*") if path.name.endswith(("mtx", "gz"))}
     )
 
 
 def part(folder: Path, prefix: str, *names: str) -> Path:
-    "The file of a sample by one of its names, packed or not; DataError if there is none."
+    "The file of a sample by one of its names, compressed or not; DataError if there is none."
     for name in names:
         for suffix in ("", ".gz"):
             if (folder / f"{prefix}{name}{suffix}").is_file():
                 return folder / f"{prefix}{name}{suffix}"
     there = sorted(path.name for path in folder.iterdir())[:8]
-    raise DataError(f"{folder} has no {prefix}{names[0]}[.gz], which goes with {prefix}matrix.mtx; it holds {there}")
+    raise DataError(f"{folder} has no {prefix}{names[0]}[.gz], which belongs to {prefix}matrix.mtx; it holds {there}")
 
 
 def lines(path: Path) -> list[list[str]]:
-    "The fields of each line of a tab-separated file, packed or not."
+    "The fields of each line of a tab-separated file, compressed or not."
     with gzip.open(path, "rt", encoding="utf8") if path.suffix == ".gz" else open(path, encoding="utf8") as file:
         return [line.rstrip("\r\n").split("\t") for line in file if line.strip("\r\n")]
 
 # %% ../../nbs/data/tenx.ipynb #0d74a973
 def check_claims(path: Path, genes: int, cells: int) -> None:
-    "ValueError where the first line of a matrix file does not fit the lists beside it, or the size of the file."
+    "ValueError if the first line of a matrix file does not fit the lists beside it, or the size of the file."
     with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
         first = next((line for line in file if not line.startswith("%")), "").split()
     if len(first) not in (2, 3) or not all(word.isdecimal() for word in first):
@@ -65,7 +65,7 @@ def check_claims(path: Path, genes: int, cells: int) -> None:
 
 # %% ../../nbs/data/tenx.ipynb #06682327
 def gene_table(rows: list[list[str]]):
-    "The table of genes, as scanpy makes it: symbols as names, gene_ids, feature_types; one column gives the names."
+    "The table of genes in scanpy's form: symbols as names, gene_ids, feature_types; one column gives the names."
     import pandas as pd
 
     width = min(map(len, rows), default=1)
@@ -81,7 +81,7 @@ EXPRESSION = "Gene Expression"  # the type of features that are genes; antibodie
 
 
 def only_genes(adata: AnnData) -> AnnData:
-    "The features that are genes, where types are known and there are such features."
+    "The features that are genes, if their types are given and some are genes; else all."
     if "feature_types" not in adata.var or (adata.var["feature_types"] == EXPRESSION).all():
         return adata
     return adata[:, adata.var["feature_types"] == EXPRESSION].copy()
@@ -104,7 +104,7 @@ def read_sample(folder: Path, prefix: str) -> AnnData:
 
 # %% ../../nbs/data/tenx.ipynb #5164466b
 def together(samples: dict[str, AnnData], folder: Path) -> AnnData:
-    "Samples as one AnnData with a column `sample`; DataError where they do not have the same genes."
+    "Samples as one AnnData with a column `sample`; DataError if they do not have the same genes."
     import anndata
 
     first = next(iter(samples.values()))
@@ -125,7 +125,7 @@ def together(samples: dict[str, AnnData], folder: Path) -> AnnData:
 
 # %% ../../nbs/data/tenx.ipynb #1649fee5
 def read_folder(folder: Path, prefix: str | None = None) -> AnnData:
-    "A 10x folder: its only sample, that with `prefix`, or every one (prefix='all'); DataError where there are several."
+    "A 10x folder: its only sample, that with `prefix`, or every one (prefix='all'); DataError if there are several."
     there = prefixes(folder)
     if prefix == "all":
         with damage_named(folder):
@@ -200,7 +200,7 @@ def chosen_group(file, path: Path, genome: str | None) -> str:
         raise OptionError(f"{path} has no genome={genome!r}; there is: {groups}")
     if genome is None and len(groups) != 1:
         raise DataError(
-            f"{path} holds {len(groups)} genomes, {groups}, each with a matrix of its own; choose one with genome="
+            f"{path} holds {len(groups)} genomes, {groups}, each with its own matrix; choose one with genome="
         )
     return genome or groups[0]
 

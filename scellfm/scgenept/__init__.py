@@ -1,4 +1,4 @@
-"""scGenePT: the effect of perturbations on expression, predicted with what is written about genes."""
+"""scGenePT: predicts the effect of perturbations on expression, with texts about genes."""
 
 from scellfm import _lazy
 

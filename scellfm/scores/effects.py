@@ -22,11 +22,11 @@ __all__ = ['Effects', 'measure_effects', 'labels_of']
 
 # %% ../../nbs/scores/effects.ipynb #94245776
 CONTROL = "ctrl"
-FILLERS = ("ctrl", "control")  # words for 'no gene', in capitals or not
+FILLERS = ("ctrl", "control")  # words for 'no gene', in upper or lower case
 
 
 def perturbation_name(label: str, control: str = CONTROL) -> str:
-    "The genes of a label sorted and joined by '+'; 'ctrl' where there is none."
+    "The genes of a label sorted and joined by '+'; 'ctrl' if there is none."
     label = str(label).strip()
     parts = [] if label == control else [part.strip() for part in label.split("+")]
     if "" in parts:
@@ -46,7 +46,7 @@ def names_of(labels: Iterable[str], control: str, as_published: bool = False) ->
 
 # %% ../../nbs/scores/effects.ipynb #e5948cb4
 def halves_of(names: Sequence[str], groups: np.ndarray, seed: int) -> np.ndarray:
-    "0 (half A) or 1 (half B) for each cell, dealt out within each group in a keyed order."
+    "0 (half A) or 1 (half B) for each cell, assigned within each group in a keyed random order."
     keys = np.array([keyed_seed(seed, "half", name) for name in names], dtype=np.uint64)
     order = np.lexsort((keys, groups))
     starts = np.flatnonzero(np.r_[True, np.diff(groups[order]) != 0])
@@ -102,7 +102,7 @@ def welch(mean, variance, n, other_mean, other_variance, other_n) -> tuple[np.nd
 
 # %% ../../nbs/scores/effects.ipynb #7350e505
 def specific_weights(t: np.ndarray) -> np.ndarray:
-    "Weights [conditions, genes] that sum to 1: |t| scaled to 0..1 and squared; NaN where nothing can be told."
+    "Weights [conditions, genes] that sum to 1: |t| scaled to 0..1 and squared; NaN where t is not defined."
     size = np.where(np.isfinite(t), np.abs(t), 0.0)
     low, high = size.min(1, keepdims=True), size.max(1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -141,7 +141,7 @@ class Moments:
 # %% ../../nbs/scores/effects.ipynb #165990b8
 @dataclass(repr=False)
 class Effects:
-    "What was measured: perturbations x genes for all cells and for halves A and B, with the control cells."
+    "The measured effects: perturbations x genes for all cells and for halves A and B, with the control cells."
 
     conditions: list[str]
     genes: pd.Index
@@ -185,7 +185,7 @@ class Effects:
         return np.argsort(-np.where(np.isfinite(t), np.abs(t), 0.0), axis=1, kind="stable")
 
     def detected(self) -> np.ndarray:
-        "Genes that are no dropout, as GEARS defines it: not zero in the condition, or zero in control as well."
+        "Genes that are not dropouts, as GEARS defines it: not zero in the condition, or zero in control as well."
         return (self.mean != 0) | (self.control_mean == 0)[None]
 
     def __repr__(self) -> str:
@@ -193,7 +193,7 @@ class Effects:
 
 # %% ../../nbs/scores/effects.ipynb #1333e258
 def perturbations_among(names: np.ndarray, condition: str, control: str) -> list[str]:
-    "The perturbations among the names of cells, sorted. DataError where there are no controls, or nothing else."
+    "The perturbations among the names of cells, sorted. DataError: no controls, or only controls."
     conditions = sorted(set(names) - {CONTROL})
     if CONTROL not in set(names):
         raise DataError(
@@ -208,12 +208,13 @@ def perturbations_among(names: np.ndarray, condition: str, control: str) -> list
 def measure_effects(
     adata: AnnData,
     *,
-    condition: str = "condition",  # the column of obs with the perturbation of each cell
+    condition: str = "condition",  # column of obs that holds the perturbations
     control: str = "ctrl",  # its label for unperturbed cells
     as_published: bool = False,  # keep 'A+ctrl' and 'ctrl+A' apart
     seed: int = 0,  # for the halves
 ) -> Effects:
-    "Means, variances and halves of every perturbation. DataError: no controls, counts, missing labels, a gene twice."
+    """Means, variances and halves of every perturbation. DataError: no controls, raw counts, missing labels, a
+    repeated gene."""
     names = names_of(labels_of(adata, condition), control, as_published)
     conditions = perturbations_among(names, condition, control)
     check_scale(adata.X, "truth")
@@ -239,5 +240,5 @@ def labels_of(adata: AnnData, condition: str) -> np.ndarray:
         raise DataError(f"obs[{condition!r}] is missing for {missing.sum():,} cells; leave them out")
     if not adata.var_names.is_unique:
         twice = adata.var_names[adata.var_names.duplicated()][:3]
-        raise DataError(f"genes are there more than once, e.g. {list(twice)}; sum them or make their names unique")
+        raise DataError(f"genes appear more than once, e.g. {list(twice)}; sum them or make their names unique")
     return adata.obs[condition].astype(str).to_numpy(dtype=object)

@@ -1,4 +1,4 @@
-"""Donors as evidence, genes like it as the standard: the test of a screen, the usual tests beside it, known targets."""
+"""The test of a screen against similar genes and the variation between donors; other tests for comparison; known targets."""
 
 from scellfm import _lazy
 

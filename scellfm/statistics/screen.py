@@ -22,7 +22,7 @@ WINDOW = 50  # genes nearest in rank that a shift is compared with
 
 
 def by_cell_and_rank(table: Shifts) -> np.ndarray:
-    """The order of rows by cell, rank and gene: one sort of whole numbers where ranks are whole (ten times faster),
+    """The order of rows by cell, rank and gene: one sort of whole numbers if ranks are whole (ten times faster),
     else of three keys."""
     genes, ranks = len(table.genes), table.rank.max() + 1
     if (table.rank % 1 == 0).all() and (table.cell.max() + 1.0) * ranks * genes < 2.0**62:
@@ -50,11 +50,11 @@ def matched_residuals(table: Shifts) -> np.ndarray:
     return residual
 
 # %% ../../nbs/statistics/screen.ipynb #22af7361
-MIN_CELLS, MIN_DONORS = 10, 3  # a donor counts for a gene with so many cells; a gene is tested with so many donors
+MIN_CELLS, MIN_DONORS = 10, 3  # cells that a donor needs to count for a gene; donors that a gene needs to be tested
 
 
 def steadied(variance: np.ndarray, freedom: np.ndarray) -> np.ndarray:
-    "Variances between cells, each drawn towards the typical one by 30 degrees of freedom."
+    "Variances between cells, each shrunk towards the typical variance with 30 prior degrees of freedom."
     typical = np.median(variance[freedom >= MIN_CELLS]) if (freedom >= MIN_CELLS).any() else 0.0
     return (freedom * variance + 30 * typical) / (freedom + 30)
 
@@ -62,8 +62,7 @@ def steadied(variance: np.ndarray, freedom: np.ndarray) -> np.ndarray:
 def donor_means(table: Shifts, residual: np.ndarray) -> dict[str, np.ndarray]:
     """Per gene: `mean` and `n` [genes, donors], `used` (donors with enough cells), `effect` = mean of donor means,
     their variance `s2`,
-    `noise` = variance between cells of a donor times the mean over donors of 1/n: what the number of cells alone
-    makes `s2` be.
+    `noise` = variance between cells of a donor times the mean over donors of 1/n: the part of `s2` from sampling cells.
     """
     size, donors, kept = len(table.genes), max(table.n_donors, 1), np.isfinite(residual)
     code, residual = (table.gene * donors + table.donor)[kept], residual[kept]
@@ -72,11 +71,11 @@ def donor_means(table: Shifts, residual: np.ndarray) -> dict[str, np.ndarray]:
     squares = exact_sums((residual - mean[code]) ** 2, code, size * donors).reshape(size, donors)
     n, mean = n.reshape(size, donors), mean.reshape(size, donors)
     used = n >= MIN_CELLS
-    used = np.where(used.any(1, keepdims=True), used, n > 0)  # a gene with few cells is shown, from what there is
+    used = np.where(used.any(1, keepdims=True), used, n > 0)  # with few cells, every donor counts
     count = np.maximum(used.sum(1), 1)
 
     def add(values):
-        "Sum over the donors used, in an order that their names do not decide."
+        "Sum over the donors used, in an order that does not depend on their names."
         return np.sort(np.where(used, values, 0.0), axis=1).sum(1)
 
     effect = np.where(used.any(1), add(mean) / count, np.nan)
@@ -87,7 +86,7 @@ def donor_means(table: Shifts, residual: np.ndarray) -> dict[str, np.ndarray]:
 
 # %% ../../nbs/statistics/screen.ipynb #08c74958
 def pooled_variance(s2: np.ndarray, noise: np.ndarray, freedom: np.ndarray) -> np.ndarray:
-    """What variance of donor means the genes have as a rule, given each gene's `noise`: omega2 + sigma2 * noise,
+    """The typical variance of donor means, given each gene's `noise`: omega2 + sigma2 * noise,
     robustly fitted."""
     from scipy.optimize import nnls
     from scipy.stats import chi2
@@ -121,7 +120,7 @@ def error_freedom(ratio: np.ndarray, freedom: np.ndarray) -> np.ndarray:
     return np.maximum(freedom + 4, np.minimum((freedom + 4) ** 2 / freedom, prior + freedom))
 
 # %% ../../nbs/statistics/screen.ipynb #cb2076dc
-MATCHED, MIN_MATCHED = 100, 50  # genes that a gene is compared with, wished for and at least
+MATCHED, MIN_MATCHED = 100, 50  # number of genes that a gene is compared with: the aim, and the least
 
 
 def gene_features(rank: np.ndarray, detection: np.ndarray) -> np.ndarray:
@@ -166,7 +165,7 @@ def expected_effect(features: np.ndarray, near: np.ndarray, effect: np.ndarray) 
 CUT, CUT_MEAN = (
     2.8,
     0.9554457874958769,
-)  # |z| beyond which a neighbour does not count; mean of z^2 of a normal variable below it
+)  # |z| beyond which a neighbour is ignored; mean of z^2 of a normal variable below it
 
 
 def offset_trend(features: np.ndarray, deviation: np.ndarray, se2: np.ndarray) -> np.ndarray:
@@ -210,7 +209,7 @@ def between_gene_variance(deviation: np.ndarray, se2: np.ndarray, scale: np.ndar
 
 # %% ../../nbs/statistics/screen.ipynb #8b43ad8f
 def percentile(value: np.ndarray, others: np.ndarray) -> np.ndarray:
-    "Where each value [genes] stands among others [genes, k]: 0 below all, 100 above all; NaN for NaN."
+    "The percentile of each value [genes] among others [genes, k]: 0 below all, 100 above all; NaN for NaN."
     below = (others < value[:, None]).mean(1) + 0.5 * (others == value[:, None]).mean(1)
     return np.where(np.isnan(value), np.nan, 100 * below)
 
@@ -286,14 +285,14 @@ def explore(effect: np.ndarray, n_cells: np.ndarray, features: np.ndarray) -> di
 
 # %% ../../nbs/statistics/screen.ipynb #91996f96
 def _tail_ratio(z: np.ndarray) -> float:
-    "q90/q50 of |z|; warns where it is far above that of a normal variable."
+    "q90/q50 of |z|; warns if it is far above that of a normal variable."
     middle, high = np.quantile(np.abs(z), [0.5, 0.9])
     ratio = float(high / middle) if middle > 0 else np.nan
     if ratio > TAIL_WARNING:
         warn(
-            f"heavy tails: q90/q50 of |z| is {ratio:.2f}, 2.44 if effects of genes were normal. Either many genes are "
+            f"heavy tails: q90/q50 of |z| is {ratio:.2f}, 2.44 for normally distributed effects. Either many genes are "
             "drivers, "
-            "or a called gene may be the extreme of an ordinary spread; look at the percentiles and at replication"
+            "or a significant gene may be the extreme of an ordinary spread; look at the percentiles and at replication"
         )
     return ratio
 
@@ -337,7 +336,7 @@ def screen_test(shifts: pd.DataFrame, *, log2fc: Mapping | pd.Series | None = No
     size, unit = (
         len(table.genes),
         np.abs(table.shift).max() or 1.0,
-    )  # in units of the largest shift: no scale enters anywhere
+    )  # in units of the largest shift, so that results do not depend on the scale
     table.shift = table.shift / unit
     summary = donor_means(table, matched_residuals(table))
     rows, n_all = np.bincount(table.gene, minlength=size), table.cell.max() + 1

@@ -1,4 +1,4 @@
-"""Genes deleted, overexpressed or shifted in silico, and what the cells' embeddings do then."""
+"""Genes deleted, overexpressed or shifted in silico, and the change of the cells' embeddings."""
 
 from scellfm import _lazy
 

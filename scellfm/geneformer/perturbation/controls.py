@@ -12,7 +12,7 @@ from ...statistics.screen import MIN_GENES, gene_features
 
 # %% ../../../nbs/geneformer/perturbation/controls.ipynb #7c10c005
 def rank_and_detection(cells, special: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "The tokens of the genes that cells have, their mean rank in the cells that have them, the share of cells."
+    "The tokens of the cells, their mean rank in the cells that have them, and the share of these cells."
     first, n = int(special), len(cells)
     genes = [np.asarray(cells[i], dtype=np.int64)[first : len(cells[i]) - first] for i in range(n)]
     tokens, ranks = np.concatenate(genes), np.concatenate([np.arange(len(own)) for own in genes])
@@ -22,7 +22,7 @@ def rank_and_detection(cells, special: bool) -> tuple[np.ndarray, np.ndarray, np
 
 
 def matched_controls(cells, targets: np.ndarray, n: int, special: bool) -> np.ndarray:
-    "The tokens of about `n` genes like each of the tokens `targets`, ascending; with the targets MIN_GENES at least."
+    "The tokens of about `n` genes similar to each of `targets`, ascending; with the targets at least MIN_GENES."
     tokens, rank, detection = rank_and_detection(cells, special)
     features, is_target = gene_features(rank, detection), np.isin(tokens, targets)
     if n == 0 or not is_target.any():

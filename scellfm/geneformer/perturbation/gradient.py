@@ -37,8 +37,8 @@ def resolve_gradient(gradient: bool | dict, kind: str, genes, anchor, goal) -> t
         )
     if goal is None:
         raise OptionError(
-            "a gradient screen needs a goal: the cosine of a cell with itself has no slope where nothing is "
-            "deleted; give state=, start= and goal=, or leave gradient out for an exact screen"
+            "a gradient screen needs a goal: without a goal the cosine has no gradient at the unedited cell; give "
+            "state=, start= and goal=, or leave gradient out for an exact screen"
         )
     top, check_cells = (DEFAULTS | given).values()
     check_number("top", top, 1)
@@ -108,7 +108,8 @@ def deletion_estimates(
 def estimate_block(
     gf: GeneformerModel, cells, edits: Edits, index: int, pool: str, states, token_budget: int, bar=None, record=None
 ) -> np.ndarray:
-    "The estimated effects of one block of deletions of single genes; takes and gives what `edits.block_effects` does."
+    """The estimated effects of one block of deletions of single genes; same arguments and result as
+    `edits.block_effects`."""
     which, local = np.unique(edits.cell, return_inverse=True)
     own = cells.take(which)
     effects = np.zeros((len(which), int(own.lengths.max()), len(states)), dtype=np.float32)
@@ -148,7 +149,8 @@ def choose_exact(rows: pd.DataFrame, names: np.ndarray, top: int, check_cells: i
 
 # %% ../../../nbs/geneformer/perturbation/gradient.ipynb #f51b6523
 def agreement(rows: pd.DataFrame, top: int) -> dict:
-    "How well `estimate` finds what `exact` says; rows: gene, cell, estimate, exact of cells with all genes computed."
+    """How well `estimate` finds the leading genes of `exact`; rows: gene, cell, estimate, exact of cells with all
+    genes computed."""
     ranks = rows.groupby("cell", observed=True)[["estimate", "exact"]].rank()
     within = ranks.groupby(rows["cell"], observed=True).apply(lambda part: part["estimate"].corr(part["exact"]))
     candidates = leading_genes(rows, "exact", len(rows))

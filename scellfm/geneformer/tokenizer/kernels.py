@@ -15,7 +15,7 @@ __all__ = []
 
 # %% ../../../nbs/geneformer/tokenizer/kernels.ipynb #b002c308
 def compiled(function: Callable) -> Callable:
-    "`function` compiled at its first call; kept on disk where numba finds a folder that it can write to."
+    "`function` compiled at its first call; cached on disk if numba finds a writable folder."
     try:
         return njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # no such folder
