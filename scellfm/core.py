@@ -178,13 +178,16 @@ KINDS = {
     "os.PathLike": ((os.PathLike,), "a path"),
     "PathLike": ((os.PathLike,), "a path"),
     "None": ((type(None),), "None"),
+    "dict": ((Mapping,), "a dictionary"),
+    "Mapping": ((Mapping,), "a dictionary"),
+    **dict.fromkeys(("list", "tuple", "Sequence", "Collection", "Iterable"), ((Iterable,), "several values")),
 }
 
 
 def _kinds_of(annotation: Any) -> list[str]:
     "The plain kinds that an annotation names; none where it names others, too."
     text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
-    parts = [part.strip() for part in text.split("|")]
+    parts = [part.strip() for part in re.sub(r"\[[^|]*?\]+(?= *(\||$))", "", text).split("|")]
     return parts if all(part in KINDS for part in parts) else []
 
 # %% ../nbs/core.ipynb #14282205
@@ -192,7 +195,8 @@ def check_kinds(kinds: Mapping[str, list[str]], options: Mapping[str, Any]) -> N
     "OptionError for an argument that is of none of the kinds of its parameter."
     for name, value in options.items():
         wanted = kinds.get(name)
-        if wanted and not isinstance(value, tuple(one for kind in wanted for one in KINDS[kind][0])):
+        table = hasattr(value, "keys") and {"Mapping", "dict"} & set(wanted or ())  # a Series is one, too
+        if wanted and not table and not isinstance(value, tuple(one for kind in wanted for one in KINDS[kind][0])):
             words = " or ".join(dict.fromkeys(KINDS[kind][1] for kind in wanted))
             raise OptionError(f"{name} must be {words}, not of the type {type(value).__name__}")
 
