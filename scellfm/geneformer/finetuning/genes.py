@@ -321,6 +321,7 @@ def predict_genes(
 
     DataError if no cell has any of the genes."""
     cells = clf.models[0].cells(data, layer=layer, match=match)
+    check_named(cells)
     wanted = wanted_tokens(clf.models[0].tokenizer, cells, genes)
     cells = cells[has_any(cells, wanted)]
     return prediction_table(clf, *judged_tokens(clf, cells, wanted, token_budget), cells)
