@@ -101,7 +101,7 @@ class World:
 
 
 def doors(w: World) -> dict:
-    "{name: (what is called, its arguments as they should be)}; called for every trial, so that nothing is shared."
+    "{name: a function that gives what is called and its arguments as they should be, made anew for every trial}."
     from scellfm import data, scores, statistics
     from scellfm.data import GeneVectors, read_vectors
     from scellfm.geneformer import Geneformer, RankTokenizer
@@ -114,88 +114,88 @@ def doors(w: World) -> dict:
     goal = dict(state="kind", start="B", goal="T")
     shifts = w.screen.shifts.copy()
     return {
-        "read": (data.read, dict(path=w.place / "cells.h5ad")),
-        "check_counts": (data.check_counts, dict(adata=adata)),
-        "hold_out": (data.hold_out, dict(adata=adata, by="donor")),
-        "folds": (data.folds, dict(adata=adata, by="donor", k=2)),
-        "match_genes": (data.match_genes, dict(ids_or_adata=list(GENES), vocabulary=list(GENES))),
-        "read_vectors": (read_vectors, dict(path=w.place / "vectors")),
-        "GeneVectors": (GeneVectors, dict(genes=["a", "b"], values=np.ones((2, 3)), covered=None, manifest={})),
-        "take": (w.vectors.take, dict(genes=GENES[:3])),
-        "RankTokenizer.fit": (RankTokenizer.fit, dict(adata=adata)),
-        "RankTokenizer": (w.tok, dict(adata=adata)),
-        "tokenize_files": (w.tok.tokenize_files, dict(path_or_folder=w.place / "cells.h5ad", out="out")),
-        "Geneformer.from_config": (Geneformer.from_config, dict(name="tiny", tokenizer=w.tok, device="cpu")),
-        "embed": (w.gf.embed, dict(data=adata)),
-        "embed_genes": (w.gf.embed_genes, dict(data=adata)),
-        "state_embeddings": (w.gf.state_embeddings, dict(data=adata, state="kind")),
-        "finetune": (w.gf.finetune, dict(data=adata, label="kind", split=deal(adata), **short)),
-        "finetune tasks": (w.gf.finetune, dict(data=adata, label=["kind", "side"], split=deal(adata), **short)),
-        "finetune_genes": (
+        "read": lambda: (data.read, dict(path=w.place / "cells.h5ad")),
+        "check_counts": lambda: (data.check_counts, dict(adata=adata)),
+        "hold_out": lambda: (data.hold_out, dict(adata=adata, by="donor")),
+        "folds": lambda: (data.folds, dict(adata=adata, by="donor", k=2)),
+        "match_genes": lambda: (data.match_genes, dict(ids_or_adata=list(GENES), vocabulary=list(GENES))),
+        "read_vectors": lambda: (read_vectors, dict(path=w.place / "vectors")),
+        "GeneVectors": lambda: (GeneVectors, dict(genes=["a", "b"], values=np.ones((2, 3)), covered=None, manifest={})),
+        "take": lambda: (w.vectors.take, dict(genes=GENES[:3])),
+        "RankTokenizer.fit": lambda: (RankTokenizer.fit, dict(adata=adata)),
+        "RankTokenizer": lambda: (w.tok, dict(adata=adata)),
+        "tokenize_files": lambda: (w.tok.tokenize_files, dict(path_or_folder=w.place / "cells.h5ad", out="out")),
+        "Geneformer.from_config": lambda: (Geneformer.from_config, dict(name="tiny", tokenizer=w.tok, device="cpu")),
+        "embed": lambda: (w.gf.embed, dict(data=adata)),
+        "embed_genes": lambda: (w.gf.embed_genes, dict(data=adata)),
+        "state_embeddings": lambda: (w.gf.state_embeddings, dict(data=adata, state="kind")),
+        "finetune": lambda: (w.gf.finetune, dict(data=adata, label="kind", split=deal(adata), **short)),
+        "finetune tasks": lambda: (w.gf.finetune, dict(data=adata, label=["kind", "side"], split=deal(adata), **short)),
+        "finetune_genes": lambda: (
             w.gf.finetune_genes,
             dict(data=adata, classes={"a": GENES[:10], "b": GENES[10:]}, folds=2, **short),
         ),
-        "pretrain": (Geneformer.from_config("tiny", w.tok, device="cpu").pretrain, dict(data=adata, epochs=1)),
-        "search": (
+        "pretrain": lambda: (Geneformer.from_config("tiny", w.tok, device="cpu").pretrain, dict(data=adata, epochs=1)),
+        "search": lambda: (
             w.gf.search,
             dict(data=adata, label="kind", split=deal(adata), trials=1, space={"epochs": [1]}, n_boot=0),
         ),
-        "perturb": (w.gf.perturb, dict(data=adata, genes=GENES[:2], combine="each", **goal)),
-        "perturb by gradient": (w.gf.perturb, dict(data=adata, gradient={"top": 3, "check_cells": 2}, **goal)),
-        "predict": (w.clf.predict, dict(data=adata)),
-        "predict tasks": (w.tasks.predict, dict(data=adata)),
-        "predict genes": (w.genes.predict, dict(data=adata)),
-        "screen of a classifier": (w.clf.perturb, dict(data=adata, genes=GENES[:2], combine="each", **goal)),
-        "table": (w.screen.table, {}),
-        "recover": (w.screen.recover, dict(known=GENES[:2])),
-        "screen_test": (statistics.screen_test, dict(shifts=shifts)),
-        "log2_fold_change": (statistics.log2_fold_change, dict(adata=adata, **goal)),
-        "ScGPT.from_config": (ScGPT.from_config, dict(name="tiny", genes=GENES, device="cpu")),
-        "scGPT embed": (w.gpt.embed, dict(adata=adata)),
-        "scGPT finetune": (w.gpt.finetune, dict(adata=adata, label="kind", split=deal(adata), **short)),
-        "scGPT predict": (w.annotator.predict, dict(data=adata)),
-        "continue_pretraining": (
+        "perturb": lambda: (w.gf.perturb, dict(data=adata, genes=GENES[:2], combine="each", **goal)),
+        "perturb by gradient": lambda: (w.gf.perturb, dict(data=adata, gradient={"top": 3, "check_cells": 2}, **goal)),
+        "predict": lambda: (w.clf.predict, dict(data=adata)),
+        "predict tasks": lambda: (w.tasks.predict, dict(data=adata)),
+        "predict genes": lambda: (w.genes.predict, dict(data=adata)),
+        "screen of a classifier": lambda: (w.clf.perturb, dict(data=adata, genes=GENES[:2], combine="each", **goal)),
+        "table": lambda: (w.screen.table, {}),
+        "recover": lambda: (w.screen.recover, dict(known=GENES[:2])),
+        "screen_test": lambda: (statistics.screen_test, dict(shifts=shifts)),
+        "log2_fold_change": lambda: (statistics.log2_fold_change, dict(adata=adata, **goal)),
+        "ScGPT.from_config": lambda: (ScGPT.from_config, dict(name="tiny", genes=GENES, device="cpu")),
+        "scGPT embed": lambda: (w.gpt.embed, dict(adata=adata)),
+        "scGPT finetune": lambda: (w.gpt.finetune, dict(adata=adata, label="kind", split=deal(adata), **short)),
+        "scGPT predict": lambda: (w.annotator.predict, dict(data=adata)),
+        "continue_pretraining": lambda: (
             ScGPT.from_config("tiny", GENES, device="cpu").continue_pretraining,
             dict(adata=adata, epochs=1),
         ),
-        "ReferenceMap": (ReferenceMap, dict(ref=adata, use_rep="X_one", label="kind", k=3)),
-        "transfer": (w.map.transfer, dict(query=adata)),
-        "integration": (
+        "ReferenceMap": lambda: (ReferenceMap, dict(ref=adata, use_rep="X_one", label="kind", k=3)),
+        "transfer": lambda: (w.map.transfer, dict(query=adata)),
+        "integration": lambda: (
             scores.integration,
             dict(adata=adata, reps=["X_one", "X_two"], batch="side", label="kind", baselines=False),
         ),
-        "classification": (
+        "classification": lambda: (
             scores.classification,
             dict(truth=np.array(list("abab")), probabilities=np.eye(2)[[0, 1, 0, 1]], classes=["a", "b"], n_boot=0),
         ),
-        "PerturbationData": (PerturbationData, dict(adata=w.perturbed.adata.copy())),
-        "split": (w.perturbed.split, dict(kind="simulation", seed=1)),
-        "ScGenePT.from_config": (
+        "PerturbationData": lambda: (PerturbationData, dict(adata=w.perturbed.adata.copy())),
+        "split": lambda: (w.perturbed.split, dict(kind="simulation", seed=1)),
+        "ScGenePT.from_config": lambda: (
             ScGenePT.from_config,
             dict(name="tiny", genes=w.perturbed, knowledge="ncbi", gene_vectors=w.know, **kill_runs.SMALL),
         ),
-        "ScGenePT.fit": (
+        "ScGenePT.fit": lambda: (
             w.genept.fit,
             dict(data=w.perturbed, split=w.perturbed.split("simulation", seed=1), epochs=1, batch_size=64),
         ),
-        "ScGenePT.predict": (w.genept.predict, dict(perturbations=["G00"], controls=w.perturbed)),
-        "ScGenePT.evaluate": (
+        "ScGenePT.predict": lambda: (w.genept.predict, dict(perturbations=["G00"], controls=w.perturbed)),
+        "ScGenePT.evaluate": lambda: (
             w.genept.evaluate,
             dict(data=w.perturbed, split=w.perturbed.split("simulation", seed=1)),
         ),
-        "tss_windows": (tss_windows, dict(annotation=w.starts(), fasta=w.fasta, length=w.length)),
-        "rosa embed_genes": (embed_genes, dict(windows=w.windows, model=w.enformer)),
-        "embed_bins": (embed_bins, dict(windows=w.windows, model=w.enformer, folder="bins")),
-        "hold_out_grid": (hold_out_grid, dict(adata=w.expressed(), cells="donor")),
-        "Rosa": (Rosa, dict(kind="mlp", **w.tiny)),
-        "Rosa.fit": (
+        "tss_windows": lambda: (tss_windows, dict(annotation=w.starts(), fasta=w.fasta, length=w.length)),
+        "rosa embed_genes": lambda: (embed_genes, dict(windows=w.windows, model=w.enformer)),
+        "embed_bins": lambda: (embed_bins, dict(windows=w.windows, model=w.enformer, folder="bins")),
+        "hold_out_grid": lambda: (hold_out_grid, dict(adata=w.expressed(), cells="donor")),
+        "Rosa": lambda: (Rosa, dict(kind="mlp", **w.tiny)),
+        "Rosa.fit": lambda: (
             Rosa("mlp", **w.tiny).fit,
             dict(adata=w.expressed(), genes=w.described(), grid=w.grid, epochs=1, batch_size=8),
         ),
-        "Rosa.predict": (w.rosa.predict, dict(genes=["G01", "G02"])),
-        "ridge predict": (w.ridge.predict, dict(genes=["G01", "G02"])),
-        "Rosa.score": (w.ridge.score, dict(baselines="none")),
-        "variant_effect": (variant_effect, dict(variants=w.variants, windows=w.windows, model=w.enformer)),
+        "Rosa.predict": lambda: (w.rosa.predict, dict(genes=["G01", "G02"])),
+        "ridge predict": lambda: (w.ridge.predict, dict(genes=["G01", "G02"])),
+        "Rosa.score": lambda: (w.ridge.score, dict(baselines="none")),
+        "variant_effect": lambda: (variant_effect, dict(variants=w.variants, windows=w.windows, model=w.enformer)),
     }
 
 
@@ -216,7 +216,7 @@ def outcome(world: World, door: str, name: str | None, odd: str | None, seconds:
 
     from scellfm.core import ScellfmError
 
-    function, arguments = doors(world)[door]
+    function, arguments = doors(world)[door]()
     if name is not None:
         arguments = arguments | {name: ODD[odd]()}
 
@@ -253,7 +253,7 @@ def is_fine(said: str) -> bool:
 
 def trials(world: World, door: str) -> list[tuple[str, str, str]]:
     "(door, argument, what stands in its place) of every trial."
-    return [(door, name, odd) for name in parameters_of(*doors(world)[door]) for odd in ODD]
+    return [(door, name, odd) for name in parameters_of(*doors(world)[door]()) for odd in ODD]
 
 
 NAMES = [
