@@ -201,11 +201,10 @@ def doors(w: World) -> dict:
 
 def parameters_of(function, arguments: dict) -> list[str]:
     "The names of the arguments that may be replaced."
-    target = function if inspect.isroutine(function) or inspect.isclass(function) else type(function).__call__
     found = [
         name
-        for name, one in inspect.signature(target).parameters.items()
-        if name not in ("self", "cls") and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
+        for name, one in inspect.signature(function).parameters.items()
+        if name not in ("self", "cls", "tokenizer") and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
     ]
     return list(dict.fromkeys([*found, *arguments]))
 

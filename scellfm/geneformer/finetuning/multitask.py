@@ -114,7 +114,7 @@ def tasks_of(obs: pd.DataFrame, labels: Sequence[str]) -> list[LabelTask]:
 def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
     "The labels as a tuple; OptionError unless they are different names of columns."
     labels = tuple(labels)
-    if not labels or len(set(labels)) < len(labels) or not all(isinstance(label, str) for label in labels):
+    if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
         raise OptionError(f"label={list(labels)!r}: give the name of one column of obs, or a list of different names")
     return labels
 
