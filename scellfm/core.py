@@ -169,19 +169,11 @@ def check_key(key: Any) -> None:
         raise OptionError(f"key_added={key!r} must be a text without '/', such as 'X_model'")
 
 # %% ../nbs/core.ipynb #b30d28d8
-KINDS = {
-    "str": ((str,), "a text"),
-    "bool": ((bool, Integral), "True or False"),
-    "int": ((Real,), "a whole number"),
-    "float": ((Real,), "a number"),
-    "Path": ((os.PathLike,), "a path"),
-    "os.PathLike": ((os.PathLike,), "a path"),
-    "PathLike": ((os.PathLike,), "a path"),
-    "None": ((type(None),), "None"),
-    "dict": ((Mapping,), "a dictionary"),
-    "Mapping": ((Mapping,), "a dictionary"),
-    **dict.fromkeys(("list", "tuple", "Sequence", "Collection", "Iterable"), ((Iterable,), "several values")),
-}
+SINGLE = {"str": "a text", "bool": "True or False", "int": "a whole number", "float": "a number", "None": "None"}
+SINGLE |= dict.fromkeys(("Path", "PathLike", "os.PathLike"), "a path")
+TABLES = {"dict": "a dictionary", "Mapping": "a dictionary"}
+SEVERAL = dict.fromkeys(("list", "tuple", "Sequence", "Collection", "Iterable"), "several values")
+KINDS = SINGLE | TABLES | SEVERAL
 
 
 def _kinds_of(annotation: Any) -> list[str]:
@@ -191,14 +183,23 @@ def _kinds_of(annotation: Any) -> list[str]:
     return parts if all(part in KINDS for part in parts) else []
 
 # %% ../nbs/core.ipynb #14282205
+def _fits(value: Any, wanted: set[str]) -> bool:
+    "Is a value of one of these kinds? Single values are not told apart."
+    if wanted & TABLES.keys() and hasattr(value, "keys") or wanted & SEVERAL.keys() and isinstance(value, Iterable):
+        return True
+    several = not isinstance(value, str) and (hasattr(value, "__len__") or hasattr(value, "__iter__"))
+    single = wanted & SINGLE.keys() - {"None"} or value is None and "None" in wanted
+    return bool(single) and not several and not callable(value)
+
+
 def check_kinds(kinds: Mapping[str, list[str]], options: Mapping[str, Any]) -> None:
     "OptionError for an argument that is of none of the kinds of its parameter."
     for name, value in options.items():
         wanted = kinds.get(name)
-        table = hasattr(value, "keys") and {"Mapping", "dict"} & set(wanted or ())  # a Series is one, too
-        if wanted and not table and not isinstance(value, tuple(one for kind in wanted for one in KINDS[kind][0])):
-            words = " or ".join(dict.fromkeys(KINDS[kind][1] for kind in wanted))
-            raise OptionError(f"{name} must be {words}, not of the type {type(value).__name__}")
+        if wanted and not _fits(value, set(wanted)):
+            words = " or ".join(dict.fromkeys(KINDS[kind] for kind in wanted))
+            shown = repr(value) if isinstance(value, (list, tuple, str, bytes, Real)) else type(value).__name__
+            raise OptionError(f"{name}={shown[:80]} must be {words}")
 
 # %% ../nbs/core.ipynb #340e0ba8
 def checked_arguments(function: Callable) -> Callable:
