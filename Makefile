@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # would only clutter a log
 QUIET := SCELLFM_PROGRESS=0 OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 MPLBACKEND=agg
 
-.PHONY: help demo test export clean notebooks tutorials docs site-check benchmarks
+.PHONY: help demo test export clean notebooks tutorials docs site-check benchmarks ray
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -51,3 +51,11 @@ site-check: docs  ## open every page of the site in headless Chromium, wide and 
 
 benchmarks: $(READY)  ## measure every promise of speed and memory
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+ray: .venv-ray/.ready  ## run an atlas on Ray, for real, in an environment of its own
+	$(QUIET) .venv-ray/bin/python -m pytest -rs tests/test_atlas_ray.py
+
+.venv-ray/.ready: settings.ini setup.py constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,ray]"
+	touch .venv-ray/.ready

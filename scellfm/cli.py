@@ -20,7 +20,7 @@ from .core import ScellfmError, ScellfmWarning, printable, settings
 MODULES = ("demonstration", "tokens", "vectors", "classifiers", "screens", "references", "perturbations")
 GROUPS = {  # commands below a command
     "sequence": "DNA around genes: windows, gene vectors, variants, expression",
-    "atlas": "Many files of cells at once: tokens, vectors, predictions",
+    "atlas": "Many files of cells at once: tokens, vectors, predictions, screens; gene vectors",
 }
 
 

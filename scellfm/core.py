@@ -6,8 +6,8 @@
 __all__ = ['logger', 'UNPRINTABLE', 'listeners', 'ENDS', 'settings', 'printable', 'storable', 'ScellfmError', 'DataError',
            'DivergedError', 'AssetError', 'OptionError', 'StoreError', 'ExtraError', 'ScellfmWarning', 'warn', 'one_of',
            'check_number', 'plain', 'check_ends', 'check_adata', 'check_named', 'check_key', 'checked_arguments',
-           'plain_arguments', 'user_path', 'optional', 'Settings', 'progress', 'tell', 'keyed_seed', 'keyed_generator',
-           'threads_kept']
+           'plain_arguments', 'user_path', 'optional', 'Settings', 'progress', 'tell', 'n_threads', 'in_order',
+           'keyed_seed', 'keyed_generator', 'threads_kept']
 
 # %% ../nbs/core.ipynb #7fa33fd6
 import difflib
@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -263,6 +264,7 @@ class Settings:
     "Switches that hold for the whole session."
 
     progress: bool = True  # show progress bars
+    threads: int | None = None  # threads of a function that has several; None: OMP_NUM_THREADS, or all cores
 
 
 settings = Settings(progress=os.environ.get("SCELLFM_PROGRESS", "1") != "0")
@@ -285,6 +287,38 @@ def tell(message: str) -> None:
     logger.info(message)
     if settings.progress:
         tqdm.write(f"scellfm: {message}", file=sys.stderr)
+
+# %% ../nbs/core.ipynb #9534c20b
+def n_threads() -> int:
+    "How many threads to use: `settings.threads`, else OMP_NUM_THREADS, else the cores that this process may run on."
+    if settings.threads is not None:
+        check_number("settings.threads", settings.threads, 1)
+        return settings.threads
+    told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if told.isdigit() and int(told) > 0:
+        return int(told)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+# %% ../nbs/core.ipynb #64d6a3a7
+def in_order(function: Callable, items: Iterable, threads: int | None = None) -> Iterator:
+    """`function(item)` of every item, in the order of the items, computed by `threads` threads (`n_threads()`); an
+    error is raised in the place of its result, after those before it."""
+    threads = n_threads() if threads is None else threads
+    if threads == 1:
+        yield from map(function, items)
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    pool, waiting = ThreadPoolExecutor(threads, "scellfm"), deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/core.ipynb #85875d74
 def keyed_seed(seed: int, *keys: object) -> int:

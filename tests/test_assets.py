@@ -870,7 +870,7 @@ def test_other_bytes_than_announced_are_refused_put_aside_and_fetched_anew(hub, 
     hub.altered = {file: REPOSITORY[file][::-1]}
     found = ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")
     assert found["error"] == "AssetError"
-    assert re.search(f"{file} did not arrive as published.*run again to fetch it anew", found["message"])
+    assert re.search(f"{file} differs from the published file.*run again to download it again", found["message"])
     hub.altered = {}
     found = ask(hub.url, tmp_path, path_or_hub_id="org/model", revision="main")
     assert (Path(found["path"]) / file).read_bytes() == REPOSITORY[file]
@@ -908,7 +908,7 @@ def test_other_contents_of_one_commit_are_an_error(hub, tmp_path):
 def test_what_cannot_be_had_says_why(hub, tmp_path):
     hub.closed = {"org/gated": (403, "GatedRepo"), "org/private": (401, "")}
     for arguments, says in (
-        ({"path_or_hub_id": "org/none"}, r"none of that name is open to you (HTTP 404); check the spelling"),
+        ({"path_or_hub_id": "org/none"}, r"no repository of that name is open to you (HTTP 404); check its name"),
         ({"path_or_hub_id": "org/private"}, "check its name, or log in"),
         ({"path_or_hub_id": "org/gated"}, f"it is gated: accept its conditions at {hub.url}/org/gated"),
         ({"path_or_hub_id": "org/model", "revision": "v9"}, "it has no revision 'v9'"),

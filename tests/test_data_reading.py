@@ -361,7 +361,7 @@ def test_an_unknown_layer_is_named_with_what_there_is():
 
 
 def test_text_is_not_counts():
-    with pytest.raises(DataError, match="str.*cannot be counted|<U1.*cannot be counted"):
+    with pytest.raises(DataError, match="str.*are not numbers|<U1.*are not numbers"):
         matrices.canonical_csr(np.array([["a", "b"]]))
     with pytest.raises(DataError, match="complex"):
         matrices.canonical_csr(np.ones((2, 2), dtype=complex))
@@ -445,7 +445,7 @@ def test_a_zarr_store_that_would_run_a_program_is_refused_and_runs_nothing(tmp_p
     description.write_text(json.dumps({**told, "compressor": None, key: pickled if key == "compressor" else [pickled]}))
     chunk.write_bytes(pickle.dumps(Hostile(tmp_path / "canary"), protocol=2))
     for opened in (read, lambda path: list(count_blocks(path))):
-        with pytest.raises(DataError, match="zarray asks for the codec 'pickle'.*nothing was run"):
+        with pytest.raises(DataError, match="zarray asks for the codec 'pickle'.*nothing was executed"):
             opened(tmp_path / "evil.zarr")
     assert not (tmp_path / "canary").exists()
     pickle.loads(chunk.read_bytes()).close()

@@ -141,7 +141,7 @@ def test_varm_holds_nan_where_a_gene_has_no_vector(table):
 @pytest.mark.parametrize(
     "wrong, error, message",
     [
-        (lambda t: GeneVectors(["A", "A"], np.ones((2, 2))), DataError, "1 genes are there more than once"),
+        (lambda t: GeneVectors(["A", "A"], np.ones((2, 2))), DataError, "1 genes appear more than once"),
         (lambda t: GeneVectors(["A", ""], np.ones((2, 2))), DataError, "gene 1 of 2 is ''"),
         (lambda t: GeneVectors(["A"], [[np.nan, 1]]), DataError, "first for the gene 'A' in column 0"),
         (lambda t: GeneVectors(["A"], np.ones((2, 2))), DataError, r"shape \(2, 2\) for 1 genes"),

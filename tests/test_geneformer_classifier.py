@@ -105,7 +105,7 @@ def test_new_cells_get_the_mean_of_all_models(clf, adata):
 def test_cells_that_every_model_has_seen_are_warned_of(gf, adata):
     split = hold_out(adata, by="donor", fractions=(0.6, 0, 0.4))
     one = finetune(gf, adata, "cell_type", split=split, **QUICK)
-    with pytest.warns(ScellfmWarning, match=f"{len(split.train)} of 150 cells were trained on by every model"):
+    with pytest.warns(ScellfmWarning, match=f"{len(split.train)} of 150 cells were used to train every model"):
         one.predict(adata, copy=True)
     assert (one.trained_on.fold_of(adata.obs_names)[split.test] == 0).all()
     assert (one.trained_on.fold_of(adata.obs_names)[split.train] == membership.TRAINED).all()
@@ -247,7 +247,7 @@ def test_of_several_class_names_those_of_the_run_are_taken(clf, adata, tmp_path)
     assert not {"B of a", "B of run_b"} & set(none)
     for prefix in "ac":
         (tmp_path / f"{prefix}_id_class_dict.pkl").rename(model.parent / f"{prefix}_id_class_dict.pkl")
-    with pytest.raises(AssetError, match="a_id_class_dict.pkl, c_id_class_dict.pkl.*beside its config.json"):
+    with pytest.raises(AssetError, match="a_id_class_dict.pkl, c_id_class_dict.pkl.*beside the model's config.json"):
         CellClassifier.from_pretrained(model, device="cpu")
 
 

@@ -218,7 +218,7 @@ def test_each_cell_is_read_by_the_model_that_has_not_seen_it(pbmc):
 def test_cells_seen_by_every_model_are_left_out(pbmc):
     adata, gf = pbmc
     model_of = np.where(adata.obs["donor"] == "a", -1, 0)
-    with pytest.warns(ScellfmWarning, match="20 cells have been seen"):
+    with pytest.warns(ScellfmWarning, match="20 cells were used to train every model"):
         shifts = perturb([gf], adata, model_of=model_of, max_cells=4, **QUESTION).shifts
     assert set(shifts["donor"]) <= {"b", "c"}
     for wrong in (model_of[:-1], np.full(60, 1)):

@@ -43,7 +43,7 @@ def no_package(monkeypatch):
 
 
 def test_what_is_missing_is_named(no_package, adata, tmp_path):
-    with pytest.raises(ExtraError, match=r"a CUDA card \(the device is 'cpu'\) and the package .*scellfm\[quantize\]"):
+    with pytest.raises(ExtraError, match=r"a CUDA GPU \(the device is 'cpu'\) and the package .*scellfm\[quantize\]"):
         check_quantize("8bit", CPU)
     with pytest.raises(ExtraError, match=r"needs the package bitsandbytes"):
         check_quantize("4bit", CARD)
@@ -54,7 +54,7 @@ def test_what_is_missing_is_named(no_package, adata, tmp_path):
 
 
 def test_without_a_card_an_option_is_wrong(package):
-    with pytest.raises(OptionError, match="needs a CUDA card .*'cpu'.*; without"):
+    with pytest.raises(OptionError, match="needs a CUDA GPU .*'cpu'.*; without"):
         check_quantize("4bit", CPU)
     assert check_quantize("8bit", CARD) == {"load_in_8bit": True}
 

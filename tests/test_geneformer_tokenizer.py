@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import warnings
 
 import anndata
@@ -13,8 +14,10 @@ import pytest
 from conftest import golden, real_data
 from scipy import sparse
 
+from scellfm import core
 from scellfm.core import AssetError, DataError, OptionError, ScellfmWarning, StoreError
 from scellfm.geneformer import RankTokenizer
+from scellfm.geneformer.tokenizer import tokenizing
 from scellfm.geneformer.tokenizer.dictionaries import Dictionaries, check_dictionaries
 from scellfm.geneformer.tokenizer.ranking import encode
 from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
@@ -474,6 +477,55 @@ def test_an_interrupted_run_leaves_nothing(small, tmp_path):
     with pytest.raises(DataError, match="b.h5ad"):
         fitted(small).tokenize_files(tmp_path, tmp_path / "out" / "cells")
     assert not list((tmp_path / "out").iterdir())
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def many(small):
+    "Four blocks of cells, with cells that are filtered out, empty cells, and a column to keep."
+    rng = np.random.default_rng(3)
+    many = small[rng.integers(0, small.n_obs, 6500)].copy()
+    many.obs_names = [f"cell{i}" for i in range(many.n_obs)]
+    many.X[2100] = 0
+    many.obs = pd.DataFrame(
+        {"filter_pass": rng.integers(0, 9, many.n_obs) > 0, "day": rng.integers(0, 9, many.n_obs)}, many.obs_names
+    )
+    return many
+
+
+@pytest.mark.filterwarnings("ignore:.*no count in any known gene", "ignore:.*fewer than 20 counts")
+def test_the_number_of_threads_changes_no_byte(many, tmp_path, monkeypatch):
+    many.write_h5ad(tmp_path / "cells.h5ad")
+    tok, files, memory = fitted(many), {}, {}
+    for threads in (1, 2, 3):
+        monkeypatch.setattr(core.settings, "threads", threads)
+        out = tmp_path / f"{threads}.dataset"
+        tok.tokenize_files(tmp_path / "cells.h5ad", out, columns=["day"], keep_counts=True)
+        cells = tok(many, columns=["day"], keep_counts=True)
+        files[threads] = content(out)
+        memory[threads] = (cells.tokens.tobytes(), cells.counts.tobytes(), cells.obs.to_csv(), cells.report)
+    assert len(TokenizedCells.load(out)) == len(cells) < many.obs["filter_pass"].sum()
+    assert files[1] == files[2] == files[3] and memory[1] == memory[2] == memory[3]
+
+
+@pytest.mark.filterwarnings("ignore:.*no count in any known gene", "ignore:.*fewer than 20 counts")
+def test_blocks_are_ranked_on_several_threads_and_the_first_bad_one_is_named(many, monkeypatch):
+    monkeypatch.setattr(core.settings, "threads", 3)
+    seen, rank = set(), tokenizing.encode
+    monkeypatch.setattr(
+        tokenizing, "encode", lambda *given, **how: seen.add(threading.current_thread().name) or rank(*given, **how)
+    )
+    tok = fitted(many)
+    tok(many, empty="keep")
+    assert len(seen) > 1 and all(name.startswith("scellfm") for name in seen)
+    many.obs["filter_pass"] = True
+    many.X[[2200, 5000], [3, 3]] = -2
+    with pytest.raises(DataError, match="cell2200"):
+        tok(many)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("scellfm")]
 
 
 def test_damaged_and_missing_files_are_named(small, tmp_path):

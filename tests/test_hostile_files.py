@@ -293,7 +293,7 @@ def test_the_tokenizer_reads_no_zarr_store_with_a_codec_that_runs_programs(tmp_p
     for chunk in meta.parent.glob("[0-9]*"):
         put_pickle(chunk, canary)
     for read in (RankTokenizer.fit, tok, lambda path: tok.tokenize_files(path, tmp_path / "out")):
-        refused(lambda: read(store), canary, DataError, "asks for the codec 'pickle'.*nothing was run")
+        refused(lambda: read(store), canary, DataError, "asks for the codec 'pickle'.*nothing was executed")
 
 
 @pytest.fixture

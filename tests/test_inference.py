@@ -250,3 +250,40 @@ def test_rows_go_on_in_smaller_batches_where_memory_runs_out():
         inference.run_rows(small, np.zeros((0, 3)), device="cpu")
     with pytest.raises(OptionError, match="batch_size=0"):
         inference.run_rows(small, np.zeros((2, 3)), batch_size=0, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "text, fast",
+    [
+        ("processor : 0\nflags\t\t: fpu avx512f avx512_bf16 amx_tile\n", True),
+        ("processor : 0\nflags\t\t: fpu avx2 avx512f\n", False),
+        ("processor : 0\nFeatures\t: fp asimd bf16\n", True),
+        ("model name\t: avx512_bf16\n", False),
+    ],
+)
+def test_the_processors_flags_tell_whether_bfloat16_is_fast(tmp_path, text, fast):
+    (tmp_path / "cpuinfo").write_text(text)
+    assert inference.bfloat16_is_fast(tmp_path / "cpuinfo") is fast
+    assert inference.bfloat16_is_fast(tmp_path / "missing") is False
+
+
+@pytest.mark.parametrize(
+    "fast, dtype, patience, shown, hints",
+    [
+        (True, "float32", 0.0, True, 1),
+        (False, "float32", 0.0, True, 0),  # such a processor has nothing to offer
+        (True, "bfloat16", 0.0, True, 0),  # it is in use
+        (True, "float32", 60.0, True, 0),  # a short run
+        (True, "float32", 0.0, False, 0),  # switched off with the bars
+    ],
+)
+def test_bfloat16_is_hinted_at_once_where_it_would_help(monkeypatch, capsys, fast, dtype, patience, shown, hints):
+    monkeypatch.setattr(inference, "hint", inference.Hint())
+    monkeypatch.setattr(inference, "PATIENCE", patience)
+    monkeypatch.setattr(inference, "bfloat16_is_fast", lambda: fast)
+    monkeypatch.setattr(inference.settings, "progress", shown)
+    model = inference.in_precision(torch.nn.Linear(3, 2), torch.device("cpu"), inference.pick_dtype(dtype))
+    assert model.weight.dtype == torch.float32 or dtype == "bfloat16"  # the default stays
+    for _ in range(2):
+        list(inference.batches(lambda rows: (rows,), lambda rows: rows, np.array([3, 2, 2]), token_budget=3))
+    assert capsys.readouterr().err.count("dtype='bfloat16'") == hints

@@ -225,7 +225,7 @@ def test_a_gene_on_two_chromosomes_has_the_starts_of_each(tmp_path):
 
 
 def test_a_start_beyond_its_chromosome_is_another_build(tmp_path, fasta):
-    with pytest.raises(DataError, match="gene 'c' starts at 20:899, and the chromosome has 140 bases in g.fa"):
+    with pytest.raises(DataError, match="gene 'c' starts at 20:899, but the chromosome has 140 bases in g.fa"):
         tss_windows(write(tmp_path, "a.bed", BED + "20\t5\t900\tc\t0\t-\n"), fasta, length=10)
     with pytest.raises(DataError, match="another build"):
         tss_windows(write(tmp_path, "a.bed", BED), chrom_sizes={"chr20": 30}, length=10)
@@ -251,7 +251,7 @@ def test_lower_case_and_ambiguous_letters(fasta):
     assert genome.letters("20", 0, 14) == "ACGTNACGTNRYKM"
     assert genome.codes("20", 0, 14).tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 4, 4, 4, 4]
     assert genome.letters("20", 10, 14, strand="-") == "KMRY"
-    with pytest.raises(DataError, match="character 'E' at position 3 is no base"):
+    with pytest.raises(DataError, match="character 'E' at position 3 is not a base"):
         encode("ACGE")
 
 

@@ -67,7 +67,7 @@ def test_families_stay_together():
 
 def test_a_pair_with_a_missing_gene_makes_no_family_of_the_missing():
     pairs = pd.DataFrame({"gene": ["A", "B", "C"], "paralog": ["D", None, None]})
-    with pytest.warns(ScellfmWarning, match="2 of 3 pairs name one gene alone"):
+    with pytest.warns(ScellfmWarning, match="2 of 3 pairs name only one gene"):
         families = families_of(pairs, ["A", "B", "C", "D"])
     assert families["A"] == families["D"] and families[["A", "B", "C"]].nunique() == 3 and "nan" not in families.index
 
@@ -75,7 +75,7 @@ def test_a_pair_with_a_missing_gene_makes_no_family_of_the_missing():
 def test_a_region_without_a_set_is_none():
     positions = pd.DataFrame({"gene": ["A", "B"], "chrom": ["chr1", "chr1"], "tss": [50, 150]})
     regions = pd.DataFrame({0: ["chr1", "chr1"], 1: [0, 100], 2: [100, 200], 3: ["train", None]})
-    with pytest.warns(ScellfmWarning, match="1 of 2 regions lack a place or a set"):
+    with pytest.warns(ScellfmWarning, match="1 of 2 regions lack a position or a set"):
         sets = region_sets(positions, regions)
     assert sets.to_dict() == {"A": "train", "B": "unused"}
 
@@ -155,7 +155,7 @@ def test_a_grid_of_other_data_is_refused():
     grid = hold_out_grid(some_cells())
     other = some_cells()
     other.obs_names = [f"{name}-1" for name in other.obs_names]
-    with pytest.raises(DataError, match="the grid is of other data: 60 of its 60 cells"):
+    with pytest.raises(DataError, match="the grid belongs to other data: 60 of its 60 cells"):
         grid.rows_in(read_expression(other))
     with pytest.raises(DataError, match="genes"):
         grid.rows_in(read_expression(some_cells()[:, :40].copy()))

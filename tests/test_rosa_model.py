@@ -299,10 +299,10 @@ def test_a_cell_without_context_is_counted_and_not_scored():
     dense[np.ix_(held, GRID.context)] = 0
     bare.X = sparse.csr_matrix(dense)
     rosa = Rosa("ridge").fit(bare, VECTORS, GRID)
-    with pytest.warns(ScellfmWarning, match="2 of .* cells express no gene that may be read"):
+    with pytest.warns(ScellfmWarning, match="2 of .* cells express none of the input genes"):
         scores = rosa.score(baselines="none")
     assert f"{GRID.n_cells('test') - 2} cells" in scores["new cells"].title
-    with pytest.warns(ScellfmWarning, match="2 cells express no gene"):
+    with pytest.warns(ScellfmWarning, match="2 cells express none"):
         predicted = rosa.predict(["G001"], bare[held])
     assert predicted.isna().all().all()
     none = hold_out_grid(CELLS, cells="donor", seed=1, context=0)

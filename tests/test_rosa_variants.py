@@ -185,14 +185,14 @@ def test_windows_line_ends_and_a_missing_header_are_accepted(place):
     "body, words",
     [
         ("20\t5\t.\tA\n", "line 3: it has 4 columns"),
-        ("20\tfive\t.\tA\tC\n", "line 3: a record has a chromosome, a place"),
-        ("20\t0\t.\tA\tC\n", "line 3: a record has a chromosome, a place"),
+        ("20\tfive\t.\tA\tC\n", "line 3: a record needs a chromosome, a position"),
+        ("20\t0\t.\tA\tC\n", "line 3: a record needs a chromosome, a position"),
         ("20 5 . A C\n", "line 3: it has 1 columns, separated by tabs"),
         ("20\t5\t.\tA\t<DEL>\n", "holds no allele with an explicit sequence"),
         ("", "holds no allele"),
         (b"\xff\xfe\x00binary", "is not text"),
-        ("20\t5\u00b2\t.\tA\tC\n", "line 3: a record has a chromosome, a place"),
-        ("20\t" + "5" * 5000 + "\t.\tA\tC\n", "line 3: a record has a chromosome, a place"),
+        ("20\t5\u00b2\t.\tA\tC\n", "line 3: a record needs a chromosome, a position"),
+        ("20\t" + "5" * 5000 + "\t.\tA\tC\n", "line 3: a record needs a chromosome, a position"),
     ],
 )
 def test_a_damaged_record_is_named(place, body, words):
@@ -203,7 +203,7 @@ def test_a_damaged_record_is_named(place, body, words):
 def test_a_reference_that_does_not_fit_is_an_error_or_counted(place):
     wrong = GOOD.replace("20\t5\t", "20\t6\t", 1) if LETTERS[5] != LETTERS[4] else GOOD.replace("20\t5\t", "20\t7\t", 1)
     path = write(place, GOOD + wrong + "7\t5\t.\tA\tC\t.\t.\t.\n" + GOOD.replace("20\t5\t", "20\t500\t"))
-    with pytest.raises(DataError, match="3 of 4 alleles of x.vcf do not fit g.fa: at 20:.* and the genome has"):
+    with pytest.raises(DataError, match="3 of 4 alleles of x.vcf differ from g.fa: at 20:.* but the genome has"):
         read_variants(path, place / "g.fa")
     with pytest.warns(ScellfmWarning, match="they are left out"):
         kept = read_variants(path, place / "g.fa", mismatch="leave_out")

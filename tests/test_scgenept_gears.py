@@ -69,7 +69,7 @@ def stand_in(folder, program):
 
 
 def test_predictions_come_back_by_name_and_a_gene_that_is_not_measured_is_a_dash(data, split, annotations, tmp_path):
-    with pytest.warns(ScellfmWarning, match="GEARS answers 4 of 5"):
+    with pytest.warns(ScellfmWarning, match="GEARS predicts 4 of 5"):
         table = gears_baseline(data, split, annotations, python=stand_in(tmp_path, PROCESS))
     assert list(table.index) == split["test"] and list(table.columns) == list(data.genes)
     assert table.loc["AWAY"].isna().all() and table.loc["G01", "G30"] == 31 and table.loc["G01", "G00"] == 1

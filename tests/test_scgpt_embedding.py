@@ -334,7 +334,7 @@ def test_constant_cells_are_said(small):
     gpt, adata = small
     flat = adata[:3].copy()
     flat.X = sparse.csr_matrix((flat.X.toarray() > 0).astype(np.float32))
-    with pytest.warns(ScellfmWarning, match="3 of 3 cells have one and the same value in all their genes"):
+    with pytest.warns(ScellfmWarning, match="3 of 3 cells have the same value in all their genes"):
         gpt.embed(flat)
     assert np.isfinite(flat.obsm["X_scGPT"]).all()
 

@@ -209,7 +209,7 @@ def broken(tensors, kind):
     "kind, message",
     [
         ("missing", r"does not fit this ScGPTModel.* 1 .*: transformer_encoder.*norm2.bias"),
-        ("shape", r"linear1.weight of the shape .*, and the weights beside it have"),
+        ("shape", r"linear1.weight with the shape .*, but the weights beside it have"),
         ("unknown", r"does not fit this ScGPTModel.* 1 .*: surprise.weight"),
         ("vocabulary", r"the vocabulary has [\d,]+ tokens .* embedding [\d,]+ rows: they do not match"),
         ("no table", r"no encoder.embedding.weight"),

@@ -281,7 +281,7 @@ def test_one_batch_gives_no_score_of_mixing(cells):
 
 def test_one_label_gives_no_score_of_biology(cells):
     cells.obs["cell_type"] = "T"
-    with pytest.warns(ScellfmWarning, match=r"obs\['cell_type'\] 'T'.*how well types are kept.*NaN"):
+    with pytest.warns(ScellfmWarning, match=r"obs\['cell_type'\] 'T'.*how well cell types are preserved.*NaN"):
         table = integration(cells, "X_scGPT", batch="batch", label="cell_type", baselines=False).table
     assert table[["avg_bio", "nmi", "ari", "asw_label", "knn_accuracy"]].isna().all(None)
     assert table[["avg_batch", "asw_batch", "pcr", "graph_connectivity"]].notna().all(None)
@@ -298,7 +298,7 @@ def test_without_labels_only_the_regression_is_left(cells):
 
 
 def test_batches_and_labels_are_two_columns(cells):
-    with pytest.raises(OptionError, match="batch='cell_type'.*are two columns"):
+    with pytest.raises(OptionError, match="batch='cell_type'.*must be two different columns"):
         integration(cells, ["X_scGPT"], batch="cell_type", label="cell_type")
 
 

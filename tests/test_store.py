@@ -113,7 +113,7 @@ def small_disk():
 
 def test_a_full_disk_names_the_file_and_the_room_and_keeps_the_old(tmp_path, small_disk):
     (tmp_path / "big.bin").write_bytes(b"old")
-    with pytest.raises(StoreError, match=r"big\.bin could not be written.*MiB are free in .*make room"):
+    with pytest.raises(StoreError, match=r"big\.bin could not be written.*MiB are free in .*free some disk space"):
         with atomic_write(tmp_path / "big.bin") as path:
             path.write_bytes(bytes(10**6))
     assert contents(tmp_path) == {"big.bin": b"old"}
@@ -508,7 +508,7 @@ def test_a_process_number_that_was_given_again_does_not_hold_a_lock(tmp_path):
 
 def test_a_lock_of_another_machine_is_respected(tmp_path):
     (tmp_path / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "1", "token": ""}))
-    with pytest.raises(StoreError, match=r"process 1 on elsewhere.*runs no more, delete .*lock"):
+    with pytest.raises(StoreError, match=r"process 1 on elsewhere.*no longer runs, delete .*lock"):
         Store(tmp_path, {})
 
 

@@ -157,7 +157,7 @@ def check_sizes(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping, where: 
         if name in tensors and tuple(tensors[name].shape) != tuple(shape):
             raise AssetError(
                 f"{where} describes {name} with the shape {tuple(shape)}, but the weights beside it have "
-                f"{tuple(tensors[name].shape)}: they do not belong together; fetch both again"
+                f"{tuple(tensors[name].shape)}: they do not match; fetch both again"
             )
 
 

@@ -21,7 +21,8 @@ from fastcore.basics import patch
 
 import scellfm.core
 from .stretches import Stretch
-from .work import Work, Worker, write_stretch
+from .work import Work
+from .workers import Worker, write_stretch
 from ..core import ScellfmError, StoreError, logger, threads_kept, warn
 
 # %% auto #0
@@ -90,7 +91,7 @@ class Hand:
             encoding="utf8",
             start_new_session=True,  # Ctrl-C reaches only the parent, which ends its workers
         )
-        self.task = None
+        self.task, self.kills = None, memory_kills()
         self.say({"work": asdict(work), "folder": str(folder)})
         threading.Thread(target=self.listen, args=(answers,), daemon=True).start()
 
@@ -122,10 +123,11 @@ class Task(NamedTuple):
     stretch: Stretch
     token_budget: int | None = None  # None: as the settings say
     attempt: int = 1
+    unit: str = "cells"
 
     def __str__(self) -> str:
         where = f" of {self.stretch.file}" if self.stretch.file else ""
-        return f"cells {self.stretch.start:,} to {self.stretch.stop - 1:,}{where}"
+        return f"{self.unit} {self.stretch.start:,} to {self.stretch.stop - 1:,}{where}"
 
 
 class Shard(NamedTuple):
@@ -139,14 +141,14 @@ class Shard(NamedTuple):
 ATTEMPTS, BUDGET = 3, 512  # attempts per stretch; tokens of a small batch
 
 
-def once_more(task: Task, why: str, work: Work) -> Task:
-    "The task for another attempt, in smaller batches. StoreError after the last one."
+def once_more(task: Task, why: str, work: Work, memory: bool = True) -> Task:
+    "The task for another attempt, in smaller batches where `memory` may be why. StoreError after the last one."
     if task.attempt == ATTEMPTS:
         raise StoreError(
             f"{task}: {why}, {ATTEMPTS} times. Finished stretches are kept; give each worker more memory (fewer"
             " workers, smaller rows or token_budget) and run again"
         )
-    if work.task == "tokenize":  # row by row: there are no batches
+    if work.task in ("tokenize", "sequence") or work.stage == "tokens" or not memory:
         warn(f"{task}: {why}; computed once more")
         return task._replace(attempt=task.attempt + 1)
     budget = max((task.token_budget or work.settings.get("token_budget") or BUDGET) // 2, 1)
@@ -154,11 +156,27 @@ def once_more(task: Task, why: str, work: Work) -> Task:
     return task._replace(token_budget=budget, attempt=task.attempt + 1)
 
 
-def why_gone(code: int) -> str:
+def why_gone(code: int, memory: bool = True) -> str:
     "How a process ended, in words."
     if code == -9:
-        return "the worker was killed (signal 9, usually sent by the kernel when memory runs out)"
+        more = (
+            "usually sent by the kernel when memory runs out"
+            if memory
+            else "not for want of memory, by the count of the kernel"
+        )
+        return f"the worker was killed (signal 9, {more})"
     return f"the worker stopped ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
+
+# %% ../../nbs/atlas/crew.ipynb #95a362c8
+def memory_kills(root: str = "/") -> int | None:
+    "How many processes the kernel has killed for want of memory; None where it does not say."
+    places = {"sys/fs/cgroup/memory.events": "oom_kill", "proc/vmstat": "oom_kill"}
+    found = []
+    for name, word in places.items():
+        path = Path(root) / name
+        lines = path.read_text().splitlines() if path.exists() else []
+        found += [int(line.split()[1]) for line in lines if line.split()[0] == word]
+    return sum(found) if found else None
 
 # %% ../../nbs/atlas/crew.ipynb #0aae0e93
 def raise_answer(answer: dict, task: Task) -> None:
@@ -203,7 +221,10 @@ def take(self: Crew, hand: Hand, answer: dict | None) -> Shard | None:
     "The shard reported by an answer; None if its task must be tried again."
     if answer is None:
         self.dismiss(hand)
-        self.waiting.appendleft(once_more(hand.task, why_gone(hand.process.returncode), self.work))
+        now = memory_kills()
+        memory = now is None or now != hand.kills or hand.task.attempt > 1
+        why = why_gone(hand.process.returncode, memory)
+        self.waiting.appendleft(once_more(hand.task, why, self.work, memory))
         self.hire()
         return None
     if answer.get("error") == "MemoryError":
@@ -229,7 +250,7 @@ def alone(work: Work, tasks: Sequence[tuple[str, Stretch]], folder: Path, thread
             try:
                 entry = write_stretch(worker, folder, name, stretch)
             except ScellfmError as error:
-                raise type(error)(f"{Task(name, stretch)}: {error}") from error
+                raise type(error)(f"{Task(name, stretch, unit=work.unit)}: {error}") from error
             yield Shard(name, stretch, entry)
 
 # %% ../../nbs/atlas/crew.ipynb #ba30920c
@@ -243,7 +264,7 @@ def share(
     if workers == 1:
         yield from alone(work, tasks, Path(folder), threads)
         return
-    crew = Crew(work, [Task(*task) for task in tasks], Path(folder), workers, threads)
+    crew = Crew(work, [Task(*task, unit=work.unit) for task in tasks], Path(folder), workers, threads)
     try:
         while crew.hands:
             hand, answer = crew.answers.get()

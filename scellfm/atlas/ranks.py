@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from fastcore.basics import patch
+
 from .stretches import Stretch
-from .work import Work, Worker, write_stretch
+from .work import Work
+from .workers import Worker, write_stretch
 from ..core import OptionError, StoreError
-from ..store.shards import Records
+from ..store.shards import Records, Store
 
 if TYPE_CHECKING:
     import torch
@@ -54,31 +59,68 @@ def join(wait: int = 1800) -> Ranks:
     keys, rank, n = next(rendezvous("env://", timeout=timedelta(seconds=wait)))
     return Ranks(rank, n, keys)
 
-# %% ../../nbs/atlas/ranks.ipynb #3bba85c2
-def told_by_first(ranks: Ranks, tasks: Callable[[], list[tuple[str, Stretch]]]) -> list[tuple[str, Stretch]]:
-    "The missing shards, found by rank 0 with `tasks`. An error there is raised in all ranks."
-    if ranks.rank == 0:
-        try:
-            found = tasks()
-        except Exception as error:
-            ranks.keys.set("atlas/tasks", json.dumps({"error": f"{type(error).__name__}: {error}"}))
-            raise
-        ranks.keys.set("atlas/tasks", json.dumps({"tasks": found}))
-        return found
-    told = json.loads(ranks.keys.get("atlas/tasks"))
-    if "error" in told:
-        raise StoreError(f"rank 0 could not open the run: {told['error']}")
-    return [(name, Stretch(*stretch)) for name, stretch in told["tasks"]]
+# %% ../../nbs/atlas/ranks.ipynb #3bba85c1
+LONGEST = timedelta(days=30)  # that a rank waits for the others: a stretch may take hours
 
 
-def take_turns(ranks: Ranks, work: Work, tasks: list[tuple[str, Stretch]], folder: Path, threads: int) -> None:
+def take_turns(ranks: Ranks, stage: int, work: Work, tasks: list, folder: Path, threads: int, watch: Callable) -> None:
     "Compute, write and record one missing shard after the other, until none is left for this rank."
     import torch
 
     torch.set_num_threads(threads)
     records, worker = Records(folder / f"records-rank{ranks.rank}.jsonl"), None
-    while (number := ranks.keys.add("atlas/next", 1) - 1) < len(tasks):
+    while (number := ranks.keys.add(f"atlas/{stage}/next", 1) - 1) < len(tasks):
         worker = Worker(work) if worker is None else worker
         name, stretch = tasks[number]
         records.add(name, write_stretch(worker, folder, name, stretch))
-    ranks.keys.set(f"atlas/ready{ranks.rank}", "")
+        watch(ranks.keys.add(f"atlas/{stage}/done", stretch.n))
+    ranks.keys.set(f"atlas/{stage}/ready{ranks.rank}", "")
+
+# %% ../../nbs/atlas/ranks.ipynb #3bba85c2
+class Leader:
+    "Rank 0, which has stages worked off by all ranks."
+
+    def __init__(self, ranks: Ranks, threads: int):
+        self.ranks, self.threads, self.stage = ranks, threads, 0
+
+    def __call__(self, work: Work, tasks: list[tuple[str, Stretch]], store: Store, told: Callable[[int], None]) -> None:
+        "Have the missing shards computed by all ranks, and take them up; told: how many cells all have finished."
+        asked, seen = {"work": asdict(work), "tasks": tasks, "folder": str(store.folder)}, [0]
+
+        def watch(done: int) -> None:
+            told(done - seen[0])
+            seen[0] = done
+
+        self.ranks.keys.set(f"atlas/{self.stage}/told", json.dumps(asked))
+        take_turns(self.ranks, self.stage, work, tasks, store.folder, self.threads, watch)
+        ready = [f"atlas/{self.stage}/ready{rank}" for rank in range(self.ranks.n)]
+        while not self.ranks.keys.check(ready):
+            watch(self.ranks.keys.add(f"atlas/{self.stage}/done", 0))
+            time.sleep(0.2)
+        watch(self.ranks.keys.add(f"atlas/{self.stage}/done", 0))
+        store.take_up()
+        self.stage += 1
+
+# %% ../../nbs/atlas/ranks.ipynb #6b1c0d6b
+@patch
+def end(self: Leader, error: str = "") -> None:
+    "Tell the others that there is no further stage, or why; wait for them if all is well."
+    self.ranks.keys.set(f"atlas/{self.stage}/told", json.dumps({"error": error}))
+    if not error and self.ranks.n > 1:
+        self.ranks.keys.wait([f"atlas/left{rank}" for rank in range(1, self.ranks.n)], LONGEST)
+
+# %% ../../nbs/atlas/ranks.ipynb #5a1c0d0b
+def follow(ranks: Ranks, threads: int) -> None:
+    "What any other rank does: stage after stage as rank 0 tells. Its error is an error of all."
+    stage = 0
+    while True:
+        ranks.keys.wait([f"atlas/{stage}/told"], LONGEST)
+        told = json.loads(ranks.keys.get(f"atlas/{stage}/told"))
+        if "error" in told:
+            break
+        tasks = [(name, Stretch(*stretch)) for name, stretch in told["tasks"]]
+        take_turns(ranks, stage, Work(**told["work"]), tasks, Path(told["folder"]), threads, lambda done: None)
+        stage += 1
+    ranks.keys.set(f"atlas/left{ranks.rank}", "")  # rank 0, which may keep the keys, must not go before
+    if told["error"]:
+        raise StoreError(f"rank 0 has ended the run: {told['error']}")

@@ -7,38 +7,54 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
+# %% auto #0
+__all__ = ['Finished', 'parts_with_obs', 'read']
+
+# %% ../../nbs/atlas/results.ipynb #6b1c0d3b
 from .. import data
 from .stretches import CellsOnDisk, Stretch
 from .work import Work
-from ..core import AssetError, user_path
+from ..core import AssetError, DataError, user_path
 from ..data.paths import open_store
+from ..geneformer.tokenizer.sources import cell_files
 from ..store.files import atomic_write
 from ..store.layouts import DATASET
 from ..store.shards import Store
 
 if TYPE_CHECKING:
+    import h5py
     from anndata import AnnData
 
+    from scellfm.data.vectors import GeneVectors
+    from scellfm.geneformer.perturbation.screen import Screen
     from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
 
-# %% auto #0
-__all__ = ['Finished', 'parts_with_obs', 'read', 'gathered_notes']
+# %% ../../nbs/atlas/results.ipynb #87fec9fa
+def count_notes(notes: dict[str, int], kinds: dict[str, str], found: str) -> None:
+    "Count the notes (JSON) of a shard into `notes`; of those that differ in numbers alone the first speaks for all."
+    for note in json.loads(found):
+        first = kinds.setdefault(re.sub(r"\d[\d,.]*", "0", note), note)
+        notes[first] = notes.get(first, 0) + 1
 
 # %% ../../nbs/atlas/results.ipynb #548bd198
-class Finished(NamedTuple):
-    "The finished shards of a run, and the cells in each."
+@dataclass
+class Finished:
+    "The finished shards of a run, and which cells each of them holds; what they noted is counted as they are read."
 
     store: Store
     stretches: dict[str, Stretch]  # by the name of the shard, in the order of the cells
+    notes: dict[str, int] = field(default_factory=dict)  # in how many shards each came
 
     @property
     def n(self) -> int:
@@ -47,8 +63,17 @@ class Finished(NamedTuple):
 
     def parts(self) -> Iterable[tuple[Stretch, dict[str, np.ndarray]]]:
         "(stretch, arrays) in the order of the cells."
+        kinds: dict[str, str] = {}
+        self.notes.clear()
         for name, stretch in self.stretches.items():
-            yield stretch, self.store.read(name)
+            arrays = self.store.read(name)
+            count_notes(self.notes, kinds, str(arrays["notes"]))
+            yield stretch, arrays
+
+    def count(self) -> None:
+        "Read all shards for their notes."
+        for _ in self.parts():
+            continue
 
     def one(self) -> dict[str, np.ndarray]:
         "The arrays of the first shard, for names and types."
@@ -65,12 +90,79 @@ def parts_with_obs(
                 yield stretch, arrays, file.obs(stretch.start, stretch.stop)[list(columns)]
 
 # %% ../../nbs/atlas/results.ipynb #b47c0209
-def one_table(tables: list[tuple[str, pd.DataFrame]]) -> pd.DataFrame:
-    "The tables of all stretches as one, with the column `file` if there are several files."
-    several = len({file for file, _ in tables}) > 1
-    obs = pd.concat([table.assign(file=file) if several else table for file, table in tables])
-    texts = [name for name in obs if obs[name].dtype == object]
-    return obs.astype(dict.fromkeys(texts, "category"))
+def column_types(work: Work, columns: Sequence[str]) -> dict[str, np.dtype | pd.CategoricalDtype]:
+    "The types of the columns that are kept of obs, over all files: labels and texts are categories."
+    files = [CellsOnDisk(path, work.layer, columns) for path in cell_files(Path(work.cells))] if columns else []
+    try:
+        found = {name: one_type([file.columns[name] for file in files]) for name in columns}
+    finally:
+        for file in files:
+            file.__exit__()
+    names = [path.name for path in cell_files(Path(work.cells))]
+    return found | ({"file": pd.CategoricalDtype(sorted(names))} if len(names) > 1 else {})
+
+
+def one_type(parts: Sequence[pd.Series]) -> np.dtype | pd.CategoricalDtype:
+    "The type that a column has over all files."
+    types = [part.dtype for part in parts]
+    if isinstance(types[0], pd.CategoricalDtype) and all(one == types[0] for one in types):
+        return types[0]
+    if all(isinstance(one, np.dtype) and one.kind in "biuf" for one in types):
+        return np.result_type(*types)
+    values = pd.unique(pd.concat([pd.Series(part.dropna().unique()).astype(str) for part in parts]))
+    return pd.CategoricalDtype(sorted(values))
+
+# %% ../../nbs/atlas/results.ipynb #0e06f26c
+class ObsWriter:
+    "The table of the cells in an h5ad file, written a part at a time."
+
+    def __init__(self, file: h5py.File, n: int, types: dict[str, np.dtype | pd.CategoricalDtype]):
+        from anndata.io import write_elem
+
+        self.types, self.start = types, 0
+        columns = {name: pd.Series([None if labels(kind) else 0], dtype=kind) for name, kind in types.items()}
+        frame = pd.DataFrame(
+            {name: values.array for name, values in columns.items()}, index=pd.Index(["cell"], dtype=object)
+        )
+        write_elem(file, "obs", frame)
+        self.table = file["obs"]
+        self.names = lengthened(self.table, self.table.attrs["_index"], n)
+        self.columns = {
+            name: lengthened(self.table[name], "codes", n) if labels(kind) else lengthened(self.table, name, n)
+            for name, kind in types.items()
+        }
+
+# %% ../../nbs/atlas/results.ipynb #6b1c0d4b
+@patch
+def write(self: ObsWriter, table: pd.DataFrame) -> None:
+    "Write the next cells: their names are the index."
+    place = slice(self.start, self.start + len(table))
+    self.names[place] = table.index.to_numpy().astype(object)
+    for name, kind in self.types.items():
+        values = table[name]
+        if labels(kind):
+            known = values if values.dtype == kind else values.astype(str).where(values.notna())
+            self.columns[name][place] = pd.Categorical(known, categories=kind.categories).codes
+        else:
+            self.columns[name][place] = values.to_numpy(kind)
+    self.start = place.stop
+
+# %% ../../nbs/atlas/results.ipynb #0e06f26d
+def labels(kind: np.dtype | pd.CategoricalDtype) -> bool:
+    "Whether a column holds labels."
+    return isinstance(kind, pd.CategoricalDtype)
+
+
+def lengthened(group: h5py.Group, name: str, n: int) -> h5py.Dataset:
+    "A dataset of the same type and attributes with so many entries, in the place of the one of this name."
+    import h5py
+
+    old, attributes = group[name], dict(group[name].attrs)
+    kind = h5py.string_dtype() if h5py.check_string_dtype(old.dtype) else old.dtype
+    del group[name]
+    made = group.create_dataset(name, (n,), kind)
+    made.attrs.update(attributes)
+    return made
 
 # %% ../../nbs/atlas/results.ipynb #fb387f69
 RESULT, TOKENS = "cells.h5ad", "cells.dataset"
@@ -78,29 +170,38 @@ RESULT, TOKENS = "cells.h5ad", "cells.dataset"
 
 def write_vectors(finished: Finished, work: Work, folder: Path, columns: Sequence[str]) -> None:
     "Write cells.h5ad, with the vectors as X."
+    width, types, start = finished.one()["vectors"].shape[1], column_types(work, columns), 0
+    with atomic_write(folder / RESULT) as path, started_file(path, width) as file:
+        vectors = file.create_dataset("X", (finished.n, width), np.float32, chunks=(min(1024, finished.n), width))
+        vectors.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        table = ObsWriter(file, finished.n, types)
+        for stretch, arrays, obs in parts_with_obs(finished, work, columns):
+            vectors[start : start + stretch.n] = arrays["vectors"]
+            table.write(obs if "file" in obs else obs.assign(file=stretch.file))
+            start += stretch.n
+
+# %% ../../nbs/atlas/results.ipynb #5a1c0d1b
+@contextmanager
+def started_file(path: Path, width: int) -> Iterator[h5py.File]:
+    "An h5ad file with all but X and obs, for so many variables."
     import h5py
     from anndata import AnnData
     from anndata.io import write_elem
 
-    width, tables, start = finished.one()["vectors"].shape[1], [], 0
-    frame = AnnData(obs=pd.DataFrame(index=["none yet"]), var=pd.DataFrame(index=[str(i) for i in range(width)]))
-    with atomic_write(folder / RESULT) as path, h5py.File(path, "w") as file:
-        write_elem(file, "/", frame)
-        vectors = file.create_dataset("X", (finished.n, width), np.float32, chunks=(min(1024, finished.n), width))
-        vectors.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-        for stretch, arrays, obs in parts_with_obs(finished, work, columns):
-            vectors[start : start + stretch.n] = arrays["vectors"]
-            tables.append((stretch.file, obs))
-            start += stretch.n
+    with h5py.File(path, "w") as file:
+        write_elem(
+            file, "/", AnnData(obs=pd.DataFrame(index=["cell"]), var=pd.DataFrame(index=[str(i) for i in range(width)]))
+        )
         for name in {"obs", "raw"} & set(file):
             del file[name]
-        write_elem(file, "obs", one_table(tables))
+        yield file
 
 # %% ../../nbs/atlas/results.ipynb #d4cf3b49
 def predicted_columns(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | pd.Categorical]:
     "The columns encoded by a stretch's arrays."
     columns = {}
-    for name, values in arrays.items():
+    for name in sorted(arrays, key=lambda name: (name.rpartition("_")[0], name.endswith("_confidence"))):
+        values = arrays[name]
         if f"{name}.classes" in arrays:
             columns[name] = pd.Categorical.from_codes(values, arrays[f"{name}.classes"])
         elif not name.endswith(".classes") and name != "notes":
@@ -110,14 +211,13 @@ def predicted_columns(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | p
 
 def write_predictions(finished: Finished, work: Work, folder: Path, columns: Sequence[str]) -> None:
     "Write cells.h5ad, with the predictions in obs."
-    from anndata import AnnData
-
-    tables = [
-        (stretch.file, obs.assign(**predicted_columns(arrays)))
-        for stretch, arrays, obs in parts_with_obs(finished, work, columns)
-    ]
-    with atomic_write(folder / RESULT) as path:
-        AnnData(obs=one_table(tables)).write_h5ad(path)
+    first = pd.DataFrame(predicted_columns(finished.one()))
+    types = column_types(work, columns) | {name: first[name].dtype for name in first}
+    with atomic_write(folder / RESULT) as path, started_file(path, 0) as file:
+        table = ObsWriter(file, finished.n, types)
+        for stretch, arrays, obs in parts_with_obs(finished, work, columns):
+            own = obs if "file" in obs else obs.assign(file=stretch.file)
+            table.write(own.assign(**predicted_columns(arrays)))
 
 # %% ../../nbs/atlas/results.ipynb #d3947337
 def write_tokens(finished: Finished, work: Work, folder: Path, columns: Sequence[str]) -> None:
@@ -132,12 +232,41 @@ def write_tokens(finished: Finished, work: Work, folder: Path, columns: Sequence
             special = report.pop("special")
             reports.setdefault(stretch.file, []).append(report)
             offsets, rows = np.concatenate([[0], np.cumsum(arrays["lengths"])]), arrays["rows"]
-            cells = TokenizedCells(arrays["tokens"], offsets, obs.iloc[rows], rows + stretch.start, special=special)
+            cells = TokenizedCells(
+                arrays["tokens"], offsets, obs.iloc[rows], rows + stretch.start, arrays.get("counts")
+            )
+            cells.special = special
             writer.write(cells, stretch.file or Path(work.cells).name)
         limit = report["max_length"]
         merged = merge_reports([merge_reports(parts, limit) | {"file": file} for file, parts in reports.items()], limit)
         warn_of_empty(merged, "drop")
         writer.finish(merged, special)
+
+# %% ../../nbs/atlas/results.ipynb #154d2468
+GENES, SCREEN, VECTORS = "genes.parquet", "screen", "vectors"
+
+
+def write_genes(finished: Finished, work: Work, folder: Path, columns: Sequence[str]) -> None:
+    "Write genes.parquet. DataError where no cell has any of the genes."
+    from scellfm.commands.inputs import load_classifier
+    from scellfm.geneformer.finetuning.genes import prediction_table
+    from scellfm.scores.table import storable_table
+
+    classifier = load_classifier(work.model, **work.loading)
+    n = len(classifier.models[0].tokenizer.genes)
+    sums, weights, n_cells = np.zeros((n, len(classifier.classes))), np.zeros(n), np.zeros(n, np.int64)
+    for _, arrays in finished.parts():
+        sums[arrays["tokens"]] += arrays["values"] * arrays["weights"][:, None]
+        weights[arrays["tokens"]] += arrays["weights"]
+        n_cells[arrays["tokens"]] += arrays["n_cells"]
+    tokens = np.flatnonzero(weights)
+    if not len(tokens):
+        raise DataError(
+            f"none of the {finished.n:,} cells has any of the genes asked for; there is nothing to judge by"
+        )
+    table = prediction_table(classifier, tokens, sums[tokens] / weights[tokens][:, None], n_cells[tokens])
+    with atomic_write(folder / GENES) as path:
+        storable_table(table).to_parquet(path)
 
 # %% ../../nbs/atlas/results.ipynb #22e2cca0
 WRITE = {"embed": write_vectors, "predict": write_predictions, "tokenize": write_tokens}
@@ -145,32 +274,46 @@ WRITE = {"embed": write_vectors, "predict": write_predictions, "tokenize": write
 
 def write_result(finished: Finished, work: Work, folder: Path, columns: Sequence[str] = ()) -> None:
     "Write the result of a run into its folder."
-    WRITE[work.task](finished, work, folder, columns)
+    of_genes = work.task == "predict" and "tokens" in finished.one()
+    (write_genes if of_genes else WRITE[work.task])(finished, work, folder, columns)
 
 # %% ../../nbs/atlas/results.ipynb #86716bfd
-def read(folder: str | Path) -> AnnData | TokenizedCells:
-    """The result of an atlas run: an AnnData that reads its X (the vectors) when it is indexed; for tokens, the cells.
+def read(folder: str | Path) -> AnnData | TokenizedCells | Screen | GeneVectors | pd.DataFrame:
+    """The result of an atlas run: an AnnData that reads its X (the vectors) when it is indexed; tokens, a screen or
+    gene vectors as their classes open them; for classes of genes the table.
 
     AssetError: the folder is not a finished run."""
     folder = user_path(folder, "folder")
-    if (folder / TOKENS).is_dir():
-        from scellfm.geneformer import TokenizedCells
-
-        return TokenizedCells.load(folder / TOKENS)
+    for name, load in OPEN.items():
+        if (folder / name).exists():
+            return load(folder / name)
     if not (folder / RESULT).is_file():
         begun = "it holds an unfinished run: run it again to continue" if (folder / "parts").exists() else ""
-        raise AssetError(f"{folder} holds no {RESULT} and no {TOKENS}; {begun or 'scellfm.atlas.run writes them'}")
+        raise AssetError(
+            f"{folder} holds no result ({RESULT}, {', '.join(OPEN)}); {begun or 'scellfm.atlas.run writes it'}"
+        )
     with open_store(folder / RESULT) as file:
         vectors = "X" in file
     return data.read(folder / RESULT, backed=vectors)
 
-# %% ../../nbs/atlas/results.ipynb #87fec9fa
-def gathered_notes(finished: Finished) -> dict[str, int]:
-    "The notes of all stretches, and how many stretches have each; of notes that differ only in numbers, the first."
-    first: dict[str, str] = {}
-    times: Counter = Counter()
-    for _, arrays in finished.parts():
-        for note in json.loads(str(arrays["notes"])):
-            kind = re.sub(r"\d[\d,.]*", "0", note)
-            times[first.setdefault(kind, note)] += 1
-    return dict(times)
+# %% ../../nbs/atlas/results.ipynb #86716bff
+def open_tokens(path: Path) -> TokenizedCells:
+    "The tokenized cells of a data set."
+    from scellfm.geneformer import TokenizedCells
+
+    return TokenizedCells.load(path)
+
+
+def open_screen(path: Path) -> Screen:
+    "The screen of a folder."
+    from scellfm.geneformer import Screen
+
+    return Screen.load(path)
+
+
+def open_vectors(path: Path) -> GeneVectors:
+    "The gene vectors of a folder."
+    return data.read_vectors(path)
+
+
+OPEN = {TOKENS: open_tokens, SCREEN: open_screen, VECTORS: open_vectors, GENES: pd.read_parquet}

@@ -8,29 +8,43 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from dataclasses import asdict, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+# %% auto #0
+__all__ = ['run']
+
+# %% ../../nbs/atlas/runs.ipynb #6b1c0d1b
 from ..assets.hub import find
+from . import screens, sequences
 from .crew import share
-from .ranks import join, take_turns, told_by_first
-from .results import RESULT, TOKENS, Finished, gathered_notes, write_result
-from .stretches import Stretch, stretches_of
-from .work import Work
-from ..core import OptionError, StoreError, check_number, one_of, plain_arguments, progress, user_path, warn
+from .ranks import Leader, follow, join
+from .results import GENES, RESULT, SCREEN, TOKENS, VECTORS, Finished, write_result, write_tokens
+from .stretches import Stretch, repeated_cells, stretches_of
+from .work import REPEATS, Work
+from ..commands.inputs import system_of
+from scellfm.core import (
+    OptionError,
+    StoreError,
+    check_number,
+    one_of,
+    plain,
+    plain_arguments,
+    progress,
+    user_path,
+    warn,
+)
 from ..data.paths import existing
 from ..geneformer.tokenizer.sources import cell_files
 from ..store.files import atomic_write, sha256
 from ..store.fingerprints import fingerprint
 from ..store.outputs import FolderKind, check_replaced, output_path
 from ..store.records import Between, read_record
-from ..store.shards import Store, check_same_run, described, versions
-
-# %% auto #0
-__all__ = ['run', 'cores']
+from ..store.shards import Store, check_same_run, described, versions, write_shard
 
 # %% ../../nbs/atlas/runs.ipynb #16baacc6
 STAMPS = {...: {"size": Between(0), "changed": int, "sha256": str}}
@@ -46,7 +60,7 @@ def stamped(path: Path, known: dict | None) -> dict:
         return known
     return stamp | {"sha256": sha256(path)}
 
-
+# %% ../../nbs/atlas/runs.ipynb #6b1c0d2b
 def stamps_of(paths: Mapping[str, Path], record: Path) -> dict[str, str]:
     "The hashes of files by name; `record` is the JSON file that remembers them."
     known = read_record(record, STAMPS, StoreError) if record.exists() else {}
@@ -84,27 +98,48 @@ class Plan(NamedTuple):
     rows: int
     threads: int
     columns: tuple[str, ...]
+    at_hand: Any = None  # what planning has loaded: a screen, or how genes are read
 
     @property
     def settings(self) -> dict[str, Any]:
         "Everything that the numbers depend on besides files."
         own = {"task": self.work.task, "layer": self.work.layer, "columns": ", ".join(self.columns)}
-        return own | {"rows": self.rows, "threads": self.threads} | self.work.settings | self.work.loading
+        said = {name: value for name, value in self.work.settings.items() if name not in self.paths}
+        return own | {"rows": self.rows, "threads": self.threads} | said | self.work.loading
 
-
-def plan_of(work: Work, rows: int, threads: int, columns: Sequence[str]) -> Plan:
-    "The plan of a run. DataError: no cells; AssetError: no model."
-    root = existing(work.cells)
-    paths = {f"cells/{path.name}": path for path in cell_files(root)}
-    check_columns(work.task, columns, n_files=len(paths))
-    where = {name: work.loading.get(name) for name in ("subfolder", "revision")}
-    paths["model"] = find(work.model, local_files_only=work.loading.get("local_files_only", False), **where)
-    for name, value in work.loading.items():
-        if name != "subfolder" and isinstance(value, str) and Path(value).exists():
+# %% ../../nbs/atlas/runs.ipynb #fb111214
+def inputs_of(work: Work) -> dict[str, Path]:
+    "The files and folders that the numbers come from, by name. AssetError: no model."
+    paths = {"annotation": existing(work.cells)} if work.task == "sequence" else {}
+    if work.task != "sequence":
+        paths = {f"cells/{path.name}": path for path in cell_files(existing(work.cells))}
+    if work.task != "sequence" or Path(work.model).exists() or "/" in work.model:
+        where = {name: work.loading.get(name) for name in ("subfolder", "revision")}
+        where["local_files_only"] = work.loading.get("local_files_only", False)
+        paths["model"] = Path(find(work.model, **where))
+    for name, value in {**work.loading, **work.settings}.items():
+        if name in ("tokenizer", "fasta", "targets") and isinstance(value, str) and Path(value).exists():
             paths[name] = Path(value)
-    found = stretches_of(root, rows, layer=work.layer, columns=columns)
+    return paths
+
+# %% ../../nbs/atlas/runs.ipynb #5a1c0d2b
+def plan_of(work: Work, rows: int | None, threads: int, columns: Sequence[str]) -> Plan:
+    "The plan of a run. DataError: no cells; AssetError: no model; OptionError: settings that do not fit."
+    paths = inputs_of(work)
+    if columns and work.task in ("perturb", "sequence"):
+        raise OptionError(f"columns={list(columns)!r}: the result of {work.task!r} has no table of cells; leave it out")
+    if work.layer and work.task == "sequence":
+        raise OptionError(f"layer={work.layer!r}: 'sequence' reads no counts; leave it out")
+    if work.task == "sequence":
+        reading, rows = sequences.reading_of(work), 8 if rows is None else rows
+        return Plan(work, sequences.stretches_of_genes(reading, rows), paths, rows, threads, tuple(columns), reading)
+    rows = 8192 if rows is None else rows
+    screen = screens.AtlasScreen(work) if work.task == "perturb" else None
+    columns = tuple(columns) if screen is None else screen.columns
+    check_columns(work.task, columns, n_files=sum(name.startswith("cells/") for name in paths))
+    found = stretches_of(work.cells, rows, layer=work.layer, columns=columns)
     stretches = {f"cells-{number:07d}": stretch for number, stretch in enumerate(found)}
-    return Plan(work, stretches, paths, rows, threads, tuple(columns))
+    return Plan(work, stretches, paths, rows, threads, columns, screen)
 
 # %% ../../nbs/atlas/runs.ipynb #d89ec32e
 RECORD, PARTS, STAMPED = "atlas.json", "parts", "fingerprints.json"
@@ -119,7 +154,7 @@ KIND = FolderKind(
             "versions": {...: str},
         }
     },
-    (PARTS, RESULT, TOKENS, STAMPED, f".lock-{TOKENS}"),
+    (PARTS, RESULT, GENES, SCREEN, VECTORS, TOKENS, STAMPED, ".lock-*"),
 )
 
 
@@ -128,9 +163,9 @@ def write_run(folder: Path, content: dict) -> None:
     with atomic_write(folder / RECORD) as path:
         path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf8")
 
-
+# %% ../../nbs/atlas/runs.ipynb #5a1c0d3b
 def opened_run(folder: Path, plan: Plan) -> dict:
-    "The record of a new or unfinished run. StoreError: the folder holds another run, or something else."
+    "The record of a run, new or begun. StoreError: another run's, or a folder that is none."
     check_replaced(folder, KIND, [plan.work.cells, plan.work.model])
     if not (folder / RECORD).exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,100 +175,181 @@ def opened_run(folder: Path, plan: Plan) -> dict:
     if found["settings"]:
         check_same_run(folder, found, inputs, settings)
     found |= {"inputs": inputs, "settings": settings}
-    if found["finished"] and not ((folder / RESULT).exists() or (folder / TOKENS).exists()):
+    if found["finished"] and not any((folder / name).exists() for name in (RESULT, TOKENS, SCREEN, VECTORS, GENES)):
         raise StoreError(f"{folder} is a finished run, but its result is gone; delete the folder and run again")
     if not found["finished"]:
         write_run(folder, found)
     return found
 
 # %% ../../nbs/atlas/runs.ipynb #98b0682a
-def lacking(plan: Plan, store: Store) -> list[tuple[str, Stretch]]:
-    "The shards that are missing in a store."
-    return [(name, stretch) for name, stretch in plan.stretches.items() if not store.done(name)]
+Tasks = list[tuple[str, Stretch]]
+Engine = Callable[[Work, Tasks, Store, Callable[[int], None]], None]  # told how many cells are finished
 
 
-def work_off(plan: Plan, store: Store, workers: int) -> None:
-    "Compute all missing shards with processes of this machine."
-    tasks = lacking(plan, store)
-    total = sum(stretch.n for stretch in plan.stretches.values())
-    with progress(desc=f"{plan.work.task}: {workers} workers", total=total, unit="cell") as bar:
+def work_here(
+    work: Work, tasks: Tasks, store: Store, told: Callable[[int], None], *, workers: int, threads: int
+) -> None:
+    "Have the missing shards computed by processes of this machine."
+    for shard in share(work, tasks, store.folder, workers=workers, threads=threads):
+        store.record(shard.name, shard.entry)
+        told(shard.stretch.n)
+
+
+def work_off(engine: Engine, work: Work, stretches: Mapping[str, Stretch], store: Store) -> None:
+    "Have all shards computed that the store lacks."
+    tasks = [(name, stretch) for name, stretch in stretches.items() if not store.done(name)]
+    if not tasks:
+        return
+    total = sum(stretch.n for stretch in stretches.values())
+    with progress(desc=" ".join([work.task, work.stage]), total=total, unit=work.unit.removesuffix("s")) as bar:
         bar.update(total - sum(stretch.n for _, stretch in tasks))
-        for shard in share(plan.work, tasks, store.folder, workers=workers, threads=plan.threads):
-            store.record(shard.name, shard.entry)
-            bar.update(shard.stretch.n)
+        engine(work, tasks, store, bar.update)
+
+# %% ../../nbs/atlas/runs.ipynb #98b0682c
+def count_repeats(work: Work, parts: Path) -> None:
+    "Write which cells have a name that came before, for tasks that draw by names or know cells by them."
+    by_name = (
+        work.task == "predict"
+        or work.task == "embed"
+        and system_of(work.model, work.loading.get("subfolder")) == "scgpt"
+    )
+    if by_name and not (parts / f"{REPEATS}.npz").exists():
+        write_shard(parts, REPEATS, **repeated_cells(work.cells))
+
+# %% ../../nbs/atlas/runs.ipynb #98b0682e
+def cells_through(plan: Plan, engine: Engine, store: Store, folder: Path, check: Callable[[], None]) -> dict[str, int]:
+    "One stage over all cells, and, after a `check`, its result; the notes."
+    work = replace(plan.work, folder=str(store.folder))
+    count_repeats(work, store.folder)
+    work_off(engine, work, plan.stretches, store)
+    finished = Finished(store, plan.stretches)
+    check()
+    write_result(finished, plan.work, folder, plan.columns)
+    return finished.notes
+
+
+def genes_through(plan: Plan, engine: Engine, store: Store, folder: Path, check: Callable[[], None]) -> dict[str, int]:
+    "One stage over all genes, and, after a `check`, their vectors; the notes."
+    work_off(engine, plan.work, plan.stretches, store)
+    finished = Finished(store, plan.stretches)
+    check()
+    sequences.finished_vectors(plan.at_hand, finished.parts()).save(folder / VECTORS)
+    return finished.notes
+
+# %% ../../nbs/atlas/runs.ipynb #98b06830
+def screen_through(plan: Plan, engine: Engine, store: Store, folder: Path, check: Callable[[], None]) -> dict[str, int]:
+    "The stages of a screen, and, after a `check`, its result; the notes."
+    parts, screen = store.folder, plan.at_hand
+    screen.work = work = replace(plan.work, folder=str(parts))
+    work_off(engine, replace(work, stage="tokens"), plan.stretches, store)
+    tokens = Finished(store, plan.stretches)
+    if not (parts / TOKENS).exists():
+        write_tokens(tokens, plan.work, parts, plan.columns)
+    else:
+        tokens.count()
+    inputs = {"run": fingerprint(store.manifest["inputs"]), "tokens": fingerprint(parts / TOKENS)}
+    made = state_stage(screen, engine, parts, inputs)
+    with Store(parts / "screen", inputs | made, store.manifest["settings"]) as blocks:
+        units = edit_stages(screen, engine, blocks)
+        check()
+        result = screens.finished_screen(screen, blocks)
+        finished = Finished(blocks, units)
+        finished.count()
+    result.params["made_from"] = inputs | made
+    result.save(folder / SCREEN)
+    return tokens.notes | finished.notes
+
+# %% ../../nbs/atlas/runs.ipynb #98b06831
+def state_stage(screen: screens.AtlasScreen, engine: Engine, parts: Path, inputs: dict) -> dict[str, str]:
+    "The centres of the states, computed once and written; their hash, as an input of what follows."
+    units = screens.state_units(screen.plan)
+    if not units:
+        return {}
+    with Store(parts / "states", inputs, screen.plan.settings) as store:
+        work_off(engine, replace(screen.work, stage="states"), screens.as_stretches(units), store)
+        entry = write_shard(parts, "states", **screens.centres_of(screen.plan, store))
+    screens.take_states(screen.plan, parts)
+    return {"states": entry["sha256"]}
+
+
+def edit_stages(screen: screens.AtlasScreen, engine: Engine, blocks: Store) -> dict[str, Stretch]:
+    "All effects, after all estimates where there are any; the units of both."
+    plan, estimates, chosen = screen.plan, {}, None
+    if plan.gradient is not None:
+        estimates = screens.as_stretches(screens.edit_units(plan.jobs, None, estimated=True))
+        work_off(engine, replace(screen.work, stage="estimates"), estimates, blocks)
+        plan.runner.store = blocks
+        write_shard(Path(screen.work.folder), "chosen", **screens.chosen_of(plan, screen.ask["seed"]))
+        chosen = screens.read_chosen(plan, Path(screen.work.folder))
+    units = screens.as_stretches(screens.edit_units(plan.jobs, chosen, estimated=False))
+    work_off(engine, replace(screen.work, stage="screen"), units, blocks)
+    return estimates | units
 
 # %% ../../nbs/atlas/runs.ipynb #6a24b4aa
-def finish(plan: Plan, store: Store, folder: Path, found: dict) -> None:
-    "Write the result, and the record with the notes; warns of them, too."
-    if changed := [
-        name for name, now in stamps_of(plan.paths, folder / STAMPED).items() if found["inputs"][name] != now
-    ]:
-        raise StoreError(f"{changed[0]} was changed during the run, so its parts differ. Delete {folder}, run again")
-    finished = Finished(store, plan.stretches)
-    write_result(finished, plan.work, folder, plan.columns)
-    notes = gathered_notes(finished)
-    write_run(folder, found | {"finished": True, "n_cells": finished.n, "notes": notes})
-    for note, times in notes.items():
-        warn(f"in {times:,} of {len(plan.stretches):,} stretches: {note}")
+THROUGH = {"sequence": genes_through, "perturb": screen_through}
+
+
+def check_unchanged(plan: Plan, folder: Path, found: dict) -> None:
+    "StoreError where an input was changed while the run went on."
+    now = stamps_of(plan.paths, folder / STAMPED)
+    if changed := [name for name, stamp in now.items() if found["inputs"][name] != stamp]:
+        raise StoreError(
+            f"{changed[0]} was changed while the run went on; its parts are of both. Delete {folder}, run again"
+        )
 
 # %% ../../nbs/atlas/runs.ipynb #69dceff0
-def run_here(plan: Plan, folder: Path, workers: int) -> None:
-    "A run by processes of this machine."
+def carry_out(plan: Plan, folder: Path, engine: Engine) -> None:
+    "A run from its opening to its end."
     found = opened_run(folder, plan)
     if not found["finished"]:
         with Store(folder / PARTS, found["inputs"], found["settings"]) as store:
-            work_off(plan, store, workers)
-            finish(plan, store, folder, found)
+            through = THROUGH.get(plan.work.task, cells_through)
+            notes = through(plan, engine, store, folder, partial(check_unchanged, plan, folder, found))
+            n = sum(stretch.n for stretch in plan.stretches.values())
+            write_run(
+                folder, found | {"finished": True, f"n_{plan.work.unit}": n, "notes": dict(sorted(notes.items()))}
+            )
+        for note, times in notes.items():
+            warn(f"in {times:,} of {len(plan.stretches):,} stretches: {note}")
     shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 # %% ../../nbs/atlas/runs.ipynb #cf127bf6
-LONGEST = timedelta(days=30)  # seconds that a rank waits for the others: a stretch may take hours
-
-
-def run_in_ranks(plan: Plan, folder: Path) -> None:
-    "This rank's part of a run."
-    ranks, opened = join(), {}
-
-    def missing() -> list[tuple[str, Stretch]]:
-        opened["run"] = found = opened_run(folder, plan)
-        if found["finished"]:
-            return []
-        opened["store"] = Store(folder / PARTS, found["inputs"], found["settings"])
-        return lacking(plan, opened["store"])
-
-    take_turns(ranks, plan.work, told_by_first(ranks, missing), folder / PARTS, plan.threads)
+def run_in_ranks(plan: Callable[[], Plan], folder: Path, threads: int) -> None:
+    "This rank's part of a run; rank 0 plans it."
+    ranks = join()
     if ranks.rank > 0:
-        ranks.keys.wait(["atlas/finished"], LONGEST)
+        follow(ranks, threads)
         return
-    ranks.keys.wait([f"atlas/ready{rank}" for rank in range(ranks.n)], LONGEST)
-    if "store" in opened:
-        with opened["store"] as store:
-            store.take_up()
-            finish(plan, store, folder, opened["run"])
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
-    ranks.keys.set("atlas/finished", "")
+    leader, error = Leader(ranks, threads), ""
+    try:
+        carry_out(plan(), folder, leader)
+    except BaseException as failure:
+        error = f"{type(failure).__name__}: {failure}"
+        raise
+    finally:
+        leader.end(error)
 
 # %% ../../nbs/atlas/runs.ipynb #03ddfd18
 @plain_arguments
 def run(
-    task: Literal["tokenize", "embed", "predict"],
-    cells: str | Path,  # a file of cells (h5ad or zarr), or a folder of such files
+    task: Literal["tokenize", "embed", "predict", "perturb", "sequence"],
+    cells: str | Path,  # a file of cells (h5ad or zarr), or a folder of such files; of sequence: an annotation of genes
     *,
     model: str | Path,  # folder of a tokenizer, a model or a classifier, or a hub id
     out: str | Path,  # folder of the result
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
     columns: Sequence[str] = (),  # columns of obs to keep beside the result
-    settings: Mapping[str, Any] | None = None,  # options of tokenizing, of `embed` or of `predict`
-    loading: Mapping[str, Any] | None = None,  # options of `from_pretrained`: device, dtype, subfolder
-    rows: int = 8192,  # cells of a stretch: the most that an interruption loses
-    workers: int | None = None,  # processes; one for each core by default
-    threads: int = 1,  # threads of each process
-    backend: Literal["local", "ranks"] = "local",  # processes of this machine, or the ranks of torchrun and SLURM
+    settings: Mapping[str, Any] | None = None,  # of tokenizing, `embed`, `predict`, `perturb` or `embed_genes`
+    loading: Mapping[str, Any] | None = None,  # of `from_pretrained`: device, dtype, subfolder
+    rows: int | None = None,  # cells of a stretch: what a stop loses at most; 8192, and 8 genes
+    workers: int | None = None,  # processes; one for each core where none is given
+    threads: int = 1,  # of each process, at the calculation
+    backend: Literal["local", "ranks", "ray"] = "local",  # processes here, ranks of torchrun and SLURM, or Ray
 ) -> Path:
-    """Tokenize, embed or predict all cells of many files; return the folder of the result, which `atlas.read` opens.
+    """Tokenize, embed, predict or perturb all cells of many files, or embed genes; return the folder of the result.
 
-    Writes into `out`
-    - cells.h5ad: vectors as X, or predictions in obs; or cells.dataset: tokens
+    Writes into `out` what `atlas.read` opens
+    - cells.h5ad: vectors as X, or predictions in obs; cells.dataset: tokens; screen; vectors (of genes); genes.parquet
     - atlas.json: inputs by their hashes, settings, versions, notes
     - parts: finished stretches, during the run
 
@@ -242,19 +358,49 @@ def run(
     workers = cores() if workers is None else workers
     check_number("workers", workers, 1)
     check_number("threads", threads, 1)
-    one_of("backend", backend, ("local", "ranks"))
-    local = user_path(model)
-    where = str(existing(cells).resolve()), str(local.resolve() if local.exists() else model)
-    work = Work(task, *where, layer, dict(settings or {}), dict(loading or {}))
-    folder = output_path(out)
-    plan = plan_of(work, rows, threads, columns)
+    one_of("backend", backend, ("local", "ranks", "ray"))
+    where = resolved(cells), resolved(model)
+    named = {name: resolved(value) for name, value in (settings or {}).items() if name in ("fasta", "targets")}
+    work = Work(task, *where, layer, in_words(dict(settings or {}) | named), in_words(dict(loading or {})))
+    folder, plan = output_path(out), partial(plan_of, work, rows, threads, columns)
+    existing(cells)
     if backend == "ranks":
-        run_in_ranks(plan, folder)
+        run_in_ranks(plan, folder, threads)
     else:
-        run_here(plan, folder, workers)
+        engine = work_here if backend == "local" else on_ray()
+        carry_out(plan(), folder, partial(engine, workers=workers, threads=threads))
     return folder
 
-
+# %% ../../nbs/atlas/runs.ipynb #03ddfd19
 def cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resolved(path: str | Path) -> str:
+    "A path as every process finds it, wherever it works; a hub id or another word as it is."
+    local = user_path(path)
+    return str(local.resolve() if local.exists() else path)
+
+
+def in_words(options: dict[str, Any]) -> dict[str, Any]:
+    "Options as they travel between processes. OptionError: one that cannot be written."
+
+    def write(value: Any) -> Any:
+        if is_dataclass(value):
+            return asdict(value)
+        return str(value) if isinstance(value, Path) else list(value)
+
+    for name, value in options.items():
+        try:
+            json.dumps(value, default=write)
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"{name}={value!r:.80} cannot be told to other processes: {error}") from error
+    return json.loads(json.dumps(plain(options), default=write))
+
+
+def on_ray() -> Callable:
+    "The engine that works on Ray. ExtraError: it is not installed."
+    from scellfm.atlas.ray_engine import work_on_ray
+
+    return work_on_ray

@@ -5,7 +5,7 @@
 # %% ../../nbs/atlas/stretches.ipynb #a8307373
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,7 +15,8 @@ from fastcore.basics import patch
 from scipy import sparse
 
 from ..core import DataError, OptionError, check_number
-from ..data.columns import column_names, read_column, row_names
+from ..data.columns import column_names, n_rows, read_column, row_names
+from ..data.genes import GeneTable
 from ..data.matrices import canonical_csr, check_shape, stored_form, stored_offsets, stored_part
 from ..data.paths import damage_named, existing, open_store
 from ..data.reading import file_kind, genes_of, open_counts
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['CellsOnDisk', 'Stretch', 'stretches_of']
+__all__ = ['CellsOnDisk', 'Stretch', 'stretches_of', 'CellFiles', 'repeated_cells']
 
 # %% ../../nbs/atlas/stretches.ipynb #2bf85d6b
 READ = ("n_counts", "filter_pass")
@@ -135,3 +136,99 @@ def stretches_of(
     if not found:
         raise DataError(f"{root} holds no cell")
     return found
+
+# %% ../../nbs/atlas/stretches.ipynb #2f60c102
+class CellFiles:
+    "The cells of one file or of all files of a folder as one table: names and columns in memory, counts on the disk."
+
+    def __init__(self, path_or_folder: str | Path, layer: str | None = None, columns: Sequence[str] = ()):
+        import pandas as pd
+
+        self.layer, self.paths, tables, genes = layer, cell_files(existing(path_or_folder)), [], []
+        for path in self.paths:
+            with CellsOnDisk(path, layer, columns) as file:
+                tables.append(file.obs(0, len(file))[list(columns)])
+                genes.append(file.genes.var)
+        self.obs, var = pd.concat(tables), pd.concat(genes)
+        self.obs = self.obs.astype({name: "category" for name in self.obs if self.obs[name].dtype == object})
+        self.genes = GeneTable(var[~var.index.duplicated()] if len(genes) > 1 else var)
+        self.starts = np.cumsum([0, *map(len, tables)])
+
+# %% ../../nbs/atlas/stretches.ipynb #6b1c0d7b
+@patch(as_prop=True)
+def n_obs(self: CellFiles) -> int:
+    "The number of cells."
+    return len(self.obs)
+
+
+@patch(as_prop=True)
+def obs_names(self: CellFiles) -> pd.Index:
+    "The names of the cells."
+    return self.obs.index
+
+
+@patch
+def gene_table(self: CellFiles) -> GeneTable:
+    "The genes of all files, each once."
+    return self.genes
+
+# %% ../../nbs/atlas/stretches.ipynb #6b1c0d7c
+@patch
+def stacked_blocks(self: CellFiles, rows: int = 2048) -> Iterator[tuple[int, sparse.csr_matrix]]:
+    "(index of the first cell, counts [cells, genes]) of blocks of at most so many cells, as `count_blocks` gives."
+    for path, first in zip(self.paths, self.starts):
+        with CellsOnDisk(path, self.layer) as file:
+            same = file.genes.var.index.equals(self.genes.var.index)
+            place = None if same else self.genes.var.index.get_indexer(file.genes.var.index)
+            for start in range(0, len(file), rows):
+                counts = file.counts_between(start, min(start + rows, len(file)))
+                yield int(first) + start, counts if same else moved_columns(counts, place, len(self.genes.var))
+
+# %% ../../nbs/atlas/stretches.ipynb #2f60c103
+def moved_columns(counts: sparse.csr_matrix, place: np.ndarray, n_genes: int) -> sparse.csr_matrix:
+    "Counts whose column i is column place[i] of so many."
+    moved = sparse.csr_matrix((counts.data, place[counts.indices], counts.indptr), shape=(counts.shape[0], n_genes))
+    return canonical_csr(moved, copy=False)
+
+# %% ../../nbs/atlas/stretches.ipynb #2f60c106
+def repeated_cells(path_or_folder: str | Path) -> dict[str, np.ndarray]:
+    "The cells whose name came before, in the order of the files: file (text), row, number of those before (int64)."
+    import pandas as pd
+
+    root, hashes = existing(path_or_folder), []
+    paths = cell_files(root)
+    for path in paths:
+        hashes.append(np.concatenate([pd.util.hash_array(names, categorize=False) for names in name_blocks(path)]))
+    values, times = np.unique(np.concatenate(hashes), return_counts=True)
+    twice, found = values[times > 1], []
+    for path, keys in zip(paths, hashes) if len(twice) else ():
+        rows = np.flatnonzero(np.isin(keys, twice))
+        name = path.relative_to(root).as_posix() if path != root else ""
+        found.append(pd.DataFrame({"file": name, "row": rows, "name": names_at(path, rows)}))
+    if not found:
+        return {"file": np.empty(0, "U1"), "row": np.empty(0, np.int64), "number": np.empty(0, np.int64)}
+    table = pd.concat(found)
+    number = table.groupby("name", sort=False).cumcount().to_numpy(np.int64)
+    again = number > 0
+    return {
+        "file": table["file"].to_numpy().astype(str)[again],
+        "row": table["row"].to_numpy(np.int64)[again],
+        "number": number[again],
+    }
+
+# %% ../../nbs/atlas/stretches.ipynb #5a1c0d8b
+def name_blocks(path: Path, block: int = 2**16) -> Iterator[np.ndarray]:
+    "The names of the cells of a file (object), a block at a time."
+    with damage_named(path), open_store(path) as file:
+        n = n_rows(file["obs"])
+        for start in range(0, n, block):
+            yield row_names(file["obs"], start, min(start + block, n)).astype(str).astype(object)
+
+
+def names_at(path: Path, rows: np.ndarray) -> np.ndarray:
+    "The names of some cells of a file, in order."
+    found, start = [], 0
+    for names in name_blocks(path):
+        found.append(names[rows[(rows >= start) & (rows < start + len(names))] - start])
+        start += len(names)
+    return np.concatenate(found)

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,55 +16,157 @@ import pandas as pd
 
 from .stretches import CellsOnDisk, Stretch
 from ..commands.inputs import load_classifier, load_model, system_of
-from ..commands.signatures import REQUIRED, parameters_of
-from ..core import ScellfmWarning, one_of
-from ..store.shards import write_shard
+from ..commands.signatures import parameters_of
+from ..core import DataError, one_of, warn
+from ..geneformer.tokenizer.rank_tokenizer import request_of, tokenized_blocks
+from ..geneformer.tokenizer.tokenizing import Tally, join_cells, merge_reports
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from scellfm.geneformer import RankTokenizer
+    from scellfm.geneformer.tokenizer.tokenized import TokenizedCells
+
 # %% auto #0
-__all__ = ['TASKS', 'METHODS', 'NOT_ASKED', 'MAKE', 'options_of', 'Work', 'tokenizing', 'embedding', 'predicting', 'Worker',
-           'write_stretch']
+__all__ = ['TASKS', 'METHODS', 'MORE', 'NOT_ASKED', 'Work', 'CellReader', 'tokenizing', 'token_arrays', 'reading_tokens',
+           'embedding_tokens', 'embedding_counts', 'predicting', 'predicting_genes']
 
 # %% ../../nbs/atlas/work.ipynb #e9a545b6
-TASKS = ("tokenize", "embed", "predict")
+TASKS = ("tokenize", "embed", "predict", "perturb", "sequence")
 METHODS = {
     "tokenize": ("scellfm.geneformer.tokenizer.rank_tokenizer.RankTokenizer.__call__",),
     "embed": ("scellfm.geneformer.embedding.embed", "scellfm.scgpt.embedding.embed"),
     "predict": (
         "scellfm.geneformer.finetuning.classifier.predict_cells",
+        "scellfm.geneformer.finetuning.genes.predict_genes",
         "scellfm.scgpt.annotation.predict_cells",
     ),
+    "perturb": ("scellfm.geneformer.perturbation.runner.perturb",),
+    "sequence": ("scellfm.rosa.embedding.embed_genes", "scellfm.rosa.windows.tss_windows"),
 }
-NOT_ASKED = ("layer", "columns", "copy", "folder", "key_added")  # the run determines where to read and write
+MORE = {"sequence": ("protein_coding", "targets")}  # of annotations and Enformer's tracks
+NOT_ASKED = (
+    "layer",
+    "columns",
+    "copy",
+    "folder",
+    "key_added",
+    "model_of",
+    "dry_run",
+    "block",
+    "chrom_sizes",
+    "original",
+)
 
-
+# %% ../../nbs/atlas/work.ipynb #e9a545b8
 def options_of(work: Work) -> list[str]:
     "The options that the settings of a task may name."
     methods = METHODS[work.task]
     if work.task == "embed":
         system = system_of(work.model, work.loading.get("subfolder"))
         methods = [path for path in methods if path.startswith(f"scellfm.{system}.")]
-    found = [one.name for path in methods for one in parameters_of(path) if one.default is not REQUIRED]
-    return [name for name in dict.fromkeys(found) if name not in NOT_ASKED]
+    if work.task == "predict":
+        kinds = [path for record, path in PREDICTING.items() if (Path(work.model) / record).exists()]
+        methods = kinds or methods
+    taken = [one.name for path in methods for one in parameters_of(path)] + list(MORE.get(work.task, ()))
+    return [name for name in dict.fromkeys(taken) if name not in NOT_ASKED and name not in GIVEN]
 
 
+GIVEN = ("tokenizer", "gf", "gpt", "clf", "model", "data", "adata", "annotation", "windows")  # by the run
+PREDICTING = dict(zip(("classifier.json", "gene_classifier.json", "annotator.json"), METHODS["predict"]))
+PREDICTING["tasks.json"] = PREDICTING["classifier.json"]
+
+# %% ../../nbs/atlas/work.ipynb #e9a545b9
 @dataclass(frozen=True)
 class Work:
-    "The task for every stretch of cells, in plain values. OptionError: an unknown task."
+    "What is done with every stretch of some cells, in plain values. OptionError: a task that is not known."
 
-    task: Literal["tokenize", "embed", "predict"]
-    cells: str  # a file of cells, or a folder of such files
+    task: Literal["tokenize", "embed", "predict", "perturb", "sequence"]
+    cells: str  # a file of cells, or a folder of such files; of sequence: an annotation of genes
     model: str  # folder of a tokenizer, a model, or a classifier; or a hub id
-    layer: str | None = None  # layer that holds the counts, or raw; X by default
-    settings: dict[str, Any] = field(default_factory=dict)  # options of the called method
-    loading: dict[str, Any] = field(default_factory=dict)  # options of `from_pretrained`: device, dtype, subfolder
+    layer: str | None = None  # layer that holds the counts, or raw; X where none is given
+    settings: dict[str, Any] = field(default_factory=dict)  # of the method that is called
+    loading: dict[str, Any] = field(default_factory=dict)  # of `from_pretrained`: device, dtype, subfolder
+    stage: str = ""  # of a task that has several
+    folder: str = ""  # where earlier stages have left what they found
 
     def __post_init__(self):
         one_of("task", self.task, TASKS)
         for name in self.settings:
             one_of("settings", name, options_of(self))
+
+    @property
+    def unit(self) -> str:
+        "What a stretch is made of."
+        edits = self.task == "perturb" and self.stage == "screen"
+        return "edits" if edits else "genes" if self.task == "sequence" else "cells"
+
+# %% ../../nbs/atlas/work.ipynb #185eea52
+class CellReader:
+    "Reads stretches of cells, one file after the other."
+
+    def __init__(self, work: Work):
+        self.work, self.file, self.cells = work, None, None
+        self.repeats = read_repeats(work.folder)
+
+    def __call__(self, stretch: Stretch) -> AnnData:
+        "The cells of a stretch."
+        if self.file != stretch.file:
+            self.close()
+            self.cells = CellsOnDisk(Path(self.work.cells) / stretch.file, self.work.layer)
+            self.file = stretch.file
+        part = self.cells.between(stretch.start, stretch.stop)
+        rows, numbers = self.repeats.get(stretch.file, (np.empty(0, np.int64), np.empty(0, np.int64)))
+        mine = (rows >= stretch.start) & (rows < stretch.stop)
+        return numbered(part, rows[mine] - stretch.start, numbers[mine]) if mine.any() else part
+
+    def close(self) -> None:
+        "Close the file of cells."
+        if self.cells is not None:
+            self.cells.__exit__()
+        self.file, self.cells = None, None
+
+# %% ../../nbs/atlas/work.ipynb #185eea54
+REPEATS = "repeats"  # the file of the cells whose name came before
+
+
+def read_repeats(folder: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    "{file: (rows, numbers)} of the cells whose name came before; empty where they were not counted."
+    path = Path(folder) / f"{REPEATS}.npz"
+    if not folder or not path.exists():
+        return {}
+    with np.load(path, allow_pickle=False) as found:
+        files, rows, numbers = found["file"], found["row"], found["number"]
+    return {str(file): (rows[files == file], numbers[files == file]) for file in np.unique(files)}
+
+
+def numbered(part: AnnData, rows: np.ndarray, numbers: np.ndarray) -> AnnData:
+    "The cells, with the number of those before in the names of `rows`."
+    names = part.obs_names.to_numpy().astype(object)
+    names[rows] = [f"{name}\x1f{number}" for name, number in zip(names[rows], numbers)]
+    part.obs_names = names
+    return part
+
+# %% ../../nbs/atlas/work.ipynb #9a10f428
+def tokenized(
+    tokenizer: RankTokenizer,
+    part: AnnData,
+    *,
+    keep_counts: bool = False,
+    empty: str = "drop",
+    gene_column: str | None = None,
+    match: Mapping | None = None,
+    engine: str = "auto",
+) -> TokenizedCells:
+    "What calling the tokenizer gives, but for the error where no cell has a known gene: that is warned of."
+    from scellfm.geneformer.tokenizer.sources import open_source
+
+    ask, tally = request_of(tokenizer, (), keep_counts, empty, engine), Tally("AnnData")
+    blocks = list(tokenized_blocks(tokenizer, open_source(part), ask, tally, gene_column, match))
+    report = merge_reports([tally.report()], tokenizer.max_length)
+    if report["n_empty"]:
+        warn(f"{report['n_empty']:,} of {report['n_cells']:,} cells have no count in any known gene")
+    return join_cells(blocks, report, tokenizer.special)
 
 # %% ../../nbs/atlas/work.ipynb #9a10f427
 def tokenizing(work: Work) -> Callable[[AnnData, dict], dict[str, np.ndarray]]:
@@ -75,22 +176,63 @@ def tokenizing(work: Work) -> Callable[[AnnData, dict], dict[str, np.ndarray]]:
     tokenizer = RankTokenizer.from_pretrained(work.model, **work.loading)
 
     def compute(part: AnnData, settings: dict) -> dict[str, np.ndarray]:
-        cells = tokenizer(part, **settings)
-        report = json.dumps(cells.report | {"special": cells.special})
-        return {"tokens": cells.tokens, "lengths": cells.lengths, "rows": cells.cell_index, "report": np.array(report)}
+        return token_arrays(tokenized(tokenizer, part, **settings))
+
+    return compute
+
+
+def token_arrays(cells: TokenizedCells) -> dict[str, np.ndarray]:
+    "Tokenized cells as arrays: tokens (flat), lengths, rows, the report in JSON, counts if they were kept."
+    report = json.dumps(cells.report | {"special": cells.special})
+    arrays = {"tokens": cells.tokens, "lengths": cells.lengths, "rows": cells.cell_index, "report": np.array(report)}
+    return arrays | ({} if cells.counts is None else {"counts": cells.counts})
+
+# %% ../../nbs/atlas/work.ipynb #39f61878
+def model_tokenizer(work: Work) -> RankTokenizer:
+    "The tokenizer of a Geneformer or of a classifier made from one."
+    from scellfm.geneformer.model import tokenizer_of
+
+    where = {name: work.loading[name] for name in PLACES if name in work.loading}
+    if "subfolder" not in where and any((Path(work.model) / name).exists() for name in GENEFORMER_CLASSIFIERS):
+        where["subfolder"] = "fold0"
+    return tokenizer_of(work.model, **where)
+
+
+PLACES = ("subfolder", "revision", "tokenizer", "local_files_only")
+GENEFORMER_CLASSIFIERS = ("classifier.json", "tasks.json", "gene_classifier.json")
+
+# %% ../../nbs/atlas/work.ipynb #39f61877
+def reading_tokens(work: Work) -> Callable[[Stretch], TokenizedCells]:
+    "A function from a stretch to its tokenized cells."
+    read, tokenizer, match = CellReader(work), model_tokenizer(work), work.settings.get("match")
+    return lambda stretch: tokenized(tokenizer, read(stretch), match=match)
+
+
+def embedding_tokens(work: Work) -> Callable[[TokenizedCells, dict], dict[str, np.ndarray]]:
+    "A function from tokenized cells to the vectors [cells, d] (float32) of all cells that were read."
+    model = load_model(work.model, **work.loading)
+
+    def compute(cells: TokenizedCells, settings: dict) -> dict[str, np.ndarray]:
+        own = {name: value for name, value in settings.items() if name != "match"}
+        vectors = np.full((cells.report["n_cells"], model.model.config.hidden_size), np.nan, dtype=np.float32)
+        model._warned = False  # random weights are noted for each stretch, whichever process computes it
+        if len(cells):
+            vectors[cells.cell_index] = model.embed(cells, **own)
+        return {"vectors": vectors}
 
     return compute
 
 # %% ../../nbs/atlas/work.ipynb #39f61879
-def embedding(work: Work) -> Callable[[AnnData, dict], dict[str, np.ndarray]]:
-    "A function from cells to their vectors [cells, d] (float32)."
+def embedding_counts(work: Work) -> Callable[[AnnData, dict], dict[str, np.ndarray]]:
+    "A function from cells to the vectors [cells, d] (float32) of a scGPT."
     model = load_model(work.model, **work.loading)
-    key = {"geneformer": "X_geneformer", "scgpt": "X_scGPT"}[system_of(work.model, work.loading.get("subfolder"))]
 
     def compute(part: AnnData, settings: dict) -> dict[str, np.ndarray]:
-        model._warned = False  # random weights are noted for each stretch, in any process
-        model.embed(part, key_added=key, **settings)
-        return {"vectors": part.obsm[key]}
+        model._warned = False
+        if not part.X.data.any():  # empty cells, to the last
+            return {"vectors": np.full((part.n_obs, model.model.config.d_model), np.nan, dtype=np.float32)}
+        model.embed(part, key_added="vectors", **settings)
+        return {"vectors": part.obsm["vectors"]}
 
     return compute
 
@@ -101,7 +243,12 @@ def predicting(work: Work) -> Callable[[AnnData, dict], dict[str, np.ndarray]]:
 
     def compute(part: AnnData, settings: dict) -> dict[str, np.ndarray]:
         before, arrays = set(part.obs), {}
-        classifier.predict(part, **settings)
+        try:
+            classifier.predict(part, **settings)
+        except DataError:
+            if has_known_gene(classifier, part, settings):
+                raise
+            return no_predictions(classifier, part.n_obs)
         for name in [name for name in part.obs if name not in before]:
             values = part.obs[name]
             labels = isinstance(values.dtype, pd.CategoricalDtype)
@@ -112,45 +259,49 @@ def predicting(work: Work) -> Callable[[AnnData, dict], dict[str, np.ndarray]]:
 
     return compute
 
-# %% ../../nbs/atlas/work.ipynb #cc799bac
-MAKE = {"tokenize": tokenizing, "embed": embedding, "predict": predicting}
+# %% ../../nbs/atlas/work.ipynb #5fb24785
+def has_known_gene(classifier: Any, part: AnnData, settings: Mapping) -> bool:
+    "Whether any cell of a stretch can be read."
+    if not part.X.data.any():
+        return False
+    tokenizer = getattr(classifier.models[0], "tokenizer", None)
+    return tokenizer is None or len(tokenized(tokenizer, part, match=settings.get("match"))) > 0
 
-# %% ../../nbs/atlas/work.ipynb #765a3126
-class Worker:
-    "The state of a worker: a model that is loaded once, and one open file of cells."
 
-    def __init__(self, work: Work):
-        self.work, self.compute = work, MAKE[work.task](work)
-        self.file, self.cells = None, None
+def no_predictions(classifier: Any, n: int) -> dict[str, np.ndarray]:
+    "The columns of a classifier for cells that have no prediction."
+    arrays: dict[str, np.ndarray] = {}
+    for label, one in getattr(classifier, "tasks", {getattr(classifier, "label", ""): classifier}).items():
+        arrays[f"{label}_predicted"] = np.full(n, -1, np.int32)
+        arrays[f"{label}_predicted.classes"] = np.asarray(one.classes).astype(str)
+        arrays[f"{label}_confidence"] = np.full(n, np.nan, np.float32)
+    return arrays
 
-    def __call__(self, stretch: Stretch, token_budget: int | None = None) -> tuple[dict[str, np.ndarray], list[str]]:
-        "(arrays, notes) of a stretch; token_budget: tokens of one batch, for this call only."
-        settings = self.work.settings | ({} if token_budget is None else {"token_budget": token_budget})
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ScellfmWarning)
-            arrays = self.compute(self.read(stretch), settings)
-        return arrays, list(dict.fromkeys(str(one.message) for one in caught if one.category is ScellfmWarning))
+# %% ../../nbs/atlas/work.ipynb #5fb24787
+def predicting_genes(work: Work) -> Callable[[AnnData, dict], dict[str, np.ndarray]]:
+    "A function from cells to genes: tokens [t], mean class probabilities [t, classes] (float64), weights, n_cells."
+    from scellfm.geneformer.finetuning.genes import has_any, judged_tokens, resolve_tokens
 
-    def read(self, stretch: Stretch) -> AnnData:
-        "The cells of a stretch."
-        if self.file != stretch.file:
-            self.close()
-            self.cells = CellsOnDisk(Path(self.work.cells) / stretch.file, self.work.layer)
-            self.file = stretch.file
-        return self.cells.between(stretch.start, stretch.stop)
+    classifier = load_classifier(work.model, **work.loading)
+    gf = classifier.models[0]
 
-    def close(self) -> None:
-        "Close the file of cells."
-        if self.cells is not None:
-            self.cells.__exit__()
-        self.file, self.cells = None, None
+    def compute(part: AnnData, settings: dict) -> dict[str, np.ndarray]:
+        cells = tokenized(gf.tokenizer, part, match=settings.get("match"))
+        wanted = resolve_tokens(gf.tokenizer, settings.get("genes"))
+        cells = cells[has_any(cells, wanted)]
+        if not len(cells):
+            empty = np.empty(0, np.int64)
+            return {
+                "tokens": empty,
+                "values": np.empty((0, len(classifier.classes))),
+                "weights": empty,
+                "n_cells": empty,
+            }
+        tokens, values = judged_tokens(classifier, cells, wanted, settings.get("token_budget", 16384))
+        (read,), _ = gf.readable(cells).flat()
+        weights, n_cells = (
+            np.bincount(np.asarray(ids, np.int64), minlength=len(wanted))[tokens] for ids in (read, cells.tokens)
+        )
+        return {"tokens": tokens, "values": values, "weights": weights, "n_cells": n_cells}
 
-# %% ../../nbs/atlas/work.ipynb #af58db58
-def write_stretch(
-    worker: Worker, folder: Path, name: str, stretch: Stretch, token_budget: int | None = None
-) -> dict[str, int | str]:
-    "Compute a stretch and write it as the shard `name`; its bytes and sha256."
-    arrays, notes = worker(stretch, token_budget)
-    if token_budget:
-        notes.append(f"computed in batches of at most {token_budget:,} tokens, because memory was short")
-    return write_shard(folder, name, **arrays, notes=np.array(json.dumps(notes)))
+    return compute

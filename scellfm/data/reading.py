@@ -136,8 +136,9 @@ def file_kind(path: Path) -> str:
 
 # %% ../../nbs/data/reading.ipynb #3e06eb4c
 def genes_of(adata_or_path: AnnData | str | Path, layer: str | None = None) -> GeneTable:
-    """The genes of the columns of the matrix that `layer` names (as in `count_blocks`); of a file, only the genes are
-    read."""
+    "The genes of the columns of the matrix that `layer` names (as in `count_blocks`); of a file, only they are read."
+    if hasattr(adata_or_path, "gene_table"):  # cells of many files: they know the layer
+        return adata_or_path.gene_table()
     if not isinstance(adata_or_path, (str, Path)):
         counts_of(adata_or_path, layer)  # a DataError that names the layers that there are
         return GeneTable(adata_or_path.raw.var if is_raw(adata_or_path, layer) else adata_or_path.var)
@@ -177,6 +178,9 @@ def count_blocks(
     block by block; other formats are read whole. Nothing is made dense, and the input is never changed. DataError: a
     matrix whose indices or offsets do not fit its shape, or whose shape does not fit the tables of cells and genes.
     """
+    if hasattr(adata_or_path, "stacked_blocks"):  # cells of many files: they know the layer
+        yield from adata_or_path.stacked_blocks(rows)
+        return
     if not isinstance(adata_or_path, (str, Path)):
         where = "X" if layer is None else f"layer {layer!r}"
         for start, block in slices(counts_of(adata_or_path, layer), rows, where):
@@ -245,6 +249,12 @@ class Depth:
         self.n_cells += block.shape[0]
         self.n_few_counts += int(((row_sums(block) if totals is None else totals) < self.few_counts).sum())
         self.n_few_genes += int((np.diff(block.indptr) < self.few_genes).sum())
+
+    def join(self, other: Depth) -> None:
+        "Add the cells that another has counted."
+        self.n_cells += other.n_cells
+        self.n_few_counts += other.n_few_counts
+        self.n_few_genes += other.n_few_genes
 
     warn = warn_of_poor
 

@@ -323,10 +323,14 @@ def load(folder: str | os.PathLike) -> GeneVectors:
 def write_varm(
     vectors: GeneVectors, adata: AnnData, *, key_added: str = "gene_vectors", gene_column: str | None = None
 ) -> None:
-    """Write the vectors of adata's genes to varm[key_added] (NaN where there is none), joined by name.
+    """Write the vectors of adata's genes, joined by name, in place.
 
-    gene_column: the column of var with the names; by default ensembl_id where present, else var_names.
-    Writes varm[key_added] (float32) and uns[key_added]["params"]. DataError: fewer than a tenth known."""
+    Writes
+    - varm[key_added]: [genes, width] (float32; NaN for genes without a vector)
+    - uns[key_added]["params"]: coverage and manifest of the vectors
+
+    gene_column: column of var that holds gene names; ensembl_id if present, else var_names by default. DataError: fewer
+    than a tenth known."""
     names = gene_ids(adata, gene_column)
     at = vectors.genes.get_indexer(pd.Index(names, dtype=object))
     covered = (at >= 0) & vectors.covered[at]

@@ -317,6 +317,22 @@ def tokenizer_beside(
     hub = None if user_path(path_or_hub_id).exists() else hub
     return fitting_tokenizer(folder, config.vocab_size, config.max_position_embeddings, hub)
 
+# %% ../../nbs/geneformer/model.ipynb #ec08e937
+def tokenizer_of(
+    path_or_hub_id: str | Path,
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    tokenizer: RankTokenizer | str | Path | None = None,
+    local_files_only: bool = False,
+) -> RankTokenizer:
+    "The tokenizer that `from_pretrained` with these arguments would give its model, without reading weights."
+    if tokenizer is not None:
+        return as_tokenizer(tokenizer)
+    folder = folder_and_weights(find(path_or_hub_id, subfolder, revision, local_files_only))[0]
+    config = bert_config(read_config(folder), folder / "config.json")
+    return tokenizer_beside(folder, config, path_or_hub_id, revision, local_files_only)
+
 # %% ../../nbs/geneformer/model.ipynb #755ac808
 def from_pretrained(
     cls: type[GeneformerModel],

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -212,6 +212,57 @@ def annotation_of(annotation: Annotation | None) -> dict | None:
     named = {"source": str(annotation.source), "release": annotation.release}
     return named | {"fingerprint": fingerprint(annotation.table)}
 
+# %% ../../nbs/rosa/embedding.ipynb #7c20d102
+@dataclass
+class GeneReading:
+    "How each gene's window is read: `compute` takes rows of the windows; what the numbers depend on."
+
+    windows: Windows  # one of each gene
+    compute: Callable[[np.ndarray], dict[str, np.ndarray]]  # vectors, bin, cage
+    inputs: dict
+    settings: dict
+    manifest: dict
+
+    def finish(self, rows: dict[str, np.ndarray]) -> GeneVectors:
+        "The vectors with their manifest, of the arrays of all rows."
+        genes = self.windows.table["gene"].astype(str).tolist()
+        read = [
+            {"bin": int(bin), "cage": None if np.isnan(cage) else round(float(cage), 6)}
+            for bin, cage in zip(rows["bin"], rows["cage"])
+        ]
+        return GeneVectors(genes, rows["vectors"], None, self.manifest | {"read": dict(zip(genes, read))})
+
+# %% ../../nbs/rosa/embedding.ipynb #7c20d104
+def plan_reading(
+    windows: Windows, fasta: str | os.PathLike | Genome | None, model: object, ask: Mapping, hashed: bool = True
+) -> GeneReading:
+    "The reading that `embed_genes` does; `ask`: its rule, tracks, strands, shifts, original. hashed: the genome, too."
+    strands, shifts, tracks, original = (ask[name] for name in ("strands", "shifts", "tracks", "original"))
+    windows = one_window_each(with_genome(windows, fasta))
+    rule = possible_rule(model, ask["rule"], tracks, original)
+    chooses = hasattr(model, "embed_with_coverage")
+    how = {"strands": strands, "shifts": shifts}
+    if not chooses and (strands != "forward" or tuple(np.atleast_1d(shifts)) != (0,)):
+        raise OptionError(f"strands and shifts are options of Enformer, not of a {type(model).__name__}")
+    starts = starts_of(windows, *encoder_bins(model, windows.length)) if chooses else None
+
+    def compute(rows):
+        part = windows[rows]
+        if original is not None:
+            return read_original(model, part, original, tracks, how)
+        if not chooses:
+            return read_encoder(model, part, rule)
+        return read_starts(model, part, as_rectangle(starts, rows), rule, tracks, how)
+
+    settings = {"rule": rule, "tracks": str(tracks), "strands": strands, "shifts": str(tuple(np.atleast_1d(shifts)))}
+    settings |= {"original": original, "length": windows.length, "pad": windows.pad}
+    name = encoder_name(model)
+    inputs = {"model": name, "windows": windows.table, "starts": starts}
+    inputs["annotation"] = annotation_of(windows.annotation)
+    if hashed and getattr(windows, "genome", None) is not None:
+        inputs["genome"] = windows.genome.sha256
+    return GeneReading(windows, compute, inputs, settings, manifest_of(windows, model, rule, settings, name))
+
 # %% ../../nbs/rosa/embedding.ipynb #36bcc9cd
 @checked_arguments
 def embed_genes(
@@ -237,39 +288,10 @@ def embed_genes(
     other windows, model or settings.
     """
     check_number("block", block, 1)
-    windows = one_window_each(with_genome(windows, fasta))
-    rule = possible_rule(model, rule, tracks, original)
-    chooses = hasattr(model, "embed_with_coverage")
-    how = {"strands": strands, "shifts": shifts}
-    if not chooses and (strands != "forward" or tuple(np.atleast_1d(shifts)) != (0,)):
-        raise OptionError(f"strands and shifts are options of Enformer, not of a {type(model).__name__}")
-    starts = starts_of(windows, *encoder_bins(model, windows.length)) if chooses else None
-
-    def compute(rows):
-        part = windows[rows]
-        if original is not None:
-            return read_original(model, part, original, tracks, how)
-        if not chooses:
-            return read_encoder(model, part, rule)
-        return read_starts(model, part, as_rectangle(starts, rows), rule, tracks, how)
-
-    settings = {"rule": rule, "tracks": str(tracks), "strands": strands, "shifts": str(tuple(np.atleast_1d(shifts)))}
-    settings |= {"original": original, "length": windows.length, "pad": windows.pad}
-    name = encoder_name(model)
-    inputs = {"model": name, "windows": windows.table, "starts": starts}
-    inputs["annotation"] = annotation_of(windows.annotation)
-    if folder is not None and getattr(windows, "genome", None) is not None:
-        inputs["genome"] = windows.genome.sha256
-    rows = rows_in_blocks(
-        folder, len(windows), compute, inputs=inputs, settings=settings, block=block, desc="gene vectors"
-    )
-    manifest = manifest_of(windows, model, rule, settings, name)
-    genes = windows.table["gene"].astype(str).tolist()
-    read = [
-        {"bin": int(bin), "cage": None if np.isnan(cage) else round(float(cage), 6)}
-        for bin, cage in zip(rows["bin"], rows["cage"])
-    ]
-    return GeneVectors(genes, rows["vectors"], None, manifest | {"read": dict(zip(genes, read))})
+    ask = {"rule": rule, "tracks": tracks, "strands": strands, "shifts": shifts, "original": original}
+    reading = plan_reading(windows, fasta, model, ask, hashed=folder is not None)
+    how = {"inputs": reading.inputs, "settings": reading.settings, "block": block, "desc": "gene vectors"}
+    return reading.finish(rows_in_blocks(folder, len(reading.windows), reading.compute, **how))
 
 # %% ../../nbs/rosa/embedding.ipynb #bf876606
 @checked_arguments

@@ -22,7 +22,7 @@ from .losses import Loss, expression_of, loss_of, width_of
 from .networks import SIZES, NetworkConfig, ProfileNetwork, build_network
 from .ridge import choose_alpha, ridge_weights
 from ..store.identity import run_inputs
-from ..training import History, fit
+from ..training import History, OfWholeBatch, fit
 
 # %% auto #0
 __all__ = ['Kind', 'KINDS', 'NORMALISE', 'Fitted', 'CLASSES', 'Settings', 'Readable', 'sizes_of', 'logs_of', 'Task',
@@ -417,15 +417,15 @@ class FittedNetwork:
                 data[name] = torch.from_numpy(task.vectors[task.train[columns]])
             return data
 
-        def batch(positions, epoch):
-            return batch_of(positions, *drawn_genes(task, settings.seed, epoch, *positions.tolist()))
+        def batch(positions, epoch, whole):
+            return batch_of(positions, *drawn_genes(task, settings.seed, epoch, *whole.tolist()))
 
         fixed = drawn_genes(task, settings.seed, "stopping")[0]
         history = fit(
             network,
             lambda net, data: loss(net.answer(data["read"], data["known"], data["asked"]), data),
             len(task.cells),
-            batch,
+            OfWholeBatch(batch),
             valid={"stop": (len(judged), lambda positions, epoch: batch_of(judged[positions], fixed, stop))},
             device=device,
             desc=settings.kind,

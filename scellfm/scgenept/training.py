@@ -20,7 +20,7 @@ from .model import ScGenePTModel
 from .pairing import occurrences
 from ..scgpt.model import Attention
 from ..store import fingerprint
-from ..training import Rows
+from ..training import OfWholeBatch, Rows
 
 if TYPE_CHECKING:
     from scellfm.scgenept.perturbseq import PerturbationData
@@ -98,13 +98,15 @@ class GeneSamples:
         others = order[~np.isin(order, flags)]
         return np.concatenate([flags, others[: self.max_genes - len(flags)]])
 
-    def of_batch(self, positions: np.ndarray, epoch: int) -> np.ndarray:
-        "Positions of the genes [pairs, at most max_genes]."
+    def of_batch(self, positions: np.ndarray, epoch: int, whole: np.ndarray | None = None) -> np.ndarray:
+        "Positions of the genes [pairs, at most max_genes] of pairs that are a part of the batch `whole`."
         n = self.pairs.n_inputs
         if n <= self.max_genes:
             return np.tile(np.arange(n), (len(positions), 1))
         if self.original:
-            draw = keyed_generator(self.seed, self.purpose, epoch, *self.pairs.keys[positions[0]])
+            draw = keyed_generator(
+                self.seed, self.purpose, epoch, *self.pairs.keys[(positions if whole is None else whole)[0]]
+            )
             return np.tile(draw.permutation(n)[: self.max_genes], (len(positions), 1))
         return np.stack([self.of_pair(position, epoch) for position in positions])
 
@@ -113,8 +115,8 @@ def rows_of(model: ScGenePTCheckpoint, samples: GeneSamples) -> Rows:
     "Pairs as rows of the training loop; a batch is a dictionary of tensors [pairs, genes]."
     pairs, tokens = samples.pairs, model.tokens
 
-    def batch(positions: np.ndarray, epoch: int) -> dict[str, torch.Tensor]:
-        genes = samples.of_batch(positions, epoch)
+    def batch(positions: np.ndarray, epoch: int, whole: np.ndarray) -> dict[str, torch.Tensor]:
+        genes = samples.of_batch(positions, epoch, whole)
         flags = np.zeros((len(positions), pairs.n_inputs), np.int64)
         for row, position in enumerate(positions):
             flags[row, pairs.flags[position]] = 1
@@ -124,7 +126,7 @@ def rows_of(model: ScGenePTCheckpoint, samples: GeneSamples) -> Rows:
         genes = torch.from_numpy(genes)
         return {**taken, "genes": genes, "tokens": tokens[genes], "measured": genes < pairs.n_measured}
 
-    return Rows(len(pairs), batch)
+    return Rows(len(pairs), OfWholeBatch(batch))
 
 
 def squared_error(model: ScGenePTModel, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,7 +181,7 @@ def train_pairs(
     "Train on pairs of cells; the curves. DataError, OptionError, StoreError: see scellfm.training.fit."
     check_number("max_genes", max_genes, 1)
     if len(model.genes) != pairs.n_inputs:
-        raise DataError(f"the model is bound to {len(model.genes):,} genes and the pairs have {pairs.n_inputs:,}")
+        raise DataError(f"the model is fitted to {len(model.genes):,} genes but the pairs have {pairs.n_inputs:,}")
     most = max((len(flags) for flags in pairs.flags), default=0)
     if max_genes < most:
         raise OptionError(f"max_genes={max_genes} is fewer than the {most} genes of one perturbation; allow more")

@@ -29,7 +29,7 @@ from ..crossfit.membership import TrainedOn, cell_contents, resolve_folds, warn_
 from ..crossfit.predictions import cross_fit, predict_held_out
 from ..data.reading import count_matrix, genes_of, read
 from ..data.results import result_for
-from ..data.splits import Folds, Split, check_split, column_of
+from ..data.splits import Folds, Split, by_occurrence, check_split, column_of
 from .checkpoint import ScGPTCheckpoint
 from .embedding import ScGPTReader
 from .training import MaskedGenes, annotation_scores, binned_cells, class_probabilities, learner
@@ -78,8 +78,10 @@ def cell_probabilities(
     index = clf.models[0].match(genes, gene_column=gene_column, match=match).index
     how = dict(layer=layer, max_length=clf.settings["max_length"], seed=clf.settings["seed"])
 
+    names = by_occurrence(adata.obs_names)  # of all cells, so that draws do not depend on who judges which
+
     def predict(model, rows):
-        return class_probabilities(model, adata[rows], index, **how)
+        return class_probabilities(model, adata[rows], index, names=names[rows], **how)
 
     values = predict_held_out(clf.models, fold, predict, n_outputs=len(clf.classes)).held_out()[1]
     return pd.DataFrame(values, index=adata.obs_names, columns=clf.classes)

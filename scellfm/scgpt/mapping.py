@@ -24,8 +24,24 @@ from scellfm.core import (
     user_path,
     warn,
 )
+
+# %% auto #0
+__all__ = ['Votes', 'ReferenceMap']
+
+# %% ../../nbs/scgpt/mapping.ipynb #88d190b2
 from ..data.splits import column_of
-from .neighbours import SEARCHES, TIES, VOTES, Subset, nearest, nearest_faiss, vote_shares, winners
+from .approximate import SearchIndex, prepared, write_index
+from scellfm.scgpt.neighbours import (
+    SEARCHES,
+    TIES,
+    VOTES,
+    Subset,
+    nearest,
+    nearest_faiss,
+    row_blocks,
+    vote_shares,
+    winners,
+)
 from ..scores.table import Scores
 from ..store import atomic_write
 from ..store.layouts import REFERENCE_MAP
@@ -33,9 +49,6 @@ from ..store.records import read_record
 
 if TYPE_CHECKING:
     from anndata import AnnData
-
-# %% auto #0
-__all__ = ['Votes', 'ReferenceMap']
 
 # %% ../../nbs/scgpt/mapping.ipynb #5ca07103
 def vectors_of(adata, key: str, what: str) -> tuple[np.ndarray, np.ndarray]:
@@ -47,14 +60,16 @@ def vectors_of(adata, key: str, what: str) -> tuple[np.ndarray, np.ndarray]:
             f"the {what} has no obsm[{key!r}]; it holds {', '.join(map(repr, adata.obsm.keys())) or 'nothing'}: "
             "embed it first"
         )
-    values = np.asarray(adata.obsm[key])
+    values = adata.obsm[key]
+    values = values if isinstance(values, np.memmap) else np.asarray(values)  # mapped from a file: left there
     if values.ndim != 2 or not len(values) or not np.issubdtype(values.dtype, np.number):
         raise DataError(
             f"obsm[{key!r}] of the {what} is {values.dtype} of shape {values.shape}; a matrix of numbers [cells, "
             "dimensions] is needed"
         )
-    values = np.asarray(values, dtype=np.float32)
-    finite, empty = np.isfinite(values).all(1), np.isnan(values).all(1)
+    values = values if values.dtype == np.float32 else np.asarray(values, dtype=np.float32)
+    parts = [(np.isfinite(block).all(1), np.isnan(block).all(1)) for _, block in row_blocks(values)]
+    finite, empty = (np.concatenate(part) for part in zip(*parts))
     broken = np.flatnonzero(~finite & ~empty)
     if len(broken):
         raise DataError(
@@ -90,7 +105,9 @@ def usable_cells(adata, key: str, label: str) -> tuple[np.ndarray, np.ndarray, n
             f"{(~kept).sum()} of {len(kept)} reference cells are left out: {(~finite).sum()} have no embedding, "
             f"{(finite & (codes < 0)).sum()} of the others no {label!r}"
         )
-        values, codes = values[kept], codes[kept]
+        mapped_file = isinstance(values, np.memmap)
+        values = Subset(values, np.flatnonzero(kept)) if mapped_file else values[kept]
+        codes = codes[kept]
         present = np.unique(codes)
         codes, classes = np.searchsorted(present, codes), classes[present]
     if len(classes) < 2:
@@ -146,23 +163,33 @@ def lowest_threshold(table: pd.DataFrame, accuracy: float, enough: int = 20) -> 
 
 # %% ../../nbs/scgpt/mapping.ipynb #ef4c9ac2
 SAVED = ("use_rep", "label", "k", "vote", "ties", "min_confidence", "max_distance")
+INDEX = "approximate.safetensors"  # the index of an approximate search, beside the vectors
 
 
-def save_map(path: str | Path, vectors: np.ndarray, codes: np.ndarray, record: dict) -> None:
-    "Write index.safetensors and index.json into the folder `path`, atomically."
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
+def save_map(path: str | Path, vectors, codes: np.ndarray, record: dict, index: SearchIndex | None = None) -> None:
+    "Write index.safetensors, index.json and the search index, if there is one, into the folder `path`, atomically."
     with atomic_write(path, kind=REFERENCE_MAP) as folder:
         Path(folder).mkdir()
-        try:
-            save_file(
-                {"embedding": np.ascontiguousarray(vectors, dtype=np.float32), "codes": codes.astype(np.int64)},
-                Path(folder) / "index.safetensors",
-            )
-        except SafetensorError as error:  # this is how it reports a full disk
-            raise OSError(str(error)) from error
+        write_vectors(Path(folder) / "index.safetensors", vectors, codes)
         (Path(folder) / "index.json").write_text(json.dumps(plain(record), indent=1), encoding="utf8")
+        if index is not None:
+            write_index(index, Path(folder) / INDEX)
+
+# %% ../../nbs/scgpt/mapping.ipynb #2fe9fe42
+def write_vectors(path: Path, vectors, codes: np.ndarray) -> None:
+    "Write labels and vectors as one safetensors file, a block of vectors at a time."
+    n, d = vectors.shape
+    parts = {
+        "codes": {"dtype": "I64", "shape": [n], "data_offsets": [0, 8 * n]},
+        "embedding": {"dtype": "F32", "shape": [n, d], "data_offsets": [8 * n, 8 * n + 4 * n * d]},
+    }
+    header = json.dumps(parts).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(codes.astype("<i8").tobytes())
+        for _, block in row_blocks(vectors):
+            file.write(np.ascontiguousarray(block, dtype="<f4").tobytes())
 
 # %% ../../nbs/scgpt/mapping.ipynb #112ed3bf
 def belong_together(vectors: np.ndarray, codes: np.ndarray, record: dict) -> bool:
@@ -233,10 +260,14 @@ def transfer(
     copy: bool = False,  # return a copy and do not change the data
 ) -> AnnData | None:
     """
-    Write obs['<label>_transferred'] (categorical), obs['<label>_confidence'] (share of the votes) and
-    uns['<label>_transferred'].
+    Label cells by their nearest reference cells, in place.
 
-    Returns None, or with copy=True the copy. 'unknown': below the thresholds, or no embedding (confidence NaN).
+    Writes
+    - obs["<label>_transferred"]: categorical; 'unknown' below the thresholds, or without an embedding
+    - obs["<label>_confidence"]: share of the votes; NaN without an embedding
+    - uns["<label>_transferred"]: params (settings of the map), n_unknown, n_without_embedding
+
+    Returns None, or with copy=True the copy.
     """
     query = query.to_memory(copy=True) if copy else query
     votes = reference.votes(query)
@@ -316,8 +347,9 @@ class ReferenceMap:
 
     ref: AnnData with obsm[use_rep] and obs[label]. k: neighbours that vote. vote: 'majority' or 'balanced' (common
     labels count
-    less). ties: 'first' in order, as the original, or 'nearest'. search: 'exact', or 'faiss' (extra search). Cells
-    with less than
+    less). ties: 'first' in order, as the original, or 'nearest'. search: 'exact'; 'approximate', by an index for
+    millions of
+    cells, whose recall is measured (extra search); or 'faiss', exact and in memory (extra search). Cells with less than
     min_confidence, or farther than max_distance (squared Euclidean, k-th neighbour), are 'unknown'.
     """
 
@@ -333,7 +365,7 @@ class ReferenceMap:
         *,
         vote: Literal["majority", "balanced"] = "majority",  # balanced: common labels count less
         ties: Literal["first", "nearest"] = "first",  # which label is chosen for equal votes
-        search: Literal["exact", "faiss"] = "exact",  # faiss needs the extra search
+        search: Literal["exact", "faiss", "approximate"] = "exact",  # the latter two need the extra search
         min_confidence: float = 0.0,  # share of votes below which a cell is unknown
         max_distance: float = np.inf,  # squared distance to the k-th neighbour beyond which it is unknown
     ):
@@ -370,6 +402,7 @@ class ReferenceMap:
         if k > len(vectors):
             raise DataError(f"k={k} neighbours were requested but the reference has {len(vectors)} cells; lower k")
         self.vectors, self.codes, self.classes, self.search, self.ref = vectors, codes, classes, search, None
+        self.index, self.index_path = None, None
         self.proportions = np.bincount(codes, minlength=len(classes)) / len(codes)
         for name in SAVED:
             setattr(self, name, settings[name])
@@ -383,7 +416,11 @@ class ReferenceMap:
 
     def settings(self) -> dict:
         "The settings that a result depends on."
-        return {name: getattr(self, name) for name in SAVED} | {"search": self.search, "n_reference": len(self.vectors)}
+        found = {name: getattr(self, name) for name in SAVED} | {
+            "search": self.search,
+            "n_reference": len(self.vectors),
+        }
+        return found | ({"recall": self.index.recall} if self.index else {})
 
     def neighbours(self, query: AnnData) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(squared distances, positions among the reference cells that were kept) [mapped cells, k], and which cells
@@ -394,8 +431,15 @@ class ReferenceMap:
                 f"obsm[{self.use_rep!r}] has {values.shape[1]} dimensions in the query and {self.vectors.shape[1]} in "
                 "the reference; embed both with one model"
             )
-        find = nearest if self.search == "exact" else nearest_faiss
-        return *find(self.vectors, values[finite], self.k), finite
+        return *self.find(values[finite]), finite
+
+    def find(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        "(squared distances, positions among the reference cells) [m, k] of the nearest of each of m vectors."
+        if self.search == "approximate" and self.index is None:
+            self.index = prepared(self.vectors, self.k, self.index_path)
+        if self.index is not None:
+            return self.index.search(self.vectors, vectors, self.k)
+        return (nearest_faiss if self.search == "faiss" else nearest)(self.vectors, vectors, self.k)
 
     def votes(self, query: AnnData) -> Votes:
         "The votes for each cell of the query, without thresholds."
@@ -426,10 +470,10 @@ class ReferenceMap:
         return evaluate(self, query, label or self.label, layer, baselines, seed)
 
     def save(self, path: str | Path) -> None:
-        "Write the folder `path`: index.safetensors (vectors, labels) and index.json (classes, settings)."
+        "Write the folder `path`: index.safetensors (vectors, labels), index.json (classes, settings), a search index."
         record = {"classes": list(self.classes), **{name: getattr(self, name) for name in SAVED}}
         record["max_distance"] = None if np.isinf(self.max_distance) else self.max_distance
-        save_map(path, self.vectors, self.codes, record)
+        save_map(path, self.vectors, self.codes, record, self.index)
 
     @classmethod
     def load(cls, path: str | Path, *, search: str = "exact") -> ReferenceMap:
@@ -438,6 +482,7 @@ class ReferenceMap:
         record["max_distance"] = np.inf if record["max_distance"] is None else record["max_distance"]
         found = cls.__new__(cls)
         found._set(vectors, codes, np.array(record["classes"], dtype=object), record, search)
+        found.index_path = user_path(path) / INDEX
         return found
 
 # %% ../../nbs/scgpt/mapping.ipynb #f1615719

@@ -5,6 +5,7 @@
 # %% ../../nbs/scgpt/neighbours.ipynb #a3ca52b2
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 
 import numpy as np
@@ -30,14 +31,27 @@ class Subset:
     def __len__(self) -> int:
         return len(self.positions)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        "Rows and columns, as of an array."
+        return len(self.positions), self.rows.shape[1]
+
     def __getitem__(self, which) -> np.ndarray:
         return self.rows[self.positions[which]]
+
+# %% ../../nbs/scgpt/neighbours.ipynb #d6864464
+def forget(rows) -> None:
+    "Give the pages of a read-only mapped file back to the system, which would count them as memory of this process."
+    mapped = rows.rows if isinstance(rows, Subset) else rows
+    if isinstance(mapped, np.memmap) and mapped.mode == "r" and hasattr(mmap, "MADV_DONTNEED"):
+        mapped._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def row_blocks(rows, size: int = BLOCK) -> Iterator[tuple[int, np.ndarray]]:
     "Yield (start, float32 rows) of an array in memory, mapped from a file, or a `Subset`."
     for start in range(0, len(rows), size):
         yield start, np.array(rows[start : start + size], dtype=np.float32)
+        forget(rows)
 
 # %% ../../nbs/scgpt/neighbours.ipynb #10d44192
 def merge(best: tuple, distances: np.ndarray, positions: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +140,7 @@ def nearest_faiss(rows, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.nda
     return index.search(np.ascontiguousarray(queries, dtype=np.float32), k)
 
 # %% ../../nbs/scgpt/neighbours.ipynb #3382414c
-VOTES, TIES, SEARCHES = ("majority", "balanced"), ("first", "nearest"), ("exact", "faiss")
+VOTES, TIES, SEARCHES = ("majority", "balanced"), ("first", "nearest"), ("exact", "faiss", "approximate")
 
 
 def count_votes(codes: np.ndarray, n_classes: int) -> np.ndarray:

@@ -118,12 +118,21 @@ def gene_columns(index: np.ndarray, original: bool = False) -> tuple[np.ndarray,
     return tokens, sparse.csr_matrix((np.ones(len(known)), (known, place)), shape=shape)
 
 
-def occurrences(names) -> np.ndarray:
-    "How many earlier cells have the same name (int64): 0 for all if names are unique."
+def occurrences(names) -> tuple[np.ndarray, np.ndarray]:
+    """The name of each cell, and how many earlier cells have it (int64): 0 for all where names are unique.
+
+    A name that says it itself, as `data.splits.by_occurrence` writes it, is taken at its word: so a part of the cells
+    gets the draws that it gets among all."""
     import pandas as pd
 
     names = pd.Series(np.asarray(names, dtype=object))
-    return names.groupby(names, sort=False).cumcount().to_numpy(dtype=np.int64)
+    number = names.groupby(names, sort=False).cumcount().to_numpy(dtype=np.int64)
+    told = [i for i, name in enumerate(names) if isinstance(name, str) and "\x1f" in name]
+    names = names.to_numpy(copy=True)
+    for i in told:
+        names[i], _, after = names[i].rpartition("\x1f")
+        number[i] = int(after)
+    return names, number
 
 # %% ../../nbs/scgpt/tokenizer.ipynb #e9b439cb
 def refuse_faults(faults: CountFaults, where: str, obs_names, genes) -> None:
@@ -183,7 +192,7 @@ def tokenize(
     if max_length < 2:
         raise OptionError(f"max_length={max_length}: a cell is <cls> and at least one gene; 1200 is usual")
     tokens, select = gene_columns(index, original)
-    repeat = occurrences(obs_names)
+    names, repeat = occurrences(obs_names)
     draws = OriginalDraws(seed) if original else KeyedDraws(seed)
     for start, block in count_blocks(data, layer, rows):
         block = (block.astype(np.float64) @ select).tocsr()
@@ -207,7 +216,7 @@ def tokenize(
                     overlong=overlong,
                     max_length=max_length,
                     cls_value=cls_value,
-                    draws=draws.cell(obs_names[start + i], repeat[start + i]),
+                    draws=draws.cell(names[start + i], repeat[start + i]),
                 )
             )
         yield start, BinnedCells.of(cells, report)

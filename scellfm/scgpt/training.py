@@ -246,8 +246,11 @@ def class_probabilities(
     max_length: int = 1200,
     seed: int = 0,
     token_budget=None,
+    names: np.ndarray | None = None,
 ) -> np.ndarray:
-    "Probabilities [cells, classes] (float32; NaN for cells without a known gene) of the cell-type head."
+    """Probabilities [cells, classes] (float32; NaN for cells without a known gene) of the cell-type head.
+
+    names: those that draws are keyed by, where the cells are a part of others (`data.splits.by_occurrence`)."""
 
     @torch.inference_mode()
     def one_batch(genes, values, mask):
@@ -256,7 +259,8 @@ def class_probabilities(
 
     how = dict(max_length=max_length, overlong="sample", seed=seed)
     options = dict(layer=layer, how=how, token_budget=token_budget, desc="classifying")
-    return over_cells(gpt, adata, adata.obs_names, index, one_batch, gpt.model.config.n_cls, **options)[0]
+    names = adata.obs_names if names is None else names
+    return over_cells(gpt, adata, names, index, one_batch, gpt.model.config.n_cls, **options)[0]
 
 # %% ../../nbs/scgpt/training.ipynb #c72b7d05
 MODEL = "scGPT"

@@ -165,7 +165,7 @@ REFERENCE_MAP = FolderKind(
             "max_distance": Maybe(float),
         }
     },
-    ("index.safetensors",),
+    ("index.safetensors", "approximate.safetensors"),
 )
 
 # %% ../../nbs/store/layouts.ipynb #486513cf

@@ -82,6 +82,8 @@ def in_words(pattern: Any) -> str:
 # %% ../../nbs/store/records.ipynb #7e0b8a15
 def is_plain(value: Any, kind: type) -> bool:
     "Is a value from JSON of this kind? `true` is not a number; a whole number is also a number."
+    if type(value) is kind:  # nearly always, and ten times as fast to find out
+        return True
     if kind in (int, float):
         return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     return isinstance(value, kind)

@@ -112,16 +112,29 @@ class ScreenRunner:
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #f0321f80
 @patch
+def state_cells(self: ScreenRunner, task: ScreenTask) -> np.ndarray:
+    "The positions of the cells that make the states of a task, in order."
+    return np.unique(np.concatenate(list(task.states.values())))
+
+
+@patch
+def state_centres(self: ScreenRunner, task: ScreenTask, embeddings: np.ndarray) -> np.ndarray:
+    "The embeddings of the states [s, H], of those of `state_cells` [cells, H]."
+    used = self.state_cells(task)
+    return np.stack([summarize(embeddings[np.searchsorted(used, task.states[s])]) for s in self.design.states])
+
+
+@patch
 def states(self: ScreenRunner, task: ScreenTask) -> torch.Tensor | None:
     "The embeddings of the states [s, H] by the model of the task; None without a goal."
     if not self.design.states:
         return None
     if (task.group, task.model) not in self.known:
-        gf, used = self.models[task.model], np.unique(np.concatenate(list(task.states.values())))
+        gf, used = self.models[task.model], self.state_cells(task)
         pool = pooling("auto", gf.special)
         embeddings = embed_cells(gf, take(self.cells, used, gf), self.index, pool, self.token_budget)
-        centres = [summarize(embeddings[np.searchsorted(used, task.states[s])]) for s in self.design.states]
-        self.known[task.group, task.model] = torch.from_numpy(np.stack(centres)).to(gf.device)
+        centres = self.state_centres(task, embeddings)
+        self.known[task.group, task.model] = torch.from_numpy(centres).to(gf.device)
     return self.known[task.group, task.model]
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #e644ca65
@@ -238,17 +251,22 @@ def exact_rows(runner: ScreenRunner, jobs: list[Job]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #34fbeac4
-def gradient_rows(runner: ScreenRunner, jobs: list[Job], top: int, check_cells: int, names: np.ndarray, seed: int):
-    "The rows of all jobs, estimated, those of the leading genes and of the checked cells computed; the agreement."
+def estimated_rows(runner: ScreenRunner, jobs: list[Job]) -> tuple[pd.DataFrame, np.ndarray]:
+    "The rows of all jobs, estimated, and where those of each job begin and end."
     states = runner.design.states
     with progress(desc="estimates", total=sum(len(job.cells) for job in jobs), unit="cell") as bar:
         parts = [
             job.rows(runner.effects(job, job.edits, bar, "estimate-", estimate_block), states, "estimate")
             for job in jobs
         ]
-    rows = pd.concat(parts, ignore_index=True)
+    return pd.concat(parts, ignore_index=True), np.cumsum([0, *map(len, parts)])
+
+
+def gradient_rows(runner: ScreenRunner, jobs: list[Job], top: int, check_cells: int, names: np.ndarray, seed: int):
+    "The rows of all jobs, estimated, those of the leading genes and of the checked cells computed; the agreement."
+    rows, at = estimated_rows(runner, jobs)
     rows["exact"], checked = choose_exact(rows, names, top, check_cells, seed)
-    columns, at = ["", *(f"_{state}" for state in states)], np.cumsum([0, *map(len, parts)])
+    columns = ["", *(f"_{state}" for state in runner.design.states)]
     rows[[f"shift{end}" for end in columns]] = rows[[f"estimate{end}" for end in columns]].to_numpy()
     with progress(desc="leading genes", total=int(rows["exact"].sum()), unit="edit") as bar:
         for job, start, stop in zip(jobs, at, at[1:]):
@@ -429,6 +447,74 @@ def open_runner(
     design.check(obs)
     return ScreenRunner(models, models[0].readable(cells), design, index, token_budget), obs, cell_names(cells)
 
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #5b1f0a02
+def resolve_screen(models: list, held_out_by: str | None, ask: Mapping) -> tuple[ScreenDesign, GeneChange, Any, dict]:
+    "(design, change, gradient, settings) of the arguments of `perturb`. OptionError."
+    tokenizer, alt = models[0].tokenizer, ask["alt"]
+    if ask["max_cells"] is not None:
+        check_number("max_cells", ask["max_cells"], 1)
+    alt = (alt,) if isinstance(alt, str) else tuple(alt or ())
+    donor, where = ask["donor"] or held_out_by, resolve_filter(ask["where"])
+    design = ScreenDesign(ask["state"], ask["start"], ask["goal"], alt, ask["groupby"], donor, where)
+    named = [ask[name] for name in ("kind", "genes", "combine", "matched", "anchor", "quartiles")]
+    change = resolve_change(tokenizer, *named)
+    gradient = resolve_gradient(ask["gradient"], ask["kind"], change.genes, ask["anchor"], ask["goal"])
+    params = screen_params(models, design, change, ask["emb_layer"], gradient, ask["max_cells"], ask["seed"])
+    return design, change, gradient, params
+
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #5b1f0a04
+@dataclass
+class PlannedScreen:
+    "A screen that is planned and not yet computed."
+
+    runner: ScreenRunner
+    tasks: list[ScreenTask]
+    jobs: list[Job]
+    gradient: tuple | None
+    names: np.ndarray  # of the cells, each once
+    obs: pd.DataFrame  # of the cells, by position
+    params: dict
+    absent: dict
+
+    @property
+    def models(self) -> list:
+        "The models that read the cells."
+        return self.runner.models
+
+    @property
+    def settings(self) -> dict:
+        "All settings that numbers depend on."
+        return self.params | {"token_budget": self.runner.token_budget}
+
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #5b1f0a05
+def plan_screen(
+    model: GeneformerModel | list[GeneformerModel], data: AnnData | TokenizedCells | str | Path, ask: Mapping
+) -> PlannedScreen:
+    "The plan of a screen; `ask`: the arguments of `perturb`. OptionError, DataError."
+    layer, match = ask["layer"], ask["match"]
+    models, model_of, held_out_by = reading_models(model, data, ask["model_of"], layer, match)
+    design, change, gradient, params = resolve_screen(models, held_out_by, ask)
+    cells = models[0].cells(data, layer=layer, match=match, columns=design.columns)
+    runner, obs, names = open_runner(models, cells, design, params["hidden_state"], ask["token_budget"])
+    readers = rows_of_models(model_of, len(models), cells, data)
+    tasks = plan_tasks(obs, design, readers, names, ask["max_cells"], ask["seed"])
+    jobs = plan_jobs(runner, tasks, change)
+    absent = absent_genes(runner, tasks, jobs, change)
+    warn_of_absent(absent, models[0].tokenizer)
+    return PlannedScreen(runner, tasks, jobs, gradient, names, obs, params, absent)
+
+# %% ../../../nbs/geneformer/perturbation/runner.ipynb #5b1f0a08
+def computed_screen(
+    plan: PlannedScreen, data: AnnData | TokenizedCells | str | Path, ask: Mapping, store: Store | None
+) -> Screen:
+    "The screen of a plan; `data`: where the counts for fold changes are; `ask`: the arguments of `perturb`."
+    rows, more = compute(plan.runner, plan.jobs, plan.gradient, plan.names, ask["seed"], store)
+    shifts = finish_rows(rows, plan.obs, plan.names, plan.runner.design, len(plan.models))
+    warn_of_rounding(shifts, plan.params)
+    where = ask["layer"], plan.absent, ask["match"]
+    facts = gene_facts(plan.models[0], shifts, data, plan.runner.design, *where)
+    return Screen(shifts, facts, plan.params | {"absent": plan.absent} | more)
+
 # %% ../../../nbs/geneformer/perturbation/runner.ipynb #7b30c006
 @plain_arguments
 def perturb(
@@ -466,26 +552,9 @@ def perturb(
     up by `quartiles`. gradient={'top': 100, 'check_cells': 20}: estimates all deletions, then computes the `top` genes
     of each group, and all genes of some cells to measure the error of the estimate. A classifier uses for each cell the
     model that was not trained on it. OptionError, DataError, StoreError."""
-    models, model_of, held_out_by = reading_models(model, data, model_of, layer, match)
-    gf, alt = models[0], (alt,) if isinstance(alt, str) else tuple(alt or ())
-    if max_cells is not None:
-        check_number("max_cells", max_cells, 1)
-    design = ScreenDesign(state, start, goal, alt, groupby, donor or held_out_by, resolve_filter(where))
-    change = resolve_change(gf.tokenizer, kind, genes, combine, matched, anchor, quartiles)
-    gradient = resolve_gradient(gradient, kind, change.genes, anchor, goal)
-    params = screen_params(models, design, change, emb_layer, gradient, max_cells, seed)
-    cells = gf.cells(data, layer=layer, match=match, columns=design.columns)
-    runner, obs, names = open_runner(models, cells, design, params["hidden_state"], token_budget)
-    readers = rows_of_models(model_of, len(models), cells, data)
-    tasks = plan_tasks(obs, design, readers, names, max_cells, seed)
-    jobs = plan_jobs(runner, tasks, change)
-    absent = absent_genes(runner, tasks, jobs, change)
-    warn_of_absent(absent, gf.tokenizer)
+    ask = {name: value for name, value in locals().items() if name not in ("model", "data", "folder", "dry_run")}
+    plan = plan_screen(model, data, ask)
     if dry_run:
-        return cost(jobs)
-    store = open_store(folder, models, runner.cells, tasks, params | {"token_budget": token_budget})
-    rows, more = compute(runner, jobs, gradient, names, seed, store)
-    shifts = finish_rows(rows, obs, names, design, len(models))
-    warn_of_rounding(shifts, params)
-    facts = gene_facts(gf, shifts, data, design, layer, absent, match)
-    return Screen(shifts, facts, params | {"absent": absent} | more)
+        return cost(plan.jobs)
+    store = open_store(folder, plan.models, plan.runner.cells, plan.tasks, plan.settings)
+    return computed_screen(plan, data, ask, store)

@@ -56,8 +56,9 @@ def check_kinds(content: Mapping | None, kind: type, what: str) -> None:
         return
     if not isinstance(content, Mapping):
         raise AssetError(f"the {what} are a {type(content).__name__} and not a dictionary; the file is damaged")
+    usual = {Integral: int, Real: float, str: str}[kind]
     for gene, value in content.items():
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if type(value) is not usual and (not isinstance(value, kind) or isinstance(value, bool)):
             words = {Integral: "a whole number", Real: "a number", str: "a text"}[kind]
             raise AssetError(f"the {what} give {gene!r} the value {value!r:.50} and not {words}; the file is damaged")
 

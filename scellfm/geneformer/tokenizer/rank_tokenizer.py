@@ -307,7 +307,8 @@ def tokenize_files(
     set `out`.
 
     `out` is a folder that `datasets.load_from_disk`, `TokenizedCells.load` and the original open. Cells are read
-    in blocks of rows, so memory does not grow with the files; `out` appears complete or not at all. Returns the report.
+    in blocks of rows, so memory does not grow with the files, and ranked on all cores (`scellfm.settings.threads`;
+    each has a block of 2,048 cells at a time); `out` appears complete or not at all. Returns the report.
     Arguments as in a call.
     """
     ask = request_of(tokenizer, columns, keep_counts, empty, "auto")

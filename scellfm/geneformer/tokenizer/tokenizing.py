@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 from scipy import sparse
 
-from ...core import DataError, OptionError, one_of, warn
+from ...core import DataError, OptionError, in_order, one_of, warn
 from ...data.reading import CountFaults, Depth
 from .ranking import Ranked, encode
 from .sources import CellSource, cell_totals, stored_totals
@@ -79,6 +81,13 @@ class Tally:
             name: int(getattr(self, name)) for name in ("n_cells", "n_filtered", "n_empty", "n_kept", "n_truncated")
         }
         return {"file": self.file, **figures, "genes": {**self.genes, "share_of_counts": share}}
+
+# %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #4a0aeb3f
+@patch
+def join(self: Tally, other: Tally) -> None:
+    "Add the counts of a block that comes after those counted so far."
+    for name in ("n_cells", "n_filtered", "n_empty", "n_kept", "n_truncated", "known", "total"):
+        setattr(self, name, getattr(self, name) + getattr(other, name))
 
 # %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #867d6e6b
 def merge_reports(reports: list[dict], max_length: int) -> dict:
@@ -156,29 +165,65 @@ def kept_columns(source: CellSource, columns: Mapping[str, str]) -> pd.DataFrame
 
     return pd.DataFrame({new: values(old) for old, new in columns.items()}, index=range(source.n_cells))
 
+# %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #6688a573
+class Ranking(NamedTuple):
+    "What a thread makes of one block."
+
+    cells: TokenizedCells
+    tally: Tally
+    depth: Depth
+    fractions: bool  # are the counts not whole numbers?
+    largest: float
+
+
+@dataclass
+class BlockRanker:
+    "What all threads need besides the block; calling it with (first row, counts, names of the cells) ranks a block."
+
+    source: CellSource
+    medians: np.ndarray  # of the columns of the source
+    tokens: np.ndarray  # of the columns of the source; -1 is no known gene
+    ask: Request
+    stored: np.ndarray | None  # total count of each cell, where obs has it
+    chosen: np.ndarray | None  # the cells that filter_pass leaves
+    obs: pd.DataFrame  # the columns to keep
+
+# %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #5d639210
+@patch
+def __call__(self: BlockRanker, part: tuple[int, sparse.csr_matrix, np.ndarray]) -> Ranking:
+    "Rank one block. DataError where it holds no counts."
+    start, block, names = part
+    fractions = vet_counts(self.source, start, block, self.stored)
+    totals = cell_totals(self.source, start, block, self.stored)
+    tally, depth, largest = Tally(self.source.name), Depth(), float(block.data.max(initial=0))
+    depth.add(block, totals)
+    index = np.arange(start, start + block.shape[0])
+    tally.n_cells = len(index)
+    if self.chosen is not None and not self.chosen[index].all():
+        inside = self.chosen[index]
+        tally.n_filtered = int((~inside).sum())
+        block, totals, index, names = block[inside], totals[inside], index[inside], names[inside]
+    tally.total = float(block.data.sum(dtype=np.float64))
+    cells = tokenize_block(self, block, totals, index, names, tally)
+    return Ranking(cells, tally, depth, fractions, largest)
+
 # %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #a8f0e3d5
 def tokenize_blocks(
     source: CellSource, medians: np.ndarray, tokens: np.ndarray, ask: Request, tally: Tally, rows: int = 2048
 ) -> Iterator[TokenizedCells]:
     "Tokenize a source block by block; `medians` and `tokens` are those of its columns. Fills `tally`."
     stored, chosen = stored_totals(source), chosen_cells(source)
-    obs = kept_columns(source, ask.columns)
+    rank = BlockRanker(source, medians, tokens, ask, stored, chosen, kept_columns(source, ask.columns))
+    read = ((start, block, source.names(start, start + block.shape[0])) for start, block in source.blocks(rows))
     fractions, largest, depth = False, 0.0, Depth()
-    for start, block in source.blocks(rows):
-        if vet_counts(source, start, block, stored) and not fractions:
+    for found in in_order(rank, read):
+        if found.fractions and not fractions:
             fractions = True
             warn(f"{source.name}: the counts are not whole numbers; they are ranked as linear values")
-        totals = cell_totals(source, start, block, stored)
-        largest = max(largest, float(block.data.max(initial=0)))
-        depth.add(block, totals)
-        index = np.arange(start, start + block.shape[0])
-        tally.n_cells += len(index)
-        if chosen is not None and not chosen[index].all():
-            inside = chosen[index]
-            tally.n_filtered += int((~inside).sum())
-            block, totals, index = block[inside], totals[inside], index[inside]
-        tally.total += float(block.data.sum(dtype=np.float64))
-        yield tokenize_block(source, block, totals, index, obs, medians, tokens, ask, tally)
+        largest = max(largest, found.largest)
+        depth.join(found.depth)
+        tally.join(found.tally)
+        yield found.cells
     if not fractions:
         source.warn_of_scale(largest)
         depth.warn()
@@ -191,25 +236,25 @@ def per_10_000(ranked: Ranked, totals: np.ndarray) -> np.ndarray:
     return np.where(ranked.counts > 0, share, 0.0).astype(np.float32)
 
 # %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #090f34a6
-def tokenize_block(source, block, totals, index, obs, medians, tokens, ask: Request, tally: Tally) -> TokenizedCells:
+def tokenize_block(rank: BlockRanker, block, totals, index, names, tally: Tally) -> TokenizedCells:
     "Encode one block, drop or keep its empty cells, count."
+    ask = rank.ask
     how = dict(special=ask.special, keep_counts=ask.keep_counts, engine=ask.engine, vocabulary=ask.vocabulary)
-    ranked = encode(block, medians, tokens, ask.max_length, **how)
+    ranked = encode(block, rank.medians, rank.tokens, ask.max_length, **how)
     counts = per_10_000(ranked, totals) if ask.keep_counts else None
-    names = pd.Index(source.names(index[0], index[-1] + 1)[index - index[0]] if len(index) else [], dtype=object)
-    own = obs.iloc[index].set_axis(names)
+    own = rank.obs.iloc[index].set_axis(pd.Index(names, dtype=object))
     cells = TokenizedCells(ranked.tokens, ranked.offsets, own, index, counts, {}, bool(ask.special))
     empty = ranked.detected == 0
-    tally.known += float(ranked.known.sum())
-    tally.n_empty += int(empty.sum())
-    tally.n_truncated += int((ranked.detected > ask.max_length - 2 * bool(ask.special)).sum())
+    tally.known = float(ranked.known.sum())
+    tally.n_empty = int(empty.sum())
+    tally.n_truncated = int((ranked.detected > ask.max_length - 2 * bool(ask.special)).sum())
     if empty.any() and ask.empty == "error":
         raise DataError(
-            f"{source.name}: cell {str(names[int(empty.argmax())])!r} has no count in any known gene; "
+            f"{rank.source.name}: cell {str(names[int(empty.argmax())])!r} has no count in any known gene; "
             "filter such cells, or pass empty='drop' or empty='keep'"
         )
     cells = cells[~empty] if empty.any() and ask.empty == "drop" else cells
-    tally.n_kept += len(cells)
+    tally.n_kept = len(cells)
     return cells
 
 # %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #f2a95e61
