@@ -28,6 +28,7 @@ from ..store import atomic_write, sha256
 from ..store.lock import Lock
 from ..store.outputs import check_replaced, output_path
 from ..store.records import read_record
+from ..store.writers import sweep
 
 # %% auto #0
 __all__ = ['HERE', 'PIECE', 'ATTEMPTS', 'PAUSE', 'PASSING', 'check_address', 'SafeRedirects', 'part_files', 'attempt',
@@ -113,6 +114,14 @@ def _fetch(url: str, path: Path, timeout: float) -> None:
             time.sleep(PAUSE * 2**number)
         os.replace(part_files(path)[0], path)
 
+
+def _tidy(path: Path) -> None:
+    "Remove what this call, or one that was killed as it ended, left beside the file."
+    part_files(path)[1].unlink(missing_ok=True)
+    if (lock := path.with_name(f".lock-{path.name}")).exists():
+        Lock(lock, path).release()
+    sweep(path.parent)
+
 # %% ../../nbs/assets/download.ipynb #88d9de2f
 def download_file(url: str, path: str | os.PathLike, *, timeout: float = 60.0) -> Path:
     """
@@ -127,7 +136,7 @@ def download_file(url: str, path: str | os.PathLike, *, timeout: float = 60.0) -
     there = path.exists()
     if not there:
         _fetch(url, path, timeout)
-    part_files(path)[1].unlink(missing_ok=True)  # of this call, or of one that was killed as it ended
+    _tidy(path)
     try:
         usable(path)
         remember_download(url, sha256(path))

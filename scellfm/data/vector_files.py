@@ -179,7 +179,7 @@ def read_vectors(
     usable(path)
     digest = sha256(path)
     folder = None if folder is None else user_path(folder, "folder")
-    if folder is not None and (folder / "vectors.json").exists():
+    if folder is not None and all((folder / f"vectors.{end}").exists() for end in ("json", "safetensors")):
         return converted_before(folder, path, genes, digest)
     found = vectors_in(path, genes, digest)
     if folder is not None:
@@ -189,6 +189,9 @@ def read_vectors(
 # %% ../../nbs/data/vector_files.ipynb #e150b49e
 def converted_before(folder: Path, path: Path, genes: list[str] | str | os.PathLike | None, digest: str) -> GeneVectors:
     "The table in `folder`; OptionError when it was made from another file, or from an array under other names."
+    from scellfm.store.writers import sweep
+
+    sweep(folder)  # what a process left that was killed as it ended
     found = GeneVectors.load(folder)
     if found.manifest.get("sha256") != digest:
         raise OptionError(
