@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # would only clutter a log
 QUIET := SCELLFM_PROGRESS=0 OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 MPLBACKEND=agg
 
-.PHONY: help demo test export clean notebooks tutorials docs site-check benchmarks ray
+.PHONY: help demo test check-form check-site export clean notebooks tutorials docs site-check benchmarks ray
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -15,19 +15,25 @@ help:  ## list the targets
 $(READY): settings.ini setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "scellfm needs Python 3.11 to 3.13; this is " + sys.version.split()[0] + ". Name another: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	# --no-compile: Python compiles what is imported when it is imported, a tenth of what is installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
 
 demo: $(READY)  ## the main job on real cells: train, classify, screen, report
 	$(BIN)/scellfm demo
 
 test: $(READY)  ## everything that must hold
+	$(MAKE) --jobs 2 check-form check-site
+	$(QUIET) SCELLFM_QUICK=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	$(QUIET) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+check-form: $(READY)
 	$(BIN)/ruff format --quiet --check nbs tests tools benchmarks setup.py scellfm/__init__.py scellfm/*/__init__.py scellfm/*/*/__init__.py
 	$(BIN)/ruff check --quiet nbs tests tools benchmarks setup.py
 	$(QUIET) $(BIN)/python tools/check_notebooks.py
+
+check-site: $(READY)
 	$(QUIET) $(BIN)/python tools/build_site.py --check
-	$(QUIET) SCELLFM_QUICK=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	$(QUIET) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 export: $(READY)  ## write scellfm/ from the notebooks
 	$(BIN)/nbdev_export

@@ -9,9 +9,10 @@ under other genes' names, or there are none. The learning rate is chosen first, 
 simulation and by the validation loss alone; then it is measured on other simulations, which had no part in the
 choice. What is done is kept in FOLDER, and the same call goes on from there.
 
-Printed: pearson_delta on held-out genes with its interval over perturbations, and paired differences. The exit code is 1 where, on any of these
-simulations, the interval of `know` does not lie above those of `permuted` and of `none`, or the paired difference of
-`permuted` to `none` lies above 0 (--quick: where the mean of `know` is not above that of `permuted`)."""
+Printed: pearson_delta on held-out genes with its interval over perturbations, and paired differences. The exit code is
+1 where, on any of these simulations, the interval of `know` does not lie above those of `permuted` and of `none`, or
+the paired difference of `permuted` to `none` lies above 0 (--quick: where the mean of `know` is not above that of
+`permuted`)."""
 
 import json
 import sys

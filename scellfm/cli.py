@@ -17,7 +17,16 @@ from .commands.options import Parser, call, command_parser, commands_in
 from .core import ScellfmError, ScellfmWarning, printable, settings
 
 # %% ../nbs/cli.ipynb #2542a44d
-MODULES = ("demonstration", "tokens", "vectors", "classifiers", "screens", "references", "perturbations")
+MODULES = (
+    "demonstration",
+    "tokens",
+    "vectors",
+    "classifiers",
+    "screens",
+    "references",
+    "perturbations",
+    "reproductions",
+)
 GROUPS = {  # commands below a command
     "sequence": "DNA around genes: windows, gene vectors, variants, expression",
     "atlas": "Many files of cells at once: tokens, vectors, predictions, screens; gene vectors",

@@ -10,11 +10,13 @@ __all__ = ['STEP_COLUMNS', 'CHECKPOINT', 'batches', 'Recipe', 'History', 'Rows',
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from html import escape
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -263,6 +265,16 @@ def check(self: Checkpoint, found: dict) -> None:
             f"{self.path} is the checkpoint of another run ({what}); choose another folder, or delete it to start again"
         )
 
+# %% ../nbs/training.ipynb #28492b28
+def checksum(tensors: Mapping[str, torch.Tensor], record: Mapping = MappingProxyType({})) -> int:
+    "CRC-32 of a record (its own checksum aside) and of the bytes of all tensors, in the order of their names."
+    kept = {name: value for name, value in record.items() if name != "crc32"}
+    value = zlib.crc32(json.dumps(kept, sort_keys=True).encode())
+    for name in sorted(tensors):
+        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+        value = zlib.crc32(flat.view(torch.uint8).numpy().data, zlib.crc32(name.encode(), value))
+    return value
+
 # %% ../nbs/training.ipynb #b5f540c2
 @patch
 def save(
@@ -284,6 +296,7 @@ def save(
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     tensors["steps"] = torch.tensor(np.array(history.step_rows, float).reshape(-1, len(STEP_COLUMNS)))
     record = {"identity": self.identity, "progress": at, "history": {**history.to_dict(), "step_rows": []}}
+    record["crc32"] = checksum(tensors, record)
     with atomic_write(self.path) as part:
         try:
             save_file(tensors, part, metadata={"scellfm": json.dumps(record)})
@@ -305,7 +318,12 @@ def read(self: Checkpoint) -> tuple[dict, dict]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, TypeError, KeyError, ValueError, RecursionError, OSError, MemoryError) as error:
         raise StoreError(f"{self.path} is not a complete checkpoint ({error}); delete it to start again") from error
-    return check_record(record, RECORD, self.path, StoreError), tensors
+    check_record(record, RECORD, self.path, StoreError)
+    if len(record) > len(RECORD) and record.get("crc32") != checksum(tensors, record):  # older ones have none
+        raise StoreError(
+            f"{self.path} was damaged after it was written: its checksum differs; delete it to start again"
+        )
+    return record, tensors
 
 # %% ../nbs/training.ipynb #456cd36b
 def _parts_of(tensors: Mapping, model: torch.nn.Module) -> dict[str, dict]:

@@ -793,7 +793,7 @@ def test_quiet_turns_progress_off_for_the_call_alone(monkeypatch):
 
 
 def test_published_numbers_stand_beside_their_own_data_alone(tmp_path):
-    from scellfm.commands.perturbations import card_of
+    from scellfm.commands.reproductions import card_of
 
     assert card_of("norman") == card_of(str(tmp_path / "norman")) == "norman"
     assert card_of(str(tmp_path / "adamson")) == "adamson" and card_of(str(tmp_path / "mine")) is None

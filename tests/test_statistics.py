@@ -18,7 +18,17 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from scellfm.core import DataError, OptionError, ScellfmWarning
 from scellfm.data.shifts import simulate_shifts
-from scellfm.statistics import bh, donor_t_test, log2_fold_change, rank_sum_test, recovery, screen_test
+from scellfm.statistics import (
+    bh,
+    donor_t_test,
+    log2_fold_change,
+    rank_sum_test,
+    realised_fdr,
+    recall_at_budget,
+    recall_at_fdr,
+    recovery,
+    screen_test,
+)
 from scellfm.statistics.comparison import POOL
 from scellfm.statistics.screen import COLUMNS, MIN_CELLS, WINDOW, matched_residuals
 from scellfm.statistics.table import check_shifts, exact_sums
@@ -762,3 +772,59 @@ def test_long_form_holds_every_criterion():
         [sys.executable, str(ROOT / "benchmarks" / "screen_calibration.py")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def hit_table(decimals: int = 6):
+    "(value, known, q) of sixty genes, ten of them known."
+    rng = np.random.default_rng(7)
+    value = np.round(rng.normal(size=60), 6)
+    known = value + rng.normal(size=60) > 1.1
+    q = np.round(np.clip(rng.uniform(size=60) * 0.3 - 0.1 * known + 0.02, 0, 1), 6)
+    return np.round(value, decimals), known, q
+
+
+def test_recall_at_a_budget_and_realised_fdr_are_those_of_perturbhd():
+    "Expected values: perturb-hd 0.1.0 on the same numbers."
+    value, known, q = hit_table()
+    assert list(recall_at_budget(value, known).values()) == pytest.approx([0.2, 0.4, 0.6])
+    assert list(recall_at_fdr(value, known).values()) == pytest.approx([0.2, 0.2, 0.2])
+    called = realised_fdr(q, known)
+    assert called["n_called"].tolist() == [6, 15, 35]
+    assert called["realised_fdr"].tolist() == pytest.approx([0.5, 0.6, 0.771429], abs=1e-6)
+    assert called["recall"].tolist() == pytest.approx([0.3, 0.6, 0.8])
+    tied = hit_table(0)[0]  # many ties: the mean over their orders
+    assert list(recall_at_budget(tied, known).values()) == pytest.approx([0.190909, 0.327273, 0.6], abs=1e-6)
+
+
+def test_recall_at_an_empirical_fdr_is_the_best_list_of_any_length():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        value, known = rng.normal(size=25), rng.random(25) < 0.4
+        if not known.any():
+            continue
+        order = np.argsort(-value)
+        for level in (0.0, 0.1, 0.3):
+            lists = [known[order[:n]] for n in range(1, 26)]
+            best = max([one.sum() for one in lists if (~one).mean() <= level], default=0) / known.sum()
+            assert recall_at_fdr(value, known, (level,)) == {f"recall_at_fdr_{level:g}": pytest.approx(best)}
+
+
+def test_nothing_known_or_called_is_no_number():
+    none = np.zeros(5, bool)
+    assert np.isnan(list(recall_at_budget(np.arange(5.0), none).values())).all()
+    assert np.isnan(list(recall_at_fdr(np.arange(5.0), none).values())).all()
+    called = realised_fdr(np.array([0.9, np.nan, 0.5]), np.array([True, False, True]))
+    assert (called["n_called"] == 0).all() and called["realised_fdr"].isna().all() and (called["recall"] == 0).all()
+
+
+def test_a_screen_s_own_q_values_are_judged_and_few_targets_are_not(with_fold):
+    known = drivers()
+    scores = recovery(with_fold, known)
+    tested = with_fold[(with_fold.status != "too few cells") & with_fold.z.notna()]
+    called = realised_fdr(tested.fdr.to_numpy(), tested.gene.isin(known).to_numpy())
+    assert scores.attrs["realised_fdr"] == called.to_dict("index") and called.loc[0.05, "n_called"] > 0
+    assert called.loc[0.05, "realised_fdr"] < 0.2 and called.loc[0.05, "recall"] > 0.7
+    ours, cheap = scores.loc["screen |z|"], scores.loc["expression"]
+    assert ours["recall_at_0.05"] > 0.7 > 0.4 > cheap["recall_at_0.05"] and ours["recall_at_fdr_0.1"] > 0.7
+    few = recovery(with_fold, known[:3])
+    assert few.filter(like="recall_at").isna().all(axis=None) and few.attrs["realised_fdr"] == {}

@@ -14,6 +14,6 @@ __getattr__, __dir__, __all__ = _lazy(
         "map": "references",
         "integrate": "references",
         "evaluate": "perturbations",
-        "reproduce": "perturbations",
+        "reproduce": "reproductions",
     },
 )

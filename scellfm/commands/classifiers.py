@@ -187,7 +187,8 @@ def predict(
     if len(table) != data.n_obs or not table.index.equals(data.obs_names):
         raise OptionError(f"--out {out}: {model} predicts genes, which an h5ad of cells cannot hold; end it in .csv")
     from scellfm.store import atomic_write
+    from scellfm.store.files import write_cells
 
     with atomic_write(out) as part:
-        data.write_h5ad(part)
+        write_cells(data, part)
     return out

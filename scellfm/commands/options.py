@@ -159,13 +159,14 @@ def of_all(found: list[tuple[str, Parameter]]) -> Parameter:
     return replace(found[0][1], choices=tuple(every))
 
 # %% ../../nbs/commands/options.ipynb #197b95f0
-def add_option(parser: argparse.ArgumentParser, found: list[tuple[str, Parameter]]) -> None:
-    "Add the argument or option of a parameter. Options that are not given are not set."
+def add_option(parser: argparse.ArgumentParser, found: list[tuple[str, Parameter]], own: bool = False) -> None:
+    "Add the argument or option of a parameter; `own`: of the command itself. Options that are not given are not set."
     parameter = of_all(found)
     about, more = help_of(found).replace("%", "%%"), arguments_of(parameter)
-    if parameter.positional and parameter.default is REQUIRED:
+    if parameter.positional and (own or parameter.default is REQUIRED):
         more.pop("metavar", None)
-        parser.add_argument(parameter.name, help=about, **more)
+        absent = {} if parameter.default is REQUIRED else {"nargs": "?", "default": argparse.SUPPRESS}
+        parser.add_argument(parameter.name, help=about, **more, **absent)
         return
     required = parameter.default is REQUIRED
     flag = "--" + parameter.name.replace("_", "-")
@@ -192,7 +193,7 @@ def command_parser(path: str, parsers=None, options: bool = True) -> argparse.Ar
         return parser
     own = {parameter.name: [(path, parameter)] for parameter in parameters_of(path)}
     for found in {**own, **{name: found for name, found in borrowed(path).items() if name not in own}}.values():
-        add_option(parser, found)
+        add_option(parser, found, own=found[0][0] == path)
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(run=path)
     return parser

@@ -103,9 +103,10 @@ def embed(
     found, key = embed_into(loaded(), data, settings, of=model, subfolder=subfolder)
     if suffix == ".h5ad":
         from scellfm.store import atomic_write
+        from scellfm.store.files import write_cells
 
         with atomic_write(out) as part:
-            found.write_h5ad(part)
+            write_cells(found, part)
     else:
         write_vectors(found.obsm[key], found.obs_names, key, out)
     return out

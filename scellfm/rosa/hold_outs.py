@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,6 +145,29 @@ def inside(places: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarr
     return opened > closed
 
 # %% ../../nbs/rosa/hold_outs.ipynb #5df8b25e
+def read_regions(path: str | Path) -> pd.DataFrame:
+    "The lines of a BED file of regions. DataError: missing, damaged, or no table."
+    path = user_path(path, "regions")
+    try:
+        return pd.read_csv(path, sep="\t", header=None, comment="#")
+    except (OSError, ValueError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read as a BED file of regions: {error}") from error
+
+
+def region_table(regions: pd.DataFrame) -> pd.DataFrame:
+    "chrom, start, end, set of regions. DataError: fewer columns, or places that are no numbers."
+    if regions.shape[1] < 4:
+        raise DataError(f"the regions have {regions.shape[1]} columns; chromosome, start, end and set are needed")
+    bed = regions.iloc[:, :4].set_axis(["chrom", "start", "end", "set"], axis=1)
+    for column in ("start", "end"):
+        numbers = pd.to_numeric(bed[column], errors="coerce")
+        wrong = bed[column][numbers.isna() & bed[column].notna()]
+        if len(wrong):
+            raise DataError(f"{column} of a region is {wrong.iloc[0]!r}, which is no number")
+        bed[column] = numbers
+    return bed
+
+# %% ../../nbs/rosa/hold_outs.ipynb #2be09398
 def region_sets(positions: Windows | Annotation | pd.DataFrame, regions: str | Path | pd.DataFrame) -> pd.Series:
     """
     The set (text; 'unused' in none or several) of the region that holds each gene's start: a Series by gene.
@@ -151,11 +175,8 @@ def region_sets(positions: Windows | Annotation | pd.DataFrame, regions: str | P
     positions: windows, an annotation, or a table of gene, chrom, tss (counted from 0). regions: a BED file, or its
     table, with chromosome, start, end and set in the first four columns. DataError: no gene in any region.
     """
-    if not isinstance(regions, pd.DataFrame):
-        regions = pd.read_csv(user_path(regions, "regions"), sep="\t", header=None, comment="#")
-    if regions.shape[1] < 4:
-        raise DataError(f"the regions have {regions.shape[1]} columns; chromosome, start, end and set are needed")
-    table, bed = positions_of(positions), regions.iloc[:, :4].set_axis(["chrom", "start", "end", "set"], axis=1)
+    bed = region_table(regions if isinstance(regions, pd.DataFrame) else read_regions(regions))
+    table = positions_of(positions)
     if bed.isna().to_numpy().any():
         warn(f"{int(bed.isna().any(axis=1).sum()):,} of {len(bed):,} regions lack a position or a set and are left out")
         bed = bed.dropna()

@@ -17,6 +17,7 @@ from ..assets.hub import cache_folder
 from ..core import AssetError, tell, user_path
 from .conditions import CONTROL
 from ..store import atomic_write
+from ..store.files import write_cells
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -110,7 +111,7 @@ def gears_table(data) -> AnnData:
 def write_processed(folder: str | Path, cells: AnnData) -> None:
     "Write folder/perturb_processed.h5ad, complete or not at all."
     with atomic_write(Path(folder) / PROCESSED) as temporary:
-        cells.write_h5ad(temporary)
+        write_cells(cells, temporary)
 
 # %% ../../nbs/scgenept/gears_folder.ipynb #23e3c0e4
 def stored_top(adata: AnnData, n_top: int = 20) -> dict[str, list[str]]:

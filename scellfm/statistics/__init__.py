@@ -11,5 +11,8 @@ __getattr__, __dir__, __all__ = _lazy(
         "donor_t_test": "comparison",
         "log2_fold_change": "targets",
         "recovery": "targets",
+        "recall_at_budget": "targets",
+        "recall_at_fdr": "targets",
+        "realised_fdr": "targets",
     },
 )

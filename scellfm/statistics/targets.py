@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 # %% auto #0
-__all__ = ['PSEUDO_COUNT', 'MIN_KNOWN', 'SCORES', 'log2_fold_change', 'ranking_scores', 'bootstrap_weights', 'score_ranking',
-           'recovery']
+__all__ = ['PSEUDO_COUNT', 'MIN_KNOWN', 'SCORES', 'BUDGETS', 'LEVELS', 'MORE_SCORES', 'log2_fold_change', 'ranking_scores',
+           'bootstrap_weights', 'score_ranking', 'recall_at_budget', 'recall_at_fdr', 'realised_fdr', 'recovery']
 
 # %% ../../nbs/statistics/targets.ipynb #a86b541e
 PSEUDO_COUNT = 0.1  # counts per 10,000
@@ -146,17 +146,63 @@ def score_ranking(value: np.ndarray, known: np.ndarray, weights: np.ndarray) -> 
     low, high = np.where(inside, low, np.nan), np.where(inside, high, np.nan)
     return dict(zip(SCORES, np.column_stack([drawn[:, 0], low, high]).ravel()))
 
+# %% ../../nbs/statistics/targets.ipynb #e154b2b7
+BUDGETS = (0.05, 0.1, 0.2)  # shares of the genes that are tested
+LEVELS = (0.05, 0.1, 0.2)  # of the false discovery rate
+
+
+def recall_at_budget(value: np.ndarray, known: np.ndarray, budgets: Sequence[float] = BUDGETS) -> dict[str, float]:
+    "{recall_at_0.05: ...}: share of the known genes in the first part of a ranking (highest first); NaN: none known."
+    if not known.any():
+        return {f"recall_at_{budget:g}": np.nan for budget in budgets}
+    groups, counts = np.unique(-np.asarray(value, float), return_inverse=True, return_counts=True)[1:]
+    share = np.bincount(groups, known) / counts  # of known genes in each group of ties
+    found = np.concatenate([[0.0], np.cumsum(np.repeat(share, counts))]) / known.sum()
+    tested = [min(int(np.ceil(budget * len(known))), len(known)) for budget in budgets]
+    return {f"recall_at_{budget:g}": float(found[n]) for budget, n in zip(budgets, tested)}
+
+# %% ../../nbs/statistics/targets.ipynb #3a314ac1
+def recall_at_fdr(value: np.ndarray, known: np.ndarray, levels: Sequence[float] = LEVELS) -> dict[str, float]:
+    "{recall_at_fdr_0.05: ...}: the largest recall of a list from the top with at most so many false; NaN: none known."
+    if not known.any():
+        return {f"recall_at_fdr_{level:g}": np.nan for level in levels}
+    groups, counts = np.unique(-np.asarray(value, float), return_inverse=True, return_counts=True)[1:]
+    hits, length = np.cumsum(np.bincount(groups, known)), np.cumsum(counts)
+    false, recall = (length - hits) / length, hits / known.sum()
+    return {f"recall_at_fdr_{level:g}": float(recall[false <= level].max(initial=0)) for level in levels}
+
+# %% ../../nbs/statistics/targets.ipynb #7758d51e
+def realised_fdr(q: np.ndarray, known: np.ndarray, levels: Sequence[float] = LEVELS) -> pd.DataFrame:
+    "A row per level: n_called (q at most the level), realised_fdr (share not known; NaN: none called), recall."
+    rows, q, known = {}, np.asarray(q, float), np.asarray(known, bool)
+    for level in levels:
+        called = q <= level  # never true for NaN
+        n, right = int(called.sum()), int((called & known).sum())
+        rows[level] = {
+            "n_called": n,
+            "realised_fdr": (n - right) / n if n else np.nan,
+            "recall": right / known.sum() if known.any() else np.nan,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("level")
+
 # %% ../../nbs/statistics/targets.ipynb #c50c8be4
+<<<<<<< HEAD
 @checked_arguments
+=======
+MORE_SCORES = [f"recall_at_{share:g}" for share in BUDGETS] + [f"recall_at_fdr_{level:g}" for level in LEVELS]
+
+
+>>>>>>> main
 def recovery(
     table: pd.DataFrame, known: Iterable[str], *, by: Literal["z", "effect"] = "z", n_boot: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
     """How well `known` targets are ranked by the screen, compared with |log2FC|, expression (detection) and rank.
 
     table: of `screen_test`. by: "z" (|z|) or "effect" (|effect - expected|). Returns one row per ranking: auroc,
-    average_precision and their 95 % bounds (bootstrap over genes), median_percentile, n_known, n_genes.
-    `.attrs`: percentiles {target: {ranking: 0..100}}, not_testable {target: why}, note. Scores are NaN below five
-    testable targets.
+    average_precision and their 95 % bounds (bootstrap over genes), recall at budgets of 5, 10 and 20 % of the genes
+    and at empirical FDRs, median_percentile, n_known, n_genes. `.attrs`: realised_fdr {level: n_called, ...} of the
+    screen's q-values, percentiles {target: {ranking: 0..100}}, not_testable {target: why}, note. Scores are NaN below
+    five testable targets.
     """
     one_of("by", by, ("z", "effect"))
     known = list(dict.fromkeys([known] if isinstance(known, str) else known))
@@ -173,12 +219,14 @@ def recovery(
     weights = bootstrap_weights(label, n_boot, seed)
     rows, percentiles = {}, {gene: {} for gene in targets}
     for name, values in rankings.items():
-        rows[name] = dict.fromkeys([*SCORES, "median_percentile"], np.nan)
+        rows[name] = dict.fromkeys([*SCORES, *MORE_SCORES, "median_percentile"], np.nan)
         if values.isna().all():
             continue
         values = values.fillna(-np.inf).to_numpy(float)
         place = percentile(values[label], np.broadcast_to(values, (len(targets), len(values))))
         rows[name] |= score_ranking(values, label, weights)
+        if len(targets) >= MIN_KNOWN:
+            rows[name] |= recall_at_budget(values, label) | recall_at_fdr(values, label)
         rows[name]["median_percentile"] = np.median(place) if targets else np.nan
         for gene, share in zip(targets, place):
             percentiles[gene][name] = round(float(share), 1)
@@ -189,5 +237,7 @@ def recovery(
     if missing:
         some = ", ".join(f"{gene} ({why})" for gene, why in list(missing.items())[:5])
         warn(f"{len(missing)} of {len(known)} known targets cannot be scored: {some}{', ...' * (len(missing) > 5)}")
+    called = realised_fdr(testable["fdr"].to_numpy(float), label) if len(targets) >= MIN_KNOWN else pd.DataFrame()
+    result.attrs["realised_fdr"] = called.to_dict("index")
     result.attrs.update(percentiles=percentiles, not_testable=missing, note=note if len(targets) < MIN_KNOWN else "")
     return result

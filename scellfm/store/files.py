@@ -99,6 +99,14 @@ def atomic_write(
     except OSError as error:
         raise _cannot_write(path, error) from error
 
+# %% ../../nbs/store/files.ipynb #7ffe56f2
+def write_cells(cells, path: Path) -> None:
+    "Write cells as h5ad. OSError: HDF5 could not write, as on a full disk."
+    try:
+        cells.write_h5ad(path)
+    except RuntimeError as error:
+        raise OSError(str(error).splitlines()[0]) from error
+
 # %% ../../nbs/store/files.ipynb #5492305e
 def _move_all(temporary: Path, folder: Path) -> None:
     "Move the content of a temporary folder into `folder`, each part complete and on the disk."

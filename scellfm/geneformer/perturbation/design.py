@@ -317,6 +317,18 @@ def resolve_quartiles(kind: str, quartiles: int | None) -> int:
     one_of("quartiles", quartiles, (1, 2, 3))
     return int(quartiles)
 
+# %% ../../../nbs/geneformer/perturbation/design.ipynb #b64f18d7
+def resolve_dose(kind: str, dose: float | None, quartiles: int | None) -> float | None:
+    "The share of the way, 0 to 1, that 'inhibit' and 'activate' move a gene; OptionError for other kinds, or both."
+    if dose is None:
+        return None
+    if kind not in ("inhibit", "activate"):
+        raise OptionError(f"dose={dose} goes with kind='inhibit' or 'activate', and kind is {kind!r}")
+    if quartiles is not None:
+        raise OptionError(f"dose={dose}, quartiles={quartiles}: a gene is moved by the one or by the other")
+    check_number("dose", dose, 0, 1, whole=False)
+    return float(dose)
+
 # %% ../../../nbs/geneformer/perturbation/design.ipynb #7cd79b96
 @dataclass(frozen=True)
 class GeneChange:
@@ -329,6 +341,7 @@ class GeneChange:
     quartiles: int
     sets: list
     anchor: int | None
+    dose: float | None = None
     unknown: dict = field(default_factory=dict)  # genes of the list that are not in the vocabulary, and why
 
 # %% ../../../nbs/geneformer/perturbation/design.ipynb #a39859fa
@@ -350,11 +363,14 @@ def params(self: GeneChange, tokenizer: RankTokenizer) -> dict:
         "matched": self.matched,
         "targets": targets,
         "anchor": None if self.anchor is None else str(tokenizer.genes[self.anchor]),
-        "quartiles": self.quartiles if self.kind in ("inhibit", "activate") else None,
+        "quartiles": self.quartiles if self.kind in ("inhibit", "activate") and self.dose is None else None,
+        "dose": self.dose,
     }
 
 # %% ../../../nbs/geneformer/perturbation/design.ipynb #4c736d15
-def resolve_change(tokenizer, kind: str, genes, combine=None, matched=None, anchor=None, quartiles=None) -> GeneChange:
+def resolve_change(
+    tokenizer, kind: str, genes, combine=None, matched=None, anchor=None, quartiles=None, dose=None
+) -> GeneChange:
     "The change that the arguments of a screen describe; OptionError if they contradict each other."
     if genes is None or isinstance(genes, (bytes, int, float)):
         raise OptionError(f"genes={genes!r}: give 'all', a gene or a list of genes")
@@ -365,4 +381,5 @@ def resolve_change(tokenizer, kind: str, genes, combine=None, matched=None, anch
     combine = resolve_combination(genes, combine, matched)
     sets, anchor = resolve_genes(tokenizer, kind, genes, anchor, combine)
     unknown = {} if sets[0] is None or combine == "joint" else unknown_genes(tokenizer, genes)
-    return GeneChange(kind, genes, combine, matched, resolve_quartiles(kind, quartiles), sets, anchor, unknown)
+    dose, quartiles = resolve_dose(kind, dose, quartiles), resolve_quartiles(kind, quartiles)
+    return GeneChange(kind, genes, combine, matched, quartiles, sets, anchor, dose, unknown)

@@ -132,13 +132,9 @@ def cell_edits(
     return np.stack([np.full(len(each), at), each], axis=1), None
 
 # %% ../../../nbs/geneformer/perturbation/edits.ipynb #db8a4264
-def shifted_ranks(rank: np.ndarray, n_genes: np.ndarray, quartiles: int) -> np.ndarray:
-    """New ranks [k, m] of genes moved down by `quartiles` (up if negative) in cells of n_genes [k].
-
-    Two genes of an edit that would share a rank are put side by side in the order they had."""
+def distinct_ranks(wanted: np.ndarray, rank: np.ndarray, n_genes: np.ndarray) -> np.ndarray:
+    "The wanted ranks [k, m]; genes of an edit that would share one are put side by side in the order of `rank`."
     n, m = n_genes[:, None], rank.shape[1]
-    quartile = 4 * rank // n + quartiles
-    wanted = np.where(quartile < 0, 0, np.where(quartile > 3, n - 1, (2 * quartile + 1) * n // 8))
     order = np.lexsort((rank, wanted))
     placed = np.take_along_axis(wanted, order, axis=1)
     for i in range(1, m):
@@ -149,11 +145,28 @@ def shifted_ranks(rank: np.ndarray, n_genes: np.ndarray, quartiles: int) -> np.n
     return result
 
 
-def with_targets(edits: Edits, quartiles: int) -> Edits:
-    "Edits with the positions to which their genes are moved; those that change nothing are left out."
-    first = int(edits.special)
-    down = quartiles if edits.kind == "inhibit" else -quartiles
-    targets = first + shifted_ranks(edits.positions - first, edits.length - 2 * first, down)
+def shifted_ranks(rank: np.ndarray, n_genes: np.ndarray, quartiles: int) -> np.ndarray:
+    "New ranks [k, m] of genes moved down by `quartiles` (up if negative) in cells of n_genes [k]."
+    n = n_genes[:, None]
+    quartile = 4 * rank // n + quartiles
+    wanted = np.where(quartile < 0, 0, np.where(quartile > 3, n - 1, (2 * quartile + 1) * n // 8))
+    return distinct_ranks(wanted, rank, n_genes)
+
+# %% ../../../nbs/geneformer/perturbation/edits.ipynb #e8bbbe93
+def dosed_ranks(rank: np.ndarray, n_genes: np.ndarray, dose: float, down: bool) -> np.ndarray:
+    "New ranks [k, m] of genes moved the share `dose` (0 to 1) of the way to the bottom (`down`) or to the front."
+    way = (n_genes[:, None] - 1 - rank) if down else rank
+    steps = np.floor(dose * way + 0.5).astype(rank.dtype)
+    return distinct_ranks(rank + steps if down else rank - steps, rank, n_genes)
+
+
+def with_targets(edits: Edits, quartiles: int, dose: float | None = None) -> Edits:
+    "Edits with the positions to which their genes are moved; by quartiles, those that change nothing are left out."
+    first, down = int(edits.special), edits.kind == "inhibit"
+    rank, n_genes = edits.positions - first, edits.length - 2 * first
+    if dose is not None:
+        return replace(edits, targets=first + dosed_ranks(rank, n_genes, dose, down))
+    targets = first + shifted_ranks(rank, n_genes, quartiles if down else -quartiles)
     changes = (targets != edits.positions).any(1)
     return replace(edits, targets=targets)[np.flatnonzero(changes)]
 
@@ -166,6 +179,7 @@ def make_edits(
     special: bool,
     max_length: int,
     quartiles: int = 1,
+    dose: float | None = None,
 ) -> Edits:
     """All edits of `cells` (token ids by position), cell by cell; an edit that removes every
     gene of its cell is left out, since nothing remains to compare.
@@ -180,7 +194,7 @@ def make_edits(
     cell, length = np.repeat(np.arange(len(number)), number), np.repeat(lengths, number)
     edits = Edits(kind, cell, length, positions, tokens, special, max_length)
     edits = edits[np.flatnonzero(edits.others > 0)]
-    return with_targets(edits, quartiles) if kind in ("inhibit", "activate") else edits
+    return with_targets(edits, quartiles, dose) if kind in ("inhibit", "activate") else edits
 
 # %% ../../../nbs/geneformer/perturbation/edits.ipynb #23ab9d01
 def edit_labels(cells: Sequences, edits: Edits, names: np.ndarray) -> np.ndarray:
@@ -274,6 +288,13 @@ def gene_cosines(
     return cosine * torch.from_numpy(chosen).to(hidden.device)
 
 # %% ../../../nbs/geneformer/perturbation/edits.ipynb #337fdbdd
+def unmoved(edits: Edits) -> np.ndarray:
+    "Which edits leave their cell as it is [k]: those of dose 0, and of genes that stand at the end already."
+    if edits.targets is None:
+        return np.zeros(len(edits), dtype=bool)
+    return (edits.targets == edits.positions).all(1)
+
+# %% ../../../nbs/geneformer/perturbation/edits.ipynb #0ae78ca0
 def similarity(embeddings: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     "The cosine of each embedding [k, H] with each state [s, H]: [k, s]."
     return F.cosine_similarity(embeddings[:, None], states[None], dim=-1, eps=1e-8)
@@ -307,16 +328,22 @@ def edit_effects(
 ) -> np.ndarray:
     "Per edit the shift to each of `states` [s, H]: [k, s]; without states the cosine to the original cell: [k, 1]."
     effects = np.full((len(edits), 1 if states is None else len(states)), np.nan, dtype=np.float32)
+    still = unmoved(edits)
+    effects[still] = 1.0 if states is None else 0.0  # the same cell: no forward pass, and no rounding
+    moving = np.flatnonzero(~still)
+    if not len(moving):
+        return effects
 
     def make(rows):
-        return edits[rows], *edited_batch(block, edits[rows])
+        return edits[moving[rows]], *edited_batch(block, edits[moving[rows]])
 
     def one_batch(*batch):
         return batch_effects(gf, block, batch, index, pool, states)
 
     spread = 0.0 if len(edits) >= 8 * len(block.start) else 0.25  # many edits of a cell have one length
-    for rows, values in inference.batches(make, one_batch, edits.lengths, spread=spread, desc="edits", **options):
-        effects[rows] = values.cpu().numpy()
+    lengths = edits.lengths[moving]
+    for rows, values in inference.batches(make, one_batch, lengths, spread=spread, desc="edits", **options):
+        effects[moving[rows]] = values.cpu().numpy()
     return effects
 
 # %% ../../../nbs/geneformer/perturbation/edits.ipynb #22f31d85

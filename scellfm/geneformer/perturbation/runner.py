@@ -219,7 +219,9 @@ def plan_jobs(runner: ScreenRunner, tasks: list[ScreenTask], change: GeneChange)
         targets, n = change.sets[0], change.matched
         more = [group_controls(runner, tasks, task.group, targets[:, 0], n)] if n else []
         for number, tokens in enumerate([*change.sets, *more]):
-            edits = make_edits(own, change.kind, tokens, change.anchor, gf.special, gf.max_length, change.quartiles)
+            edits = make_edits(
+                own, change.kind, tokens, change.anchor, gf.special, gf.max_length, change.quartiles, change.dose
+            )
             jobs.append(Job(f"{i:04d}-{number}-", task, own, edits, edit_labels(own, edits, vocabulary)))
     if not any(len(job.edits) for job in jobs):
         raise DataError(why_nothing(runner, tasks, change))
@@ -457,7 +459,7 @@ def resolve_screen(models: list, held_out_by: str | None, ask: Mapping) -> tuple
     donor, where = ask["donor"] or held_out_by, resolve_filter(ask["where"])
     design = ScreenDesign(ask["state"], ask["start"], ask["goal"], alt, ask["groupby"], donor, where)
     named = [ask[name] for name in ("kind", "genes", "combine", "matched", "anchor", "quartiles")]
-    change = resolve_change(tokenizer, *named)
+    change = resolve_change(tokenizer, *named, dose=ask.get("dose"))
     gradient = resolve_gradient(ask["gradient"], ask["kind"], change.genes, ask["anchor"], ask["goal"])
     params = screen_params(models, design, change, ask["emb_layer"], gradient, ask["max_cells"], ask["seed"])
     return design, change, gradient, params
@@ -527,6 +529,7 @@ def perturb(
     matched: int | None = None,  # for a list of single genes: number of similar genes per gene, as controls
     anchor: str | None = None,  # with genes='all' and kind='delete': a gene that is deleted together with each
     quartiles: int | None = None,  # for inhibit and activate: by how many quartiles, 1, 2 or 3
+    dose: float | None = None,  # for inhibit and activate: the share of the way to the bottom or front, 0 to 1
     state: str | None = None,  # column of obs
     start: str | None = None,  # value of state in the cells that are perturbed
     goal: str | None = None,  # value of state towards which shifts are measured
@@ -549,9 +552,9 @@ def perturb(
 
     Shifts are cosines: with a goal, how much nearer the cell is to the goal's centre; without, 1 - cosine to the
     unedited cell (Theodoris et al. 2023). 'overexpress' puts a gene on top, 'inhibit' and 'activate' move it down and
-    up by `quartiles`. gradient={'top': 100, 'check_cells': 20}: estimates all deletions, then computes the `top` genes
-    of each group, and all genes of some cells to measure the error of the estimate. A classifier uses for each cell the
-    model that was not trained on it. OptionError, DataError, StoreError."""
+    up by `quartiles` or `dose`. gradient={'top': 100, 'check_cells': 20}: estimates all deletions, then computes the
+    `top` genes of each group, and all genes of some cells to measure the error of the estimate. A classifier uses
+    for each cell the model that was not trained on it. OptionError, DataError, StoreError."""
     ask = {name: value for name, value in locals().items() if name not in ("model", "data", "folder", "dry_run")}
     plan = plan_screen(model, data, ask)
     if dry_run:
