@@ -5,20 +5,8 @@
 # %% ../../nbs/commands/perturbations.ipynb #ef28e02d
 from __future__ import annotations
 
-from pathlib import Path
-
 from .inputs import out_format, output_file, whole_cells, write_table
-<<<<<<< HEAD
 from ..core import OptionError, user_path
-from ..store.files import atomic_write
-from ..store.layouts import SCGPT_MODEL
-from ..store.outputs import FolderKind, check_replaced, check_writable, output_path
-
-if TYPE_CHECKING:
-    from scellfm.scgenept import PerturbationData
-=======
-from ..core import OptionError
->>>>>>> main
 
 # %% auto #0
 __all__ = ['evaluate']
@@ -77,33 +65,6 @@ def evaluate(
     scores = made.evaluate(data, unseen_split(data, made.trained), metrics=metrics)
     write_table(scores.table, out)
     return f"{scores.title}\n{scores.to_markdown()}\n{out}"
-<<<<<<< HEAD
-
-# %% ../../nbs/commands/perturbations.ipynb #ad832514
-REPRODUCTION = FolderKind("a reproduction", {}, ("runs", "table.csv", "model", "scgpt", "cells.h5ad"))
-
-
-def simulated_inputs(folder: Path) -> tuple:
-    "Simulated data, the folder of a tiny scGPT, and vectors; the cells are written to cells.h5ad."
-    import torch
-
-    from scellfm.assets import save_tensors
-    from scellfm.data import simulate_perturbations
-    from scellfm.scgenept import PerturbationData, ScGenePT
-    from scellfm.scgpt.model import ScGPTModel
-
-    found = simulate_perturbations(n_targets=12, n_pairs=4, n_genes=30, n_modules=2, n_cells=8, n_controls=24)
-    del found.adata.layers["counts"]
-    with atomic_write(folder / "cells.h5ad") as part:
-        found.adata.write_h5ad(part)
-    data = PerturbationData(found.adata)
-    start = ScGenePT.from_config("tiny", data, device="cpu", d_model=16, n_heads=2, d_hid=16, n_layers=1)
-    with atomic_write(folder / "scgpt", kind=SCGPT_MODEL) as part, torch.random.fork_rng(devices=[]):
-        start.save_pretrained(part)
-        (part / "scgenept.json").unlink()
-        torch.manual_seed(0)
-        save_tensors(part / "model.safetensors", ScGPTModel(start.model.config.encoder).state_dict())
-    return data, folder / "scgpt", {"ncbi": found.vectors["know"]}
 
 # %% ../../nbs/commands/perturbations.ipynb #1cb42869
 def named_files(gene_vectors: list[str]) -> dict[str, str]:
@@ -118,48 +79,3 @@ def card_of(data: str) -> str | None:
     "The data set whose published numbers are shown: by the name or the last part of a path; or none."
     name = user_path(data).name
     return {"norman": "norman", "adamson": "adamson", "simulated": "norman"}.get(name)
-
-# %% ../../nbs/commands/perturbations.ipynb #77b1d089
-def keep_model(cells: PerturbationData, scgpt: Path, vectors: dict, folder: Path, epochs: int) -> None:
-    "Train the first variant on the simulated cells, and save it for examples of the other commands."
-    from scellfm.scgenept import ScGenePT
-
-    model = ScGenePT.from_pretrained(scgpt, knowledge="ncbi", gene_vectors=vectors["ncbi"], device="cpu")
-    model.fit(cells, cells.split("simulation", seed=1), epochs=epochs).save_pretrained(folder)
-
-# %% ../../nbs/commands/perturbations.ipynb #3b8312c1
-def reproduce(
-    data: str,  # norman or adamson, a folder in GEARS's layout (of that name), or the word simulated
-    *,
-    out: str,  # folder of the runs and their table; the same command resumes from it
-    scgpt: str | None = None,  # folder of scGPT's whole-human checkpoint
-    gene_vectors: list[str]
-    | None = None,  # files of gene vectors by knowledge, as in ncbi=ncbi.pickle go_f=go_f.pickle
-    seeds: list[int] | None = None,  # of each variant; 42 23 89 30 12 by default
-    epochs: int = 20,  # of each run
-    root: str | None = None,  # folder of the data sets, also for downloads
-) -> str:
-    """Train each scGenePT variant over the published seeds, and compare its numbers with the published ones.
-
-    Example: scellfm reproduce simulated --out runs/scgenept --seeds 42 --epochs 1
-    """
-    from scellfm.scgenept import PerturbationData, reproduce
-
-    folder = output_path(out, "--out")
-    check_writable(folder)
-    check_replaced(folder, REPRODUCTION)
-    if data == "simulated":
-        cells, scgpt, vectors = simulated_inputs(folder)
-    else:
-        if scgpt is None:
-            raise OptionError("--scgpt: name the folder of scGPT's whole-human checkpoint, or try the word simulated")
-        cells, vectors = PerturbationData.load(data, root=root), named_files(gene_vectors or [])
-    dataset = card_of(data)
-    chosen = {} if seeds is None else {"seeds": seeds}
-    table = reproduce(cells, scgpt, vectors, folder / "runs", dataset=dataset, epochs=epochs, **chosen)
-    write_table(table, folder / "table.csv")
-    if data == "simulated":
-        keep_model(cells, scgpt, vectors, folder / "model", epochs)
-    return f"{table.T.round(4).to_string()}\n{folder / 'table.csv'}"
-=======
->>>>>>> main

@@ -186,13 +186,10 @@ def realised_fdr(q: np.ndarray, known: np.ndarray, levels: Sequence[float] = LEV
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("level")
 
 # %% ../../nbs/statistics/targets.ipynb #c50c8be4
-<<<<<<< HEAD
-@checked_arguments
-=======
 MORE_SCORES = [f"recall_at_{share:g}" for share in BUDGETS] + [f"recall_at_fdr_{level:g}" for level in LEVELS]
 
 
->>>>>>> main
+@checked_arguments
 def recovery(
     table: pd.DataFrame, known: Iterable[str], *, by: Literal["z", "effect"] = "z", n_boot: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
