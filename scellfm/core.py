@@ -309,14 +309,17 @@ def in_order(function: Callable, items: Iterable, threads: int | None = None) ->
         return
     from concurrent.futures import ThreadPoolExecutor
 
-    pool, waiting = ThreadPoolExecutor(threads, "scellfm"), deque()
+    pool, items, waiting = ThreadPoolExecutor(threads + 1, "scellfm"), iter(items), deque()
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
+        ahead = pool.submit(next, items, waiting)  # the queue itself stands for the end
+        while ahead.exception() is None and ahead.result() is not waiting:
+            waiting.append(pool.submit(function, ahead.result()))
+            ahead = pool.submit(next, items, waiting)
             if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+        ahead.result()  # where an item could not be read, its error comes after the results before it
     finally:
         pool.shutdown(cancel_futures=True)
 

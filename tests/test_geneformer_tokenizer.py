@@ -511,6 +511,29 @@ def test_the_number_of_threads_changes_no_byte(many, tmp_path, monkeypatch):
     assert files[1] == files[2] == files[3] and memory[1] == memory[2] == memory[3]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("broken", ["reading", "ranking"])
+def test_an_error_comes_after_the_results_before_it_on_any_number_of_threads(threads, broken):
+    def read():
+        for number in range(9):
+            if broken == "reading" and number == 6:
+                raise DataError("6 is damaged")
+            yield number
+
+    def rank(number):
+        if broken == "ranking" and number >= 6:
+            raise DataError(f"{number} is damaged")
+        return -number
+
+    found = []
+    with pytest.raises(DataError, match="6 is damaged"):
+        for value in core.in_order(rank, read(), threads):
+            found.append(value)
+    assert found == [0, -1, -2, -3, -4, -5]
+    assert list(core.in_order(abs, [], threads)) == []
+    assert next(core.in_order(abs, iter(range(-9, 0)), threads)) == 9  # left early: nothing hangs
+
+
 @pytest.mark.filterwarnings("ignore:.*no count in any known gene", "ignore:.*fewer than 20 counts")
 def test_blocks_are_ranked_on_several_threads_and_the_first_bad_one_is_named(many, monkeypatch):
     monkeypatch.setattr(core.settings, "threads", 3)

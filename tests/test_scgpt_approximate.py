@@ -6,6 +6,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from scellfm import AssetError, ExtraError, ScellfmWarning
@@ -99,11 +100,13 @@ def test_an_index_that_misses_too_much_warns():
     assert 0 <= index.recall <= 1
 
 
-@pytest.mark.parametrize("change", ["twice", "lists", "width", "type", "probes", "cut"])
+@pytest.mark.parametrize("change", ["twice", "lists", "width", "type", "probes", "cut", "vectors"])
 def test_a_damaged_index_is_named(saved, halves, tmp_path, change):
     for name in ("index.safetensors", "index.json"):
         (tmp_path / name).write_bytes((saved / name).read_bytes())
-    arrays, told = load_file(saved / mapping.INDEX), {"probes": "8", "candidates": "200", "recall": "0.98"}
+    arrays = load_file(saved / mapping.INDEX)
+    with safe_open(saved / mapping.INDEX, "numpy") as file:
+        told = file.metadata()
     if change == "twice":
         arrays["members"][1] = arrays["members"][0]
     elif change == "lists":
@@ -114,6 +117,8 @@ def test_a_damaged_index_is_named(saved, halves, tmp_path, change):
         arrays["centres"] = arrays["centres"].astype(np.float64)
     elif change == "probes":
         told["probes"] = "0"
+    elif change == "vectors":
+        told["vectors"] = "those of another map"
     save_file(arrays, tmp_path / mapping.INDEX, told)
     if change == "cut":
         (tmp_path / mapping.INDEX).write_bytes((saved / mapping.INDEX).read_bytes()[:1000])

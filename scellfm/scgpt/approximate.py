@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..core import AssetError, keyed_generator, n_threads, optional, progress, tell, warn
 from .neighbours import Subset, exact_distances, forget, nearest, row_blocks
-from ..store import atomic_write
+from ..store import atomic_write, fingerprint
 
 # %% auto #0
 __all__ = []
@@ -43,6 +43,7 @@ class SearchIndex:
     probes: int = 8  # lists that a query looks into
     candidates: int = 200  # cells whose exact distance is computed
     recall: float = float("nan")  # share of the nearest cells that is found, of 100 reference cells
+    vectors: str = ""  # the fingerprint of some of the vectors
     built: Any = None  # faiss's index, once it is needed
 
     def __len__(self) -> int:
@@ -104,6 +105,12 @@ def arrays_of(faiss, project, inner) -> dict[str, np.ndarray]:
         "codes": codes,
     }
 
+# %% ../../nbs/scgpt/approximate.ipynb #15078d45
+def some_of(rows) -> str:
+    "A fingerprint of the size of the reference and of a hundred of its vectors."
+    chosen = np.linspace(0, len(rows) - 1, 100).astype(np.int64)
+    return fingerprint(list(rows.shape), np.array(rows[chosen], dtype=np.float32))
+
 # %% ../../nbs/scgpt/approximate.ipynb #390da8a3
 def index_of(rows, seed: int = 0) -> SearchIndex:
     "Index `rows` [n, d], in memory or mapped from a file; how thoroughly to search it is not settled yet."
@@ -118,7 +125,7 @@ def index_of(rows, seed: int = 0) -> SearchIndex:
             for _, block in row_blocks(rows):
                 index.add(block)
                 bar.update(len(block))
-        return SearchIndex(**arrays_of(faiss, project, inner))
+        return SearchIndex(**arrays_of(faiss, project, inner), vectors=some_of(rows))
 
 # %% ../../nbs/scgpt/approximate.ipynb #77096a38
 @patch
@@ -207,7 +214,7 @@ def tuned(index: SearchIndex, rows, k: int, recall: float = RECALL, seed: int = 
     return index
 
 # %% ../../nbs/scgpt/approximate.ipynb #ef6636fe
-SETTLED = ("probes", "candidates", "recall")
+SETTLED = ("probes", "candidates", "recall", "vectors")
 
 
 def write_index(index: SearchIndex, path: str | Path) -> None:
@@ -216,7 +223,7 @@ def write_index(index: SearchIndex, path: str | Path) -> None:
 
     arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS}
     with atomic_write(path) as part:
-        save_file(arrays, part, {name: repr(getattr(index, name)) for name in SETTLED})
+        save_file(arrays, part, {name: str(getattr(index, name)) for name in SETTLED})
 
 # %% ../../nbs/scgpt/approximate.ipynb #06a17b17
 def shapes_fit(index: SearchIndex, n: int, d: int) -> bool:
@@ -250,21 +257,24 @@ def fits(index: SearchIndex, n: int, d: int) -> bool:
     )
 
 # %% ../../nbs/scgpt/approximate.ipynb #274730b0
-def read_index(path: str | Path, n: int, d: int) -> SearchIndex:
-    "Read an index of n vectors of d numbers. AssetError where the file is damaged or belongs to other vectors."
+def read_index(path: str | Path, rows) -> SearchIndex:
+    "Read the index of `rows` [n, d]. AssetError where the file is damaged or belongs to other vectors."
     from safetensors import safe_open
 
+    n, d = rows.shape
     try:
         with safe_open(path, "numpy") as file:
             told = file.metadata() or {}
             index = SearchIndex(**{name: file.get_tensor(name) for name in ARRAYS})
         index.probes, index.candidates = int(told["probes"]), int(told["candidates"])
-        index.recall = float(told["recall"])
-        good = fits(index, n, d)
+        index.recall, index.vectors = float(told["recall"]), told["vectors"]
+        good = fits(index, n, d) and index.vectors == some_of(rows)
     except Exception as error:  # whatever damaged bytes make of the library
         raise AssetError(f"{path} is damaged or no search index: {error}; delete it, and it is made anew") from error
     if not good:
-        raise AssetError(f"{path} is no index of {n:,} vectors of {d} numbers; delete it, and it is made anew")
+        raise AssetError(
+            f"{path} is not the index of these {n:,} vectors of {d} numbers; delete it, and it is made anew"
+        )
     return index
 
 # %% ../../nbs/scgpt/approximate.ipynb #72e3b10f
@@ -274,7 +284,7 @@ def prepared(rows, k: int, path: Path | None = None) -> SearchIndex | None:
     if len(rows) < FEWEST:
         return None
     if path is not None and path.exists():
-        return read_index(path, len(rows), rows.shape[1])
+        return read_index(path, rows)
     tell(f"an index of {len(rows):,} reference cells is built; this is done once")
     index = tuned(index_of(rows), rows, k)
     if path is not None and os.access(path.parent, os.W_OK):
