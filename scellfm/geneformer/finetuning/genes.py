@@ -264,7 +264,7 @@ def resolve_tokens(tokenizer: RankTokenizer, genes: str | Iterable[str] | None) 
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #569df0ac
 def wanted_tokens(tokenizer: RankTokenizer, cells: TokenizedCells, genes: str | Iterable[str] | None) -> np.ndarray:
-    "Which tokens (bool) a prediction is asked for: the genes named, or all genes; DataError where no cell has any."
+    "Which tokens (bool) a prediction is asked for: the genes named, or all genes; DataError if no cell has any."
     wanted = resolve_tokens(tokenizer, genes)
     if not has_any(cells, wanted).any():
         raise DataError(

@@ -191,7 +191,7 @@ class BlockRanker:
 # %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #5d639210
 @patch
 def __call__(self: BlockRanker, part: tuple[int, sparse.csr_matrix, np.ndarray]) -> Ranking:
-    "Rank one block. DataError where it holds no counts."
+    "Rank one block. DataError if it holds no counts."
     start, block, names = part
     fractions = vet_counts(self.source, start, block, self.stored)
     totals = cell_totals(self.source, start, block, self.stored)
