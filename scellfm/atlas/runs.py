@@ -27,7 +27,17 @@ from .results import GENES, RESULT, SCREEN, TOKENS, VECTORS, Finished, write_res
 from .stretches import Stretch, repeated_cells, stretches_of
 from .work import REPEATS, Work
 from ..commands.inputs import system_of
-from ..core import OptionError, StoreError, check_number, one_of, plain, plain_arguments, progress, warn
+from scellfm.core import (
+    OptionError,
+    StoreError,
+    check_number,
+    one_of,
+    plain,
+    plain_arguments,
+    progress,
+    user_path,
+    warn,
+)
 from ..data.paths import existing
 from ..geneformer.tokenizer.sources import cell_files
 from ..store.files import atomic_write, sha256
@@ -369,7 +379,7 @@ def cores() -> int:
 
 def resolved(path: str | Path) -> str:
     "A path as every process finds it, wherever it works; a hub id or another word as it is."
-    local = Path(path).expanduser()
+    local = user_path(path)
     return str(local.resolve() if local.exists() else path)
 
 
