@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['logger', 'UNPRINTABLE', 'listeners', 'ENDS', 'settings', 'printable', 'storable', 'ScellfmError', 'DataError',
            'DivergedError', 'AssetError', 'OptionError', 'StoreError', 'ExtraError', 'ScellfmWarning', 'warn', 'one_of',
-           'check_number', 'plain', 'check_ends', 'check_adata', 'check_named', 'check_key', 'plain_arguments',
-           'user_path', 'optional', 'Settings', 'progress', 'tell', 'n_threads', 'in_order', 'keyed_seed',
-           'keyed_generator', 'threads_kept']
+           'check_number', 'plain', 'check_ends', 'check_adata', 'check_named', 'check_key', 'checked_arguments',
+           'plain_arguments', 'user_path', 'optional', 'Settings', 'progress', 'tell', 'n_threads', 'in_order',
+           'keyed_seed', 'keyed_generator', 'threads_kept']
 
 # %% ../nbs/core.ipynb #7fa33fd6
 import difflib
 import functools
 import hashlib
 import importlib
+import inspect
 import logging
 import os
 import re
@@ -100,7 +101,7 @@ def warn(message: str) -> None:
 # %% ../nbs/core.ipynb #5259b53e
 def one_of(name: str, value: Any, choices: Collection) -> None:
     "Raise an OptionError unless `value` is one of `choices`; suggests the nearest."
-    if value in choices:
+    if isinstance(value, (str, int, float, type(None))) and value in choices:
         return
     close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
@@ -168,9 +169,57 @@ def check_key(key: Any) -> None:
     if key is not None and not (isinstance(key, str) and key.strip() and "/" not in key):
         raise OptionError(f"key_added={key!r} must be a text without '/', such as 'X_model'")
 
+# %% ../nbs/core.ipynb #b30d28d8
+SINGLE = {"str": "a text", "bool": "True or False", "int": "a whole number", "float": "a number", "None": "None"}
+SINGLE |= dict.fromkeys(("Path", "PathLike", "os.PathLike"), "a path")
+TABLES = {"dict": "a dictionary", "Mapping": "a dictionary"}
+SEVERAL = dict.fromkeys(("list", "tuple", "Sequence", "Collection", "Iterable"), "several values")
+KINDS = SINGLE | TABLES | SEVERAL
+
+
+def _kinds_of(annotation: Any) -> list[str]:
+    "The plain kinds that an annotation names; none where it names others, too."
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    parts = [part.strip() for part in re.sub(r"\[[^|]*?\]+(?= *(\||$))", "", text).split("|")]
+    return parts if all(part in KINDS for part in parts) else []
+
+# %% ../nbs/core.ipynb #14282205
+def _fits(value: Any, wanted: set[str]) -> bool:
+    "Is a value of one of these kinds? Single values are not told apart."
+    if wanted & TABLES.keys() and hasattr(value, "keys") or wanted & SEVERAL.keys() and isinstance(value, Iterable):
+        return True
+    several = not isinstance(value, str) and (hasattr(value, "__len__") or hasattr(value, "__iter__"))
+    single = wanted & SINGLE.keys() - {"None"} or value is None and "None" in wanted
+    return bool(single) and not several and not callable(value)
+
+
+def check_kinds(kinds: Mapping[str, list[str]], options: Mapping[str, Any]) -> None:
+    "OptionError for an argument that is of none of the kinds of its parameter."
+    for name, value in options.items():
+        wanted = kinds.get(name)
+        if wanted and not _fits(value, set(wanted)):
+            words = " or ".join(dict.fromkeys(KINDS[kind] for kind in wanted))
+            shown = repr(value) if isinstance(value, (list, tuple, str, bytes, Real)) else type(value).__name__
+            raise OptionError(f"{name}={shown[:80]} must be {words}")
+
+# %% ../nbs/core.ipynb #340e0ba8
+def checked_arguments(function: Callable) -> Callable:
+    "The same function; arguments of plain kinds are checked first."
+    parameters = inspect.signature(function).parameters
+    names = list(parameters)
+    kinds = {name: _kinds_of(parameters[name].annotation) for name in names if name not in ("device", "dtype")}
+
+    @functools.wraps(function)
+    def checked(*given: Any, **options: Any) -> Any:
+        check_kinds(kinds, {**dict(zip(names, given)), **options})
+        return function(*given, **options)
+
+    return checked
+
 # %% ../nbs/core.ipynb #1c88be68
 def plain_arguments(function: Callable) -> Callable:
     "The same function; numbers of numpy, pandas and torch among its options become Python's."
+    call = checked_arguments(function)
 
     @functools.wraps(function)
     def with_plain(*given: Any, **options: Any) -> Any:
@@ -178,7 +227,7 @@ def plain_arguments(function: Callable) -> Callable:
         options = plain(options)
         check_ends(options)
         check_key(options.get("key_added"))
-        return function(*first, **options)
+        return call(*first, **options)
 
     return with_plain
 

@@ -29,7 +29,7 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise OptionError(f"device={device!r} is not known to torch; choose 'auto', 'cpu', 'cuda' or 'mps'") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(

@@ -106,7 +106,7 @@ def test_a_flipped_bit_in_an_official_dictionary_is_noticed_wherever_it_is(tmp_p
         damaged = bytearray(data)
         damaged[place] ^= 4
         (tmp_path / f"{name}.pkl").write_bytes(damaged)
-        with pytest.raises(AssetError, match=f"{name}.pkl is damaged or was altered: sha256"):
+        with pytest.raises(AssetError, match=f"{name}.pkl is damaged or was changed: sha256"):
             read_dictionary(tmp_path / f"{name}.pkl")
 
 
@@ -541,7 +541,7 @@ def test_what_is_no_state_dict_is_named(tmp_path):
         ({}, "it is empty"),
     ):
         torch.save(content, tmp_path / "x.pt")
-        with pytest.raises(AssetError, match=f"x.pt is no state dict.*{says}.*save model.state_dict"):
+        with pytest.raises(AssetError, match=f"x.pt is not a state dict.*{says}.*save model.state_dict"):
             read_tensors(tmp_path / "x.pt")
 
 
@@ -812,7 +812,7 @@ def test_a_repository_is_fetched_and_then_found_without_a_network(hub, tmp_path)
     first = ask(hub.url, tmp_path, path_or_hub_id="org/model")
     assert first["files"] == ["config.json", "model.safetensors"]
     (warning,) = first["warnings"]
-    assert warning.startswith("ScellfmWarning: org/model: no revision is pinned")
+    assert warning.startswith("ScellfmWarning: org/model: no revision is given")
     assert first["from"] == ["<string>"]  # the warning points at the line that called find
     hub.requests.clear()
     for offline in ({"local_files_only": True}, {"environment": {"HF_HUB_OFFLINE": "1"}}):

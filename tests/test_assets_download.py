@@ -12,8 +12,9 @@ from hub_server import Hub
 
 from scellfm.assets import download
 from scellfm.assets.download import check_address, download_file, part_files, unpack_zip
-from scellfm.core import AssetError
+from scellfm.core import AssetError, StoreError
 from scellfm.scgenept import PerturbationData, gears_folder
+from scellfm.store.lock import Lock
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 
@@ -102,8 +103,53 @@ def test_other_bytes_than_at_the_first_use_are_refused(hub, tmp_path):
 def test_a_file_that_was_changed_on_the_disk_is_refused(hub, tmp_path):
     path = download_file(f"{hub.address}/file.bin", tmp_path / "file.bin")
     path.write_bytes(b"changed")
-    with pytest.raises(AssetError, match="other contents"):
+    with pytest.raises(AssetError, match="other contents.*it was there before and stays"):
         download_file(f"{hub.address}/file.bin", path)
+    assert path.read_bytes() == b"changed" and [p.name for p in tmp_path.iterdir() if p.is_file()] == ["file.bin"]
+
+
+def test_a_folder_of_the_user_in_the_place_of_the_file_stays(hub, tmp_path):
+    (tmp_path / "file.bin").mkdir()
+    (tmp_path / "file.bin" / "chapter.md").write_text("mine")
+    with pytest.raises(StoreError, match="nothing was touched"):
+        download_file(f"{hub.address}/file.bin", tmp_path / "file.bin")
+    assert (tmp_path / "file.bin" / "chapter.md").read_text() == "mine"
+
+
+def test_one_process_fetches_a_file_at_a_time_and_what_a_killed_one_left_is_swept(hub, tmp_path):
+    held = Lock(tmp_path / ".lock-file.bin")
+    with pytest.raises(StoreError, match="is being written by process"):
+        download_file(f"{hub.address}/file.bin", tmp_path / "file.bin")
+    held.release()
+    path = download_file(f"{hub.address}/file.bin", tmp_path / "file.bin")
+    part_files(path)[1].write_text("the mark of a process that was killed after the last byte")
+    download_file(f"{hub.address}/file.bin", path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "file.bin"]
+
+
+def test_a_part_that_no_server_continues_is_named_and_not_a_python_error(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    part, mark = part_files(tmp_path / "file.bin")
+    part.write_bytes(CONTENT * 2)
+    mark.write_text("of another file")
+    monkeypatch.setattr(hub, "deliver", lambda request, *names: hub.send(request, 416, b""))
+    with pytest.raises(AssetError, match="answered 416"):
+        download_file(f"{hub.address}/file.bin", tmp_path / "file.bin")
+
+
+def test_the_place_of_a_download_or_of_an_archive_is_a_path_like_any_other(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert download_file(f"{hub.address}/file.bin", "~/new/file.bin") == tmp_path / "home" / "new" / "file.bin"
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "good.zip").write_bytes(zipped({"a/b.txt": "text"}))
+    for ask in (
+        lambda: download_file(f"{hub.address}/file.bin", tmp_path / "file" / "x.bin"),
+        lambda: unpack_zip(tmp_path / "good.zip", tmp_path / "file"),
+    ):
+        with pytest.raises(StoreError, match="could not be written"):
+            ask()
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "~").exists()
 
 
 def test_only_https_is_asked():

@@ -472,7 +472,7 @@ def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(h5py, "File", forbidden)
-    with pytest.raises(DataError, match=r"cells.h5ad may not be read.*chmod \+r"):
+    with pytest.raises(DataError, match=r"cells.h5ad cannot be read.*chmod \+r"):
         list(count_blocks(tmp_path / "cells.h5ad"))
 
 

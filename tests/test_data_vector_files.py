@@ -163,6 +163,19 @@ def test_a_converted_table_is_used_for_the_same_file_alone(tmp_path):
         read_vectors(tmp_path / "a.pickle", folder=tmp_path / "kept")
 
 
+def test_a_converted_array_is_used_under_the_names_that_it_was_made_with_alone(tmp_path):
+    values = VALUES.copy()
+    values[1, 0] = np.nan
+    np.save(tmp_path / "a.npy", values)
+    with pytest.warns(ScellfmWarning, match="left out"):
+        first = read_vectors(tmp_path / "a.npy", genes=GENES, folder=tmp_path / "kept")
+    again = read_vectors(tmp_path / "a.npy", genes=iter(GENES), folder=tmp_path / "kept")
+    assert list(again.genes) == list(first.genes) == ["JAK2", "IRF1"]
+    for others in (GENES[::-1], ["JAK2", "other", "IRF1"]):
+        with pytest.raises(OptionError, match="under other names"):
+            read_vectors(tmp_path / "a.npy", genes=others, folder=tmp_path / "kept")
+
+
 def test_rows_that_are_no_knowledge_are_told(tmp_path):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"JAK2": [1.0, 2.0], "ctrl": [0.0, 0.0], "BAD": [np.nan, 1.0]}))
     with pytest.warns(ScellfmWarning, match="1 genes have NaN or infinite values and were left out, e.g. .'BAD'"):

@@ -257,7 +257,7 @@ ERRORS = {
     "two columns of groups": (
         lambda g, c, s, d: c.perturb(cells(), groupby=["type", "donor"], **STATES),
         OptionError,
-        ["groupby=['type', 'donor']", "one column"],
+        ["groupby=['type', 'donor']", "must be a text"],
     ),
     "a goal that is the start": (
         lambda g, c, s, d: c.perturb(cells(), **STATES | {"goal": "B"}),

@@ -141,7 +141,7 @@ def test_tokens_of_another_dictionary_are_found_in_any_data_set(folder, tokenize
     "wrong, words",
     [
         (lambda folder: folder / "none", "not a saved data set and holds none .*no such folder.*name folders"),
-        (lambda folder: folder / "a.dataset" / "state.json", "state.json is no saved data set"),
+        (lambda folder: folder / "a.dataset" / "state.json", "state.json is not a saved data set"),
         (lambda folder: [folder / "a.dataset", folder], "a.dataset is named twice.*name each data set once"),
         (lambda folder: [], "list of data sets is empty; name at least one"),
     ],

@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from scipy import sparse
 
 from scellfm.core import DataError, ExtraError, OptionError, ScellfmError
@@ -391,3 +392,75 @@ def test_looking_at_the_indices_costs_less_than_three_hundredths(tmp_path, monke
         whole = best_of(lambda: tok(given), 1)
         shares.append(spent["checks"] / whole)
     assert 0 < min(shares) < 0.03, shares
+
+
+# ---- D18: one place turns what a user gives into a path
+
+
+def test_one_place_turns_what_a_user_gives_into_a_path():
+    found = [path.name for path in (ROOT / "scellfm").rglob("*.py") if ".expanduser(" in path.read_text()]
+    assert found == ["core.py"]
+
+
+NOBODY = "~nobody-of-that-name/x"
+
+
+def test_a_home_folder_of_nobody_is_named_by_every_door(tmp_path):
+    from scellfm import atlas, data, geneformer, rosa, scgenept, scgpt
+
+    tok = geneformer.RankTokenizer.fit(cells())
+    gf = geneformer.Geneformer.from_config("tiny", tok, device="cpu")
+    perturbed = scgenept.PerturbationData(
+        data.simulate_perturbations(n_targets=6, n_pairs=2, n_genes=20, n_modules=2, n_cells=3).adata
+    )
+    doors = {
+        "read": lambda: data.read(NOBODY),
+        "vectors": lambda: data.read_vectors(NOBODY),
+        "tokenizer": lambda: geneformer.RankTokenizer.from_pretrained(NOBODY),
+        "fit": lambda: geneformer.RankTokenizer.fit(NOBODY),
+        "model": lambda: geneformer.Geneformer.from_pretrained(NOBODY),
+        "embed": lambda: gf.embed(NOBODY),
+        "pretrain": lambda: gf.pretrain(NOBODY),
+        "perturb": lambda: gf.perturb(NOBODY),
+        "original": lambda: geneformer.Screen.from_original(NOBODY, tok),
+        "classifier": lambda: geneformer.CellClassifier.from_pretrained(NOBODY),
+        "scGPT": lambda: scgpt.ScGPT.from_pretrained(NOBODY),
+        "map": lambda: scgpt.ReferenceMap.load(NOBODY),
+        "Perturb-seq": lambda: scgenept.PerturbationData.load("norman", root=NOBODY),
+        "published": lambda: scgenept.fetch_model("ncbi", "norman", NOBODY),
+        "reproduce": lambda: scgenept.reproduce(perturbed, NOBODY, {}, tmp_path / "runs", seeds=(1,)),
+        "reproduce into": lambda: scgenept.reproduce(perturbed, tmp_path, {}, NOBODY),
+        "scGenePT": lambda: scgenept.ScGenePT.from_pretrained(NOBODY),
+        "annotation": lambda: rosa.read_annotation(NOBODY),
+        "variants": lambda: rosa.read_variants(NOBODY, None),
+        "rosa": lambda: rosa.Rosa.from_pretrained(NOBODY),
+        "Enformer": lambda: rosa.Enformer.from_pretrained(NOBODY),
+        "proteins": lambda: rosa.read_proteins(NOBODY),
+        "atlas": lambda: atlas.run("embed", NOBODY, model=tmp_path, out=tmp_path / "atlas"),
+    }
+    for door, ask in doors.items():
+        with pytest.raises(OptionError, match="no user of that name"):
+            ask()
+            pytest.fail(door)
+
+
+def test_a_home_folder_of_nobody_is_named_by_every_command(capsys):
+    from scellfm import cli
+
+    for words in (
+        f"embed {NOBODY} --model m --out x.csv",
+        f"embed c.h5ad --model {NOBODY} --out x.csv",
+        f"predict c.h5ad --model {NOBODY} --out x.csv",
+        f"tokenize {NOBODY} --fit t --out x",
+        f"finetune {NOBODY} --model m --label l --out x",
+        f"perturb {NOBODY} --model {NOBODY} --genes A --out x",
+        f"map {NOBODY} q --use-rep X --out x",
+        f"integrate {NOBODY} --reps X --batch b --label l --out x",
+        f"evaluate {NOBODY} --model {NOBODY} --out x.csv",
+        f"sequence windows {NOBODY} --out x.csv",
+        f"sequence variants {NOBODY} a --fasta f --model m --out x.csv",
+    ):
+        with pytest.raises(SystemExit) as done:
+            raise SystemExit(cli.main(words.split()))
+        told = capsys.readouterr().err
+        assert done.value.code == 2 and "Traceback" not in told and "nobody" in told, (words, told)

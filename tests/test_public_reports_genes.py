@@ -214,7 +214,7 @@ def test_genes_of_one_matrix_are_the_same_in_memory_and_on_disk(tmp_path):
         for given in (adata, tmp_path / "cells.h5ad"):
             assert list(genes_of(given, layer).var_names) == list(names)
     for given in (adata, tmp_path / "cells.h5ad"):
-        with pytest.raises(DataError, match="there is: .*counts.*raw"):
+        with pytest.raises(DataError, match="there (is|are): .*counts.*raw"):
             genes_of(given, "absent")
 
 
@@ -303,3 +303,46 @@ def test_the_width_of_tokens_follows_the_vocabulary_and_not_the_cells(tmp_path):
     assert TokenizedCells.load(tmp_path / "out").tokens.max() == 66_001
     tok.tokenize_files(tmp_path / "both" / "a.h5ad", tmp_path / "small")
     assert TokenizedCells.load(tmp_path / "small").tokens.dtype == np.uint32
+
+
+MISSING = {"S3": np.nan, "S4": None, "S5": pd.NA, np.nan: "ENSG00000000001"}
+
+
+@pytest.mark.parametrize("key", ["mapping", "symbols"])
+def test_an_entry_of_a_table_of_names_in_which_one_is_missing_names_nothing(key):
+    names = [f"ENSG{i:011d}" for i in range(30)]
+    table = {f"S{i}": gene for i, gene in enumerate(names)} | MISSING
+    for given in (table, pd.Series(table)):
+        found = match_genes([f"S{i}" for i in range(30)], names, match={key: given})
+        assert list(np.flatnonzero(found.index < 0)) == [3, 4, 5] and found.report["n_dropped"] == 3
+    found = match_genes([f"S{i}" for i in range(30)], names, match={"orthologs": table})
+    assert list(np.flatnonzero(found.index < 0)) == [3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "match, named",
+    [
+        ({"mapping": [("a", "b")]}, "mapping.*list"),
+        ({"symbols": "table.csv"}, "symbols.*str"),
+        ({"mapping": {"a": 5}}, "'a': 5"),
+        ({"mapping": {"a": ["b", "c"]}}, "must be names"),
+        ({"symbols": pd.DataFrame({"a": [1], "b": [2]})}, "several columns"),
+        ({"mapping": pd.Series(["b", "c"], index=["a", "a"])}, "repeated names"),
+        ({"orthologs": 3}, "orthologs=3"),
+        ({"column": ["a"]}, "one column"),
+        ({"colum": "feature_name"}, "Did you mean 'column'"),
+    ],
+)
+def test_what_is_no_table_of_names_is_named(match, named):
+    with pytest.raises((OptionError, DataError), match=named):
+        match_genes(["A", "B"], ["A", "B"], match=match)
+
+
+def test_of_several_symbols_of_an_id_the_one_that_the_model_knows_is_taken():
+    from scellfm.scgpt import ScGPT
+
+    names = [f"ENSG{i:011d}" for i in range(30)]
+    adata = anndata.AnnData(np.ones((2, 30), np.float32), var=pd.DataFrame(index=names))
+    model = ScGPT.from_config("tiny", [f"S{i}" for i in range(len(names))], device="cpu")
+    table = {f"S{i}": name for i, name in enumerate(names)} | {f"old{i}": name for i, name in enumerate(names)}
+    assert (model.match(adata, match={"symbols": table}).index >= 0).all()

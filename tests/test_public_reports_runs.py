@@ -580,6 +580,31 @@ def test_a_changed_input_or_setting_of_a_run_that_resumes_is_refused(tmp_path, r
     assert tree(tmp_path / "run") == before
 
 
+def test_cells_of_the_same_tokens_are_the_same_input_and_what_reads_counts_is_computed_anew(tmp_path):
+    "Geneformer reads ranks: what a run keeps does not depend on the factor of a cell; what does, it does not keep."
+    gf, adata = geneformer(tmp_path / "model"), cells()
+    tok, share = gf.tokenizer, split(adata)
+    factors = np.where(adata.obs["cell_type"] == "T", 7.0, 1.0).astype(np.float32)
+    more = anndata.AnnData(sparse.diags(factors) @ adata.X, adata.obs.copy(), adata.var.copy())
+    unknown = np.column_stack([factors * 50, np.ones(24)]).astype(np.float32)  # a gene without a token
+    more = anndata.AnnData(
+        sparse.hstack([more.X, unknown]).tocsr(), adata.obs.copy(), pd.DataFrame(index=[*GENES, "ENSG9", "ENSG8"])
+    )
+    assert [list(cell) for cell in tok(more)] == [list(cell) for cell in tok(adata)]
+    goal = dict(genes=GENES[:3], state="cell_type", start="B", goal="T")
+    first, alone = gf.perturb(adata, folder=tmp_path / "screen", **goal), gf.perturb(more, **goal)
+    again = gf.perturb(more, folder=tmp_path / "screen", **goal)
+    pd.testing.assert_frame_equal(again.table(), alone.table())
+    assert not np.allclose(again.genes["log2fc"], first.genes["log2fc"])
+    training = dict(split=share, epochs=1, n_boot=0)
+    gf.finetune(adata, "cell_type", folder=tmp_path / "clf", **training)
+    again, alone = (
+        geneformer(tmp_path / "model").finetune(more, "cell_type", folder=folder, **training)
+        for folder in (tmp_path / "clf", None)
+    )
+    pd.testing.assert_frame_equal(again.scores.table, alone.scores.table)
+
+
 def test_two_trainings_do_not_write_one_checkpoint(tmp_path):
     gf, adata = geneformer(tmp_path / "model"), cells()
     (tmp_path / "run" / "fold0").mkdir(parents=True)
@@ -637,84 +662,6 @@ def test_the_same_model_is_saved_to_the_same_bytes(made, tmp_path):
         made["scGPT classifier"](tmp_path / f"{name} classifier")
     assert tree(tmp_path / "one") == tree(tmp_path / "another")
     assert tree(tmp_path / "one classifier") == tree(tmp_path / "another classifier")
-
-
-KILLED_RUN = """
-import os, signal, sys, threading
-sys.path.insert(0, {tests!r})
-import test_public_reports_runs as here
-print("ready", flush=True)
-here.go({run!r}, sys.argv[1], sys.argv[2])
-print("finished", flush=True)
-"""
-KILLS = {
-    "finetune": dict(epochs=3, save_every=1),
-    "several labels": dict(epochs=3, save_every=1),
-    "gene classes": dict(epochs=3, save_every=1),
-    "pretrain": dict(epochs=6, save_every=1),
-    "perturb": dict(genes="all"),
-    "scGPT finetune": dict(epochs=3, save_every=1),
-    "continual pretraining": dict(epochs=3, save_every=1),
-    "embed": {},
-    "scGPT embed": {},
-}
-
-
-def go(run, model, folder):
-    "A run in small blocks."
-    import warnings
-
-    from scellfm.geneformer import embedding
-    from scellfm.geneformer.perturbation import edits
-    from scellfm.scgpt import embedding as scgpt_embedding
-
-    warnings.simplefilter("ignore")
-    embedding.CELL_BLOCK = 2
-    if hasattr(edits, "BLOCK"):
-        edits.BLOCK = 8
-    tokenize = scgpt_embedding.tokenize
-    scgpt_embedding.tokenize = lambda *args, **options: tokenize(*args, rows=2, **options)
-    make, call = RUNS[run][:2]
-    kind = ScGPT if make is scgpt else Geneformer
-    call(kind.from_pretrained(model, device="cpu"), with_layer(cells()), folder=folder, **KILLS[run])
-
-
-def start(run, model, folder):
-    code, env = KILLED_RUN.format(tests=str(ROOT / "tests"), run=run), {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "ignore", "-c", code, str(model), str(folder)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-
-def killed_again_and_again(run, place, kills):
-    "The files of a run that was killed so often, at moments spread over its course, and of one that was left alone."
-    RUNS[run][0](place / "model")
-    whole = start(run, place / "model", place / "whole")
-    whole.stdout.readline()
-    began = time.monotonic()
-    assert whole.communicate()[0] == "finished\n"
-    lasts, seen = time.monotonic() - began, 0
-    for share in np.random.default_rng(0).permutation((np.arange(kills) + 0.5) / kills):
-        process = start(run, place / "model", place / "run")
-        process.stdout.readline()
-        time.sleep(share * lasts)
-        process.send_signal(signal.SIGKILL)
-        seen += process.communicate()[0] == ""
-    last = start(run, place / "model", place / "run")
-    assert last.communicate()[0].endswith("finished\n")
-    return tree(place / "run"), tree(place / "whole"), seen
-
-
-@pytest.mark.parametrize("run", ["finetune", "perturb"])  # embed: see test_resume
-def test_a_run_that_is_killed_goes_on_to_the_same_bytes_and_leaves_nothing(tmp_path, run):
-    after, whole, killed = killed_again_and_again(run, tmp_path, 1)
-    assert after == whole and killed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("run", KILLS)
-def test_thirty_kills_leave_the_same_bytes_and_nothing_else(tmp_path, run):
-    after, whole, killed = killed_again_and_again(run, tmp_path, 30)
-    assert after == whole and killed > 5
 
 
 # ---- E32, E33, E35: files that are believed too early

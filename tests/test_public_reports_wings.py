@@ -362,3 +362,19 @@ def test_a_split_that_is_missing_is_called_so(gf, gpt):
             method(adata, label="state")
     with pytest.raises(OptionError, match="split is missing"):
         gf.finetune(adata, label=["state", "donor"])
+
+
+@pytest.mark.parametrize("odd", [["counts"], {"a": 1}, b"x", np.ones(2), print])
+def test_several_values_in_the_place_of_one_are_named_by_every_door(gf, gpt, odd):
+    adata = cells()
+    for ask in (
+        lambda: gf.embed(adata, layer=odd),
+        lambda: gf.embed(adata, copy=odd),
+        lambda: gf.tokenizer(adata, layer=odd),
+        lambda: gf.perturb(adata, state=odd),
+        lambda: gpt.embed(adata, layer=odd),
+        lambda: scellfm.data.check_counts(adata, layer=odd),
+        lambda: scellfm.data.folds(adata, by=odd),
+    ):
+        with pytest.raises(OptionError, match="must be"):
+            ask()

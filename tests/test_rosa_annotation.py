@@ -191,7 +191,7 @@ BED = "chr20\t20\t40\ta\t0\t+\nchr20\t20\t60\tb\t0\t-\n"
 def test_chromosomes_under_another_name_or_none(tmp_path, fasta):
     windows = tss_windows(write(tmp_path, "a.bed", BED), fasta, length=10)
     assert windows.table["chrom"].tolist() == ["20", "20"]
-    with pytest.warns(ScellfmWarning, match="1 of 3 starts lie on chr7, not in g.fa: left out"):
+    with pytest.warns(ScellfmWarning, match="1 of 3 starts are on chr7, which is not in g.fa:"):
         windows = tss_windows(write(tmp_path, "b.bed", BED + "chr7\t5\t9\tc\t0\t+\n"), fasta, length=10)
     assert windows.left_out["gene"].tolist() == ["c"] and len(windows) == 2
     with pytest.raises(DataError, match="none of the chromosomes chr7 is in g.fa"):

@@ -45,7 +45,7 @@ def study(tmp_path_factory):
     return simulation, windows, enformer, vectors, bulk, grid
 
 
-@pytest.mark.filterwarnings("ignore:the values are no counts")
+@pytest.mark.filterwarnings("ignore:the values are not counts")
 def test_order_of_vectors_on_unseen_genes(study):
     *_, vectors, bulk, grid = study
     scores = compare_vectors(read_expression(bulk), vectors, grid, Settings(normalise="none"))
@@ -62,7 +62,7 @@ def test_order_of_vectors_on_unseen_genes(study):
     assert new.low.loc["permuted", METRICS[1]] < 0 < new.high.loc["permuted", METRICS[1]]
 
 
-@pytest.mark.filterwarnings("ignore:the values are no counts")
+@pytest.mark.filterwarnings("ignore:the values are not counts")
 def test_attribution_peaks_on_planted_motifs_of_unseen_genes(study):
     simulation, windows, enformer, vectors, bulk, grid = study
     rosa = Rosa("ridge", normalise="none").fit(bulk, vectors["Enformer"], grid)

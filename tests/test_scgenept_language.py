@@ -218,7 +218,7 @@ def test_tables_of_annotations_in_both_published_forms_give_the_same_texts(tmp_p
         (
             lambda: go_texts(pd.DataFrame({"gene": ["A"], "aspect": ["X"], "name": ["n"]})),
             DataError,
-            "'X' is no aspect",
+            "'X' is not an aspect",
         ),
         (lambda: merge_texts(["A"]), DataError, "source 0 is a list"),
         (lambda: merge_texts({"A": [1]}), DataError, "hold a int"),

@@ -80,6 +80,10 @@ def test_the_protocol_resumes_and_refuses_other_settings(tmp_path):
     turned.obs["condition"] = turned.obs["condition"].astype(str).replace({"G00": "G01", "G01": "G00"})
     with pytest.raises(OptionError, match="differs in data"):
         reproduce(PerturbationData(turned), tmp_path / "scgpt", vectors, tmp_path / "runs", **call)
+    renamed = simulated.adata.copy()
+    renamed.obs_names = [f"other{i}" for i in range(renamed.n_obs)]  # draws are keyed by the names of cells
+    with pytest.raises(OptionError, match="differs in cells"):
+        reproduce(PerturbationData(renamed), tmp_path / "scgpt", vectors, tmp_path / "runs", **call)
     other = tmp_path / "other"
     shutil.copytree(tmp_path / "scgpt", other)
     weights = ScGPTModel(start.model.config.encoder).state_dict()

@@ -75,7 +75,7 @@ def test_a_hostile_pickle_is_not_run(tmp_path, capsys):
 
 
 def test_a_token_twice_is_refused():
-    with pytest.raises(AssetError, match="token 'B2M' is twice"):
+    with pytest.raises(AssetError, match="token 'B2M' appears twice"):
         Vocabulary(["B2M", "ACTB", "B2M"])
 
 

@@ -750,7 +750,7 @@ def test_few_known_targets_get_percentiles_only(with_fold):
         set(scores.attrs["percentiles"]) == set(known)
         and min(p["screen |z|"] for p in scores.attrs["percentiles"].values()) > 90
     )
-    with pytest.warns(ScellfmWarning, match=r"1 of 1 known targets cannot be judged: absent \(not screened\)"):
+    with pytest.warns(ScellfmWarning, match=r"1 of 1 known targets cannot be scored: absent \(not screened\)"):
         nobody = recovery(with_fold, "absent")  # one name, not six letters
     assert (
         nobody.auroc.isna().all()

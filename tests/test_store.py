@@ -580,7 +580,7 @@ def test_a_damaged_or_missing_shard_is_noticed(tmp_path):
         assert not store.done("a")
         (tmp_path / "a.npz").unlink()
         assert not store.done("a")
-        with pytest.raises(StoreError, match="no whole shard 'b', but a"):
+        with pytest.raises(StoreError, match="no complete shard 'b', but a"):
             store.read("b")
 
 

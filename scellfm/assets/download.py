@@ -23,9 +23,12 @@ from typing import Any
 
 from .files import nearby, usable
 from .hub import cache_folder
-from ..core import AssetError, StoreError, logger, progress
+from ..core import AssetError, StoreError, logger, progress, user_path
 from ..store import atomic_write, sha256
+from ..store.lock import Lock
+from ..store.outputs import check_replaced, output_path
 from ..store.records import read_record
+from ..store.writers import sweep
 
 # %% auto #0
 __all__ = ['HERE', 'PIECE', 'ATTEMPTS', 'PAUSE', 'PASSING', 'check_address', 'SafeRedirects', 'part_files', 'attempt',
@@ -97,27 +100,49 @@ def attempt(url: str, path: Path, timeout: float) -> None:
 ATTEMPTS, PAUSE = 4, 1.0  # seconds, doubled each time
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 
-# %% ../../nbs/assets/download.ipynb #88d9de2f
-def download_file(url: str, path: str | os.PathLike, *, timeout: float = 60.0) -> Path:
-    """
-    Fetch `url` to `path` and remember its SHA-256; a file that is there already is checked against the remembered one.
-
-    AssetError: not HTTPS, not found, a web page instead of the file, other bytes than at the first use. StoreError:
-    disk full.
-    """
-    check_address(url)
-    path = Path(path)
-    if not path.exists():
+# %% ../../nbs/assets/download.ipynb #1518ca34
+def _fetch(url: str, path: Path, timeout: float) -> None:
+    "Bring the file to `path`. AssetError: the server has it not. StoreError: no room, another process is fetching it."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{path} could not be written: {error}; name another place") from error
+    with Lock(path.with_name(f".lock-{path.name}"), path):
         for number in range(ATTEMPTS):
             if fetched(url, path, timeout, last=number == ATTEMPTS - 1):
                 break
             time.sleep(PAUSE * 2**number)
         os.replace(part_files(path)[0], path)
-        part_files(path)[1].unlink(missing_ok=True)
+
+
+def _tidy(path: Path) -> None:
+    "Remove what this call, or one that was killed as it ended, left beside the file."
+    part_files(path)[1].unlink(missing_ok=True)
+    if (lock := path.with_name(f".lock-{path.name}")).exists():
+        Lock(lock, path).release()
+    sweep(path.parent)
+
+# %% ../../nbs/assets/download.ipynb #88d9de2f
+def download_file(url: str, path: str | os.PathLike, *, timeout: float = 60.0) -> Path:
+    """
+    Fetch `url` to `path` and remember its SHA-256; a file that is there already is checked against the remembered one.
+
+    AssetError: not HTTPS, not found, a page in place of a file, other bytes than at the first use. StoreError: no room,
+    another process fetches it. OptionError: the path can be no file.
+    """
+    check_address(url)
+    path = output_path(path, "path")
+    check_replaced(path, None)
+    there = path.exists()
+    if not there:
+        _fetch(url, path, timeout)
+    _tidy(path)
     try:
         usable(path)
         remember_download(url, sha256(path))
-    except AssetError:
+    except AssetError as error:
+        if there:
+            raise AssetError(f"{error}; it was there before and stays: move {path} away to fetch it anew") from error
         os.replace(path, path.with_name(f"{path.name}.refused"))
         raise
     return path
@@ -126,10 +151,9 @@ def download_file(url: str, path: str | os.PathLike, *, timeout: float = 60.0) -
 def fetched(url: str, path: Path, timeout: float, last: bool) -> bool:
     "One attempt: did it succeed? Errors that a new attempt cannot mend, and the last error, are raised."
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         attempt(url, path, timeout)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is left to send, or the file has changed: start again
+        if error.code == 416 and not last:  # nothing is left to send, or the part is of another content: begin anew
             part_files(path)[0].unlink(missing_ok=True)
         elif error.code not in PASSING or last:
             raise AssetError(
@@ -206,7 +230,7 @@ def unpack_zip(path: str | os.PathLike, folder: str | os.PathLike, skip: Iterabl
 
     AssetError: not a zip, damaged, or a member that would be written outside the folder. StoreError: disk full.
     """
-    path, folder, endings = Path(path), Path(folder), tuple(skip)
+    path, folder, endings = user_path(path), user_path(folder, "folder"), tuple(skip)
     kind = usable(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -217,8 +241,10 @@ def unpack_zip(path: str | os.PathLike, folder: str | os.PathLike, skip: Iterabl
                 raise StoreError(f"{path} unpacks to {wanted:,} bytes and {folder} has {free:,} free")
             for member in members:
                 unpack_member(archive, member, folder)
+    except (AssetError, StoreError):
+        raise
+    except OSError as error:
+        raise StoreError(f"{folder} could not be written: {error}; name another folder") from error
     except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError) as error:
-        if isinstance(error, AssetError):
-            raise
         raise AssetError(f"{path} is {kind} that cannot be unpacked ({error}); {nearby(path)}") from error
     return [folder / one.filename for one in members]

@@ -50,7 +50,7 @@ def verify(path: Path) -> str:
 def cache_folder() -> Path:
     "The folder in which scellfm keeps notes between sessions."
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scellfm"
-    return Path(os.environ.get("SCELLFM_CACHE", default)).expanduser()
+    return user_path(os.environ.get("SCELLFM_CACHE", default))
 
 # %% ../../nbs/assets/hub.ipynb #a39b522c
 def noted(path: Path) -> dict:

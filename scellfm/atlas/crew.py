@@ -164,14 +164,14 @@ def why_gone(code: int, memory: bool = True) -> str:
         more = (
             "usually sent by the kernel when memory runs out"
             if memory
-            else "not for want of memory, by the count of the kernel"
+            else "according to the kernel, not because of memory"
         )
         return f"the worker was killed (signal 9, {more})"
     return f"the worker stopped ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
 
 # %% ../../nbs/atlas/crew.ipynb #95a362c8
 def memory_kills(root: str = "/") -> int | None:
-    "How many processes the kernel has killed for want of memory; None where it does not say."
+    "How many processes the kernel has killed because memory was short; None if unknown."
     places = {"sys/fs/cgroup/memory.events": "oom_kill", "proc/vmstat": "oom_kill"}
     found = []
     for name, word in places.items():

@@ -78,13 +78,13 @@ def take_turns(ranks: Ranks, stage: int, work: Work, tasks: list, folder: Path, 
 
 # %% ../../nbs/atlas/ranks.ipynb #3bba85c2
 class Leader:
-    "Rank 0, which has stages worked off by all ranks."
+    "Rank 0, which runs the stages on all ranks."
 
     def __init__(self, ranks: Ranks, threads: int):
         self.ranks, self.threads, self.stage = ranks, threads, 0
 
     def __call__(self, work: Work, tasks: list[tuple[str, Stretch]], store: Store, told: Callable[[int], None]) -> None:
-        "Have the missing shards computed by all ranks, and take them up; told: how many cells all have finished."
+        "Let all ranks compute the missing shards, and record them; told: called with the number of finished cells."
         asked, seen = {"work": asdict(work), "tasks": tasks, "folder": str(store.folder)}, [0]
 
         def watch(done: int) -> None:
@@ -104,14 +104,14 @@ class Leader:
 # %% ../../nbs/atlas/ranks.ipynb #6b1c0d6b
 @patch
 def end(self: Leader, error: str = "") -> None:
-    "Tell the others that there is no further stage, or why; wait for them if all is well."
+    "Tell the other ranks that there is no further stage, or the error; wait for them if there is none."
     self.ranks.keys.set(f"atlas/{self.stage}/told", json.dumps({"error": error}))
     if not error and self.ranks.n > 1:
         self.ranks.keys.wait([f"atlas/left{rank}" for rank in range(1, self.ranks.n)], LONGEST)
 
 # %% ../../nbs/atlas/ranks.ipynb #5a1c0d0b
 def follow(ranks: Ranks, threads: int) -> None:
-    "What any other rank does: stage after stage as rank 0 tells. Its error is an error of all."
+    "The work of every other rank: the stages that rank 0 announces. An error is raised in all ranks."
     stage = 0
     while True:
         ranks.keys.wait([f"atlas/{stage}/told"], LONGEST)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/atlas/results.ipynb #87fec9fa
 def count_notes(notes: dict[str, int], kinds: dict[str, str], found: str) -> None:
-    "Count the notes (JSON) of a shard into `notes`; of those that differ in numbers alone the first speaks for all."
+    "Count the notes (JSON) of a shard into `notes`; notes that differ only in numbers count as the first of them."
     for note in json.loads(found):
         first = kinds.setdefault(re.sub(r"\d[\d,.]*", "0", note), note)
         notes[first] = notes.get(first, 0) + 1
@@ -50,7 +50,7 @@ def count_notes(notes: dict[str, int], kinds: dict[str, str], found: str) -> Non
 # %% ../../nbs/atlas/results.ipynb #548bd198
 @dataclass
 class Finished:
-    "The finished shards of a run, and which cells each of them holds; what they noted is counted as they are read."
+    "The finished shards of a run, and the cells in each; their notes are counted while they are read."
 
     store: Store
     stretches: dict[str, Stretch]  # by the name of the shard, in the order of the cells
@@ -154,7 +154,7 @@ def labels(kind: np.dtype | pd.CategoricalDtype) -> bool:
 
 
 def lengthened(group: h5py.Group, name: str, n: int) -> h5py.Dataset:
-    "A dataset of the same type and attributes with so many entries, in the place of the one of this name."
+    "Replace a dataset by one of the same type and attributes with the given number of entries."
     import h5py
 
     old, attributes = group[name], dict(group[name].attrs)
@@ -247,7 +247,7 @@ GENES, SCREEN, VECTORS = "genes.parquet", "screen", "vectors"
 
 
 def write_genes(finished: Finished, work: Work, folder: Path, columns: Sequence[str]) -> None:
-    "Write genes.parquet. DataError where no cell has any of the genes."
+    "Write genes.parquet. DataError if no cell has any of the genes."
     from scellfm.commands.inputs import load_classifier
     from scellfm.geneformer.finetuning.genes import prediction_table
     from scellfm.scores.table import storable_table
@@ -262,7 +262,7 @@ def write_genes(finished: Finished, work: Work, folder: Path, columns: Sequence[
     tokens = np.flatnonzero(weights)
     if not len(tokens):
         raise DataError(
-            f"none of the {finished.n:,} cells has any of the genes asked for; there is nothing to judge by"
+            f"none of the {finished.n:,} cells has any of the requested genes, so there is no context for a prediction"
         )
     table = prediction_table(classifier, tokens, sums[tokens] / weights[tokens][:, None], n_cells[tokens])
     with atomic_write(folder / GENES) as path:

@@ -27,7 +27,17 @@ from .results import GENES, RESULT, SCREEN, TOKENS, VECTORS, Finished, write_res
 from .stretches import Stretch, repeated_cells, stretches_of
 from .work import REPEATS, Work
 from ..commands.inputs import system_of
-from ..core import OptionError, StoreError, check_number, one_of, plain, plain_arguments, progress, warn
+from scellfm.core import (
+    OptionError,
+    StoreError,
+    check_number,
+    one_of,
+    plain,
+    plain_arguments,
+    progress,
+    user_path,
+    warn,
+)
 from ..data.paths import existing
 from ..geneformer.tokenizer.sources import cell_files
 from ..store.files import atomic_write, sha256
@@ -88,7 +98,7 @@ class Plan(NamedTuple):
     rows: int
     threads: int
     columns: tuple[str, ...]
-    at_hand: Any = None  # what planning has loaded: a screen, or how genes are read
+    at_hand: Any = None  # loaded by planning: a screen, or the reader of genes
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -99,7 +109,7 @@ class Plan(NamedTuple):
 
 # %% ../../nbs/atlas/runs.ipynb #fb111214
 def inputs_of(work: Work) -> dict[str, Path]:
-    "The files and folders that the numbers come from, by name. AssetError: no model."
+    "The files and folders that the numbers depend on, by name. AssetError: no model."
     paths = {"annotation": existing(work.cells)} if work.task == "sequence" else {}
     if work.task != "sequence":
         paths = {f"cells/{path.name}": path for path in cell_files(existing(work.cells))}
@@ -173,7 +183,7 @@ def opened_run(folder: Path, plan: Plan) -> dict:
 
 # %% ../../nbs/atlas/runs.ipynb #98b0682a
 Tasks = list[tuple[str, Stretch]]
-Engine = Callable[[Work, Tasks, Store, Callable[[int], None]], None]  # told how many cells are finished
+Engine = Callable[[Work, Tasks, Store, Callable[[int], None]], None]  # called with the number of finished cells
 
 
 def work_here(
@@ -197,7 +207,7 @@ def work_off(engine: Engine, work: Work, stretches: Mapping[str, Stretch], store
 
 # %% ../../nbs/atlas/runs.ipynb #98b0682c
 def count_repeats(work: Work, parts: Path) -> None:
-    "Write which cells have a name that came before, for tasks that draw by names or know cells by them."
+    "Record which cells have a repeated name, for tasks that draw by name or identify cells by name."
     by_name = (
         work.task == "predict"
         or work.task == "embed"
@@ -263,7 +273,7 @@ def state_stage(screen: screens.AtlasScreen, engine: Engine, parts: Path, inputs
 
 
 def edit_stages(screen: screens.AtlasScreen, engine: Engine, blocks: Store) -> dict[str, Stretch]:
-    "All effects, after all estimates where there are any; the units of both."
+    "All effects, after the estimates if there are any; the units of both."
     plan, estimates, chosen = screen.plan, {}, None
     if plan.gradient is not None:
         estimates = screens.as_stretches(screens.edit_units(plan.jobs, None, estimated=True))
@@ -280,7 +290,7 @@ THROUGH = {"sequence": genes_through, "perturb": screen_through}
 
 
 def check_unchanged(plan: Plan, folder: Path, found: dict) -> None:
-    "StoreError where an input was changed while the run went on."
+    "StoreError if an input was changed during the run."
     now = stamps_of(plan.paths, folder / STAMPED)
     if changed := [name for name, stamp in now.items() if found["inputs"][name] != stamp]:
         raise StoreError(
@@ -289,7 +299,7 @@ def check_unchanged(plan: Plan, folder: Path, found: dict) -> None:
 
 # %% ../../nbs/atlas/runs.ipynb #69dceff0
 def carry_out(plan: Plan, folder: Path, engine: Engine) -> None:
-    "A run from its opening to its end."
+    "A complete run."
     found = opened_run(folder, plan)
     if not found["finished"]:
         with Store(folder / PARTS, found["inputs"], found["settings"]) as store:
@@ -329,10 +339,10 @@ def run(
     out: str | Path,  # folder of the result
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
     columns: Sequence[str] = (),  # columns of obs to keep beside the result
-    settings: Mapping[str, Any] | None = None,  # of tokenizing, `embed`, `predict`, `perturb` or `embed_genes`
+    settings: Mapping[str, Any] | None = None,  # options of tokenizing, `embed`, `predict`, `perturb` or `embed_genes`
     loading: Mapping[str, Any] | None = None,  # of `from_pretrained`: device, dtype, subfolder
-    rows: int | None = None,  # cells of a stretch: what a stop loses at most; 8192, and 8 genes
-    workers: int | None = None,  # processes; one for each core where none is given
+    rows: int | None = None,  # cells of a stretch: the most that an interruption loses; default: 8192 cells, or 8 genes
+    workers: int | None = None,  # processes; one for each core by default
     threads: int = 1,  # of each process, at the calculation
     backend: Literal["local", "ranks", "ray"] = "local",  # processes here, ranks of torchrun and SLURM, or Ray
 ) -> Path:
@@ -369,12 +379,12 @@ def cores() -> int:
 
 def resolved(path: str | Path) -> str:
     "A path as every process finds it, wherever it works; a hub id or another word as it is."
-    local = Path(path).expanduser()
+    local = user_path(path)
     return str(local.resolve() if local.exists() else path)
 
 
 def in_words(options: dict[str, Any]) -> dict[str, Any]:
-    "Options as they travel between processes. OptionError: one that cannot be written."
+    "Options in the form sent between processes. OptionError: one that cannot be written."
 
     def write(value: Any) -> Any:
         if is_dataclass(value):
@@ -385,7 +395,7 @@ def in_words(options: dict[str, Any]) -> dict[str, Any]:
         try:
             json.dumps(value, default=write)
         except (TypeError, ValueError) as error:
-            raise OptionError(f"{name}={value!r:.80} cannot be told to other processes: {error}") from error
+            raise OptionError(f"{name}={value!r:.80} cannot be sent to other processes: {error}") from error
     return json.loads(json.dumps(plain(options), default=write))
 
 

@@ -84,11 +84,11 @@ class Work:
     task: Literal["tokenize", "embed", "predict", "perturb", "sequence"]
     cells: str  # a file of cells, or a folder of such files; of sequence: an annotation of genes
     model: str  # folder of a tokenizer, a model, or a classifier; or a hub id
-    layer: str | None = None  # layer that holds the counts, or raw; X where none is given
+    layer: str | None = None  # layer that holds the counts, or raw; X by default
     settings: dict[str, Any] = field(default_factory=dict)  # of the method that is called
     loading: dict[str, Any] = field(default_factory=dict)  # of `from_pretrained`: device, dtype, subfolder
     stage: str = ""  # of a task that has several
-    folder: str = ""  # where earlier stages have left what they found
+    folder: str = ""  # where earlier stages have left their results
 
     def __post_init__(self):
         one_of("task", self.task, TASKS)
@@ -97,7 +97,7 @@ class Work:
 
     @property
     def unit(self) -> str:
-        "What a stretch is made of."
+        "The unit of a stretch: cells or genes."
         edits = self.task == "perturb" and self.stage == "screen"
         return "edits" if edits else "genes" if self.task == "sequence" else "cells"
 

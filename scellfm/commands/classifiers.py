@@ -22,7 +22,7 @@ from scellfm.commands.inputs import (
 )
 from .options import refuse_others, settings_of, takes, with_defaults
 from .reports import add_classifier, begin, judged_parts
-from ..core import DataError, OptionError
+from ..core import DataError, OptionError, user_path
 
 # %% ../../nbs/commands/classifiers.ipynb #ee63de69
 FOLDS = "scellfm.data.splits.folds"
@@ -48,7 +48,7 @@ def gene_classes(path: str) -> dict:
     "Classes of genes from a JSON file, {name: [gene, ...]}. DataError for anything else."
     wanted = '{"name of a class": ["gene", "gene"], "another": ["gene", "gene"]}'
     try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf8"))
+        found = json.loads(user_path(path).read_text(encoding="utf8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); write it as {wanted}") from error
     if not isinstance(found, dict) or not all(isinstance(genes, list) for genes in found.values()):
@@ -175,7 +175,7 @@ def predict(
     """
     suffix = out_format(out, (".h5ad", ".csv", ".parquet"))
     out = str(output_file(out, cells))
-    if (Path(model).expanduser() / "scgenept.json").exists():
+    if (user_path(model) / "scgenept.json").exists():
         return predict_perturbations(cells, model, out, perturbations, layer, device)
     if perturbations is not None:
         raise OptionError(f"--perturbations is for a scGenePT, but {model} is not one; leave it out")

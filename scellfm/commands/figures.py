@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core import DataError, one_of
+from ..core import DataError, one_of, user_path
 
 # %% auto #0
 __all__ = ['FIGURES', 'NeededFile', 'Figure', 'find_figure', 'published_scores', 'missing_files', 'check_files', 'figures_table',
@@ -247,7 +247,7 @@ def published_scores(figure: Figure) -> pd.DataFrame:
 # %% ../../nbs/commands/figures.ipynb #49acbaa0
 def missing_files(figure: Figure, folder: str | PathLike, optional: bool = False) -> list[NeededFile]:
     "The files of an entry that are not below a folder; the optional ones only if asked for."
-    place = Path(folder).expanduser()
+    place = user_path(folder)
     return [file for file in figure.files if (optional or not file.optional) and not (place / file.path).exists()]
 
 
@@ -257,7 +257,7 @@ def check_files(figure: Figure, folder: str | PathLike) -> Path:
     if missing:
         said = "; ".join(f"{file.path} ({file.what}, from {file.source})" for file in missing)
         raise DataError(f"{figure.name} needs {len(missing)} more files below {folder}: {said}")
-    return Path(folder).expanduser()
+    return user_path(folder)
 
 # %% ../../nbs/commands/figures.ipynb #05cca247
 def figures_table(folder: str | PathLike | None = None) -> pd.DataFrame:

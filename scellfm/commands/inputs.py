@@ -9,7 +9,7 @@ __all__ = []
 from pathlib import Path
 
 from .options import settings_of
-from ..core import OptionError
+from ..core import OptionError, user_path
 
 # %% ../../nbs/commands/inputs.ipynb #dc62e119
 def demonstration(name: str):
@@ -25,7 +25,7 @@ def demonstration(name: str):
 # %% ../../nbs/commands/inputs.ipynb #c445a960
 def cells_from(name: str):
     "An AnnData read from a file, the path (str) of a saved tokenized data set, or the cells of `demo`."
-    path = Path(name).expanduser()
+    path = user_path(name)
     if name in ("demo", "demo-reference", "demo-query") and not path.exists():
         return demonstration(name)
     if (path / "state.json").exists():
@@ -69,7 +69,7 @@ def output_file(out: str, *inputs: str | None) -> Path:
 
     path = output_path(out, "--out")
     check_writable(path)
-    check_replaced(path, None, [name for name in inputs if name is not None and Path(name).expanduser().exists()])
+    check_replaced(path, None, [name for name in inputs if name is not None and user_path(name).exists()])
     return path
 
 
@@ -95,9 +95,8 @@ CLASSIFIERS = {
 
 
 def system_of(model: str, subfolder: str | None = None) -> str:
-    """'scgpt' where the folder has files of scGPT's layout and no config.json, else 'geneformer'; OptionError for
-    scGenePT."""
-    folder = Path(model).expanduser() / (subfolder or "")
+    "'scgpt' where the folder has files of scGPT's layout and no config.json, else 'geneformer'; scGenePT is refused."
+    folder = user_path(model) / (subfolder or "")
     if (folder / "scgenept.json").exists():
         raise OptionError(
             f"{model} is a model of scGenePT, which predicts only perturbations: `scellfm predict` and"
@@ -109,7 +108,7 @@ def system_of(model: str, subfolder: str | None = None) -> str:
 
 def is_classifier(folder: str) -> bool:
     "Whether a folder holds a saved cell classifier of Geneformer."
-    return (Path(folder).expanduser() / "classifier.json").exists()
+    return (user_path(folder) / "classifier.json").exists()
 
 # %% ../../nbs/commands/inputs.ipynb #ccbc578a
 GENEFORMER = "scellfm.geneformer.model.GeneformerModel.from_pretrained"
@@ -145,7 +144,7 @@ def load_classifier(folder: str, **settings):
     "The classifier in a folder, of any kind, as given in its record. OptionError if there is none."
     from importlib import import_module
 
-    path = Path(folder).expanduser()
+    path = user_path(folder)
     kind = next((kind for record, kind in CLASSIFIERS.items() if (path / record).exists()), None)
     if kind is None:
         raise OptionError(f"{folder} holds no classifier (no {' or '.join(CLASSIFIERS)}); `scellfm finetune` makes one")

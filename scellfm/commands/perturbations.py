@@ -5,10 +5,8 @@
 # %% ../../nbs/commands/perturbations.ipynb #ef28e02d
 from __future__ import annotations
 
-from pathlib import Path
-
 from .inputs import out_format, output_file, whole_cells, write_table
-from ..core import OptionError
+from ..core import OptionError, user_path
 
 # %% auto #0
 __all__ = ['evaluate']
@@ -26,7 +24,7 @@ def load_scgenept(model: str, gene_vectors: str | None, device: str):
     "The scGenePT in a folder; OptionError if the folder holds none."
     from scellfm.scgenept import ScGenePT
 
-    if not (Path(model).expanduser() / "scgenept.json").is_file():
+    if not (user_path(model) / "scgenept.json").is_file():
         raise OptionError(f"{model} holds no trained scGenePT (there is no scgenept.json); save_pretrained writes one")
     return ScGenePT.from_pretrained(model, gene_vectors=gene_vectors, device=device)
 
@@ -67,3 +65,17 @@ def evaluate(
     scores = made.evaluate(data, unseen_split(data, made.trained), metrics=metrics)
     write_table(scores.table, out)
     return f"{scores.title}\n{scores.to_markdown()}\n{out}"
+
+# %% ../../nbs/commands/perturbations.ipynb #1cb42869
+def named_files(gene_vectors: list[str]) -> dict[str, str]:
+    "{'go_f': 'go_f.pickle'} of ['go_f=go_f.pickle']. OptionError for another form."
+    pairs = [word.partition("=") for word in gene_vectors]
+    if any(not name or not path for name, _, path in pairs):
+        raise OptionError("--gene-vectors takes pairs such as ncbi=ncbi.pickle go_f=go_f.pickle")
+    return {name: path for name, _, path in pairs}
+
+
+def card_of(data: str) -> str | None:
+    "The data set whose published numbers are shown: by the name or the last part of a path; or none."
+    name = user_path(data).name
+    return {"norman": "norman", "adamson": "adamson", "simulated": "norman"}.get(name)

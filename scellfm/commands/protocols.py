@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from .figures import Figure, check_files, find_figure, published_scores
-from ..core import DataError, OptionError, one_of, optional, tell, warn
+from ..core import DataError, OptionError, one_of, optional, tell, user_path, warn
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -282,5 +282,5 @@ def reproduce_figure(
     figure = find_figure(name)
     folder = check_files(figure, files)
     one_of("protocol", figure.protocol, tuple(PROTOCOLS))
-    kept = None if out is None else Path(out).expanduser()
+    kept = None if out is None else user_path(out)
     return PROTOCOLS[figure.protocol](folder, figure, out=kept, seeds=seeds, epochs=epochs, device=device)

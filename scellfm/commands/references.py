@@ -12,7 +12,7 @@ from .inputs import GENEFORMER, SCGPT, load_model, output_folder, whole_cells, w
 from .options import refuse_others, settings_of, takes, with_defaults
 from .reports import add_map, begin, beside
 from .vectors import EMBED, embed_into
-from ..core import OptionError, warn
+from ..core import OptionError, user_path, warn
 from ..store.layouts import REFERENCE_MAP
 from ..store.outputs import check_replaced, output_path
 
@@ -39,7 +39,7 @@ def reference_map(ref: str, model, settings: dict, calibrate: bool, of: str | No
     "The map of the reference: opened if it is a saved map, else made, and calibrated if requested."
     from scellfm.scgpt import ReferenceMap
 
-    folder = Path(ref).expanduser()
+    folder = user_path(ref)
     if (folder / "index.json").exists():
         return open_map(folder, settings, calibrate)
     idle = [] if calibrate else [name for name in settings_of(settings, CALIBRATE) if name != "seed"]
@@ -101,7 +101,7 @@ def map(
     asked = {**settings, "ref": ref, "query": query, "model": model, "truth": truth, "calibrate": calibrate}
     folder = output_folder(out, "labels.csv", "scores.csv", "classes.csv")
     if save is not None:
-        check_replaced(output_path(save, "--save"), REFERENCE_MAP, [ref] if Path(ref).expanduser().exists() else [])
+        check_replaced(output_path(save, "--save"), REFERENCE_MAP, [ref] if user_path(ref).exists() else [])
     embedder = None if model is None else load_model(model, **settings_of(settings, GENEFORMER, SCGPT))
     report = begin("Cells labelled with a reference", with_defaults(asked, MAP))
     with report.recording():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core import user_path
 from ..metrics import is_aside
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ def begin(title: str, settings: dict) -> Report:
     report, given = Report(title), dict(settings)
     given.pop("folder", None)
     for name in INPUTS:
-        if given.get(name) is not None and Path(given[name]).expanduser().exists():
-            report.add_input(name, Path(given.pop(name)).expanduser())
+        if given.get(name) is not None and user_path(given[name]).exists():
+            report.add_input(name, user_path(given.pop(name)))
     report.add_settings(given)
     return report
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .inputs import write_table
-from ..core import OptionError
+from ..core import OptionError, user_path
 from ..store.files import atomic_write, write_cells
 from ..store.layouts import SCGPT_MODEL
 from ..store.outputs import FolderKind, check_replaced, check_writable, output_path
@@ -78,7 +78,7 @@ def named_files(gene_vectors: list[str]) -> dict[str, str]:
 
 def card_of(data: str) -> str | None:
     "Whose published numbers stand beside: those of the set that a name or the last part of a path says, or of none."
-    name = Path(data).expanduser().name
+    name = user_path(data).name
     return {"norman": "norman", "adamson": "adamson", "simulated": "norman"}.get(name)
 
 # %% ../../nbs/commands/reproductions.ipynb #8caeabcf

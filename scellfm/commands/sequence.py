@@ -11,7 +11,7 @@ from pathlib import Path
 from .inputs import out_format, output_file, output_folder, whole_cells, write_table
 from .options import settings_of, takes, with_defaults
 from .reports import add_picture, begin, beside
-from ..core import OptionError
+from ..core import OptionError, user_path
 
 # %% ../../nbs/commands/sequence.ipynb #559cab57
 WINDOWS = "scellfm.rosa.windows.tss_windows"
@@ -24,8 +24,8 @@ def planned(annotation: str, fasta: str | None, protein_coding: bool, settings: 
     "The windows of an annotation's genes."
     from scellfm.rosa import read_annotation, tss_windows
 
-    read = read_annotation(Path(annotation).expanduser(), protein_coding=protein_coding)
-    return tss_windows(read, None if fasta is None else Path(fasta).expanduser(), **settings_of(settings, WINDOWS))
+    read = read_annotation(user_path(annotation), protein_coding=protein_coding)
+    return tss_windows(read, None if fasta is None else user_path(fasta), **settings_of(settings, WINDOWS))
 
 
 def write_bed(table, out: str) -> None:
@@ -148,7 +148,7 @@ def variants(
     out_format(out, (".csv", ".parquet"))
     out = str(output_file(out, variants, annotation, fasta))
     planned_windows = planned(annotation, fasta, protein_coding, settings)
-    read = read_variants(Path(variants).expanduser(), planned_windows.genome)
+    read = read_variants(user_path(variants), planned_windows.genome)
     enformer = encoder(model, targets, without_tracks(settings))
     if not hasattr(enformer, "embed_with_coverage"):
         raise OptionError(f"--model {model}: variants need a model that predicts coverage, such as an Enformer")
@@ -245,12 +245,12 @@ def fit(
     report = begin(
         "Expression from gene vectors", with_defaults(asked | {"fraction": fraction, "context": context}, ROSA)
     )
-    report.add_input("vectors", Path(vectors).expanduser())
+    report.add_input("vectors", user_path(vectors))
     where = {name: settings[name] for name in ("layer", "gene_column") if name in settings}
     with report.recording():
         model, recipe = rosa_of(**settings_of(settings, ROSA))
-        data, given = whole_cells(cells), read_vectors(Path(vectors).expanduser())
-        references = {} if kmers is None else {"k-mer ridge": read_vectors(Path(kmers).expanduser())}
+        data, given = whole_cells(cells), read_vectors(user_path(vectors))
+        references = {} if kmers is None else {"k-mer ridge": read_vectors(user_path(kmers))}
         grid = hold_out_grid(data, **shares, **settings_of(settings, GRID))
         model.fit(data, given, grid, **where, **recipe)
         scores = model.score(references=references)

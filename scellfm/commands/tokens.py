@@ -6,11 +6,9 @@
 __all__ = ['tokenize']
 
 # %% ../../nbs/commands/tokens.ipynb #96fb908b
-from pathlib import Path
-
 from .inputs import cells_from
 from .options import refuse_others, settings_of, takes
-from ..core import OptionError
+from ..core import OptionError, user_path
 from ..store.layouts import DATASET, TOKENIZER
 from ..store.outputs import check_replaced, check_writable, output_path, result_folder
 
@@ -50,7 +48,7 @@ def tokenize(
     """
     path = output_path(out, "--out")
     check_writable(path)
-    check_replaced(path, DATASET, [cells] if Path(cells).expanduser().exists() else [])
+    check_replaced(path, DATASET, [cells] if user_path(cells).exists() else [])
     if fit is not None:
         check_writable(result_folder(fit, TOKENIZER, name="--fit"))
     data = cells_from("demo") if cells == "demo" else cells

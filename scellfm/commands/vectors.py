@@ -20,7 +20,7 @@ from scellfm.commands.inputs import (
     write_table,
 )
 from .options import settings_of, takes
-from ..core import OptionError
+from ..core import OptionError, user_path
 
 # %% ../../nbs/commands/vectors.ipynb #66cbda02
 GENEFORMER_EMBED = "scellfm.geneformer.embedding.embed"
@@ -96,7 +96,7 @@ def embed(
         return load_model(model, subfolder=subfolder, **where)
 
     streams = suffix != ".h5ad" and cells.endswith(".h5ad") and system_of(model, subfolder) == "scgpt"
-    data = Path(cells).expanduser() if streams else cells_from(cells)
+    data = user_path(cells) if streams else cells_from(cells)
     if isinstance(data, str):
         embed_tokens(loaded, data, settings, model, out)
         return out

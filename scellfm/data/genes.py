@@ -9,9 +9,9 @@ import difflib
 import html
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def plain_names(values: Iterable) -> np.ndarray:
 
 def gene_ids(adata: AnnData | GeneTable, column: str | None = None) -> np.ndarray:
     "One id (str) per gene: var[column], else var['ensembl_id'] if present, else var_names; '' if there is none."
-    if column is not None and column not in adata.var:
+    if column is not None and (not isinstance(column, Hashable) or column not in adata.var):
         close = difflib.get_close_matches(str(column), list(map(str, adata.var.columns)), n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise DataError(f"adata.var has no column {column!r}; it has {list(adata.var.columns)}.{hint}")
@@ -79,6 +79,8 @@ class Names:
 def data_names(ids_or_adata, column: str | None) -> Names:
     "The names of the genes of an AnnData, a GeneTable or a list."
     if not hasattr(ids_or_adata, "var_names"):
+        if not isinstance(ids_or_adata, Iterable) or getattr(ids_or_adata, "ndim", 1) != 1:
+            raise DataError(f"the genes are a {type(ids_or_adata).__name__}; give an AnnData or a list of names")
         ids = list(plain_names(ids_or_adata))
         return Names(ids, ids, np.zeros(len(ids), dtype=bool), [])
     ids, names = gene_ids(ids_or_adata, column), plain_names(ids_or_adata.var_names)
@@ -305,7 +307,10 @@ def match_report(names: list[str], index: np.ndarray, routes: np.ndarray, counts
     dropped = np.flatnonzero(~known)
     share = None
     if counts is not None:
-        counts = np.asarray(counts, dtype=np.float64).ravel()
+        try:
+            counts = np.asarray(counts, dtype=np.float64).ravel()
+        except (TypeError, ValueError) as error:
+            raise DataError(f"counts must be one total per gene, not a {type(counts).__name__}") from error
         if len(counts) != len(names):
             raise DataError(f"counts has {len(counts)} values for {len(names)} genes; pass one total per gene")
         share = float(counts[known].sum() / counts.sum()) if counts.sum() else 0.0
@@ -367,22 +372,52 @@ class MatchOptions:
     symbols: Mapping[str, str] | None = None  # {symbol: Ensembl id}
     orthologs: Orthologs | None = None  # {gene of the data: gene of the model}, a table, or the path of one
 
+# %% ../../nbs/data/genes.ipynb #7bfb6878
+def is_missing(value: Any) -> bool:
+    "Is a name missing: None, NaN or pandas' NA?"
+    return value is None or isinstance(value, float) and value != value or type(value).__name__ == "NAType"
 
-def match_options(match: MatchOptions | Mapping | Orthologs | None) -> MatchOptions:
-    "The argument `match=` of a user; OptionError for an unknown key."
-    if match is None or isinstance(match, MatchOptions):
-        return match or MatchOptions()
-    if not isinstance(match, Mapping):
-        return MatchOptions(orthologs=match)
+# %% ../../nbs/data/genes.ipynb #64f79482
+def name_table(table: Any, name: str) -> dict[str, str] | None:
+    "{name: name} without entries of which a half is missing. OptionError: no dictionary or Series, or not of texts."
+    if table is not None and hasattr(table, "to_dict") and hasattr(table, "index"):
+        if getattr(table, "ndim", 0) != 1 or not table.index.is_unique:
+            raise OptionError(f"{name} is a table with several columns or repeated names; give {{name: name}}")
+        table = table.to_dict()
+    if table is not None and not isinstance(table, Mapping):
+        raise OptionError(f"{name} is a {type(table).__name__}; give a dictionary {{name: name}} or a Series")
+    whole = {key: value for key, value in (table or {}).items() if not is_missing(key) and not is_missing(value)}
+    for key, value in whole.items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise OptionError(f"{name} has {key!r}: {value!r}; both must be names, as texts")
+    return None if table is None else whole
+
+# %% ../../nbs/data/genes.ipynb #1f2285b5
+def options_of(match: Mapping) -> dict:
+    "The options in a dictionary; a bare table is the mapping. OptionError for a key that is misspelt."
     known = [field.name for field in fields(MatchOptions)]
     if set(match) <= set(known):
-        return MatchOptions(**match)
-    if all(isinstance(value, str) for value in match.values()) and not set(match) & set(known):
-        return MatchOptions(mapping=match)
+        return dict(match)
     odd = next(key for key in match if key not in known)
-    close = difflib.get_close_matches(str(odd), known, n=1)
+    close = difflib.get_close_matches(str(odd), known, n=1, cutoff=0.75 if len(match) > len(known) else 0.6)
+    if not close and not set(match) & set(known):
+        return {"mapping": match}
     hint = f" Did you mean {close[0]!r}?" if close else ""
     raise OptionError(f"match has the key {odd!r}; it may have {', '.join(map(repr, known))}.{hint}")
+
+# %% ../../nbs/data/genes.ipynb #7fd4bb88
+def match_options(match: MatchOptions | Mapping | Orthologs | None) -> MatchOptions:
+    "What a user passed as `match=`; OptionError for a key that there is not, or for a table that is none."
+    if isinstance(match, MatchOptions):
+        found = {field.name: getattr(match, field.name) for field in fields(match)}
+    elif match is None or isinstance(match, Mapping):
+        found = options_of(match or {})
+    else:
+        found = {"mapping": match} if getattr(match, "ndim", 0) == 1 else {"orthologs": match}
+    if not isinstance(found.get("column"), (str, int, float, type(None))):
+        raise OptionError(f"match={{'column': {found['column']!r}}} must be the name of one column of var")
+    tables = {name: name_table(found.get(name), f"match={{{name!r}: ...}}") for name in ("mapping", "symbols")}
+    return MatchOptions(**found | tables)
 
 # %% ../../nbs/data/genes.ipynb #d87721f2
 def joined(first: Mapping[str, str] | None, then: Mapping[str, str] | None) -> Lookup:
@@ -412,6 +447,7 @@ def match_genes(
     dates, names in lower case. Both shares are of the genes of the data, or of the vocabulary where that has fewer.
     """
     options = match_options(match)
+    mapping, symbols = name_table(mapping, "mapping"), name_table(symbols, "symbols")
     vocabulary = [str(gene) for gene in vocabulary]
     names = data_names(ids_or_adata, options.column or column)
     if not names.ids or not vocabulary:

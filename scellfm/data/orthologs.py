@@ -36,6 +36,11 @@ def read_pairs(path: str | Path) -> pd.DataFrame:
             raise DataError(f"{path} has one column ({list(table.columns)}); a table of orthologs has one per species")
     return table
 
+# %% ../../nbs/data/orthologs.ipynb #0fff41bf
+def one_or_several(value: object) -> list:
+    "The orthologs of a gene as a list."
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+
 # %% ../../nbs/data/orthologs.ipynb #226e7fbe
 def as_table(orthologs: Orthologs) -> pd.DataFrame:
     "Orthologs in any form as a table of texts with a column for each species; DataError if it is not such a table."
@@ -43,9 +48,12 @@ def as_table(orthologs: Orthologs) -> pd.DataFrame:
 
     if isinstance(orthologs, (str, Path)):
         return read_pairs(orthologs)
+    if isinstance(orthologs, pd.Series):
+        orthologs = list(orthologs.items())
     if isinstance(orthologs, Mapping):
-        several = {key: [value] if isinstance(value, str) else list(value) for key, value in orthologs.items()}
-        orthologs = [(key, value) for key, values in several.items() for value in values]
+        orthologs = [(key, value) for key, values in orthologs.items() for value in one_or_several(values)]
+    if not isinstance(orthologs, Iterable):
+        raise DataError(f"orthologs={orthologs!r} is no table; give {{gene: ortholog}}, a table or the path of one")
     table = orthologs if isinstance(orthologs, pd.DataFrame) else pd.DataFrame(list(orthologs))
     if not len(table) or table.shape[1] < 2:
         raise DataError(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import sparse
 
-from ..core import DataError, OptionError, check_adata, logger, optional, warn
+from ..core import DataError, OptionError, check_adata, checked_arguments, logger, optional, warn
 from .columns import n_rows, read_table
 from .genes import GeneTable
 from .loom import loom_tables, read_loom
@@ -166,6 +166,7 @@ def path_blocks(
             yield start, canonical_csr(block, copy=False)
 
 # %% ../../nbs/data/reading.ipynb #f43b2397
+@checked_arguments
 def count_blocks(
     adata_or_path: AnnData | str | Path,
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
@@ -192,6 +193,7 @@ def count_blocks(
         yield from count_blocks(read(path), layer, rows)
 
 # %% ../../nbs/data/reading.ipynb #fc2cb643
+@checked_arguments
 def count_matrix(adata: AnnData, layer: str | None = None) -> sparse.csr_matrix:
     "All counts as one canonical `csr_matrix` (cells x genes), a copy."
     blocks = [block for _, block in count_blocks(adata, layer, rows=2**16)]
@@ -341,6 +343,7 @@ def warn_of_oddities(adata: AnnData, layer: str | None, faults: CountFaults, ine
         warn(f"cell names repeat, e.g. {name!r}, so they do not identify a cell: call adata.obs_names_make_unique()")
 
 # %% ../../nbs/data/reading.ipynb #ce0d4101
+@checked_arguments
 def check_counts(adata: AnnData, layer: str | None = None) -> None:
     """Raise a DataError unless the matrix that `layer` names holds raw counts: finite, non-negative, whole numbers.
 
@@ -394,6 +397,7 @@ def check_options(path: Path, kind: str, backed: bool, prefix: str | None, genom
             raise OptionError(f"{name}={value!r} is for files of the kind {wanted}, and {path} is {kind}; leave it out")
 
 # %% ../../nbs/data/reading.ipynb #337df2b3
+@checked_arguments
 def read(path: str | Path, *, backed: bool = False, prefix: str | None = None, genome: str | None = None) -> AnnData:
     """Read cells from h5ad, 10x h5, a 10x mtx folder, loom or zarr; `backed=True` leaves the X of an h5ad on disk.
 

@@ -270,14 +270,24 @@ def deal_by(obs: pd.DataFrame, by: str, codes: np.ndarray, fractions: np.ndarray
     dealt = deal_groups(list(groups), table, fractions, seed)
     return dealt[member], np.bincount(dealt, minlength=len(fractions))
 
+# %% ../../nbs/data/splits.ipynb #h14obsco
+def obs_to_split(adata: AnnData | pd.DataFrame) -> pd.DataFrame:
+    "The obs of cells, or the table itself. OptionError: neither."
+    import pandas as pd
+
+    obs = getattr(adata, "obs", adata)
+    if not isinstance(obs, pd.DataFrame):
+        raise OptionError(
+            f"cells are split by an AnnData, tokenized cells or their obs, not by a {type(adata).__name__}"
+        )
+    return obs
+
 # %% ../../nbs/data/splits.ipynb #4a46fe6f
 def deal(adata, by: str | None, fractions: np.ndarray, stratify: str | None, seed: int) -> tuple:
     "The part of each cell, and a table of what each part holds."
     import pandas as pd
 
-    obs = getattr(adata, "obs", adata)
-    if not isinstance(obs, pd.DataFrame):
-        raise OptionError(f"splitting needs an AnnData, tokenized cells or their obs, not a {type(adata).__name__}")
+    obs = obs_to_split(adata)
     if not len(obs):
         raise DataError("there are 0 cells to split; check the filters before this")
     labels, codes = labels_of(obs, stratify)
@@ -341,7 +351,7 @@ def folds(
     """
     import pandas as pd
 
-    obs = getattr(adata, "obs", adata)
+    obs = obs_to_split(adata)
     check_number("k", k, 2)
     k = possible_folds(obs, by, k) if by is not None and len(obs) else k
     part, table = deal(adata, by, np.full(k, 1 / k), stratify, seed)

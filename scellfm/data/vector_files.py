@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -141,14 +142,21 @@ def usable_rows(genes: list[str], values: np.ndarray, path: Path) -> tuple[list[
         warn(f"{path}: {len(lost):,} genes have NaN or infinite values and were left out, e.g. {lost[:3]}")
     return [gene for gene, keep in zip(genes, finite) if keep], values[finite], int((~finite).sum())
 
+# %% ../../nbs/data/vector_files.ipynb #8e54b302
+def names_digest(names: list[str]) -> str:
+    "The names of an array's rows, in order, as one hash of 64 hexadecimal digits."
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
+
 # %% ../../nbs/data/vector_files.ipynb #2e9ed120
 def vectors_in(path: Path, genes: Iterable[str] | str | os.PathLike | None, digest: str) -> GeneVectors:
     "The usable vectors of a published file, and in their manifest what was left out."
-    names, values, kind = read_any(path, genes)
-    names, values, lost = usable_rows(names, values, path)
+    all_names, values, kind = read_any(path, genes)
+    names, values, lost = usable_rows(all_names, values, path)
     covered = (values != 0).any(1)
     zeros = int((~covered).sum())
     manifest = {"source": path.name, "sha256": digest, "format": kind, "not_finite": lost, "zeros": zeros}
+    if kind == "array":
+        manifest["names"] = names_digest(all_names)
     return GeneVectors(names, values, covered, manifest)
 
 # %% ../../nbs/data/vector_files.ipynb #a8c6c5f3
@@ -171,19 +179,26 @@ def read_vectors(
     usable(path)
     digest = sha256(path)
     folder = None if folder is None else user_path(folder, "folder")
-    if folder is not None and (folder / "vectors.json").exists():
-        return converted_before(folder, path, digest)
+    if folder is not None and all((folder / f"vectors.{end}").exists() for end in ("json", "safetensors")):
+        return converted_before(folder, path, genes, digest)
     found = vectors_in(path, genes, digest)
     if folder is not None:
         found.save(folder)
     return found
 
 # %% ../../nbs/data/vector_files.ipynb #e150b49e
-def converted_before(folder: Path, path: Path, digest: str) -> GeneVectors:
-    "The table in `folder`; OptionError when it was made from another file."
+def converted_before(folder: Path, path: Path, genes: list[str] | str | os.PathLike | None, digest: str) -> GeneVectors:
+    "The table in `folder`; OptionError when it was made from another file, or from an array under other names."
+    from scellfm.store.writers import sweep
+
+    sweep(folder)  # what a process left that was killed as it ended
     found = GeneVectors.load(folder)
     if found.manifest.get("sha256") != digest:
         raise OptionError(
             f"{folder} holds vectors of {found.manifest.get('source')!r}, another file than {path}; give another folder"
         )
+    if found.manifest.get("format") == "array":
+        names = names_for(path, genes, len(found.genes) + (found.manifest.get("not_finite") or 0))
+        if found.manifest.get("names") != names_digest(names):
+            raise OptionError(f"{folder} holds the rows of {path} under other names; give another folder")
     return found

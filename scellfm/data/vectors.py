@@ -27,8 +27,9 @@ __all__ = ['FILLS', 'GeneVectors']
 # %% ../../nbs/data/vectors.ipynb #5a3dbe69
 def gene_index(genes: Iterable[str]) -> pd.Index:
     "Gene names as an Index of text; DataError for a name that is missing, empty, or repeated."
-    if isinstance(genes, str):
-        raise DataError(f"genes={genes!r} is one text; give a list of gene names")
+    if isinstance(genes, (str, bytes)) or not isinstance(genes, Iterable):
+        what = "one text" if isinstance(genes, str) else f"of the type {type(genes).__name__}"
+        raise DataError(f"genes={genes!r} is {what}; give a list of gene names")
     index = pd.Index(list(genes), dtype=object)
     odd = [i for i, name in enumerate(index) if not isinstance(name, str) or not name.strip()]
     if odd:

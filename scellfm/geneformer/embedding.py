@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from .. import inference
-from ..core import DataError, one_of, plain_arguments, progress, warn
+from ..core import DataError, one_of, plain_arguments, progress, user_path, warn
 from ..data.results import result_for
 from .model import GeneformerModel, is_dataset, layer_index, pool_cells, pooling
 from ..inference import Sequences
@@ -114,7 +114,7 @@ def embed(
 def result_of(data: AnnData | TokenizedCells | str | Path, copy: bool) -> AnnData | None:
     "The AnnData that the result goes into (see `result_for`); None for tokenized cells."
     if isinstance(data, (str, Path)):
-        return None if is_dataset(Path(data).expanduser()) else result_for(data)
+        return None if is_dataset(user_path(data)) else result_for(data)
     return result_for(data, copy) if hasattr(data, "obs_names") else None
 
 

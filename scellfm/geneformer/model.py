@@ -20,7 +20,7 @@ __all__ = ['GeneformerModel']
 from .. import inference
 from ..assets import LoadReport, check_layers, check_sizes, find, load_state, read_tensors, save_model
 from ..assets.contents import contents_of, folder_and_weights, wrong_folder
-from ..core import AssetError, DataError, OptionError, logger, one_of, user_path, warn
+from ..core import AssetError, DataError, OptionError, checked_arguments, logger, one_of, user_path, warn
 from ..data.reading import read
 from .encoder import hidden_states
 from .quantize import check_quantize, load_quantized
@@ -269,6 +269,7 @@ def as_tokenizer(given: RankTokenizer | str | Path) -> RankTokenizer:
     return given
 
 # %% ../../nbs/geneformer/model.ipynb #3deb0e15
+@checked_arguments
 def from_config(
     cls: type[GeneformerModel],
     name: Literal["tiny", "V1-10M", "V2-104M", "V2-316M"],  # shape of the network
@@ -313,7 +314,7 @@ def tokenizer_beside(
 ) -> RankTokenizer:
     "The tokenizer that fits a checkpoint: beside it, or in its hub repository at the same revision. AssetError."
     hub = dict(path_or_hub_id=path_or_hub_id, revision=revision, local_files_only=local_files_only)
-    hub = None if Path(path_or_hub_id).expanduser().exists() else hub
+    hub = None if user_path(path_or_hub_id).exists() else hub
     return fitting_tokenizer(folder, config.vocab_size, config.max_position_embeddings, hub)
 
 # %% ../../nbs/geneformer/model.ipynb #ec08e937

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..core import DivergedError, OptionError, keyed_generator, plain_arguments, progress, warn
+from ..core import DivergedError, OptionError, keyed_generator, plain_arguments, progress, user_path, warn
 from ..data.splits import Split, check_fractions, check_split, deal_cells
 from .model import GeneformerModel, is_dataset, mark_trained, refuse_match
 from .quantize import refuse_quantized
@@ -212,7 +212,7 @@ def cells_to_learn(
     if isinstance(data, (list, tuple)):
         refuse_match(match)
         return Corpus(data)
-    path = Path(data).expanduser() if isinstance(data, (str, Path)) else None
+    path = user_path(data) if isinstance(data, (str, Path)) else None
     if path is None or path.is_file() or path.suffix == ".zarr":
         return gf.cells(data, layer=layer, match=match)
     refuse_match(match)

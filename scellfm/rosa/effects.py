@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import DataError, OptionError, check_number, one_of, warn
+from ..core import DataError, OptionError, check_number, checked_arguments, one_of, warn
 from .embedding import with_genome
 from .enformer import Enformer
 from .genome import same_contig
@@ -173,6 +173,7 @@ def without_bins(pairs: pd.DataFrame, bins: list[np.ndarray], score: str) -> tup
     return pairs[kept].reset_index(drop=True), [wanted for wanted, keep in zip(bins, kept) if keep]
 
 # %% ../../nbs/rosa/effects.ipynb #313bc804
+@checked_arguments
 def variant_effect(
     variants: str | os.PathLike | pd.DataFrame | Variants,
     fasta: str | os.PathLike | Genome | None = None,  # the genome; None: that of the windows

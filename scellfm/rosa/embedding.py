@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, OptionError, check_number, one_of, tell, warn
+from ..core import DataError, OptionError, check_number, checked_arguments, one_of, tell, warn
 from ..data.vectors import GeneVectors
 from .annotation import Annotation
 from .extraction import RULES, original_smoothing, original_vectors, strongest_start
@@ -264,6 +264,7 @@ def plan_reading(
     return GeneReading(windows, compute, inputs, settings, manifest_of(windows, model, rule, settings, name))
 
 # %% ../../nbs/rosa/embedding.ipynb #36bcc9cd
+@checked_arguments
 def embed_genes(
     windows: Windows,  # see tss_windows
     fasta: str | os.PathLike | Genome | None = None,  # the genome; None: that of the windows
@@ -293,6 +294,7 @@ def embed_genes(
     return reading.finish(rows_in_blocks(folder, len(reading.windows), reading.compute, **how))
 
 # %% ../../nbs/rosa/embedding.ipynb #bf876606
+@checked_arguments
 def embed_bins(
     windows: Windows,  # see tss_windows
     fasta: str | os.PathLike | Genome | None = None,  # the genome; None: that of the windows

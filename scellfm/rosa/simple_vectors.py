@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import DataError, OptionError, check_number
+from ..core import DataError, OptionError, check_number, checked_arguments
 from ..data.vectors import GeneVectors, gene_index
 from .chunks import as_bases
 from .embedding import embed_genes, one_window_each
@@ -41,6 +41,7 @@ def promoter_windows(windows: Windows, length: int = 1024) -> Windows:
     return replace(windows, table=table, length=length, settings=settings)
 
 # %% ../../nbs/rosa/simple_vectors.ipynb #a548a52a
+@checked_arguments
 def kmer_vectors(
     windows: Windows,  # see tss_windows
     fasta: str | os.PathLike | Genome | None = None,  # the genome; None: that of the windows

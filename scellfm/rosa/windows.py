@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import DataError, OptionError, check_number, one_of, tell, warn
+from ..core import DataError, OptionError, check_number, checked_arguments, one_of, tell, warn
 from .annotation import Annotation, read_annotation
 from .genome import Genome, read_index, same_contig
 from .sequence import encode, one_hot, reverse_complement_letters
@@ -211,6 +211,7 @@ def _cropped(self: Windows, n_bins: int | None, bin_size: int) -> int:
     return (whole - n_bins) // 2
 
 # %% ../../nbs/rosa/windows.ipynb #ed83d35f
+@checked_arguments
 def tss_windows(
     annotation: str | os.PathLike | pd.DataFrame | Annotation,  # GTF, BED or table
     fasta: str | os.PathLike | Genome | None = None,  # the genome, plain or bgzip

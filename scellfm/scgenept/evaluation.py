@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, OptionError, one_of, warn
+from ..core import DataError, OptionError, checked_arguments, one_of, warn
 from .baselines import perturbation_baselines
 from .checkpoint import ScGenePTCheckpoint
 from .gears_folder import gears_table
@@ -31,6 +31,7 @@ __all__ = ['MODEL', 'evaluate', 'vectors_for_baselines', 'evaluate_published']
 MODEL = "scGenePT"
 
 
+@checked_arguments
 def evaluate(
     model: ScGenePTCheckpoint,
     data: PerturbationData,  # see PerturbationData

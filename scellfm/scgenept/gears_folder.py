@@ -14,7 +14,7 @@ import pandas as pd
 from ..assets.download import download_file, unpack_zip
 from ..assets.files import nearby
 from ..assets.hub import cache_folder
-from ..core import AssetError, tell
+from ..core import AssetError, tell, user_path
 from .conditions import CONTROL
 from ..store import atomic_write
 from ..store.files import write_cells
@@ -52,10 +52,10 @@ def fetch_published(name: str, root: Path) -> Path:
 # %% ../../nbs/scgenept/gears_folder.ipynb #e0b2b15c
 def find_processed(name: str | Path, root: str | Path | None = None, download: bool = True) -> Path:
     "The h5ad of a data set: in the folder `name`, in root/name, or fetched; AssetError says what is there instead."
-    direct = Path(name).expanduser()
+    direct = user_path(name)
     if root is None and (direct / PROCESSED).is_file():
         return direct / PROCESSED
-    folder = cache_folder() / "perturbseq" if root is None else Path(root).expanduser()
+    folder = cache_folder() / "perturbseq" if root is None else user_path(root)
     if (folder / str(name) / PROCESSED).is_file():
         return folder / str(name) / PROCESSED
     if str(name) not in PUBLISHED or not download:

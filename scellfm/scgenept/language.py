@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ..core import AssetError, DataError, OptionError, check_number, one_of, warn
+from ..core import AssetError, DataError, OptionError, check_number, checked_arguments, one_of, warn
 from ..data.vectors import GeneVectors
 from .leakage import annotation_sets
 from .texts import sentences_of
@@ -170,6 +170,7 @@ def sentence_vectors(
     return found, cut
 
 # %% ../../nbs/scgenept/language.ipynb #128671a1
+@checked_arguments
 def text_vectors(
     texts: Mapping[str, str | Iterable[str]],  # {gene: text or sentences}
     model: str | os.PathLike,  # a sentence model of transformers: a folder, or a hub id

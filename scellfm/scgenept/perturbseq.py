@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, OptionError, one_of, warn
+from ..core import DataError, OptionError, checked_arguments, one_of, warn
 from ..data.reading import genes_of
 from ..data.splits import column_of
 from .changes import N_TOP, GroupStatistics, group_statistics, index_sets, ranked, welch
@@ -137,6 +137,7 @@ def check_names(genes: pd.Index, var: pd.DataFrame) -> None:
 class PerturbedCells:
     "Cells by perturbation: rows, labels, genes and flags; the base class of `PerturbationData`."
 
+    @checked_arguments
     def __init__(
         self,
         adata: AnnData | str | PathLike,

@@ -14,7 +14,16 @@ import torch
 from scipy import sparse
 
 from .. import inference
-from ..core import DataError, OptionError, check_number, keyed_generator, keyed_seed, one_of, warn
+from scellfm.core import (
+    DataError,
+    OptionError,
+    check_number,
+    checked_arguments,
+    keyed_generator,
+    keyed_seed,
+    one_of,
+    warn,
+)
 from .checkpoint import PAD, ScGenePTCheckpoint, bind
 from .conditions import CONTROL, perturbed_genes
 from .pairing import occurrences
@@ -189,6 +198,7 @@ def predicted_cells(
         yield name, predict_values(model, values, flags, inputs=inputs)[:, : len(controls.genes)]
 
 # %% ../../nbs/scgenept/prediction.ipynb #f484e89f
+@checked_arguments
 def predict(
     model: ScGenePTCheckpoint,
     perturbations: Sequence[str],  # 'A', 'A+ctrl', 'A+B', in any order
@@ -210,6 +220,7 @@ def predict(
     return table.rename_axis(index="perturbation", columns="gene")
 
 # %% ../../nbs/scgenept/prediction.ipynb #ee655560
+@checked_arguments
 def predict_cells(
     model: ScGenePTCheckpoint,
     perturbations: Sequence[str],

@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..assets.download import download_file
 from ..assets.hub import cache_folder
-from ..core import one_of, tell
+from ..core import one_of, tell, user_path
 from .knowledge import KNOWLEDGE, plain_name
 
 # %% auto #0
@@ -40,7 +40,7 @@ def fetch_model(
 ) -> Path:
     "Fetch a fine-tuned model; the path of its file. AssetError: missing, unreachable, changed. StoreError."
     place = published_path(knowledge, dataset)
-    folder = cache_folder() / "scgenept" if root is None else Path(root).expanduser()
+    folder = cache_folder() / "scgenept" if root is None else user_path(root)
     if not (folder / place).is_file():
         tell(f"fetching the scGenePT model {knowledge or 'scgpt'!r} of {dataset} into {folder}")
     return download_file(f"{STORE}/{place}", folder / place)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, OptionError, StoreError, one_of, tell
+from ..core import DataError, OptionError, StoreError, one_of, tell, user_path
 from ..data.vectors import GeneVectors
 from .checkpoint import ScGenePTCheckpoint, from_pretrained
 from .evaluation import evaluate_published
@@ -21,6 +21,7 @@ from .knowledge import KNOWLEDGE, Source, plain_name
 from .perturbseq import PerturbationData
 from .training import fit
 from ..store import atomic_write, fingerprint
+from ..store.outputs import output_path
 from ..store.records import Maybe, read_record
 
 # %% auto #0
@@ -73,12 +74,14 @@ def own_numbers(found: Mapping[str, float], subgroups: Mapping[str, Sequence[str
 def run_settings(data: PerturbationData, scgpt: str | PathLike, vectors: Source | None, seed: int, training: Mapping):
     "What a run depends on, as plain values and fingerprints."
     labels = data.adata.obs["label"].astype(str).tolist()
-    start = Path(scgpt).expanduser()
-    read = Path(vectors).expanduser() if isinstance(vectors, (str, PathLike)) else vectors
+    types = None if data.cell_types is None else [str(kind) for kind in data.cell_types]
+    start = user_path(scgpt, "scgpt")
+    read = user_path(vectors, "vectors") if isinstance(vectors, (str, PathLike)) else vectors
     content = [read.genes, read.values, read.covered] if isinstance(read, GeneVectors) else read
     return {
         "training": dict(training),
         "data": fingerprint(data.adata.X, labels, list(data.input_genes)),
+        "cells": fingerprint(list(data.adata.obs_names), types),
         "scgpt": fingerprint(start) if start.exists() else str(scgpt),
         "vectors": fingerprint(content),
         "seed": seed,
@@ -132,6 +135,7 @@ def reproduce(
 ) -> pd.DataFrame:
     "Mean and standard deviation over seeds of each variant's numbers beside the published ones: a row per variant."
     one_of("dataset", dataset, (None, *PUBLISHED))
+    place = output_path(folder, "folder")
     wanted = [None, *vectors] if knowledge is None else [plain_name(name) for name in knowledge]
     for name in wanted:
         one_of("knowledge", name, tuple(KNOWLEDGE))
@@ -142,7 +146,7 @@ def reproduce(
         runs = []
         for seed in seeds:
             tell(f"{name or 'scgpt'}, seed {seed}")
-            runs.append(one_run(data, scgpt, name, vectors.get(name), seed, Path(folder).expanduser(), training))
+            runs.append(one_run(data, scgpt, name, vectors.get(name), seed, place, training))
         table = pd.DataFrame(runs)[list(COLUMNS)]
         published = dict(zip(CARD_COLUMNS, PUBLISHED[dataset][name] if dataset else [np.nan] * len(CARD_COLUMNS)))
         spread = table.std(ddof=1) if len(table) > 1 else table.mean() * np.nan

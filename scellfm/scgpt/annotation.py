@@ -21,7 +21,7 @@ __all__ = ['CellAnnotator', 'CellClassifier', 'finetune']
 # %% ../../nbs/scgpt/annotation.ipynb #c5d0ba3b
 from ..assets import find
 from ..assets.contents import wrong_folder
-from ..core import check_adata, check_number, keyed_seed, plain_arguments, warn
+from ..core import check_adata, check_number, checked_arguments, keyed_seed, plain_arguments, warn
 from ..crossfit.check import check_overfit, fewer_epochs, freeze_more, hold_out_donors, untried
 from ..crossfit.evidence import Evidence, evidence_of, write_record
 from ..crossfit.labels import check_class_folds, classes_of, predicted_classes, write_predictions
@@ -87,6 +87,7 @@ def cell_probabilities(
     return pd.DataFrame(values, index=adata.obs_names, columns=clf.classes)
 
 # %% ../../nbs/scgpt/annotation.ipynb #61db5758
+@checked_arguments
 def predict_cells(
     clf: CellClassifier,
     data: AnnData | str | Path,  # cells or the path of a file of cells

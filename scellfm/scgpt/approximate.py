@@ -258,7 +258,7 @@ def fits(index: SearchIndex, n: int, d: int) -> bool:
 
 # %% ../../nbs/scgpt/approximate.ipynb #274730b0
 def read_index(path: str | Path, rows) -> SearchIndex:
-    "Read the index of `rows` [n, d]. AssetError where the file is damaged or belongs to other vectors."
+    "Read the index of `rows` [n, d]. AssetError if the file is damaged or belongs to other vectors."
     from safetensors import safe_open
 
     n, d = rows.shape

@@ -17,7 +17,7 @@ import torch
 from .. import inference
 from ..assets import find, read_dictionary, read_tensors, save_tensors, save_torch
 from ..assets.contents import folder_and_weights, wrong_folder
-from ..core import OptionError, one_of, plain, warn
+from ..core import OptionError, checked_arguments, one_of, plain, warn
 from ..data.genes import GeneMatch, MatchOptions
 from .model import ScGPTConfig, ScGPTModel, load_model, published_name
 from .vocabulary import Vocabulary
@@ -76,6 +76,7 @@ def from_pretrained(
     return made
 
 # %% ../../nbs/scgpt/checkpoint.ipynb #65141d67
+@checked_arguments
 def from_config(
     cls: type[ScGPTCheckpoint],
     name: Literal["tiny", "human"],  # shape of the network

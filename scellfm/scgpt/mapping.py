@@ -17,6 +17,7 @@ from scellfm.core import (
     DataError,
     OptionError,
     check_number,
+    checked_arguments,
     keyed_generator,
     one_of,
     plain,
@@ -251,6 +252,7 @@ class Votes(NamedTuple):
     far: np.ndarray  # [cells], to the k-th
 
 # %% ../../nbs/scgpt/mapping.ipynb #c150ffe4
+@checked_arguments
 def transfer(
     reference: ReferenceMap,
     query: AnnData,  # cells with the embedding, to be labelled

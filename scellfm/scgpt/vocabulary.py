@@ -112,8 +112,9 @@ class Vocabulary:
         DataError: under 10 % are known, another species, Ensembl ids without a table. Warns under 50 %."""
         options = match_options(match)
         column = options.column or gene_column
-        table = dict(options.mapping or {}) | {ensembl: symbol for symbol, ensembl in (options.symbols or {}).items()}
         known = {token.upper() for token in self.tokens}
+        symbols = sorted((options.symbols or {}).items(), key=lambda pair: pair[0].upper() in known)  # known ones last
+        table = dict(options.mapping or {}) | {ensembl: symbol for symbol, ensembl in symbols}
         known |= {name.upper() for name, symbol in table.items() if symbol.upper() in known}
         names, source = (gene_ids(adata, column), column) if column else best_names(adata, known)
         human = [name for name in names if species_of(name) == "human"]

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from ..core import DataError, OptionError, check_adata, optional, progress, threads_kept, warn
+from ..core import DataError, OptionError, check_adata, checked_arguments, optional, progress, threads_kept, warn
 from .table import Scores
 
 if TYPE_CHECKING:
@@ -256,6 +256,7 @@ def matrix_before(adata: AnnData, layer: str | None) -> sparse.csr_matrix:
     return matrix
 
 # %% ../../nbs/scores/batches.ipynb #2806e961
+@checked_arguments
 def integration(
     adata: AnnData,  # cells with the embeddings in obsm
     reps: str | Sequence[str],  # names of embeddings in obsm

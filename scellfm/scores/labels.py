@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from ..core import DataError, check_number, keyed_generator, warn
+from ..core import DataError, check_number, checked_arguments, keyed_generator, warn
 from .table import holds
 
 # %% auto #0
@@ -272,6 +272,7 @@ def _repr_html_(self: ClassificationResult) -> str:
     return f"<p>{self.n_cells:,} cells{about}</p>{scores.T.to_html()}{self.per_class.round(3).to_html()}"
 
 # %% ../../nbs/scores/labels.ipynb #9d4adb0b
+@checked_arguments
 def classification(
     truth: Sequence | np.ndarray,
     probabilities: np.ndarray,

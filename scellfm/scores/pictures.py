@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core import OptionError, progress, threads_kept
+from ..core import OptionError, checked_arguments, progress, threads_kept
 from .batches import baseline_embeddings, embedding_of, groups_of
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def umap(values: np.ndarray, *, n_neighbors: int = 15, seed: int = 0) -> np.ndar
     return np.asarray(cells.obsm["X_umap"])
 
 # %% ../../nbs/scores/pictures.ipynb #0acb9858
+@checked_arguments
 def umaps(
     adata: AnnData,  # cells with the embeddings in obsm
     reps: str | Sequence[str],  # names of embeddings in obsm

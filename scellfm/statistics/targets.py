@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import pandas as pd
 
-from ..core import DataError, keyed_generator, one_of, warn
+from ..core import DataError, OptionError, checked_arguments, keyed_generator, one_of, warn
 from .screen import percentile
 
 if TYPE_CHECKING:
@@ -52,7 +52,15 @@ def has_value(obs: pd.DataFrame, columns: list[str], chosen: np.ndarray) -> np.n
         kept &= ~missing
     return kept
 
+# %% ../../nbs/statistics/targets.ipynb #h14eachco
+def _one_each(name: str, values: np.ndarray, n: int) -> np.ndarray:
+    "The values, one for each of `n`. OptionError: another shape."
+    if values.shape != (n,):
+        raise OptionError(f"{name} has the shape {values.shape}; give {n:,} values, one for each in the data")
+    return values
+
 # %% ../../nbs/statistics/targets.ipynb #94ab551a
+@checked_arguments
 def log2_fold_change(
     adata: AnnData,
     state: str,  # column of obs
@@ -74,11 +82,14 @@ def log2_fold_change(
     from scellfm.data.genes import gene_ids
     from scellfm.data.reading import genes_of
 
-    genes = gene_ids(genes_of(adata, layer)) if genes is None else np.asarray(genes, dtype=object)
+    known = genes_of(adata, layer)
+    genes = _one_each(
+        "genes", gene_ids(known) if genes is None else np.asarray(genes, dtype=object), len(known.var_names)
+    )
     for column in filter(None, (state, donor)):
         if column not in adata.obs:
             raise DataError(f"obs has no column {column!r}; it has: {', '.join(map(str, adata.obs.columns))}")
-    chosen = np.ones(adata.n_obs, bool) if mask is None else np.asarray(mask, bool)
+    chosen = np.ones(adata.n_obs, bool) if mask is None else _one_each("mask", np.asarray(mask, bool), adata.n_obs)
     chosen = chosen & has_value(adata.obs, [state, *([donor] if donor else [])], chosen)
     means = []
     for value in (start, goal):
@@ -178,6 +189,7 @@ def realised_fdr(q: np.ndarray, known: np.ndarray, levels: Sequence[float] = LEV
 MORE_SCORES = [f"recall_at_{share:g}" for share in BUDGETS] + [f"recall_at_fdr_{level:g}" for level in LEVELS]
 
 
+@checked_arguments
 def recovery(
     table: pd.DataFrame, known: Iterable[str], *, by: Literal["z", "effect"] = "z", n_boot: int = 1000, seed: int = 0
 ) -> pd.DataFrame:

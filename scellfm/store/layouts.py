@@ -6,8 +6,8 @@
 __all__ = ['SHARE', 'BERT', 'BERT_MODEL', 'TOKENS', 'MEDIANS', 'NAMES', 'TOKENIZER_SETTINGS', 'TOKENIZER', 'SCGPT_ARGS',
            'SCGPT_MODEL', 'ENFORMER', 'ENFORMER_MODEL', 'NUMBERS', 'SCORES', 'CHECK', 'HISTORY', 'EVIDENCE', 'FOLDS',
            'OF_CELLS', 'OF_TASKS', 'OF_GENES', 'CELL_CLASSIFIER', 'TASK_CLASSIFIER', 'GENE_CLASSIFIER', 'ANNOTATOR',
-           'DATASET', 'SCREEN', 'REFERENCE_MAP', 'PAGE', 'REPORT', 'VECTORS', 'MANIFEST_OF_VECTORS', 'SCGENEPT',
-           'SCGENEPT_MODEL', 'ROSA_SIZES', 'ROSA', 'ROSA_MODEL', 'GRID_SCORES']
+           'DATASET', 'SCREEN', 'REFERENCE_MAP', 'PAGE', 'REPORT', 'VECTORS', 'CONVERTED', 'MANIFEST_OF_VECTORS',
+           'SCGENEPT', 'SCGENEPT_MODEL', 'ROSA_SIZES', 'ROSA', 'ROSA_MODEL', 'GRID_SCORES']
 
 # %% ../../nbs/store/layouts.ipynb #6b0928b8
 from .outputs import FolderKind
@@ -178,7 +178,8 @@ VECTORS = FolderKind(
 )
 
 # %% ../../nbs/store/layouts.ipynb #1f75f264
-MANIFEST_OF_VECTORS = {"steps": Maybe([dict]), "read": Maybe({...: {"bin": Between(-1, 2**32)}})}
+CONVERTED = {"not_finite": Maybe(Between(0, 2**32)), "names": Maybe(str)}
+MANIFEST_OF_VECTORS = {"steps": Maybe([dict]), "read": Maybe({...: {"bin": Between(-1, 2**32)}}), **CONVERTED}
 SCGENEPT = {
     "format": Only(("scellfm scGenePT",)),
     "version": Between(1, 1),

@@ -72,7 +72,7 @@ class FolderKind(NamedTuple):
 def check_replaced(path: Path, kind: FolderKind | None, inputs: Iterable[str | os.PathLike] = ()) -> None:
     "StoreError unless `path` may be replaced: it is free, a file, or a folder of this kind, and holds no input."
     for given in inputs:
-        real = Path(given).expanduser().resolve()
+        real = user_path(given).resolve()
         if real == path or path in real.parents:
             raise StoreError(f"{path} would be replaced, but {given} is read from there; choose another place")
     if not path.is_dir():

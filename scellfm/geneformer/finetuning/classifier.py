@@ -22,7 +22,7 @@ __all__ = ['CellClassifier']
 from ...assets import find, load_state, read_dictionary, read_tensors, save_model
 from ...assets.contents import wrong_folder
 from ...baselines import count_classifiers
-from ...core import AssetError, OptionError, plain_arguments, warn
+from ...core import AssetError, OptionError, checked_arguments, plain_arguments, warn
 from ...crossfit.baselines import baseline_predictions
 from ...crossfit.check import check_overfit
 from ...crossfit.evidence import Evidence, evidence_of, write_record
@@ -120,6 +120,7 @@ def written(
     return None if result is data else result
 
 # %% ../../../nbs/geneformer/finetuning/classifier.ipynb #a85dbd50
+@checked_arguments
 def predict_cells(
     clf: CellClassifier,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either

@@ -21,7 +21,16 @@ __all__ = ['GeneClassifier', 'finetune_genes']
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #cc9e2b6c
 from ... import inference
 from ...assets import find, load_state, read_tensors
-from ...core import AssetError, DataError, check_number, keyed_seed, plain_arguments, warn
+from scellfm.core import (
+    AssetError,
+    DataError,
+    check_named,
+    check_number,
+    checked_arguments,
+    keyed_seed,
+    plain_arguments,
+    warn,
+)
 from ...crossfit.check import check_overfit, fewer_epochs, freeze_more, untried
 from ...crossfit.evidence import Evidence, evidence_of
 from ...crossfit.membership import by_name
@@ -255,7 +264,7 @@ def resolve_tokens(tokenizer: RankTokenizer, genes: str | Iterable[str] | None) 
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #569df0ac
 def wanted_tokens(tokenizer: RankTokenizer, cells: TokenizedCells, genes: str | Iterable[str] | None) -> np.ndarray:
-    "Which tokens (bool) a prediction is asked for: the genes named, or all genes; DataError where no cell has any."
+    "Which tokens (bool) a prediction is asked for: the genes named, or all genes; DataError if no cell has any."
     wanted = resolve_tokens(tokenizer, genes)
     if not has_any(cells, wanted).any():
         raise DataError(
@@ -299,6 +308,7 @@ def prediction_table(clf: GeneClassifier, tokens: np.ndarray, values: np.ndarray
     return pd.DataFrame(columns, index=names).sort_index()
 
 # %% ../../../nbs/geneformer/finetuning/genes.ipynb #9717799a
+@checked_arguments
 def predict_genes(
     clf: GeneClassifier,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either; not changed
@@ -314,6 +324,7 @@ def predict_genes(
 
     DataError if no cell has any of the genes."""
     cells = clf.models[0].cells(data, layer=layer, match=match)
+    check_named(cells)
     wanted = wanted_tokens(clf.models[0].tokenizer, cells, genes)
     cells = cells[has_any(cells, wanted)]
     tokens, values = judged_tokens(clf, cells, wanted, token_budget)
@@ -424,6 +435,7 @@ def prepare_genes(
     with_counts = hasattr(data, "obs_names")
     how = dict(layer=layer, match=match)
     cells = gf.tokenizer(data, keep_counts=True, **how) if with_counts else gf.cells(data, **how)
+    check_named(cells)
     wanted = np.isin(np.arange(len(gf.tokenizer.genes)), labels.index)
     gf.readable(cells)  # checks that the cells are of this dictionary
     cells = drawn_cells(cells, max_cells, seed)

@@ -87,6 +87,10 @@ def weights_of(class_weights: str | Mapping | None, classes: np.ndarray, codes: 
         one_of("class_weights", class_weights, ("balanced",))
         sizes = np.bincount(codes, minlength=len(classes))
         return torch.as_tensor(len(codes) / (len(classes) * sizes), dtype=torch.float32)
+    if not hasattr(class_weights, "items"):
+        raise OptionError(f"class_weights={class_weights!r} must be 'balanced' or {{class: weight}}")
+    for name, weight in class_weights.items():
+        check_number(f"class_weights[{name!r}]", weight, 0, whole=False)
     by_name = {str(name): float(weight) for name, weight in class_weights.items()}
     if set(by_name) != set(classes):
         raise OptionError(

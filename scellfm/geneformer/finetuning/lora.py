@@ -20,7 +20,7 @@ def lora_config(lora, freeze_layers: int, n_layers: int):
     peft = optional("peft", "lora")
     if isinstance(lora, peft.LoraConfig):
         config = copying.deepcopy(lora)
-    elif isinstance(lora, (int, np.integer)) and not isinstance(lora, bool) and lora > 0:
+    elif isinstance(lora, (int, np.integer)) and not isinstance(lora, bool) and 0 < lora <= 4096:
         config = peft.LoraConfig(
             r=int(lora), lora_alpha=2 * int(lora), lora_dropout=0.1, target_modules=["query", "value"]
         )

@@ -24,7 +24,7 @@ __all__ = ['TaskClassifier', 'finetune']
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #22d41bfa
 from ...assets import find
 from ...assets.contents import wrong_folder
-from ...core import DataError, OptionError, one_of, plain_arguments, warn
+from ...core import DataError, OptionError, checked_arguments, one_of, plain_arguments, warn
 from ...crossfit.check import check_overfit
 from ...crossfit.labels import check_class_folds, classes_of, predicted_classes
 from ...crossfit.membership import TrainedOn, cell_contents, warn_of_trained
@@ -114,7 +114,7 @@ def tasks_of(obs: pd.DataFrame, labels: Sequence[str]) -> list[LabelTask]:
 def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
     "The labels as a tuple; OptionError unless they are different names of columns."
     labels = tuple(labels)
-    if not labels or len(set(labels)) < len(labels) or not all(isinstance(label, str) for label in labels):
+    if not labels or not all(isinstance(label, str) for label in labels) or len(set(labels)) < len(labels):
         raise OptionError(f"label={list(labels)!r}: give the name of one column of obs, or a list of different names")
     return labels
 
@@ -196,6 +196,7 @@ def task_probabilities(
     return tables_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #e5984005
+@checked_arguments
 def predict_tasks(
     clf: TaskClassifier,
     data: AnnData | TokenizedCells | str | Path,  # cells, tokenized cells, or the path of either

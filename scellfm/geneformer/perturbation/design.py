@@ -226,13 +226,14 @@ def rows_of_models(model_of, n_models: int, cells, data) -> np.ndarray:
                 f"{n_models} models are given without model_of: give for each cell the number of its model"
             )
         return np.zeros(len(cells), dtype=np.int64)
-    model_of = np.asarray(model_of, dtype=np.int64)
+    model_of = np.asarray(model_of)
+    if model_of.ndim != 1 or model_of.dtype.kind not in "iu":
+        raise OptionError(f"model_of is an array {model_of.dtype} {model_of.shape}; give a whole number for each cell")
     expected = data.n_obs if hasattr(data, "n_obs") else len(cells)
     if len(model_of) != expected or model_of.max(initial=-1) >= n_models:
         raise OptionError(
             f"model_of has {len(model_of):,} entries up to {model_of.max(initial=-1)}; needed is one "
-            f"of 0 to "
-            f"{n_models - 1} (negative: none) for each of {expected:,} cells"
+            f"of 0 to {n_models - 1} (negative: none) for each of {expected:,} cells"
         )
     chosen = model_of[cells.cell_index] if hasattr(data, "n_obs") else model_of
     if (chosen < 0).any():

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ...assets import read_dictionary
-from ...core import AssetError, OptionError
+from ...core import AssetError, OptionError, user_path
 
 if TYPE_CHECKING:
     from scellfm.geneformer.tokenizer.rank_tokenizer import RankTokenizer
@@ -27,7 +27,7 @@ RAW = "*_raw.pickle"
 
 def raw_files(folder, files: str = RAW) -> list[tuple[int | None, Path]]:
     "The number of the cell (None where the name has none) and the path of every raw file, in the order of the cells."
-    paths = sorted(Path(folder).expanduser().glob(files))
+    paths = sorted(user_path(folder).glob(files))
     if not paths:
         raise AssetError(
             f"{folder} holds no {files}; give the folder that the original's InSilicoPerturber wrote to "

@@ -170,9 +170,14 @@ def check_method(method: str, null: Screen | None, effects: pd.DataFrame | None)
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #77d82cc3
 def saved_table(path: Path) -> pd.DataFrame:
     "A table that `Screen.save` wrote; AssetError if the file is missing, damaged or of another kind."
+    import pyarrow as pa
+    from pyarrow import parquet
+
     try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+        table = parquet.read_table(path)
+        table.validate(full=True)  # a text of broken characters fails only where it is used
+        return table.to_pandas()
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
         raise AssetError(
             f"{path} is missing, damaged or not a table of a screen ({error}); copy the whole folder again, or save "
             "the screen again"

@@ -18,7 +18,7 @@ import numpy as np
 __all__ = ['RankTokenizer']
 
 # %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #f7aeb3ff
-from ...core import DataError, OptionError, check_number, progress
+from ...core import DataError, OptionError, check_number, checked_arguments, progress
 from scellfm.data.genes import (
     NUMBER,
     MatchOptions,
@@ -26,6 +26,7 @@ from scellfm.data.genes import (
     gene_ids,
     match_genes,
     match_options,
+    name_table,
     plain_id,
     plain_names,
     species_of,
@@ -163,6 +164,7 @@ def tokenizer_from_pretrained(
     return cls(found.tokens, found.medians, found.mapping, found.gene_names, **settings)
 
 # %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #01a8ecf3
+@checked_arguments
 def fitted_tokenizer(
     cls: type[RankTokenizer],
     adata: AnnData | str | Path | Iterable,
@@ -179,6 +181,9 @@ def fitted_tokenizer(
     than once if they hold more than 20 million values.
     """
     given = list(adata) if isinstance(adata, (list, tuple)) else [adata]
+    if not given:
+        raise DataError("there are no cells to fit a tokenizer to: the list of files or AnnData is empty")
+    mapping = name_table(mapping, "mapping")
     inputs = [file for one in given for file in (cell_files(one) if isinstance(one, (str, Path)) else [one])]
     found = fit_dictionaries([open_source(one, layer) for one in inputs], gene_column, mapping, special)
     return cls(found.tokens, found.medians, found.mapping, found.gene_names, max_length, special, "fitted", gene_column)
@@ -253,6 +258,7 @@ def tokenized_blocks(
     yield from tokenize_blocks(source, medians, found.index, ask, tally)
 
 # %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #b33f4c1c
+@checked_arguments
 def tokenize(
     tokenizer: RankTokenizer,
     adata: AnnData | str | Path,
@@ -284,6 +290,7 @@ def tokenize(
     return join_cells(parts, report, tokenizer.special)
 
 # %% ../../../nbs/geneformer/tokenizer/rank_tokenizer.ipynb #a4dbd4da
+@checked_arguments
 def tokenize_files(
     tokenizer: RankTokenizer,
     path_or_folder: str | Path,

@@ -5,7 +5,7 @@
 # %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #eebb8b19
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import pandas as pd
 from fastcore.basics import patch
 from scipy import sparse
 
-from ...core import DataError, in_order, one_of, warn
+from ...core import DataError, OptionError, in_order, one_of, warn
 from ...data.reading import CountFaults, Depth
 from .ranking import Ranked, encode
 from .sources import CellSource, cell_totals, stored_totals
@@ -144,6 +144,8 @@ def column_names(columns) -> dict[str, str]:
     "A name, names or a dictionary of obs columns as {column: name in the result}."
     if isinstance(columns, str):
         columns = (columns,)
+    if not isinstance(columns, Iterable) or not all(isinstance(name, str) for name in columns):
+        raise OptionError(f"columns={columns!r} must be a column of obs, several, or {{column: name in the result}}")
     return dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
 
 
@@ -189,7 +191,7 @@ class BlockRanker:
 # %% ../../../nbs/geneformer/tokenizer/tokenizing.ipynb #5d639210
 @patch
 def __call__(self: BlockRanker, part: tuple[int, sparse.csr_matrix, np.ndarray]) -> Ranking:
-    "Rank one block. DataError where it holds no counts."
+    "Rank one block. DataError if it holds no counts."
     start, block, names = part
     fractions = vet_counts(self.source, start, block, self.stored)
     totals = cell_totals(self.source, start, block, self.stored)
