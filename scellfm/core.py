@@ -178,10 +178,11 @@ KINDS = SINGLE | TABLES | SEVERAL
 
 
 def _kinds_of(annotation: Any) -> list[str]:
-    "The plain kinds that an annotation names; none where it names others, too."
+    "The plain kinds that an annotation names; none where it names others, too, or a tuple of a fixed length."
     text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
     parts = [part.strip() for part in re.sub(r"\[[^|]*?\]+(?= *(\||$))", "", text).split("|")]
-    return parts if all(part in KINDS for part in parts) else []
+    fixed = re.search(r"tuple\[[^].]*\]", text)
+    return parts if all(part in KINDS for part in parts) and not fixed else []
 
 # %% ../nbs/core.ipynb #14282205
 def _fits(value: Any, wanted: set[str]) -> bool:

@@ -427,7 +427,7 @@ def test_truncated_checkpoints_are_named(tmp_path, name, share):
         torch.save(STATE, path, _use_new_zipfile_serialization=name != "legacy.pth")
     data = path.read_bytes()
     path.write_bytes(data[: max(1, int(share * len(data)))])
-    with pytest.raises(AssetError, match=f"{name}.*(cut|damaged|whole)"):
+    with pytest.raises(AssetError, match=f"{name}.*(damaged|incomplete)"):
         read_tensors(path)
 
 
@@ -440,7 +440,7 @@ def test_a_flipped_bit_in_a_safetensors_header_is_noticed_or_harmless_to_shapes(
     try:
         found = read_tensors(tmp_path)
     except AssetError as error:
-        assert re.search("model.safetensors.*(damaged|cut|whole)", str(error))
+        assert re.search("model.safetensors.*(damaged|incomplete)", str(error))
     else:  # a letter of a name: the accounting finds it
         assert found.keys() != STATE.keys()
 
@@ -536,13 +536,14 @@ def test_an_old_torch_reads_no_torch_files(tmp_path, monkeypatch):
 
 def test_what_is_no_state_dict_is_named(tmp_path):
     for content, says in (
-        (torch.zeros(2), "but a Tensor"),
+        (torch.zeros(2), "a Tensor"),
         ({"a": 1, "b": torch.zeros(1)}, "a is a int"),
         ({}, "it is empty"),
     ):
         torch.save(content, tmp_path / "x.pt")
-        with pytest.raises(AssetError, match=f"x.pt is not a state dict.*{says}.*save model.state_dict"):
+        with pytest.raises(AssetError, match=f"x.pt is .*not a state dict.*save model.state_dict") as caught:
             read_tensors(tmp_path / "x.pt")
+        assert says in str(caught.value)
 
 
 @pytest.mark.parametrize(

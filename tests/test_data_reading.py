@@ -508,4 +508,4 @@ def test_a_file_without_the_layer_is_closed_again(tmp_path):
         list(count_blocks(tmp_path / "cells.h5ad", "nope"))
     with h5py.File(tmp_path / "cells.h5ad", "r+") as file:
         assert "X" in file
-    assert "there is: ['X (layer=None)']" in str(caught.value)
+    assert "there are: ['X (layer=None)']" in str(caught.value)

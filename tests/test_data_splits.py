@@ -224,9 +224,7 @@ def test_fewer_cells_than_parts_are_refused_without_talk_of_labels():
 
 def test_two_columns_are_no_column():
     for name in ("by", "stratify"):
-        refused(
-            DataError, f"{name}=['donor', 'cell_type'] is not a column", obs=table(), **{name: ["donor", "cell_type"]}
-        )
+        refused(OptionError, f"{name}=['donor', 'cell_type'] must be a text", **{name: ["donor", "cell_type"]})
 
 
 def test_fewer_groups_than_parts_are_refused():
