@@ -541,7 +541,7 @@ def test_what_is_no_state_dict_is_named(tmp_path):
         ({}, "it is empty"),
     ):
         torch.save(content, tmp_path / "x.pt")
-        with pytest.raises(AssetError, match=f"x.pt is .*not a state dict.*save model.state_dict") as caught:
+        with pytest.raises(AssetError, match="x.pt is .*not a state dict.*save model.state_dict") as caught:
             read_tensors(tmp_path / "x.pt")
         assert says in str(caught.value)
 

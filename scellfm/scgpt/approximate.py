@@ -270,7 +270,9 @@ def read_index(path: str | Path, rows) -> SearchIndex:
         index.recall, index.vectors = float(told["recall"]), told["vectors"]
         good = fits(index, n, d) and index.vectors == some_of(rows)
     except Exception as error:  # whatever damaged bytes make of the library
-        raise AssetError(f"{path} is damaged or is not a search index: {error}; delete it, and it is built again") from error
+        raise AssetError(
+            f"{path} is damaged or is not a search index: {error}; delete it, and it is built again"
+        ) from error
     if not good:
         raise AssetError(
             f"{path} is not the index of these {n:,} vectors of {d} numbers; delete it, and it is built again"
