@@ -240,8 +240,8 @@ def test_intervals_and_differences_are_over_perturbations(world):
 def test_a_metric_that_sees_nothing_says_so(world):
     nothing = cells_of(np.zeros((N, GENES)), NAMES, noise=1.0, seed=4)
     blind, seeing = score(nothing, partly_right()), score(world, partly_right())
-    assert blind.dynamic_range.loc["wmse", "verdict"] == "not informative" and "not informative" in blind.title
-    assert seeing.dynamic_range.loc["wmse", "verdict"] == "informative" and "wmse" not in seeing.title
+    assert blind.dynamic_range.loc["wmse", "verdict"] == "cannot judge" and "cannot judge" in blind.title
+    assert seeing.dynamic_range.loc["wmse", "verdict"] == "can judge" and "wmse" not in seeing.title
     assert np.isnan(blind.table.loc["model", "share"]) and np.isfinite(seeing.table.loc["model", "share"])
     assert seeing.dynamic_range["dynamic range"].between(-1, 1).sum() >= 10
 
@@ -404,7 +404,7 @@ def test_shares_are_drawn_for_the_metrics_that_can_judge(world):
     with pytest.raises(OptionError, match="kind='roc'"):
         found.plot(kind="roc")
     found.origin["dynamic_range"]["mse"] = -0.1
-    assert "not informative here: MSE" in found.plot().get_title(loc="left")
+    assert "cannot judge here: MSE" in found.plot().get_title(loc="left")
     with pytest.raises(DataError, match="none of the metrics"):
         found.plot(metrics=["mse"])
     plt.close("all")

@@ -207,7 +207,7 @@ class PerturbationScores(Scores):
     def dynamic_range(self) -> pd.DataFrame:
         "Each metric's dynamic range fraction on these data, and whether the metric is informative."
         found = pd.Series(self.origin["dynamic_range"], dtype=float, name="dynamic range")
-        verdict = ["not known" if np.isnan(v) else "informative" if v > 0 else "not informative" for v in found]
+        verdict = ["not known" if np.isnan(v) else "can judge" if v > 0 else "cannot judge" for v in found]
         return found.to_frame().assign(verdict=verdict)
 
     def counts(self) -> pd.DataFrame:
@@ -552,7 +552,7 @@ def warnings_of(details: dict, columns: list[str], ranges: dict[str, float], n: 
     blind = [
         metric for metric in columns if metric in ranges and not ranges[metric] > 0 and np.isfinite(ranges[metric])
     ]
-    text = f"; not informative on these data: {', '.join(blind)}" if blind else ""
+    text = f"; cannot judge on these data: {', '.join(blind)}" if blind else ""
     methods = {name: detail for name, detail in details.items() if "ceiling" not in name}
     simple = (TRAINING_MEAN, NO_CHANGE)
     collapsed = [name for name, detail in methods.items() if name not in simple and collapse(detail)]

@@ -67,5 +67,5 @@ def draw_shares(table: pd.DataFrame, blind: list[str], *, ax: Axes) -> None:
         ax.text(low, place, "no prediction", color="0.5", fontsize=8, va="center")
     ax.set_yticks(y, table.index)
     ax.set(xlim=(low - 0.04, high + 0.04), xlabel="share: 0 the training mean, 1 the technical duplicate")
-    ax.set_title(f"not informative here: {', '.join(map(metric_name, blind))}" if blind else "", loc="left", fontsize=9)
+    ax.set_title(f"cannot judge here: {', '.join(map(metric_name, blind))}" if blind else "", loc="left", fontsize=9)
     ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
