@@ -194,14 +194,22 @@ def _fits(value: Any, wanted: set[str]) -> bool:
     return bool(single) and not several and not callable(value)
 
 
-def check_kinds(kinds: Mapping[str, list[str]], options: Mapping[str, Any]) -> None:
-    "OptionError for an argument that is of none of the kinds of its parameter."
+def _meaning(function: Callable | None, name: str) -> str:
+    "What the comment beside a parameter says, after a colon."
+    from fastcore.docments import docments
+
+    said = docments(function).get(name) if function else None
+    return f": {said}" if said else ""
+
+
+def check_kinds(kinds: Mapping[str, list[str]], options: Mapping[str, Any], function: Callable | None = None) -> None:
+    "OptionError for an argument that is of none of the kinds of its parameter; it says what the parameter is."
     for name, value in options.items():
         wanted = kinds.get(name)
         if wanted and not _fits(value, set(wanted)):
             words = " or ".join(dict.fromkeys(KINDS[kind] for kind in wanted))
             shown = repr(value) if isinstance(value, (list, tuple, str, bytes, Real)) else type(value).__name__
-            raise OptionError(f"{name}={shown[:80]} must be {words}")
+            raise OptionError(f"{name}={shown[:80]} must be {words}{_meaning(function, name)}")
 
 # %% ../nbs/core.ipynb #340e0ba8
 def checked_arguments(function: Callable) -> Callable:
@@ -212,7 +220,7 @@ def checked_arguments(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def checked(*given: Any, **options: Any) -> Any:
-        check_kinds(kinds, {**dict(zip(names, given)), **options})
+        check_kinds(kinds, {**dict(zip(names, given)), **options}, function)
         return function(*given, **options)
 
     return checked

@@ -229,7 +229,7 @@ def test_where_takes_numpy_values_and_is_recorded(pbmc, tmp_path):
         ({"lane": 3}, DataError, "values are 1, 2"),
         ({"donor": "a", "lane": 9}, DataError, "lane"),
         ({}, OptionError, "where={}"),
-        ("lane", OptionError, "columns of obs"),
+        ("lane", OptionError, "a dictionary or None: {column: value or values}"),
         ({"cell_type": "CD8+ Cytotoxic T"}, DataError, "CD14"),
     ],
 )
