@@ -427,7 +427,7 @@ def test_truncated_checkpoints_are_named(tmp_path, name, share):
         torch.save(STATE, path, _use_new_zipfile_serialization=name != "legacy.pth")
     data = path.read_bytes()
     path.write_bytes(data[: max(1, int(share * len(data)))])
-    with pytest.raises(AssetError, match=f"{name}.*(damaged|incomplete)"):
+    with pytest.raises(AssetError, match=f"{name}.*(damaged|incomplete|whole)"):
         read_tensors(path)
 
 
@@ -440,7 +440,7 @@ def test_a_flipped_bit_in_a_safetensors_header_is_noticed_or_harmless_to_shapes(
     try:
         found = read_tensors(tmp_path)
     except AssetError as error:
-        assert re.search("model.safetensors.*(damaged|incomplete)", str(error))
+        assert re.search("model.safetensors.*(damaged|incomplete|whole)", str(error))
     else:  # a letter of a name: the accounting finds it
         assert found.keys() != STATE.keys()
 

@@ -231,7 +231,7 @@ def test_bad_classes_are_named(gf, adata, classes):
             finetune_genes(gf, adata, given, **QUICK)
     with pytest.raises(DataError, match="8 genes|at least 10 for 10 folds"):
         finetune_genes(gf, adata, {"B": classes["B"], "T": classes["T"][:8]}, **{**QUICK, "folds": 10})
-    for given, words in ((list(classes), "name of a class: gene ids"), ({"B": "CD19", "T": classes["T"]}, "dict of lists")):
+    for given, words in ((list(classes), "a class: gene ids"), ({"B": "CD19", "T": classes["T"]}, "dict of lists")):
         with pytest.raises(OptionError, match=words):
             finetune_genes(gf, adata, given, **QUICK)
     for options, words in (

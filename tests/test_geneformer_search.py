@@ -177,7 +177,7 @@ def test_bad_questions_are_named(gf, adata, split, ask, words):
 
 
 def test_a_search_is_for_one_label(gf, adata, split):
-    with pytest.raises(OptionError, match="one label"):
+    with pytest.raises(OptionError, match="must be a text"):
         gf.search(adata, ["cell_type", "condition"], split=split, **ASK)
 
 
