@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -208,7 +208,9 @@ def check_kinds(kinds: Mapping[str, list[str]], options: Mapping[str, Any], func
         wanted = kinds.get(name)
         if wanted and not _fits(value, set(wanted)):
             words = " or ".join(dict.fromkeys(KINDS[kind] for kind in wanted))
-            shown = repr(value) if isinstance(value, (list, tuple, str, bytes, Real)) else type(value).__name__
+            shown = (
+                repr(value) if isinstance(value, (list, tuple, str, bytes, Real, NoneType)) else type(value).__name__
+            )
             raise OptionError(f"{name}={shown[:80]} must be {words}{_meaning(function, name)}")
 
 # %% ../nbs/core.ipynb #340e0ba8

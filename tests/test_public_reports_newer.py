@@ -297,7 +297,7 @@ def test_what_is_no_perturbation_data_is_named(perturbed, tmp_path):
         with pytest.raises(OptionError, match=r"PerturbationData\(adata\)"):
             ask(adata, deal)
     for wrong in (None, [], "FOSB"):
-        with pytest.raises(OptionError, match="list of names"):
+        with pytest.raises(OptionError, match="list of names|several values: 'A'"):
             model.predict(wrong)
     numbered = adata.copy()
     numbered.var_names = [str(i) for i in range(numbered.n_vars)]

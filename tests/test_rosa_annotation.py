@@ -65,11 +65,13 @@ def test_transcripts_are_joined_from_exons_where_a_gtf_has_no_others(tmp_path):
 
 def test_bad_lines_of_a_gtf_are_counted_and_too_many_refused(tmp_path):
     few = gtf() + "1\tH\tgene\t9\n" + '1\tH\tgene\t9\t5\t.\t+\t.\tgene_id "a";\n' + "garbage\n"
-    with pytest.warns(ScellfmWarning, match="3 of 9 lines .* are not GTF, first line 7 .*: 4 fields and not 9"):
+    with pytest.warns(
+        ScellfmWarning, match="3 of 9 lines .* are not valid GTF; the first is line 7 .*: 4 fields and not 9"
+    ):
         annotation = read_annotation(write(tmp_path, "few.gtf", few))
     assert annotation.counts["bad lines"] == 3 and len(annotation) == 3
     many = gtf() + "1\tH\tgene\tbad\t9\t.\t+\t.\tgene_id 5;\n" * 1_000_000
-    with pytest.raises(DataError, match="1,000,000 of 1,000,006 lines .* first line 7 .* is this a GTF file"):
+    with pytest.raises(DataError, match="1,000,000 of 1,000,006 lines .* is line 7 .* is this a GTF file"):
         read_annotation(write(tmp_path, "many.gtf", many))
 
 
@@ -331,7 +333,7 @@ def test_an_index_of_another_file_is_an_error_and_not_a_wrong_sequence(tmp_path,
 def test_a_damaged_index_is_named(tmp_path, fasta, text):
     index = write(tmp_path, "g.fa.fai", text)
     os.utime(index, (2e9, 2e9))
-    with pytest.raises(ScellfmError, match="no index|has no sequence"):
+    with pytest.raises(ScellfmError, match="not an index|has no sequence"):
         Genome(fasta).letters("20", 0, 4)
 
 

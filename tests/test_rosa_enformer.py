@@ -205,7 +205,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path, checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     save_file(weights, tmp_path / "model.safetensors")
     for changed, error in (
-        ({"dim": config["dim"] * 2}, "do not belong together"),
+        ({"dim": config["dim"] * 2}, "do not match"),
         ({"dim": "wide"}, "as dim, which should be"),
         ({"heads": 5}, "does not describe an Enformer"),
         ({"output_heads": {}}, "does not describe an Enformer"),

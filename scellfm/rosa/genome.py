@@ -77,12 +77,14 @@ def read_index(path: str | Path) -> dict[str, Record]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
         for line in lines:
             name, *numbers = line.split("\t")[:5]
+            if len(numbers) < 4 or not all(number.isdecimal() for number in numbers):
+                raise ValueError(f"the line {line[:80]!r}")
             record = Record(*map(int, numbers))
-            whole = record.length >= 0 and record.offset > 0 and record.bytes > record.bases > 0
+            whole = record.offset > 0 and record.bytes > record.bases > 0
             if name in index or not (whole or record.length == 0):
                 raise ValueError(f"the line {line[:80]!r}")
             index[name] = record
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise AssetError(
             f"{path} is not an index of a FASTA file ({error}); delete it, and it is made again"
         ) from error
