@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -280,24 +281,34 @@ class Settings:
 
 settings = Settings(progress=os.environ.get("SCELLFM_PROGRESS", "1") != "0")
 
-
-def progress(iterable: Iterable | None = None, *, desc: str, total: int | None = None, unit: str = "it") -> "tqdm.tqdm":
-    "A tqdm bar over `iterable` (or to be updated by hand, given `total`) that appears after two seconds."
+# %% ../nbs/core.ipynb #5c1d7a02
+@functools.cache
+def _bars() -> "type[tqdm.tqdm]":
+    "The class of the bars, with a lock that belongs to this process."
     from tqdm.auto import tqdm
 
-    return tqdm(
+    class Bar(tqdm):
+        pass
+
+    Bar.set_lock(threading.RLock())
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: Bar.set_lock(threading.RLock()))
+    return Bar
+
+# %% ../nbs/core.ipynb #5c1d7a04
+def progress(iterable: Iterable | None = None, *, desc: str, total: int | None = None, unit: str = "it") -> "tqdm.tqdm":
+    "A tqdm bar over `iterable` (or to be updated by hand, given `total`) that appears after two seconds."
+    return _bars()(
         iterable, desc=desc, total=total, unit=unit, delay=2.0, disable=not settings.progress, dynamic_ncols=True
     )
 
 # %% ../nbs/core.ipynb #6b1d7c21
 def tell(message: str) -> None:
     "Log `message`, and show it where the bars are."
-    from tqdm.auto import tqdm
-
     message = printable(message)
     logger.info(message)
     if settings.progress:
-        tqdm.write(f"scellfm: {message}", file=sys.stderr)
+        _bars().write(f"scellfm: {message}", file=sys.stderr)
 
 # %% ../nbs/core.ipynb #9534c20b
 def n_threads() -> int:

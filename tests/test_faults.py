@@ -439,3 +439,25 @@ def test_of_two_runs_on_one_folder_one_is_refused_and_the_other_is_whole(tmp_pat
     assert said == ["done", "refused"]
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["finished"] and len(manifest["shards"]) == 3
+
+
+FORKED = """
+import os, signal, time
+from scellfm.core import progress
+
+for _ in range(20):
+    child = os.fork()
+    while child == 0:
+        with progress(desc="child", total=1) as bar:
+            bar.update()
+    time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with progress(desc="parent", total=1) as bar:
+        bar.update()
+"""
+
+
+def test_a_child_that_is_killed_while_it_draws_a_bar_does_not_stop_its_parent():
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", FORKED], env=env, timeout=60).returncode == 0

@@ -148,7 +148,7 @@ def test_a_second_writer_is_refused(tmp_path):
         (lambda rows: np.zeros(len(rows), np.float32 if rows[0] else np.float64), DataError, "float32 in one block"),
         (lambda rows: np.zeros((len(rows), 1 + rows[0])), DataError, r"shape \(5,\) and type float64 in one block"),
         (lambda rows: {"ab"[rows[0] // 4]: rows} if rows[0] < 8 else {}, DataError, r"arrays \['b'\] where others"),
-        (lambda rows: {"record": rows}, OptionError, "'record' is taken"),
+        (lambda rows: {"record": rows}, OptionError, "'record' is reserved"),
         (lambda rows: np.array([None] * len(rows)), OptionError, "holds Python objects"),
     ],
 )
