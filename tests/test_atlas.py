@@ -351,7 +351,7 @@ def test_a_worker_that_the_kernel_killed_is_named_and_its_stretch_tried_in_small
     team.dismiss, team.hire = (lambda hand: None), (lambda: None)
     for now, budget, words in (
         (4, 2048, "when memory runs out"),
-        (3, 4096, "not for want of memory"),
+        (3, 4096, "not because of memory"),
         (None, 2048, "memory"),
     ):
         monkeypatch.setattr(crew, "memory_kills", lambda: now)
