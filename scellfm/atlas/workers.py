@@ -75,6 +75,7 @@ class Reader:
         self.read = halves(work)[0](work)
 
     def __call__(self, stretch: Stretch) -> tuple[Any, list[str]]:
+        "What was read of a stretch, and the warnings."
         return noted(self.read, stretch)
 
 
