@@ -243,8 +243,8 @@ FORMAT = {"format": "scellfm gene vectors", "version": 1}
 
 
 def save(vectors: GeneVectors, folder: str | os.PathLike) -> None:
-    """Write `vectors.safetensors` and `vectors.json` into `folder`, complete or not at all. StoreError: disk full, no
-    permission."""
+    """Write `vectors.safetensors` and `vectors.json` into `folder`, each complete or not at all; `load` refuses files
+    of two different calls. StoreError: disk full, no permission."""
     import torch
 
     from scellfm.assets.tensors import save_tensors
