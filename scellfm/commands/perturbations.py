@@ -65,17 +65,3 @@ def evaluate(
     scores = made.evaluate(data, unseen_split(data, made.trained), metrics=metrics)
     write_table(scores.table, out)
     return f"{scores.title}\n{scores.to_markdown()}\n{out}"
-
-# %% ../../nbs/commands/perturbations.ipynb #1cb42869
-def named_files(gene_vectors: list[str]) -> dict[str, str]:
-    "{'go_f': 'go_f.pickle'} of ['go_f=go_f.pickle']. OptionError for another form."
-    pairs = [word.partition("=") for word in gene_vectors]
-    if any(not name or not path for name, _, path in pairs):
-        raise OptionError("--gene-vectors takes pairs such as ncbi=ncbi.pickle go_f=go_f.pickle")
-    return {name: path for name, _, path in pairs}
-
-
-def card_of(data: str) -> str | None:
-    "The data set whose published numbers are shown: by the name or the last part of a path; or none."
-    name = user_path(data).name
-    return {"norman": "norman", "adamson": "adamson", "simulated": "norman"}.get(name)
