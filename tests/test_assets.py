@@ -114,7 +114,7 @@ def test_a_flipped_bit_in_an_official_dictionary_is_noticed_wherever_it_is(tmp_p
 def test_a_truncated_official_dictionary_is_named(tmp_path, folder, name):
     data = real_data(f"{folder}/{name}.pkl").read_bytes()
     (tmp_path / f"{name}.pkl").write_bytes(data[: len(data) // 2])
-    says = rf"{name}\.pkl \(a pickle, \d+ bytes\) is cannot be read as a dictionary.*fetch it again"
+    says = rf"{name}\.pkl \(a pickle, \d+ bytes\) cannot be read as a dictionary.*download it again"
     with pytest.warns(ScellfmWarning, match="has the name of the published"), pytest.raises(AssetError, match=says):
         read_dictionary(tmp_path / f"{name}.pkl")
 

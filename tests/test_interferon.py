@@ -120,11 +120,9 @@ def test_known_targets_are_ranked_beside_the_rankings_that_cost_nothing(screen):
     found = screen.recover([*TESTABLE, *TOO_RARE, "IRF1", "SOCS1", "STAT3", "IFIH1"], group=CD4, n_boot=100)
     assert list(found.index) == ["screen |z|", "|log2FC|", "expression", "rank"]
     metrics = ["auroc", "average_precision"]
-    assert set(found) == {m + b for m in metrics for b in ("", "_low", "_high")} | {
-        "median_percentile",
-        "n_known",
-        "n_genes",
-    }
+    with_interval = {m + b for m in metrics for b in ("", "_low", "_high")}
+    recalls = {f"recall_at_{kind}{share}" for kind in ("", "fdr_") for share in (0.05, 0.1, 0.2)}
+    assert set(found) == with_interval | recalls | {"median_percentile", "n_known", "n_genes"}
     assert (found["n_known"] == len(found.attrs["percentiles"])).all() and found["n_known"].iloc[0] >= 5
     assert found[metrics].notna().all(axis=None) and found[metrics].apply(lambda c: c.between(0, 1)).all(axis=None)
     missing = symbols(screen, TOO_RARE)
