@@ -174,7 +174,7 @@ def check_key(key: Any) -> None:
 SINGLE = {"str": "a text", "bool": "True or False", "int": "a whole number", "float": "a number", "None": "None"}
 SINGLE |= dict.fromkeys(("Path", "PathLike", "os.PathLike"), "a path")
 TABLES = {"dict": "a dictionary", "Mapping": "a dictionary"}
-SEVERAL = dict.fromkeys(("list", "tuple", "Sequence", "Collection", "Iterable"), "several values")
+SEVERAL = dict.fromkeys(("list", "tuple", "Sequence", "Collection", "Iterable", "np.ndarray"), "several values")
 KINDS = SINGLE | TABLES | SEVERAL
 
 
@@ -220,10 +220,12 @@ def checked_arguments(function: Callable) -> Callable:
     parameters = inspect.signature(function).parameters
     names = list(parameters)
     kinds = {name: _kinds_of(parameters[name].annotation) for name in names if name not in ("device", "dtype")}
+    further = [kinds.pop(name, []) for name, one in parameters.items() if one.kind is one.VAR_KEYWORD]
 
     @functools.wraps(function)
     def checked(*given: Any, **options: Any) -> Any:
-        check_kinds(kinds, {**dict(zip(names, given)), **options}, function)
+        others = {name: further[0] for name in options if further and name not in parameters}
+        check_kinds(kinds | others, {**dict(zip(names, given)), **options}, function)
         return function(*given, **options)
 
     return checked

@@ -31,6 +31,8 @@ __all__ = ['with_genome', 'one_window_each', 'encoder_bins', 'encoder_name', 'st
 # %% ../../nbs/rosa/embedding.ipynb #0db52155
 def with_genome(windows: Windows, fasta: str | os.PathLike | Genome | None) -> Windows:
     "The windows with the genome `fasta` (a path or a Genome); None: the windows' own genome."
+    if not hasattr(windows, "table"):
+        raise OptionError(f"windows is a {type(windows).__name__}; plan them first: tss_windows(annotation, fasta)")
     if fasta is None:
         if getattr(windows, "genome", True) is None:
             raise OptionError("the windows were planned without a FASTA file; give one: embed_genes(windows, fasta)")
