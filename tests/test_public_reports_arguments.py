@@ -5,9 +5,7 @@ import pytest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-CLASS_WEIGHTS = (
-    "-1, 0, 2.5, nan, True, bytes, no list, a list of None, a list of numbers, a function, an object, a path"
-)
+CLASS_WEIGHTS = "-1, True, bytes, a list of None, a function, a path"
 WINDOWS = "0, 2.5, True, empty text, bytes, a list of numbers, no dictionary, an object, a table, a path, no cells"
 NO_NAMES = "-1, 2.5, True, an object, a function, a path"
 
