@@ -323,6 +323,8 @@ def embed_bins(
     how = {key: value for key, value in (("strands", strands), ("shifts", shifts)) if hasattr(model, "bins")}
     with Store(folder, inputs, settings) as store:
         path = Path(folder) / "bins.zarr"
+        for left in path.rglob("*.partial"):  # what zarr was writing when an earlier run was killed
+            left.unlink()
         for number, rows in enumerate(block_rows(len(windows), 8)):
             if store.done(f"windows-{number:05d}"):
                 continue
