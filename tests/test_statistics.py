@@ -129,7 +129,7 @@ def test_nothing_is_called_where_nothing_is():
     "cells, effect, power", [(50, 8.0, 0.95), (200, 8.0, 0.95), (50, 4.0, 0.55), (200, 4.0, 0.80), (1000, 4.0, 0.85)]
 )
 def test_drivers_are_found_and_few_others(cells, effect, power):
-    found = runs(5 if cells < 1000 else 3, cells_per_donor=cells, tau=0.2, drivers=0.05, driver_effect=effect)
+    found = runs(8 if cells < 1000 else 3, cells_per_donor=cells, tau=0.2, drivers=0.05, driver_effect=effect)
     assert found.found.mean() >= power
     assert found.false.mean() <= 0.07
 
