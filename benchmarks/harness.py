@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -83,6 +83,30 @@ def figures_of(script: str, *arguments: object, env: dict[str, str] | None = Non
 def growth_of(script: str, *arguments: object, env: dict[str, str] | None = None) -> float:
     "MB by which the peak memory of one side grows in a process of its own, that calls `print_growth`."
     return figures_of(script, *arguments, env=env)["mb"]
+
+
+def write_map(folder: Path, blocks: Iterable[tuple], shape: tuple[int, int], n_labels: int, k: int) -> None:
+    "A saved map of reference cells: (float32 [rows, d], int64 labels [rows]) of every block, written as they come."
+    import numpy as np
+
+    (n, d), codes = shape, []
+    size = n * d * 4
+    header = json.dumps(
+        {
+            "embedding": {"dtype": "F32", "shape": [n, d], "data_offsets": [0, size]},
+            "codes": {"dtype": "I64", "shape": [n], "data_offsets": [size, size + n * 8]},
+        }
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    with open(folder / "index.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for vectors, labels in blocks:
+            file.write(vectors.tobytes())
+            codes.append(labels)
+        file.write(np.concatenate(codes).astype("<i8").tobytes())
+    record = {"use_rep": "X_scGPT", "label": "cell_type", "k": k, "vote": "majority", "ties": "first"}
+    record |= {"classes": [f"type {i:03d}" for i in range(n_labels)], "min_confidence": 0.0, "max_distance": None}
+    (folder / "index.json").write_text(json.dumps(record))
 
 
 def verdict(*checks: tuple[str, float, str, float], more: str = "") -> int:
