@@ -35,6 +35,47 @@ def timed(function: Callable) -> tuple[float, float, object]:
     return time.perf_counter() - wall, time.process_time() - busy, result
 
 
+DISTURBED = 0.15  # cores that others use, with which a time on the wall says little
+
+
+def rivals() -> int:
+    "How many processes of others want a processor now, but for those that give way (nice 10 and above)."
+    found = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has just ended
+        found += fields[0] == "R" and int(fields[16]) < 10 and int(fields[2]) != os.getpgrp()
+    return found
+
+
+def wait_for_quiet(seconds: float, still: int = 10) -> None:
+    "Wait until no rival was seen for two seconds, at most so long."
+    end, seen = time.monotonic() + seconds, 0
+    while seen < still and time.monotonic() < end:
+        time.sleep(0.2)
+        seen = 0 if rivals() else seen + 1
+
+
+class Others:
+    "A block; afterwards `cores` is how many processors other processes have used in it, on average."
+
+    def __enter__(self) -> "Others":
+        self.start = self.now()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        wall, everyone, own = (b - a for a, b in zip(self.start, self.now()))
+        self.cores = max(everyone - own, 0.0) / wall
+
+    def now(self) -> tuple[float, float, float]:
+        "Seconds: on the wall, of all processors, of this process and of those that it has waited for."
+        user, nice, system, _, _, hard, soft, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+        everyone = (user + nice + system + hard + soft) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), everyone, sum(os.times()[:4])
+
+
 class Pairs:
     "Seconds of sides that took turns: `wall` and `cpu` by side, one per pair; `results` are the last of each."
 

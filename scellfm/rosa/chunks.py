@@ -83,7 +83,7 @@ def filled(bases: torch.Tensor, left: int, right: int) -> torch.Tensor:
     value = 4 if bases.ndim == 2 else 0
     return torch.cat([rest.new_full(shape[0], value), rest, rest.new_full(shape[1], value)], dim=1)
 
-# %% ../../nbs/rosa/chunks.ipynb #22abc045
+# %% ../../nbs/rosa/chunks.ipynb #b09992f7
 class SumOfProcesses(torch.autograd.Function):
     "The sum of a tensor over all processes; its derivative is the sum of theirs."
 

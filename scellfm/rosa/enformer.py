@@ -52,7 +52,7 @@ TINY |= {"output_heads": {"human": 4, "mouse": 2}, "dropout_rate": 0.1}
 SHAPES = {"published": {"use_tf_gamma": True}, "tiny": TINY}
 TINY_TRACKS = ["DNASE:tiny", "CHIP:H3K27ac:tiny", "CAGE:tiny", "CAGE:tiny, other strand"]
 
-# %% ../../nbs/rosa/enformer.ipynb #617a4338
+# %% ../../nbs/rosa/enformer.ipynb #b2ee69fd
 def with_shared_norms(module: torch.nn.Module) -> torch.nn.Module:
     "The module, not yet trained, with `SharedBatchNorm` in the place of each batch normalisation."
     for parent in module.modules():
