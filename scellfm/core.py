@@ -172,27 +172,30 @@ def check_key(key: Any) -> None:
 
 # %% ../nbs/core.ipynb #b30d28d8
 SINGLE = {"str": "a text", "bool": "True or False", "int": "a whole number", "float": "a number", "None": "None"}
-SINGLE |= dict.fromkeys(("Path", "PathLike", "os.PathLike"), "a path")
-TABLES = {"dict": "a dictionary", "Mapping": "a dictionary"}
-SEVERAL = dict.fromkeys(("list", "tuple", "Sequence", "Collection", "Iterable"), "several values")
+NUMBERS, PATHS = {"bool", "int", "float"}, {"Path", "PathLike"}
+SINGLE |= dict.fromkeys(PATHS, "a path")
+TABLES = {"dict": "a dictionary", "Mapping": "a dictionary", "Series": "a Series"}
+SEVERAL = dict.fromkeys(("list", "tuple", "Sequence", "Collection", "Iterable", "ndarray"), "several values")
 KINDS = SINGLE | TABLES | SEVERAL
 
 
 def _kinds_of(annotation: Any) -> list[str]:
     "The plain kinds that an annotation names; none where it names others, too, or a tuple of a fixed length."
     text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
-    parts = [part.strip() for part in re.sub(r"\[[^|]*?\]+(?= *(\||$))", "", text).split("|")]
+    parts = [part.strip().rpartition(".")[2] for part in re.sub(r"\[[^|]*?\]+(?= *(\||$))", "", text).split("|")]
     fixed = re.search(r"tuple\[[^].]*\]", text)
     return parts if all(part in KINDS for part in parts) and not fixed else []
 
 # %% ../nbs/core.ipynb #14282205
 def _fits(value: Any, wanted: set[str]) -> bool:
-    "Is a value of one of these kinds? Single values are not told apart."
+    "Is a value of one of these kinds? Single values are not told apart where no list may be given."
     if wanted & TABLES.keys() and hasattr(value, "keys") or wanted & SEVERAL.keys() and isinstance(value, Iterable):
         return True
     several = not isinstance(value, str) and (hasattr(value, "__len__") or hasattr(value, "__iter__"))
-    single = wanted & SINGLE.keys() - {"None"} or value is None and "None" in wanted
-    return bool(single) and not several and not callable(value)
+    single = wanted & SINGLE.keys() - {"None"}
+    if wanted & SEVERAL.keys() and not isinstance(value, str):  # a number is no list of texts
+        single &= NUMBERS if isinstance(value, Real) else PATHS if isinstance(value, os.PathLike) else set()
+    return bool(single or value is None and "None" in wanted) and not several and not callable(value)
 
 
 def _meaning(function: Callable | None, name: str) -> str:
@@ -220,10 +223,12 @@ def checked_arguments(function: Callable) -> Callable:
     parameters = inspect.signature(function).parameters
     names = list(parameters)
     kinds = {name: _kinds_of(parameters[name].annotation) for name in names if name not in ("device", "dtype")}
+    further = [kinds.pop(name, []) for name, one in parameters.items() if one.kind is one.VAR_KEYWORD]
 
     @functools.wraps(function)
     def checked(*given: Any, **options: Any) -> Any:
-        check_kinds(kinds, {**dict(zip(names, given)), **options}, function)
+        others = {name: further[0] for name in options if further and name not in parameters}
+        check_kinds(kinds | others, {**dict(zip(names, given)), **options}, function)
         return function(*given, **options)
 
     return checked

@@ -5,6 +5,7 @@ then kills copies of this process that run it anew, half of them at a moment of 
 changes to a file, until so many were killed; what it leaves in the end is compared with what the run left alone wrote.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -338,7 +339,7 @@ def variants(place, out):
         {"chrom": "chr1", "pos": [2510, 2600, 5950], "ref": [letters[i - 1] for i in (2510, 2600, 5950)]}
     )
     table["alt"] = ["CA"[base == "C"] for base in table["ref"]]
-    variant_effect(table, windows_of(place), model=enformer(place), folder=out / "run")
+    variant_effect(table, windows=windows_of(place), model=enformer(place), folder=out / "run")
 
 
 @run_of()
@@ -473,6 +474,11 @@ def timed(run, place: Path) -> tuple[float, int]:
     return min(seconds), int((place / "changes").read_text())
 
 
+def copies_took() -> float:
+    "Seconds of processor that the copies of this process have taken so far."
+    return os.times().children_user + os.times().children_system
+
+
 def compare(found: Path, whole: Path) -> None:
     "AssertionError unless both folders hold the same bytes."
     here, there = tree(found), tree(whole)
@@ -488,7 +494,10 @@ def kill_again_and_again(name: str, place: Path, kills: int) -> dict:
     if prepare:
         prepare(place)
     (place / "whole").mkdir()
-    run(place, place / "whole")  # imports and compiles, too
+    run(place, place / "whole")  # imports and compiles, too: what copies of this process need not do again
+    gc.collect()
+    gc.freeze()  # else the first collection of every copy would copy the memory of this process
+    before = copies_took()
     seconds, changes = timed(run, place)
     out, rng, killed, finished = place / "out", np.random.default_rng(0), 0, 0
     while killed < kills and finished < 6 * kills:
@@ -507,7 +516,8 @@ def kill_again_and_again(name: str, place: Path, kills: int) -> dict:
     if not ended(child(run, place, out)):
         raise RuntimeError("the last run did not end")
     compare(out, place / "whole")
-    return {"run": name, "killed": killed, "finished": finished, "seconds": round(seconds, 3), "changes": changes}
+    figures = {"seconds": round(seconds, 3), "changes": changes, "processor": round(copies_took() - before, 1)}
+    return {"run": name, "killed": killed, "finished": finished, **figures}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from scipy import sparse
 
-from scellfm.core import DataError, ExtraError, OptionError, ScellfmError
+from scellfm.core import AssetError, DataError, ExtraError, OptionError, ScellfmError
 from scellfm.data.reading import count_blocks, count_matrix, read
 from scellfm.geneformer import RankTokenizer
 
@@ -464,3 +464,13 @@ def test_a_home_folder_of_nobody_is_named_by_every_command(capsys):
             raise SystemExit(cli.main(words.split()))
         told = capsys.readouterr().err
         assert done.value.code == 2 and "Traceback" not in told and "nobody" in told, (words, told)
+
+
+def test_a_broken_character_in_a_table_of_a_screen_is_named(tmp_path):
+    from scellfm.geneformer.perturbation.screen import saved_table
+
+    path = tmp_path / "genes.parquet"
+    pd.DataFrame({"gene": ["ENSG1", "ENSG2"]}).to_parquet(path, compression=None)
+    path.write_bytes(path.read_bytes().replace(b"ENSG2", b"ENSG\xff"))
+    with pytest.raises(AssetError, match="genes.parquet is missing, damaged"):
+        saved_table(path)

@@ -120,6 +120,13 @@ def test_vectors_of_genes_go_on_only_from_their_own(tmp_path, windows, enformers
     refused(embed_genes, tmp_path / "genes", before, changes)
 
 
+def test_what_a_killed_writer_of_bins_left_is_swept(tmp_path, windows, enformers):
+    bins = embed_bins(windows[0], model=enformers[1], folder=tmp_path / "run")
+    (bins / "c" / "0" / "0.1f2e.partial").write_bytes(b"half a chunk")  # as zarr names what it writes
+    again = embed_bins(windows[0], model=enformers[1], folder=tmp_path / "run")
+    assert again == bins and not list(bins.rglob("*.partial"))
+
+
 def test_effects_of_variants_go_on_only_from_their_own(tmp_path, windows, enformers):
     _, letters = genome_of(tmp_path)
     variants = pd.DataFrame({"chrom": "chr1", "pos": [2510, 2600], "ref": [letters[2509], letters[2599]]})

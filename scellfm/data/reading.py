@@ -36,6 +36,8 @@ def counts_of(adata: AnnData, layer: str | None = None) -> Any:
     check_adata(adata)
     if getattr(adata, "is_view", False):  # its rows are selected by compiled code
         check_matrices(adata._adata_ref)
+    if layer is not None and not isinstance(layer, str):
+        raise OptionError(f"layer is a {type(layer).__name__}; give the name of a layer, 'raw', or None for X")
     if layer is None:
         if adata.X is None:
             raise DataError(f"adata.X is empty (None); name the counts with layer= (there are: {places(adata)})")

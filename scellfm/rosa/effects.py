@@ -152,6 +152,8 @@ def wanted_bins(
     model: Enformer, windows: Windows, pairs: pd.DataFrame, score: str, around: str, width: int
 ) -> list[np.ndarray]:
     "The bins of each pair."
+    if not hasattr(model, "bin_size"):
+        raise OptionError(f"model is a {type(model).__name__}; give an Enformer (Enformer.from_pretrained(path))")
     size = model.bin_size
     first, count = model.bins(windows.length)
     if score == "ln_mean_exons":

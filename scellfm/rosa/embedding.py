@@ -31,6 +31,8 @@ __all__ = ['with_genome', 'one_window_each', 'encoder_bins', 'encoder_name', 'st
 # %% ../../nbs/rosa/embedding.ipynb #0db52155
 def with_genome(windows: Windows, fasta: str | os.PathLike | Genome | None) -> Windows:
     "The windows with the genome `fasta` (a path or a Genome); None: the windows' own genome."
+    if not hasattr(windows, "table"):
+        raise OptionError(f"windows is a {type(windows).__name__}; plan them first: tss_windows(annotation, fasta)")
     if fasta is None:
         if getattr(windows, "genome", True) is None:
             raise OptionError("the windows were planned without a FASTA file; give one: embed_genes(windows, fasta)")
@@ -321,6 +323,8 @@ def embed_bins(
     how = {key: value for key, value in (("strands", strands), ("shifts", shifts)) if hasattr(model, "bins")}
     with Store(folder, inputs, settings) as store:
         path = Path(folder) / "bins.zarr"
+        for left in path.rglob("*.partial"):  # what zarr was writing when an earlier run was killed
+            left.unlink()
         for number, rows in enumerate(block_rows(len(windows), 8)):
             if store.done(f"windows-{number:05d}"):
                 continue

@@ -178,7 +178,11 @@ def asked_vectors(self: Rosa, genes: GeneVectors | Iterable[str] | None) -> tupl
         return genes.genes, task.standardised(genes.values)
     if genes is None:
         return task.genes, task.vectors
-    names = pd.Index([genes] if isinstance(genes, str) else list(genes))
+    names = pd.Index([genes] if isinstance(genes, str) else list(genes) if isinstance(genes, Iterable) else [])
+    if not len(names):
+        raise OptionError(
+            f"genes is a {type(genes).__name__} without names; give names of the model's genes, GeneVectors, or None"
+        )
     at = task.genes.get_indexer(names)
     if (at < 0).any():
         raise DataError(

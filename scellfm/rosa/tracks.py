@@ -85,6 +85,8 @@ def find_tracks(which: str | int | list | slice | None, total: int, tracks: pd.D
         return np.arange(total)
     if isinstance(which, slice):
         return np.arange(total)[which]
+    if not isinstance(which, (str, int, np.integer, Iterable)):
+        raise OptionError(f"tracks={which!r}: give names or whole numbers of tracks")
     wanted = [which] if isinstance(which, (str, int, np.integer)) else list(which)
     parts = [_by_name(item, tracks, total) if isinstance(item, str) else np.atleast_1d(item) for item in wanted]
     numbers = np.concatenate(parts) if parts else np.empty(0)

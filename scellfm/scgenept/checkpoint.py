@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -22,7 +22,7 @@ from ..assets.tensors import check_sizes
 from ..core import AssetError, DataError, OptionError, one_of, plain, plain_arguments, user_path
 from .knowledge import Source, gene_tables, inputs_of, named_vectors, published_tables
 from .model import Inputs, ScGenePTConfig, ScGenePTModel, load_published
-from ..scgpt.model import ScGPTConfig, check_scgpt_sizes
+from ..scgpt.model import ScGPTConfig, changed_shape, check_scgpt_sizes
 from ..store import atomic_write
 from ..store.layouts import SCGENEPT, SCGENEPT_MODEL, SCGPT_ARGS
 from ..store.outputs import result_folder
@@ -389,11 +389,9 @@ def from_config(
 ) -> ScGenePTCheckpoint:
     "A new model with random weights, of the shape 'tiny' or 'human' (scGPT's); `changes` to ScGPTConfig values."
     one_of("name", name, SHAPES)
-    for change in changes:
-        one_of("the changed value", change, [field.name for field in fields(ScGPTConfig)])
     vocabulary = vocabulary_of(genes)
     inputs, vectors = read_inputs(knowledge, gene_vectors, token_vectors)
-    encoder = ScGPTConfig(len(vocabulary), vocabulary[PAD], mvc=False, n_cls=1, **(SHAPES[name] | changes))
+    encoder = ScGPTConfig(len(vocabulary), vocabulary[PAD], mvc=False, n_cls=1, **changed_shape(SHAPES[name], changes))
     model, rows = started(encoder, inputs, vocabulary, vectors, seed)
     settings = {"freeze_language": freeze_language, "original": original, "missing": missing, "seed": seed}
     return cls(model, vocabulary, rows, inputs=inputs, vectors=vectors, device=device, settings=settings)

@@ -318,8 +318,8 @@ class PerturbationData(CellStatistics):
         Split the perturbations: GEARS's kinds by name, 'gene_family' (families=), 'go_similarity' (annotations=) or
         'custom' (sets=). Options: see `split_conditions`, `family_split`, `similarity_split`, `custom_split`.
         """
+        one_of("kind", kind, (*KINDS, *OWN_SPLITS))
         if kind not in OWN_SPLITS:
-            one_of("kind", kind, (*KINDS, *OWN_SPLITS))
             return split_conditions(self.labels, kind, seed=seed, **options)
         seeded = {} if kind == "custom" else {"seed": seed}
         needed = {"gene_family": "families", "go_similarity": "annotations", "custom": "sets"}[kind]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -356,6 +357,7 @@ class ReferenceMap:
     transfer = transfer
     calibrate = calibrate
 
+    @checked_arguments
     def __init__(
         self,
         ref: AnnData,  # annotated cells with the embedding
@@ -394,7 +396,8 @@ class ReferenceMap:
         one_of("search", search, SEARCHES)
         k = settings["k"]
         check_number("k", k, 1)
-        if not (0 <= settings["min_confidence"] <= 1 and settings["max_distance"] >= 0):
+        real = all(isinstance(settings[name], Real) for name in ("min_confidence", "max_distance"))
+        if not (real and 0 <= settings["min_confidence"] <= 1 and settings["max_distance"] >= 0):
             raise OptionError(
                 f"min_confidence={settings['min_confidence']!r} is a share of the votes, 0 to 1, and "
                 f"max_distance={settings['max_distance']!r} a squared distance, at least 0"

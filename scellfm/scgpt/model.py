@@ -11,7 +11,7 @@ __all__ = ['LONG', 'POOLS', 'UNUSED', 'KEY_STYLES', 'ScGPTConfig', 'LabelEncoder
 # %% ../../nbs/scgpt/model.ipynb #92a02584
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..assets import LoadReport, check_layers, check_sizes, load_state
-from ..core import AssetError, OptionError, one_of
+from ..core import AssetError, OptionError, check_number, one_of
 from .attention import lean_attention
 
 # %% ../../nbs/scgpt/model.ipynb #c9958833
@@ -77,6 +77,21 @@ class ScGPTConfig:
             "pad_token": "<pad>",
             "pad_value": self.pad_value,
         }
+
+# %% ../../nbs/scgpt/model.ipynb #4e1f0a32
+LARGEST = {"d_model": 2**16, "n_heads": 2**10, "d_hid": 2**18, "n_layers": 1000}
+
+
+def changed_shape(shape: Mapping, changes: Mapping) -> dict:
+    "The values of ScGPTConfig with a user's changes; OptionError: a name or a size that a config cannot have."
+    for name in changes:
+        one_of("the changed value", name, [field.name for field in fields(ScGPTConfig)])
+    sizes = {**shape, **changes}
+    for name, most in LARGEST.items():
+        if name in sizes:
+            check_number(name, sizes[name], 1, most)
+    check_number("dropout", sizes.get("dropout", 0), 0, 1, whole=False)
+    return sizes
 
 # %% ../../nbs/scgpt/model.ipynb #9a2d7d9e
 class LabelEncoder(nn.Module):

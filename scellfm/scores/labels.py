@@ -23,7 +23,10 @@ __all__ = ['BINS', 'check_probabilities', 'check_classes', 'check_truth', 'check
 # %% ../../nbs/scores/labels.ipynb #58480354
 def check_probabilities(probabilities: np.ndarray, n: int, n_classes: int) -> np.ndarray:
     "Probabilities as float64 [n, n_classes], or a DataError that says what is wrong and where."
-    values = np.asarray(probabilities, dtype=np.float64)
+    try:
+        values = np.asarray(probabilities, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"probabilities are no matrix of numbers [cells, classes]: {error}") from error
     if values.shape != (n, n_classes):
         raise DataError(
             f"probabilities have the shape {values.shape}; {n} cells and {n_classes} classes need ({n}, {n_classes})"
@@ -46,9 +49,17 @@ def check_probabilities(probabilities: np.ndarray, n: int, n_classes: int) -> np
     return values
 
 # %% ../../nbs/scores/labels.ipynb #49808f86
+def _in_a_row(name: str, values: Sequence | np.ndarray) -> np.ndarray:
+    "The values as an array of one dimension; DataError: another shape."
+    values = np.asarray(values)
+    if values.ndim != 1:
+        raise DataError(f"{name} has the shape {values.shape}; give a list of labels")
+    return values
+
+
 def check_classes(classes: Sequence | np.ndarray) -> np.ndarray:
     "The classes as an array of at least two different labels."
-    classes = np.asarray(classes)
+    classes = _in_a_row("classes", classes)
     if len(classes) < 2 or len(set(classes.tolist())) < len(classes):
         raise DataError(
             f"classes={classes.tolist()} must be two or more different labels, one for each column of probabilities"
@@ -58,7 +69,7 @@ def check_classes(classes: Sequence | np.ndarray) -> np.ndarray:
 # %% ../../nbs/scores/labels.ipynb #d68d574f
 def check_truth(truth: Sequence | np.ndarray, classes: np.ndarray) -> np.ndarray:
     "True labels as positions in `classes` (int64); DataError: labels missing, unknown, or all the same."
-    truth = np.asarray(truth)
+    truth = _in_a_row("truth", truth)
     missing = pd.isna(truth)
     if missing.any():
         raise DataError(
@@ -84,7 +95,7 @@ def check_groups(groups: Sequence | np.ndarray | None, n: int) -> np.ndarray | N
     "The group of each cell as codes (int64) in the order of their names; None stays None."
     if groups is None:
         return None
-    groups = np.asarray(groups)
+    groups = _in_a_row("groups", groups)
     if len(groups) != n:
         raise DataError(f"groups name {len(groups)} cells and truth {n}; give one group (donor) for each cell")
     if pd.isna(groups).any():

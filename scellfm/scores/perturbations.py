@@ -440,7 +440,7 @@ def perturbation(
     labels = "label" if original and adata is not truth and "label" in adata.obs else condition
     predictions = dict(prediction) if isinstance(prediction, Mapping) else {"model": prediction}
     subgroups = subgroups if subgroups is not None else getattr(train, "subgroups", None)
-    if metrics == "vcc2026":
+    if isinstance(metrics, str) and metrics == "vcc2026":
         return challenge_scores(adata, predictions, condition, control)
     check_number("seed", seed, 0)
     columns = columns_of(metrics)

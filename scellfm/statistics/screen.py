@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from ..core import warn
+from ..core import checked_arguments, warn
 from .table import Shifts, bh, check_shifts, exact_sums
 
 # %% ../../nbs/statistics/screen.ipynb #a6c5c734
@@ -319,6 +319,7 @@ COLUMNS = (
 )
 
 # %% ../../nbs/statistics/screen.ipynb #6bda2b4d
+@checked_arguments
 def screen_test(shifts: pd.DataFrame, *, log2fc: Mapping | pd.Series | None = None) -> pd.DataFrame:
     """Is each gene an outlier among similar genes, by more than the variation between donors? One row per gene.
 

@@ -86,11 +86,12 @@ def log2_fold_change(
     genes = _one_each(
         "genes", gene_ids(known) if genes is None else np.asarray(genes, dtype=object), len(known.var_names)
     )
-    for column in filter(None, (state, donor)):
+    columns = [state] if donor is None else [state, donor]
+    for column in columns:
         if column not in adata.obs:
             raise DataError(f"obs has no column {column!r}; it has: {', '.join(map(str, adata.obs.columns))}")
     chosen = np.ones(adata.n_obs, bool) if mask is None else _one_each("mask", np.asarray(mask, bool), adata.n_obs)
-    chosen = chosen & has_value(adata.obs, [state, *([donor] if donor else [])], chosen)
+    chosen = chosen & has_value(adata.obs, columns, chosen)
     means = []
     for value in (start, goal):
         cells = (
@@ -99,7 +100,7 @@ def log2_fold_change(
         if not cells.any():
             there = ", ".join(repr(str(value)) for value in adata.obs[state][chosen].unique())
             raise DataError(f"no cell has {state} = {value!r} among the {chosen.sum()} chosen; there are: {there}")
-        people = adata.obs[donor].where(cells) if donor else pd.Series(np.where(cells, 0, np.nan))
+        people = adata.obs[donor].where(cells) if donor is not None else pd.Series(np.where(cells, 0, np.nan))
         codes, names = pd.factorize(people)
         means.append(_state_means(adata, codes, len(names), layer).mean(0))
     places, names = pd.factorize(np.where(genes == "", None, genes))

@@ -22,7 +22,7 @@ __all__ = ['CellClassifier']
 from ...assets import find, load_state, read_dictionary, read_tensors, save_model
 from ...assets.contents import wrong_folder
 from ...baselines import count_classifiers
-from ...core import AssetError, OptionError, checked_arguments, plain_arguments, warn
+from ...core import AssetError, OptionError, check_named, checked_arguments, plain_arguments, warn
 from ...crossfit.baselines import baseline_predictions
 from ...crossfit.check import check_overfit
 from ...crossfit.evidence import Evidence, evidence_of, write_record
@@ -89,6 +89,7 @@ def cell_probabilities(
     """Class probabilities [cells with a known gene, classes]: from the model not trained on the cell, else the mean of
     all models."""
     cells = clf.models[0].cells(data, layer=layer, match=match)
+    check_named(cells)
     return table_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
 
 
@@ -141,6 +142,7 @@ def predict_cells(
     tokenized cells the two columns."""
     result = result_of(data, copy)
     cells = clf.models[0].cells(data, layer=layer, match=match)
+    check_named(cells)
     found = table_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
     return written([predicted_classes(found, clf.label)], result, data, cells, clf, layer)
 

@@ -5,6 +5,7 @@
 # %% ../../../nbs/geneformer/perturbation/design.ipynb #7a10c003
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -372,7 +373,7 @@ def resolve_change(
     tokenizer, kind: str, genes, combine=None, matched=None, anchor=None, quartiles=None, dose=None
 ) -> GeneChange:
     "The change that the arguments of a screen describe; OptionError if they contradict each other."
-    if genes is None or isinstance(genes, (bytes, int, float)):
+    if isinstance(genes, bytes) or not isinstance(genes, Iterable):
         raise OptionError(f"genes={genes!r}: give 'all', a gene or a list of genes")
     if isinstance(genes, str):
         genes = genes if genes == "all" else [genes]

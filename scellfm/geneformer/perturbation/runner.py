@@ -455,7 +455,7 @@ def resolve_screen(models: list, held_out_by: str | None, ask: Mapping) -> tuple
     tokenizer, alt = models[0].tokenizer, ask["alt"]
     if ask["max_cells"] is not None:
         check_number("max_cells", ask["max_cells"], 1)
-    alt = (alt,) if isinstance(alt, str) else tuple(alt or ())
+    alt = (alt,) if isinstance(alt, str) else tuple(() if alt is None else alt)
     donor, where = ask["donor"] or held_out_by, resolve_filter(ask["where"])
     design = ScreenDesign(ask["state"], ask["start"], ask["goal"], alt, ask["groupby"], donor, where)
     named = [ask[name] for name in ("kind", "genes", "combine", "matched", "anchor", "quartiles")]

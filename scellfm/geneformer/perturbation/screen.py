@@ -20,7 +20,7 @@ __all__ = ['Method', 'METHODS', 'check_method', 'Screen']
 
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #541d7fe0
 from ... import statistics
-from ...core import AssetError, OptionError, one_of, user_path
+from ...core import AssetError, OptionError, checked_arguments, one_of, user_path
 from . import original_modes
 from .combinations import ROUNDING, combination_table, pair_rows
 from ...scores.table import plain, storable_table
@@ -290,6 +290,7 @@ def combinations(self: Screen, singles: Screen | None = None) -> pd.DataFrame:
 
 # %% ../../../nbs/geneformer/perturbation/screen.ipynb #ea5e0b22
 @patch
+@checked_arguments
 def recover(self: Screen, known: str | Iterable[str], group: str | None = None, **settings) -> pd.DataFrame:
     """How well `known` targets (gene ids or symbols) are ranked, beside |log2FC|, expression and rank:
     statistics.recovery."""
