@@ -230,10 +230,13 @@ def killed_ranks(place, kind, out, victim, pause):
 
 @POSIX
 @FORKS
-def test_ranks_write_what_one_process_writes(atlas, whole, tmp_path):
-    ranks = ranks_of(atlas[0], "perturb", tmp_path / "out", n=3)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind != "perturb" else ()) for kind in KINDS]
+)
+def test_ranks_write_what_one_process_writes(atlas, whole, tmp_path, kind):
+    ranks = ranks_of(atlas[0], kind, tmp_path / "out", n=3)
     assert [rank.wait() for rank in ranks] == [0, 0, 0]
-    assert result(tmp_path / "out") == whole("perturb")
+    assert result(tmp_path / "out") == whole(kind)
 
 
 @POSIX
