@@ -52,7 +52,40 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long forms too")
 
 
+# Files that take longest, longest first: two workers that begin with them end together.
+LONGEST = [
+    "test_end_to_end",
+    "test_public_reports_runs",
+    "test_interferon",
+    "test_cli",
+    "test_statistics",
+    "test_no_invented_result",
+    "test_assets",
+    "test_atlas",
+    "test_public_reports_kills",
+    "test_training_processes",
+    "test_scores_integration",
+    "test_geneformer_true_size",
+    "test_geneformer_classifier",
+    "test_rosa_model",
+    "test_rosa_simulated",
+    "test_training",
+    "test_geneformer_pretraining",
+    "test_fuzz_readers",
+    "test_faults",
+    "test_readme",
+    "test_resume",
+    "test_scgpt_embedding",
+    "test_scgenept_simulation",
+    "test_reproduce",
+    "test_store_blocks",
+    "test_store",
+]
+
+
 def pytest_collection_modifyitems(config, items):
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # the others keep their order
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="long form: run with --slow")
         for item in items:

@@ -1,6 +1,6 @@
 """Every model that can be trained, trained for a few steps without dropout: its losses, by name.
 
-Run as a script it becomes two processes that share each batch, and the first writes the losses into a file."""
+Run as a script by each of two processes that share each batch; the first writes the losses into a file."""
 
 import json
 import os
@@ -135,26 +135,8 @@ def steps_of(history) -> list:
     return [[float(row[2]), float(row[4])] for row in history.step_rows]
 
 
-def ranks() -> int:
-    "Become two processes after the imports, which cost more than the training; the rank of this one."
-    import scanpy  # noqa: F401
-    import sklearn.linear_model  # noqa: F401
-    import torch  # noqa: F401
-    from transformers import BertForMaskedLM  # noqa: F401
-
-    import scellfm.geneformer.geneformer  # noqa: F401
-
-    child = os.fork()
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
-    return child
-
-
 if __name__ == "__main__":
-    child = ranks()
     found = histories()
-    if not child:
-        os._exit(0)
-    _, ended = os.waitpid(child, 0)
-    with open(sys.argv[1], "w") as file:
-        json.dump(found, file)
-    sys.exit(os.waitstatus_to_exitcode(ended))
+    if os.environ["RANK"] == "0":
+        with open(sys.argv[1], "w") as file:
+            json.dump(found, file)

@@ -339,6 +339,6 @@ def trials(world: World, door: str) -> list[tuple[str, str, str]]:
 
 
 OTHERS = ["read", "check_counts", "folds", "read_vectors", "GeneVectors", "take", "RankTokenizer", "embed_genes"]
-OTHERS += ["state_embeddings", "pretrain", "predict tasks", "screen of a classifier", "table", "scGPT finetune"]
+OTHERS += ["state_embeddings", "pretrain", "screen of a classifier", "table", "scGPT finetune"]
 OTHERS += ["scGPT predict", "continue_pretraining", "transfer", "ScGenePT.fit", "ScGenePT.predict", "tss_windows"]
 OTHERS += ["Rosa", "Rosa.score"]  # doors where nothing was found

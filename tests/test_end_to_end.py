@@ -16,7 +16,8 @@ def journey():
     model.pretrain(adata, epochs=6, learning_rate=2e-3)
     split = folds(adata, by="donor", k=3, stratify="condition")
     classifier = model.finetune(adata, label="condition", split=split, epochs=5, learning_rate=1e-3, n_boot=50)
-    screen = classifier.perturb(adata, kind="delete", genes="all", state="condition", start="case", goal="control")
+    asked = dict(kind="delete", genes="all", state="condition", start="case", goal="control", max_cells=144)
+    screen = classifier.perturb(adata, **asked)
     return adata, model, classifier, screen.table()
 
 

@@ -2,14 +2,12 @@
 
 import inspect
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
 import pytest
 import torch
+from two_processes import two_processes
 
 from scellfm.core import OptionError, ScellfmWarning, StoreError, keyed_generator
 from scellfm.data.cells import simulate_cells
@@ -223,19 +221,9 @@ def test_two_processes_pretrain_from_disk_as_one_does_from_memory(adata, tokeniz
             open(folder + "/two.json", "w").write(json.dumps(gf.history.to_dict()))
     """)
     )
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "SCELLFM_PROGRESS": "0"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(script),
-        str(tmp_path),
-    ]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    process = two_processes(script, tmp_path)
+    told, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, told
     two = json.loads((tmp_path / "two.json").read_text())
     one = without_dropout(tiny(tokenizer)).pretrain(adata, steps=6).history
     np.testing.assert_allclose(np.array(two["step_rows"]), np.array(one.step_rows), rtol=1e-3, atol=1e-5)

@@ -222,13 +222,12 @@ def whole(place, tmp_path_factory):
 
     def of(task: str) -> tuple[dict, dict]:
         if task not in kept:
-            calls = {}
-            for kind, breaker in (("import", break_imports), ("memory", break_memory), ("tokenizer", break_tokenizers)):
-                out = tmp_path_factory.mktemp("whole") / "out"
-                with pytest.MonkeyPatch.context() as monkeypatch:
-                    counted = breaker(monkeypatch)
-                    run(task, place, out)
-                calls[kind] = counted.calls
+            out = tmp_path_factory.mktemp("whole") / "out"
+            kinds = {"tokenizer": break_tokenizers, "memory": break_memory, "import": break_imports}
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                counted = {kind: breaker(monkeypatch) for kind, breaker in kinds.items()}
+                run(task, place, out)
+            calls = {kind: one.calls for kind, one in counted.items()}
             kept[task] = (written(out), calls)
         return kept[task]
 

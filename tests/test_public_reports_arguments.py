@@ -35,6 +35,7 @@ FOUND = {  # what once ended in an error of Python's, by door and argument
     "perturb": {"alt": "nan, 10**12, a function, a path, a table", "genes": "None, 2.5, a function, a path"},
     "perturb by gradient": {"model_of": "True, a list of None, a dictionary, an object, a function"},
     "predict": {"data": "None, a list of None, a list of numbers, 2.5"},
+    "predict tasks": {"data": "a list of None, a list of numbers"},
     "predict genes": {"data": "no list, a list of None", "genes": "2.5, True, a path"},
     "recover": {"known": NO_NAMES},
     "screen_test": {"log2fc": "nan, a function, a path"},

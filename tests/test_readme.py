@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf8")
 def test_the_python_of_the_readme_runs():
     code = re.search(r"```python\n(.*?)```", README, flags=re.S)[1]
     assert "sf.data.demo()" in code and "epochs=" in code and "scores" in code
-    quick = re.sub(r"epochs=\d+", "epochs=1", code.replace("sf.data.demo()", "sf.data.demo()[::2].copy()"))
+    quick = re.sub(r"epochs=\d+", "epochs=1", code.replace("sf.data.demo()", "sf.data.demo()[::2, ::4].copy()"))
     run = subprocess.run([sys.executable, "-W", "error::SyntaxWarning", "-c", quick], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
 

@@ -1,5 +1,7 @@
 """rosa as a whole: nothing held out reaches a model, every kind answers what it can, bad inputs are refused by name."""
 
+from functools import cache
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -44,9 +46,15 @@ def fitted(kind: str, cells=CELLS, vectors=VECTORS, grid=GRID, loss: str = "mse"
     return Rosa(kind, loss=loss, device="cpu", size=TINY, asked=16, read=40).fit(cells, vectors, grid, **recipe)
 
 
+@cache
+def shared(kind: str) -> Rosa:
+    "One small model of a kind, for every test that only reads it."
+    return fitted(kind)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_outside_the_training_quadrant_changes_no_bit_of_the_weights(kind):
-    first = fitted(kind)
+    first = shared(kind)
     noisy = CELLS.copy()
     dense = noisy.X.toarray()
     held = np.ones(dense.shape, dtype=bool)
@@ -79,7 +87,7 @@ def test_reading_held_out_genes_is_possible_and_reported():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_answers_what_it_can_and_comes_back_from_its_folder(kind, tmp_path):
-    rosa = fitted(kind)
+    rosa = shared(kind)
     scores = rosa.score(baselines="none")
     for quadrant in ("new cells", "new genes and cells"):
         assert scores[quadrant].table.loc[kind].isna().all() == (kind == "mlp")
@@ -104,7 +112,7 @@ def test_order_of_cells_and_genes_changes_no_prediction():
     draws = np.random.default_rng(2)
     turned = CELLS[draws.permutation(CELLS.n_obs), draws.permutation(CELLS.n_vars)].copy()
     for kind in ("ridge", "transformer"):
-        first = fitted(kind).predict(["G003", "G050"])
+        first = shared(kind).predict(["G003", "G050"])
         second = fitted(kind, turned).predict(["G003", "G050"])
         assert first.equals(second)
 
@@ -174,7 +182,7 @@ def test_permuted_rows_are_the_mean_of_permutations():
 
 @pytest.mark.parametrize("kind", ["ridge", "mlp", "transformer", "performer", "encoder_decoder", "perceiver"])
 def test_contributions_sum_to_the_difference_of_predictions(kind):
-    rosa = fitted(kind)
+    rosa = shared(kind)
     found = rosa.explain(["G004", "G010"], "B", steps=100)
     task, rows = rosa.task, np.flatnonzero(rosa.grid.obs.loc[rosa.task.cells, "cell_type"] == "B")
     at = task.genes.get_indexer(["G004", "G010"])

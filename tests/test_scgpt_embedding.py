@@ -195,7 +195,7 @@ def test_raw_of_a_file_is_read_too(small, tmp_path):
 
 @QUIET
 def test_memory_follows_the_batch_and_not_the_matrix():
-    n_cells, n_genes, n_known = 2500, 30_000, 3_500
+    n_cells, n_genes, n_known = 1000, 30_000, 3_500
     counts = sparse.random(n_cells, n_genes, density=8e-4, format="csr", dtype=np.float32, random_state=0)
     counts.data = np.ceil(counts.data * 9)
     adata = anndata.AnnData(counts)

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from two_processes import two_processes
 
 from scellfm.core import DataError, DivergedError, OptionError, StoreError
 from scellfm.training import CHECKPOINT, History, Recipe, Rows, batches, fit, model_tensors
@@ -258,8 +259,8 @@ def test_a_run_on_two_processes_that_was_killed_goes_on_with_one(tmp_path):
             return batch(rows, epoch)
         fit(make(dropout=0.0), loss, 93, dying, folder=sys.argv[1], save_every=4, **options)
     """
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    process = run_script(tmp_path / "run.py", body, tmp_path / "run", prefix=launch)
+    (tmp_path / "run.py").write_text(SETUP + textwrap.dedent(body))
+    process = two_processes(tmp_path / "run.py", tmp_path / "run")
     process.communicate(timeout=120)
     assert process.returncode != 0 and (tmp_path / "run" / CHECKPOINT).exists()
     model, whole = make(dropout=0.0), make(dropout=0.0)

@@ -24,7 +24,7 @@ __all__ = ['TaskClassifier', 'finetune']
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #22d41bfa
 from ...assets import find
 from ...assets.contents import wrong_folder
-from ...core import DataError, OptionError, checked_arguments, one_of, plain_arguments, warn
+from ...core import DataError, OptionError, check_named, checked_arguments, one_of, plain_arguments, warn
 from ...crossfit.check import check_overfit
 from ...crossfit.labels import check_class_folds, classes_of, predicted_classes
 from ...crossfit.membership import TrainedOn, cell_contents, warn_of_trained
@@ -193,6 +193,7 @@ def task_probabilities(
 ) -> dict[str, pd.DataFrame]:
     "For each label, class probabilities as in `CellClassifier.probabilities`; the cells are read once for all labels."
     cells = clf.models[0].cells(data, layer=layer, match=match)
+    check_named(cells)
     return tables_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
 
 # %% ../../../nbs/geneformer/finetuning/multitask.ipynb #e5984005
@@ -212,6 +213,7 @@ def predict_tasks(
     - obs["<label>_predicted"], obs["<label>_confidence"] and uns["<label>_predicted"] of every label"""
     result = result_of(data, copy)
     cells = clf.models[0].cells(data, layer=layer, match=match)
+    check_named(cells)
     found = tables_of_probabilities(clf, cells, cell_contents(data, cells, layer), token_budget)
     tables = [predicted_classes(table, label) for label, table in found.items()]
     return written(tables, result, data, cells, clf, layer)
