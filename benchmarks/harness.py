@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -33,6 +33,47 @@ def timed(function: Callable) -> tuple[float, float, object]:
     wall, busy = time.perf_counter(), time.process_time()
     result = function()
     return time.perf_counter() - wall, time.process_time() - busy, result
+
+
+DISTURBED = 0.15  # cores that others use, with which a time on the wall says little
+
+
+def rivals() -> int:
+    "How many processes of others want a processor now, but for those that give way (nice 10 and above)."
+    found = 0
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has just ended
+        found += fields[0] == "R" and int(fields[16]) < 10 and int(fields[2]) != os.getpgrp()
+    return found
+
+
+def wait_for_quiet(seconds: float, still: int = 10) -> None:
+    "Wait until no rival was seen for two seconds, at most so long."
+    end, seen = time.monotonic() + seconds, 0
+    while seen < still and time.monotonic() < end:
+        time.sleep(0.2)
+        seen = 0 if rivals() else seen + 1
+
+
+class Others:
+    "A block; afterwards `cores` is how many processors other processes have used in it, on average."
+
+    def __enter__(self) -> "Others":
+        self.start = self.now()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        wall, everyone, own = (b - a for a, b in zip(self.start, self.now()))
+        self.cores = max(everyone - own, 0.0) / wall
+
+    def now(self) -> tuple[float, float, float]:
+        "Seconds: on the wall, of all processors, of this process and of those that it has waited for."
+        user, nice, system, _, _, hard, soft, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
+        everyone = (user + nice + system + hard + soft) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), everyone, sum(os.times()[:4])
 
 
 class Pairs:
@@ -83,6 +124,30 @@ def figures_of(script: str, *arguments: object, env: dict[str, str] | None = Non
 def growth_of(script: str, *arguments: object, env: dict[str, str] | None = None) -> float:
     "MB by which the peak memory of one side grows in a process of its own, that calls `print_growth`."
     return figures_of(script, *arguments, env=env)["mb"]
+
+
+def write_map(folder: Path, blocks: Iterable[tuple], shape: tuple[int, int], n_labels: int, k: int) -> None:
+    "A saved map of reference cells: (float32 [rows, d], int64 labels [rows]) of every block, written as they come."
+    import numpy as np
+
+    (n, d), codes = shape, []
+    size = n * d * 4
+    header = json.dumps(
+        {
+            "embedding": {"dtype": "F32", "shape": [n, d], "data_offsets": [0, size]},
+            "codes": {"dtype": "I64", "shape": [n], "data_offsets": [size, size + n * 8]},
+        }
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    with open(folder / "index.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for vectors, labels in blocks:
+            file.write(vectors.tobytes())
+            codes.append(labels)
+        file.write(np.concatenate(codes).astype("<i8").tobytes())
+    record = {"use_rep": "X_scGPT", "label": "cell_type", "k": k, "vote": "majority", "ties": "first"}
+    record |= {"classes": [f"type {i:03d}" for i in range(n_labels)], "min_confidence": 0.0, "max_distance": None}
+    (folder / "index.json").write_text(json.dumps(record))
 
 
 def verdict(*checks: tuple[str, float, str, float], more: str = "") -> int:

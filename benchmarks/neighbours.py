@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import harness  # first: it sets the number of threads
@@ -54,29 +55,14 @@ class Simulated:
 
 
 def simulate(folder: Path, n: int) -> None:
-    "A saved map, written a block at a time, and a query."
+    "A query, and a saved map, written a block at a time."
     import numpy as np
 
-    made, size, types = Simulated(), n * DIM * 4, []
-    header = json.dumps(
-        {
-            "embedding": {"dtype": "F32", "shape": [n, DIM], "data_offsets": [0, size]},
-            "codes": {"dtype": "I64", "shape": [n], "data_offsets": [size, size + n * 8]},
-        }
-    ).encode()
-    header += b" " * (-len(header) % 8)
-    with open(folder / "index.safetensors", "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for start in range(0, n, 50_000):
-            values, kinds = made.cells(min(50_000, n - start), 1 + start)
-            file.write(values.tobytes())
-            types.append(kinds)
-        file.write(np.concatenate(types).astype("<i8").tobytes())
-    record = {"use_rep": "X_scGPT", "label": "cell_type", "k": K, "vote": "majority", "ties": "first"}
-    record |= {"classes": [f"type {i:03d}" for i in range(N_TYPES)], "min_confidence": 0.0, "max_distance": None}
-    (folder / "index.json").write_text(json.dumps(record))
+    made = Simulated()
     vectors, truth = made.cells(N_QUERY, 0)
     np.savez(folder / "query.npz", vectors=vectors, truth=truth)
+    blocks = (made.cells(min(50_000, n - start), 1 + start) for start in range(0, n, 50_000))
+    harness.write_map(folder, blocks, (n, DIM), N_TYPES, K)
 
 
 def search(folder: Path, how: str, threads: int) -> dict:
@@ -114,15 +100,16 @@ def main() -> int:
     parser = harness.parser(__doc__, pairs=None, quick="200,000 reference cells")
     parser.add_argument("--cells", type=int, default=10_000_000)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", help="where the vectors are written; a temporary folder if not given")
+    parser.add_argument("--folder", help="where vectors and index are kept and used again; else they are temporary")
     parser.add_argument("--search", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.search:
         print(json.dumps(search(Path(options.search[0]), options.search[1], options.threads)))
         return 0
     n = 200_000 if options.quick else options.cells
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        made, _, _ = harness.timed(lambda: simulate(Path(folder), n))
+    with nullcontext(options.folder) if options.folder else tempfile.TemporaryDirectory() as folder:
+        there = (Path(folder) / "index.json").exists()
+        made, _, _ = harness.timed(lambda: None if there else simulate(Path(folder), n))
         threads = ("--threads", options.threads)
         print(
             f"{n:,} x {DIM} ({n * DIM * 4 / 1e9:.1f} GB, written in {made:.0f} s), {N_QUERY:,} queries, k={K}, "

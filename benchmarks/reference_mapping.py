@@ -31,33 +31,8 @@ def simulate(folder: Path, n: int) -> None:
         vectors = (centres[labels] + 1.5 * rng.standard_normal((len(labels), DIM), dtype=np.float32)).astype(np.float32)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    size = n * DIM * 4
-    header = json.dumps(
-        {
-            "embedding": {"dtype": "F32", "shape": [n, DIM], "data_offsets": [0, size]},
-            "codes": {"dtype": "I64", "shape": [n], "data_offsets": [size, size + n * 8]},
-        }
-    ).encode()
-    header += b" " * (-len(header) % 8)
-    with open(folder / "index.safetensors", "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for start in range(0, n, 20_000):
-            file.write(cells(codes[start : start + 20_000]).tobytes())
-        file.write(codes.astype("<i8").tobytes())
-    (folder / "index.json").write_text(
-        json.dumps(
-            {
-                "classes": [f"type {i:03d}" for i in range(N_LABELS)],
-                "use_rep": "X_scGPT",
-                "label": "cell_type",
-                "k": K,
-                "vote": "majority",
-                "ties": "first",
-                "min_confidence": 0.0,
-                "max_distance": None,
-            }
-        )
-    )
+    blocks = ((cells(part), part) for part in np.split(codes, range(20_000, n, 20_000)))
+    harness.write_map(folder, blocks, (n, DIM), N_LABELS, K)
     truth = rng.integers(0, N_LABELS, N_QUERY)
     np.savez(folder / "query.npz", vectors=cells(truth), truth=truth)
 

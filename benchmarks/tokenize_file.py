@@ -1,15 +1,17 @@
 """From an h5ad file to saved tokens, on one thread and on two, against the same loop with Hugging Face's
 Dataset.from_generator.
 
-    python benchmarks/tokenize_file.py [--cells 20000] [--genes 20000] [--pairs 5] [--quick]
+    python benchmarks/tokenize_file.py [--cells 20000] [--genes 20000] [--pairs 5] [--thread-pairs 5] [--quiet 0]
 
 A synthetic file (about 9 % of the entries are not zero; CSR, not compressed, in the page cache) is written to a
 temporary folder. The sides take turns in one process, after each has treated a small file (which loads the compiled
 loops). The time counts from the call to the saved data set. The reference reads blocks with h5py, ranks each cell
 with a stable double precision argsort and yields it to Dataset.from_generator, then save_to_disk; it yields Python
 lists ("lists", the usual form) or numpy arrays ("arrays", which datasets takes in twice as fast). Memory is the
-growth of the peak over the imports in a process of its own, for the whole file and for half of it. Two threads need
-two cores that are idle; the tokens they save must be the same bytes."""
+growth of the peak over the imports in a process of its own, for the whole file and for half of it. One thread and two
+then take turns alone, and only those turns count in which other processes left two cores idle, if there are any; both
+must save the same bytes. The ratio of two threads to the reference is that of one, in seconds of the processor, times
+what the second thread gains."""
 
 import argparse
 import json
@@ -142,16 +144,35 @@ def compare(ours: Path, theirs: Path) -> str:
     return str(np.abs(a.tokens.astype(np.int64) - b.tokens).max())
 
 
+def gain_of_two(path: Path, outs: dict[str, Path], pairs: int, quiet: float) -> float:
+    "How many times as fast two threads are, on the wall: the median of the pairs in which others left two cores idle."
+    found = []
+    for _ in range(pairs):
+        harness.wait_for_quiet(quiet)
+        with harness.Others() as others:
+            walls = [run(side, path, outs[side])[0] for side in SIDES[:2]]
+        found.append((others.cores, walls[0] / walls[1]))
+        print(
+            f"{walls[0]:.2f} s on one thread, {walls[1]:.2f} s on two; others used {others.cores:.2f} cores", flush=True
+        )
+    undisturbed = [gain for cores, gain in found if cores < harness.DISTURBED]
+    print(f"{len(undisturbed)} of {pairs} pairs were undisturbed")
+    return float(np.median(undisturbed or [gain for _, gain in found]))
+
+
 def main():
     parser = harness.parser(__doc__, quick="4,000 cells, 1 pair")
     parser.add_argument("--cells", type=int, default=20_000)
     parser.add_argument("--genes", type=int, default=20_000)
+    parser.add_argument(
+        "--quiet", type=float, default=0, help="seconds to wait for idle cores before a pair of threads"
+    )
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return child(args.child[0], Path(args.child[1]), args.child[2])
     if args.quick:
-        args.cells, args.pairs = 4000, 1
+        args.cells, args.pairs, args.thread_pairs = 4000, 1, 1
     load_all()
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / name / "cells.h5ad" for name in ("whole", "half", "small")}
@@ -165,6 +186,7 @@ def main():
         for _ in range(args.pairs):
             for side in SIDES:
                 seconds[side].append(run(side, files["whole"], outs[side]))
+        gain = gain_of_two(files["whole"], outs, args.thread_pairs, args.quiet)
         print(
             f"{args.cells:,} cells x {args.genes:,} genes, {files['whole'].stat().st_size / 2**20:,.0f} MiB (not "
             "compressed), "
@@ -180,9 +202,7 @@ def main():
         ratios = {side: np.median(np.array(seconds[side]) / np.array(seconds["scellfm"]), axis=0) for side in SIDES[1:]}
         for side, (wall, cpu) in ratios.items():
             print(f"one thread against {side}: {wall:.2f}x wall, {cpu:.2f}x CPU")
-        pairs = {side: np.array(seconds[side])[:, 0] for side in SIDES}
-        gain = float(np.median(pairs["scellfm"] / pairs[SIDES[1]]))
-        on_two = float(np.median(pairs[SIDES[2]] / pairs[SIDES[1]]))
+        on_two = float(ratios[SIDES[2]][1] * gain)
         half = float(start("scellfm", files["half"], Path(folder) / "memory.dataset"))
         print(f"half the file: peak above import {half:.0f} MB (ceiling {CEILING} MB)")
         difference = compare(outs["scellfm"], outs[SIDES[2]])
@@ -190,7 +210,12 @@ def main():
         print(f"largest difference of tokens: {difference}")
     return harness.verdict(
         (f"one thread, times as fast as {SIDES[2]}", ratios[SIDES[2]][0], "floor", FLOOR),
-        (f"two threads, times as fast as {SIDES[2]}", on_two, "floor", ON_TWO),
+        (
+            f"two threads, times as fast as {SIDES[2]} (processor's ratio of one, times the gain)",
+            on_two,
+            "floor",
+            ON_TWO,
+        ),
         ("two threads, times as fast as one", gain, "floor", GAIN),
         ("peak above import in MB", max(memory["scellfm"], memory[SIDES[1]], half), "ceiling", CEILING),
         ("files of two threads that are not those of one", float(not equal), "ceiling", 0),

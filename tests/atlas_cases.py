@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import threading
 import time
 import warnings
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from conftest import tree
 from scipy import sparse
 
 import scellfm as sf
+from scellfm.atlas import crew
 
 N, IN_FIRST = 64, 40  # cells of both files, of the first
 GENES = [f"ENSG{i:011d}" for i in range(40)]
@@ -101,7 +104,8 @@ def result(folder):
 
 def shards(folder):
     "How many shards there are."
-    return len(list(folder.rglob("*-*.npz")))
+    names = [name for _, _, files in os.walk(folder) for name in files]  # folders may go meanwhile
+    return sum(name.endswith(".npz") and "-" in name for name in names)
 
 
 class Forked:
@@ -132,6 +136,57 @@ class Forked:
     def wait(self):
         "Its exit code, or minus the signal that ended it."
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+class ForkedWorker:
+    "What `crew` uses of a Popen: a worker that begins as a copy of this process, so that it need not import again."
+
+    def __init__(self, command, **options):
+        assert "serve" in command[-1]
+        their_in, my_in = os.pipe()
+        my_out, their_out = os.pipe()
+        self.returncode, self.lock = None, threading.Lock()
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                self.serve(their_in, their_out)
+            finally:
+                os._exit(1)
+        os.close(their_in)
+        os.close(their_out)
+        self.stdin, self.stdout = open(my_in, "w", encoding="utf8"), open(my_out, encoding="utf8")
+
+    def serve(self, channel_in, channel_out):
+        "The life of the copy: it keeps nothing open of what its parent has open."
+        import torch
+
+        os.setsid()
+        os.dup2(channel_in, 0)
+        os.dup2(channel_out, 1)
+        os.closerange(3, 4096)
+        sys.stdin = open(0, encoding="utf8")
+        torch.set_num_threads(1)
+        crew.serve()
+
+    def poll(self):
+        "Its exit code, or None while it runs."
+        with self.lock:
+            if self.returncode is None:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self):
+        "Its exit code, when it has ended."
+        while self.poll() is None:
+            time.sleep(0.001)
+        return self.returncode
+
+    def kill(self):
+        "Kill it, if it has not ended."
+        with self.lock:
+            if self.returncode is None:
+                os.kill(self.pid, signal.SIGKILL)
 
 
 def killed_in_its_midst(process, out, pause):

@@ -8,6 +8,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from atlas_cases import (
     KINDS,
     SCREEN,
     Forked,
+    ForkedWorker,
     N,
     children_of,
     killed_in_its_midst,
@@ -25,6 +27,7 @@ from atlas_cases import (
     ranks_of,
     result,
     run_kind,
+    shards,
     write_inputs,
 )
 from conftest import tree
@@ -227,10 +230,13 @@ def killed_ranks(place, kind, out, victim, pause):
 
 @POSIX
 @FORKS
-def test_ranks_write_what_one_process_writes(atlas, whole, tmp_path):
-    ranks = ranks_of(atlas[0], "perturb", tmp_path / "out", n=3)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind != "perturb" else ()) for kind in KINDS]
+)
+def test_ranks_write_what_one_process_writes(atlas, whole, tmp_path, kind):
+    ranks = ranks_of(atlas[0], kind, tmp_path / "out", n=3)
     assert [rank.wait() for rank in ranks] == [0, 0, 0]
-    assert result(tmp_path / "out") == whole("perturb")
+    assert result(tmp_path / "out") == whole(kind)
 
 
 @POSIX
@@ -273,7 +279,7 @@ class Killer:
         seen = 0
         while not self.over and self.left:
             time.sleep(0.005)
-            written = len(list(self.out.rglob("*-*.npz")))
+            written = shards(self.out)
             mine = [
                 hand for hand in self.hands if hand.process.poll() is None and getattr(hand.task, "attempt", 9) == 1
             ]
@@ -320,9 +326,11 @@ def test_thirty_kills_of_a_rank_leave_the_same_bytes(atlas, whole, tmp_path, kin
 
 
 @POSIX
+@FORKS
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_thirty_kills_of_a_worker_leave_the_same_bytes(atlas, whole, tmp_path, kind):
+def test_thirty_kills_of_a_worker_leave_the_same_bytes(atlas, whole, tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(crew, "subprocess", SimpleNamespace(Popen=ForkedWorker, PIPE=None))
     killed, number = 0, 0
     while killed < 30:
         with Killer(tmp_path / f"out{number}", 30 - killed, seed=number) as killer:

@@ -18,6 +18,7 @@ def place(tmp_path_factory):
     "The inputs, and Ray on two processors of this machine."
     with quiet():
         place, _ = write_inputs(tmp_path_factory.mktemp("atlas"))
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else its workers give way to all other work of this machine
     root = os.path.dirname(os.path.dirname(sf.__file__))
     paths = os.pathsep.join([root, os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     env = {"env_vars": {"PYTHONPATH": paths, "SCELLFM_PROGRESS": "0"}}

@@ -150,11 +150,11 @@ def test_the_tables_of_scgenept_run_on_stand_ins(tmp_path):
 def test_the_figures_of_rosa_run_on_stand_ins(tmp_path):
     draws = np.random.default_rng(0)
     vectors = draws.normal(size=(40, 6)).astype(np.float32)
-    kind = np.arange(320) % 2
+    kind = np.arange(480) % 2
     rate = 2 * np.exp(vectors @ draws.normal(0, 0.4, (6, 2))).T[kind]
     obs = pd.DataFrame(
-        {"donor_id": [f"d{i // 2 % 4}" for i in range(320)], "cell_type": np.array(["B", "T"])[kind]},
-        index=[f"c{i}" for i in range(320)],
+        {"donor_id": [f"d{i // 2 % 4}" for i in range(480)], "cell_type": np.array(["B", "T"])[kind]},
+        index=[f"c{i}" for i in range(480)],
     )
     genes = [f"ENSG{i:011d}" for i in range(40)]
     cells = anndata.AnnData(

@@ -47,7 +47,7 @@ def gene_ids(adata: AnnData | GeneTable, column: str | None = None) -> np.ndarra
     if column is not None:
         return plain_names(adata.var[column])
     names = plain_names(adata.var["ensembl_id"] if "ensembl_id" in adata.var else adata.var_names)
-    return np.array(["" if NUMBER.match(name) else name for name in names], dtype=object)
+    return np.array(["" if name[:1].isdecimal() and NUMBER.match(name) else name for name in names], dtype=object)
 
 # %% ../../nbs/data/genes.ipynb #eb70a36d
 @dataclass
@@ -84,8 +84,7 @@ def data_names(ids_or_adata, column: str | None) -> Names:
         ids = list(plain_names(ids_or_adata))
         return Names(ids, ids, np.zeros(len(ids), dtype=bool), [])
     ids, names = gene_ids(ids_or_adata, column), plain_names(ids_or_adata.var_names)
-    usable = np.array([bool(name) and not NUMBER.match(name) for name in names], dtype=bool)
-    stand_in = (ids == "") & usable
+    stand_in = np.array([gene == "" != name and not NUMBER.match(name) for gene, name in zip(ids, names)], dtype=bool)
     ids = np.where(stand_in, names, ids)
     lost = column is None and "ensembl_id" not in ids_or_adata.var
     shown = np.where(ids == "", names, ids) if lost else ids
@@ -287,7 +286,7 @@ def refuse_unknown(names: list[str], report: dict, columns: list[str], vocabular
 # %% ../../nbs/data/genes.ipynb #2334c41c
 def warn_of_names(names: list[str]) -> None:
     "Warn of spreadsheet dates and of names in lower case."
-    dates = [name for name in names if EXCEL_DATE.match(name)]
+    dates = [name for name in names if "-" in name and EXCEL_DATE.match(name)]
     if dates:
         warn(
             f"{len(dates)} genes look like dates, e.g. {dates[:3]}: a spreadsheet changed their names "

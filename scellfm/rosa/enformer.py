@@ -19,7 +19,7 @@ from ..assets import find, load_state, read_dictionary, read_tensors, save_tenso
 from ..assets.tensors import check_layers, check_sizes
 from ..core import AssetError, DataError, OptionError, check_number, one_of, optional, progress
 from .attention import head_output, pointwise, take, transform
-from .chunks import as_bases, bin_size, conv_bins, filled, one_hot, reverse_complement
+from .chunks import SharedBatchNorm, as_bases, bin_size, conv_bins, filled, one_hot, reverse_complement
 from .positional import GAMMAS
 from .pretraining import fit_tracks
 from .tracks import PUBLISHED_TRACKS, find_tracks, read_tracks, track_names
@@ -52,6 +52,15 @@ TINY |= {"output_heads": {"human": 4, "mouse": 2}, "dropout_rate": 0.1}
 SHAPES = {"published": {"use_tf_gamma": True}, "tiny": TINY}
 TINY_TRACKS = ["DNASE:tiny", "CHIP:H3K27ac:tiny", "CAGE:tiny", "CAGE:tiny, other strand"]
 
+# %% ../../nbs/rosa/enformer.ipynb #b2ee69fd
+def with_shared_norms(module: torch.nn.Module) -> torch.nn.Module:
+    "The module, not yet trained, with `SharedBatchNorm` in the place of each batch normalisation."
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, (torch.nn.BatchNorm1d, torch.nn.SyncBatchNorm)):
+                setattr(parent, name, SharedBatchNorm(child.num_features, eps=child.eps, momentum=child.momentum))
+    return module
+
 # %% ../../nbs/rosa/enformer.ipynb #9dbf03f7
 def build(config: Mapping) -> torch.nn.Module:
     "The enformer-pytorch module of a configuration; OptionError if its numbers contradict each other."
@@ -65,7 +74,7 @@ def build(config: Mapping) -> torch.nn.Module:
         raise OptionError(f"dim / heads = {width:g} must be a multiple of 6 (three families of positions, two signs)")
     if not isinstance(values["output_heads"], Mapping) or not values["output_heads"]:
         raise OptionError(f"output_heads={values['output_heads']!r} must name heads with tracks, {{'human': 5313}}")
-    return published.Enformer.from_hparams(**values).eval()
+    return with_shared_norms(published.Enformer.from_hparams(**values)).eval()
 
 
 def read_config(folder: Path) -> tuple[dict, Mapping]:

@@ -117,7 +117,7 @@ def index_of(rows, seed: int = 0) -> SearchIndex:
     n, lists = len(rows), n_lists(len(rows))
     chosen = np.sort(keyed_generator(seed, "index").choice(n, min(n, max(SAMPLE * lists, 10_000)), replace=False))
     with faiss_threads() as faiss:
-        sample = np.concatenate([block for _, block in row_blocks(Subset(rows, chosen))])
+        sample = np.concatenate([block for _, block in row_blocks(Subset(rows, chosen), 4096)])
         index, project, inner = empty_index(faiss, sample, lists)
         del sample
         bar = progress(desc="indexing", total=n, unit="cell")
@@ -162,6 +162,9 @@ def refined(rows, query: np.ndarray, found: np.ndarray, k: int) -> tuple[np.ndar
     return distances[order], found[order]
 
 # %% ../../nbs/scgpt/approximate.ipynb #e982e2e3
+READ = 4096  # candidates between two calls that give pages back
+
+
 @patch
 def search(self: SearchIndex, rows, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     "As `neighbours.nearest`: (squared distances float32, positions int64) [m, k] of about the nearest of `rows`."
@@ -177,6 +180,8 @@ def search(self: SearchIndex, rows, queries: np.ndarray, k: int) -> tuple[np.nda
                     distances[i], positions[i] = (one[0] for one in nearest(rows, query[None], k))
                 else:
                     distances[i], positions[i] = refined(rows, query, near, k)
+                if (i + 1) * len(near) % READ < len(near):
+                    forget(rows)
             forget(rows)
     return distances, positions
 

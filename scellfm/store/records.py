@@ -123,6 +123,18 @@ def misfit_of_items(value: Any, pattern: list, place: str) -> tuple[str, Any, An
     found = (misfit(item, pattern[0], f"{place}[{i}]") for i, item in enumerate(value))
     return next((wrong for wrong in found if wrong), None)
 
+# %% ../../nbs/store/records.ipynb #bb3145a7
+def alike(values: list, pattern: Any) -> bool:
+    "Are all values of the type that the pattern names, and within its limits? If not, each is looked at by itself."
+    kinds = set(map(type, values))
+    if not isinstance(pattern, Between):
+        return pattern in (str, int, float) and kinds == {pattern}
+    if kinds != {int if pattern.whole else float}:
+        return False
+    return (
+        pattern.least <= min(values) and max(values) <= pattern.most and (pattern.whole or math.isfinite(sum(values)))
+    )
+
 
 LACKING = object()  # stands for the value of a missing key
 
@@ -132,7 +144,10 @@ def misfit_of_keys(value: Any, pattern: dict, place: str) -> tuple[str, Any, Any
     if not isinstance(value, dict):
         return place, value, pattern
     for key, wanted in pattern.items():
-        for name in [name for name in value if name not in pattern] if key is ... else [key]:
+        names = [name for name in value if name not in pattern] if key is ... else [key]
+        if key is ... and alike([value[name] for name in names], wanted):
+            continue
+        for name in names:
             inside = f"{place}.{name}" if place else str(name)
             if name in value:
                 wrong = misfit(value[name], wanted, inside)
