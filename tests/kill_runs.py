@@ -339,7 +339,7 @@ def variants(place, out):
         {"chrom": "chr1", "pos": [2510, 2600, 5950], "ref": [letters[i - 1] for i in (2510, 2600, 5950)]}
     )
     table["alt"] = ["CA"[base == "C"] for base in table["ref"]]
-    variant_effect(table, windows=windows_of(place), model=enformer(place), folder=out / "run")
+    variant_effect(table, windows=windows_of(place), model=enformer(place), tracks=0, folder=out / "run")
 
 
 @run_of()

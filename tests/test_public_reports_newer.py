@@ -147,6 +147,28 @@ def test_an_earlier_result_of_the_same_kind_is_replaced_by_the_same_bytes(made, 
     assert tree(tmp_path / "out") == whole
 
 
+@pytest.mark.parametrize("at", range(4))
+def test_a_save_that_was_interrupted_before_one_of_its_files_is_done_again(made, tmp_path, monkeypatch, at):
+    from scellfm.scgenept import checkpoint
+
+    calls = iter(range(4))
+
+    def interrupted(write):
+        def until(*args, **options):
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            return write(*args, **options)
+
+        return until
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for name in ("atomic_write", "save_tensors"):
+            patch.setattr(checkpoint, name, interrupted(getattr(checkpoint, name)))
+        made["scGenePT"](tmp_path / "model")
+    made["scGenePT"](tmp_path / "model")
+    assert READERS["scGenePT"](tmp_path / "model") is not None
+
+
 @pytest.mark.parametrize("thing", OURS)
 def test_a_path_that_can_be_no_output_is_refused_in_words(made, tmp_path, monkeypatch, thing):
     monkeypatch.chdir(tmp_path)

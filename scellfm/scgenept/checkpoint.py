@@ -403,7 +403,6 @@ def save_pretrained(model: ScGenePTCheckpoint, folder: str | PathLike, *, origin
     frozen = model.settings["freeze_language"]
     tensors = {name: value.detach().cpu().contiguous() for name, value in model.model.state_dict().items()}
     tables = [f"languages.{name}.embedding.weight" for name in model.inputs.languages]
-    save_tensors(folder / "model.safetensors", {n: v for n, v in tensors.items() if not (frozen and n in tables)})
     record = {
         "format": "scellfm scGenePT",
         "version": 1,
@@ -426,6 +425,8 @@ def save_pretrained(model: ScGenePTCheckpoint, folder: str | PathLike, *, origin
             temporary.write_text(
                 json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8", errors="backslashreplace"
             )
+    weights = {name: tensor for name, tensor in tensors.items() if not (frozen and name in tables)}
+    save_tensors(folder / "model.safetensors", weights)  # after the records, by which an interrupted save is known
     if original:
         with atomic_write(folder / "best_model.pt") as temporary:
             torch.save(published_tensors(model, tensors), temporary)
