@@ -344,6 +344,12 @@ def test_functions_are_short():
     assert max(lengths) <= 60 and np.median(lengths) <= 10
 
 
+def test_no_line_is_longer_than_120_characters():
+    "But for the lists of names that nbdev writes, which nobody reads as code."
+    lines = [(name, line) for name, path in MODULES.items() for line in path.read_text("utf8").splitlines()]
+    assert [(name, line) for name, line in lines if len(line) > 120 and not line.startswith("__all__")] == []
+
+
 def test_public_functions_are_typed_and_documented():
     found = [f"{module}.{name}" for module, tree in TREES.items() for name in gaps(tree)]
     assert len(found) <= UNTYPED, found[-20:]

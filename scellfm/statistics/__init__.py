@@ -1,4 +1,4 @@
-"""The test of a screen against similar genes and the variation between donors; other tests for comparison; known targets."""
+"""The test of a screen against similar genes and the variation between donors; other tests beside it; known targets."""
 
 from scellfm import _lazy
 
