@@ -120,7 +120,7 @@ def test_order_of_cells_and_genes_changes_no_prediction():
 @pytest.mark.parametrize("loss", ["cross_entropy", "poisson", "negative_binomial"])
 @pytest.mark.parametrize("kind", ["mlp", "encoder_decoder"])
 def test_other_losses_predict_expression(kind, loss):
-    rosa = fitted(kind, loss=loss, epochs=20, learning_rate=5e-3, stop=None)
+    rosa = fitted(kind, loss=loss, epochs=8, learning_rate=5e-3, stop=None)
     genes = list(GRID.genes[(GRID.gene_part == "train") & ~GRID.context])
     predicted = rosa.predict(genes).to_numpy()
     rows, columns = np.flatnonzero(GRID.cell_part == "train"), GRID.genes.get_indexer(genes)
@@ -169,8 +169,8 @@ def test_hypothesis_table_tells_vectors_that_know_from_those_that_do_not():
 
 def test_permuted_rows_are_the_mean_of_permutations():
     found, vectors = read_expression(CELLS), {"true": VECTORS}
-    many, metric = compare_vectors(found, vectors, GRID, permutations=4), "pearson_across_cells_centred"
-    single = [compare_vectors(found, {"p": VECTORS.permuted(seed)}, GRID, permutations=1) for seed in range(4)]
+    many, metric = compare_vectors(found, vectors, GRID, permutations=3), "pearson_across_cells_centred"
+    single = [compare_vectors(found, {"p": VECTORS.permuted(seed)}, GRID, permutations=1) for seed in range(3)]
     for quadrant in QUADRANTS:
         parts = [scores[quadrant].table.loc["p", metric] for scores in single]
         assert many[quadrant].table.loc["permuted", metric] == pytest.approx(np.mean(parts), abs=1e-6)
