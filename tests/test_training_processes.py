@@ -18,7 +18,7 @@ def test_two_processes_train_every_model_as_one_does(tmp_path):
         process.kill()
     assert process.returncode == 0, told[-6000:]
     two = json.loads((tmp_path / "two.json").read_text())
-    assert two.keys() == one.keys() and len(one) >= 13
+    assert two.keys() == one.keys() and len(one) >= 17
     for name, rows in one.items():
         assert len(rows) == len(two[name]) > 4, name
         for mine, theirs in zip(rows, two[name]):

@@ -19,7 +19,7 @@ from ..assets import find, load_state, read_dictionary, read_tensors, save_tenso
 from ..assets.tensors import check_layers, check_sizes
 from ..core import AssetError, DataError, OptionError, check_number, one_of, optional, progress
 from .attention import head_output, pointwise, take, transform
-from .chunks import SharedBatchNorm, as_bases, bin_size, conv_bins, filled, one_hot, reverse_complement
+from .chunks import as_bases, bin_size, conv_bins, filled, one_hot, reverse_complement
 from .positional import GAMMAS
 from .pretraining import fit_tracks
 from .tracks import PUBLISHED_TRACKS, find_tracks, read_tracks, track_names
@@ -27,6 +27,7 @@ from ..store import atomic_write, fingerprint
 from ..store.layouts import ENFORMER, ENFORMER_MODEL
 from ..store.outputs import result_folder
 from ..store.records import check_record
+from ..training import SharedBatchNorm
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'TINY', 'SHAPES', 'TINY_TRACKS', 'CONVERTED', 'STRANDS', 'build', 'read_config', 'choose_gammas',
