@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STEP_COLUMNS', 'CHECKPOINT', 'batches', 'Recipe', 'History', 'Rows', 'OfWholeBatch', 'loss_module', 'optimizer_of',
-           'model_tensors', 'optimizer_tensors', 'restore', 'Checkpoint', 'Run', 'SharedBatchNorm', 'fit']
+           'model_tensors', 'optimizer_tensors', 'restore', 'Checkpoint', 'Run', 'fit']
 
 # %% ../nbs/training.ipynb #e662349a
 import json
@@ -24,6 +24,7 @@ import torch
 from fastcore.basics import patch
 
 # %% ../nbs/training.ipynb #70500ea2
+from .batch_norm import SharedBatchNorm, check_norms
 from scellfm.core import (
     DataError,
     DivergedError,
@@ -412,65 +413,6 @@ class Run:
         if self.accelerator.is_main_process:
             self.checkpoint.save(self.model, self.optimizer, self.best, self.history, self.position)
         self.accelerator.wait_for_everyone()
-
-# %% ../nbs/training.ipynb #5ba7c002
-class SumOfProcesses(torch.autograd.Function):
-    "The sum of a tensor over all processes; its derivative is the sum of theirs."
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        "The sum."
-        total = x.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        "The sum of the derivatives."
-        return SumOfProcesses.forward(ctx, gradient)
-
-# %% ../nbs/training.ipynb #5ba7c004
-class SharedBatchNorm(torch.nn.BatchNorm1d):
-    "`BatchNorm1d` of [b, d, n], which in training takes mean and variance over the batches of all processes."
-
-    share = 1.0  # 0 in a process that runs a row of another, which counts there
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        "The normalised values; in training the running statistics are updated."
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not self.training or not several or torch.distributed.get_world_size() == 1:
-            return super().forward(x)
-        return self.over_processes(x, SumOfProcesses.apply)
-
-    def over_processes(self, x: torch.Tensor, summed: Callable) -> torch.Tensor:
-        "`forward` in training, with `summed` for the sum over processes."
-        values = x.float()
-        count = values.new_tensor([values.shape[0] * values.shape[2]])
-        total = summed(torch.cat([values.sum(dim=(0, 2)), count]) * self.share)
-        n, mean = total[-1].detach(), total[:-1] / total[-1].detach()
-        centred = values - mean[:, None]
-        variance = summed(centred.square().sum(dim=(0, 2)) * self.share) / n
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return torch.addcmul(self.bias[:, None], centred, scale[:, None]).to(x.dtype)
-
-# %% ../nbs/training.ipynb #5ba7c008
-def check_norms(model: torch.nn.Module, accumulate: int, processes: int) -> None:
-    "OptionError where batch normalisation would not take the statistics of whole batches."
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
-    if norms and accumulate > 1:
-        raise OptionError(
-            f"accumulate={accumulate}: this model has batch normalisation, which takes mean and variance of a whole "
-            "batch; leave accumulate at 1 and choose a smaller batch_size"
-        )
-    if processes > 1 and not all(isinstance(norm, SharedBatchNorm) for norm in norms):
-        raise OptionError(
-            f"this model has torch's own batch normalisation, whose mean and variance would be those of a part of each "
-            f"batch in {processes} processes; build it with scellfm.training.SharedBatchNorm, or train in one process"
-        )
 
 # %% ../nbs/training.ipynb #b267aed3
 @patch

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from .. import inference
 from ..assets import find, load_state, read_dictionary, read_tensors, save_tensors
 from ..assets.tensors import check_layers, check_sizes
+from ..batch_norm import SharedBatchNorm
 from ..core import AssetError, DataError, OptionError, check_number, one_of, optional, progress
 from .attention import head_output, pointwise, take, transform
 from .chunks import as_bases, bin_size, conv_bins, filled, one_hot, reverse_complement
@@ -27,7 +28,6 @@ from ..store import atomic_write, fingerprint
 from ..store.layouts import ENFORMER, ENFORMER_MODEL
 from ..store.outputs import result_folder
 from ..store.records import check_record
-from ..training import SharedBatchNorm
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'TINY', 'SHAPES', 'TINY_TRACKS', 'CONVERTED', 'STRANDS', 'build', 'read_config', 'choose_gammas',

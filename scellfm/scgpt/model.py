@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..assets import LoadReport, check_layers, check_sizes, load_state
+from ..batch_norm import SharedBatchNorm
 from ..core import AssetError, OptionError, check_number, one_of
 from .attention import lean_attention
-from ..training import SharedBatchNorm
 
 # %% ../../nbs/scgpt/model.ipynb #c9958833
 @dataclass(frozen=True)
