@@ -4,14 +4,14 @@ Dataset.from_generator.
     python benchmarks/tokenize_file.py [--cells 20000] [--genes 20000] [--pairs 5] [--thread-pairs 5] [--quiet 0]
 
 A synthetic file (about 9 % of the entries are not zero; CSR, not compressed, in the page cache) is written to a
-temporary folder. The sides take turns in one process, after each has treated a small file (which loads the compiled
-loops). The time counts from the call to the saved data set. The reference reads blocks with h5py, ranks each cell
-with a stable double precision argsort and yields it to Dataset.from_generator, then save_to_disk; it yields Python
-lists ("lists", the usual form) or numpy arrays ("arrays", which datasets takes in twice as fast). Memory is the
-growth of the peak over the imports in a process of its own, for the whole file and for half of it. One thread and two
-then take turns alone, and only those turns count in which other processes left two cores idle, if there are any; both
-must save the same bytes. The ratio of two threads to the reference is that of one, in seconds of the processor, times
-what the second thread gains."""
+temporary folder. The sides take turns in one process, after each has processed a small file (which loads the compiled
+loops). The time counts from the call to the saved data set. The reference reads blocks with h5py, ranks each cell with
+a stable double precision argsort and yields it to Dataset.from_generator, then save_to_disk; it yields Python lists
+("lists", the usual form) or numpy arrays ("arrays", which datasets accepts twice as fast). Memory is the growth of the
+peak above the imports in a separate process, for the whole file and for half of it. Then one thread and two threads
+take turns. Only turns in which other processes left two cores idle count, if there are any; both must save the same
+bytes. The ratio of two threads to the reference is the ratio of one thread, in processor seconds, times the gain of the
+second thread."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ import harness  # first: it sets the number of threads
 import numpy as np
 
 FLOOR, CEILING = 8.0, 400  # times as fast as the usual form; MB
-ON_TWO, GAIN = 20.0, 1.6  # the same on two threads; against one thread
+ON_TWO, GAIN = 20.0, 1.6  # the same with two threads; against one thread
 SIDES = ("scellfm", "scellfm, 2 threads", "from_generator, lists", "from_generator, arrays")
 
 
@@ -125,7 +125,7 @@ def child(task: str, path: Path, out: str) -> None:
 
 
 def start(task: str, path: Path, out) -> str:
-    "`child` in a fresh process; what it printed last."
+    "Run `child` in a new process; its last printed line."
     done = subprocess.run(
         [sys.executable, __file__, "--child", task, str(path), str(out)], capture_output=True, text=True
     )
