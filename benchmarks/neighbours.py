@@ -2,23 +2,14 @@
 
     python benchmarks/neighbours.py [--cells 10000000] [--threads 1] [--folder FOLDER] [--quick]
 
-<<<<<<< HEAD
-10,000,000 x 512 float32 vectors of length 1 (20 GB on disk; --quick: 200,000), 500 queries, k=10. The cells are of
-200 types of unequal size; within a type they differ along 32 directions of falling importance, half of them shared by
-all types, with a little noise in all 512 numbers, as embeddings of cells do, whose neighbourhoods have few dimensions.
-In processes of their own: the index is built beside the vectors (search="approximate"); a process that finds it there
-maps the query; another maps it by the exact search. Memory is the peak of all memory of each process, imports and
-mapped pages included. Recall@10 is the share of the exact ten nearest cells that the index finds. On one core of an
-idle machine it takes about a quarter of an hour; with --folder, what is in the folder (vectors, index, figures) is not
-made again, so that an interrupted measurement goes on."""
-=======
-10,000,000 x 512 float32 vectors of length 1 (20 GB on disk; --quick: 200,000), 1,000 queries, k=10. The cells belong to
+10,000,000 x 512 float32 vectors of length 1 (20 GB on disk; --quick: 200,000), 500 queries, k=10. The cells belong to
 200 types of unequal size; within a type they differ along 32 directions of decreasing importance, half of them shared
 by all types, with a little noise in all 512 numbers. Neighbourhoods then have few dimensions, as in real embeddings.
 Three separate processes: one builds the index beside the vectors (search="approximate"), one maps the query with this
 index, and one maps it by the exact search. Memory is the peak of all memory of each process, imports and mapped pages
-included. Recall@10 is the share of the exact ten nearest cells that the index finds."""
->>>>>>> main
+included. Recall@10 is the share of the exact ten nearest cells that the index finds. On one core of an idle machine all
+of it takes about a quarter of an hour. With --folder, what the folder holds (vectors, index, figures) is not made
+again, so an interrupted measurement goes on."""
 
 import argparse
 import json
@@ -112,11 +103,7 @@ def main() -> int:
     parser.add_argument("--cells", type=int, default=10_000_000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-<<<<<<< HEAD
-        "--folder", help="where vectors, index and figures are kept and used again; else they are temporary"
-=======
-        "--folder", help="folder in which vectors and index are kept and used again; temporary by default"
->>>>>>> main
+        "--folder", help="folder in which vectors, index and figures are kept and used again; temporary by default"
     )
     parser.add_argument("--search", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
