@@ -24,6 +24,7 @@ import torch
 from fastcore.basics import patch
 
 # %% ../nbs/training.ipynb #70500ea2
+from .batch_norm import SharedBatchNorm, check_norms
 from scellfm.core import (
     DataError,
     DivergedError,
@@ -388,6 +389,7 @@ class Run:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        check_norms(model, recipe.accumulate, int(os.environ.get("WORLD_SIZE", 1)))
         gaps = DistributedDataParallelKwargs(find_unused_parameters=True)  # a head may be unused in a part
         on_cpu = several and str(device) == "cpu"
         self.accelerator = Accelerator(cpu=on_cpu, device_placement=False, kwargs_handlers=[gaps])
@@ -429,6 +431,9 @@ def sums(
     from accelerate.utils import send_to_device
 
     mine, weight = self.share(rows)
+    for module in self.model.modules():
+        if isinstance(module, SharedBatchNorm):
+            module.share = weight
     batch = send_to_device(data.part(mine, epoch, rows if whole is None else whole), self.device)
     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
         total, count = self.loss(batch)

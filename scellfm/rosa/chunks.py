@@ -5,8 +5,6 @@
 # %% ../../nbs/rosa/chunks.ipynb #f182e764
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -83,48 +81,6 @@ def filled(bases: torch.Tensor, left: int, right: int) -> torch.Tensor:
     value = 4 if bases.ndim == 2 else 0
     return torch.cat([rest.new_full(shape[0], value), rest, rest.new_full(shape[1], value)], dim=1)
 
-# %% ../../nbs/rosa/chunks.ipynb #b09992f7
-class SumOfProcesses(torch.autograd.Function):
-    "The sum of a tensor over all processes; its derivative is the sum of the derivatives of all processes."
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        "The sum."
-        total = x.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        "The sum of the derivatives."
-        return SumOfProcesses.forward(ctx, gradient)
-
-
-class SharedBatchNorm(nn.BatchNorm1d):
-    "`BatchNorm1d` of [b, d, n], which in training takes mean and variance over the batches of all processes."
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        "The normalised values; in training the running statistics are updated."
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not self.training or not several or torch.distributed.get_world_size() == 1:
-            return super().forward(x)
-        return self.over_processes(x, SumOfProcesses.apply)
-
-    def over_processes(self, x: torch.Tensor, summed: Callable) -> torch.Tensor:
-        "`forward` in training, with `summed` for the sum over processes."
-        values = x.float()
-        count = values.new_tensor([values.shape[0] * values.shape[2]])
-        total = summed(torch.cat([values.sum(dim=(0, 2)), count]))
-        n, mean = total[-1].detach(), total[:-1] / total[-1].detach()
-        centred = values - mean[:, None]
-        variance = summed(centred.square().sum(dim=(0, 2))) / n
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return torch.addcmul(self.bias[:, None], centred, scale[:, None]).to(x.dtype)
-
 # %% ../../nbs/rosa/chunks.ipynb #fadf9d98
 def activated(norm: nn.BatchNorm1d, x: torch.Tensor) -> torch.Tensor:
     "Batch normalisation, then x * sigmoid(1.702 x)."
@@ -183,13 +139,15 @@ CHUNK = 64  # bins of a piece
 def conv_bins(
     module: nn.Module, bases: torch.Tensor, first: int = 0, last: int | None = None, *, chunk: int = CHUNK
 ) -> torch.Tensor:
-    "Convolution output [b, last - first, d] of the bins [first, last) of windows, in pieces of `chunk` bins."
+    """Convolution output [b, last - first, d] of the bins [first, last) of windows, in pieces of `chunk` bins; in one
+    piece in training."""
     size, halo, length = bin_size(module), halo_bins(module), bases.shape[1]
     total = -(-length // size)
     last = total if last is None else last
     if not 0 <= first < last <= total:
         raise OptionError(f"bins {first} to {last} are requested but the window has {total}")
     weight, pieces = module.stem[0].weight, []
+    chunk = last - first if module.training else chunk
     for start in range(first, last, chunk):
         end = min(start + chunk, last)
         left, right = max(start - halo, 0), min(end + halo, total)

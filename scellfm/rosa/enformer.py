@@ -17,9 +17,10 @@ from fastcore.basics import patch
 from .. import inference
 from ..assets import find, load_state, read_dictionary, read_tensors, save_tensors
 from ..assets.tensors import check_layers, check_sizes
+from ..batch_norm import SharedBatchNorm
 from ..core import AssetError, DataError, OptionError, check_number, one_of, optional, progress
 from .attention import head_output, pointwise, take, transform
-from .chunks import SharedBatchNorm, as_bases, bin_size, conv_bins, filled, one_hot, reverse_complement
+from .chunks import as_bases, bin_size, conv_bins, filled, one_hot, reverse_complement
 from .positional import GAMMAS
 from .pretraining import fit_tracks
 from .tracks import PUBLISHED_TRACKS, find_tracks, read_tracks, track_names
