@@ -164,6 +164,7 @@ def main():
     parser = harness.parser(__doc__, quick="4,000 cells, 1 pair")
     parser.add_argument("--cells", type=int, default=20_000)
     parser.add_argument("--genes", type=int, default=20_000)
+    parser.add_argument("--thread-pairs", type=int, default=5, help="how often one thread and two take turns")
     parser.add_argument(
         "--quiet", type=float, default=0, help="seconds to wait for idle cores before a pair of threads"
     )

@@ -78,7 +78,7 @@ def groups_of(names: pd.Index, scheme, table: pd.DataFrame, where: str) -> pd.Se
 
 # %% ../../nbs/rosa/hold_outs.ipynb #1e3713c5
 def held_names(groups: pd.Series, held: Iterable[str] | None) -> set[str] | None:
-    "The groups to hold out: those given, or groups named valid and test; None: to be drawn."
+    "The groups to hold out: the given ones, or groups named valid and test; None: they are drawn."
     there = set(groups.dropna())
     if held is not None:
         wanted = {str(name) for name in ([held] if isinstance(held, str) else held)}

@@ -151,7 +151,7 @@ def score(
 # %% ../../nbs/rosa/rosa.ipynb #9d180fd1
 @patch(as_prop=True)
 def scores(self: Rosa) -> GridScores:
-    "Scores in the four quadrants beside the default baselines; computed once."
+    "Scores in the four quadrants, with the default baselines; computed once."
     if self._scores is None:
         self.score()
     return self._scores

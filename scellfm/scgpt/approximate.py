@@ -118,7 +118,9 @@ def index_of(rows, seed: int = 0) -> SearchIndex:
     n, lists = len(rows), n_lists(len(rows))
     chosen = np.sort(keyed_generator(seed, "index").choice(n, min(n, max(SAMPLE * lists, 10_000)), replace=False))
     with faiss_threads() as faiss:
-        sample = np.concatenate([block for _, block in row_blocks(Subset(rows, chosen), 4096)])
+        sample = np.empty((len(chosen), rows.shape[1]), np.float32)
+        for start, block in row_blocks(Subset(rows, chosen), 4096):
+            sample[start : start + len(block)] = block
         index, project, inner = empty_index(faiss, sample, lists)
         del sample
         bar = progress(desc="indexing", total=n, unit="cell")

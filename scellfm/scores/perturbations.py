@@ -420,7 +420,7 @@ def perturbation(
     **arrays,
 ) -> Scores:
     """
-    Score predicted perturbations against measured cells, beside the training mean, no change and a technical duplicate.
+    Score predicted perturbations against measured cells, with the training mean, no change and a technical duplicate.
 
     truth: AnnData of log-normalised cells with obs[condition], or PerturbationData. prediction: a DataFrame
     (perturbations x genes, log-normalised means), an AnnData of predicted cells, or a dictionary of these by method.

@@ -80,7 +80,7 @@ def perturbation(
     n_top: int = 20,
 ) -> Scores:
     """
-    Score predictions [cells, genes] for perturbed cells against measurements [cells, genes], beside "no change".
+    Score predictions [cells, genes] for perturbed cells against measurements [cells, genes], with "no change".
 
     control: unperturbed cells [cells, genes]. conditions: the perturbation of each row.
     changed: {condition: its most changed genes}, of which the first n_top count.
