@@ -21,6 +21,7 @@ from atlas_cases import (
     Forked,
     ForkedWorker,
     N,
+    begun_twice,
     children_of,
     killed_in_its_midst,
     quiet,
@@ -237,6 +238,16 @@ def test_ranks_write_what_one_process_writes(atlas, whole, tmp_path, kind):
     ranks = ranks_of(atlas[0], kind, tmp_path / "out", n=3)
     assert [rank.wait() for rank in ranks] == [0, 0, 0]
     assert result(tmp_path / "out") == whole(kind)
+
+
+@POSIX
+@FORKS
+def test_two_processes_two_ranks_and_three_processes_write_one_run(atlas, tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "subprocess", SimpleNamespace(Popen=ForkedWorker, PIPE=None))
+    out = begun_twice(atlas[0], "geneformer", tmp_path / "out", rows=2)
+    run_kind(atlas[0], "geneformer", out, workers=3, rows=2)
+    run_kind(atlas[0], "geneformer", tmp_path / "one", rows=2)
+    assert result(out) == result(tmp_path / "one")
 
 
 @POSIX

@@ -1,17 +1,14 @@
 """Atlas runs on Ray, for real: the bytes of one process. Skipped where Ray is not installed (`make ray`)."""
 
 import os
-import signal
 import warnings
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from atlas_cases import KINDS, killed_in_its_midst, quiet, ranks_of, result, run_kind, shards, write_inputs
+from atlas_cases import KINDS, begun_twice, cut_after, quiet, result, run_kind, shards, write_inputs
 
 import scellfm as sf
 from scellfm.atlas import ray_engine, workers
-from scellfm.store.shards import Store
 
 ray = pytest.importorskip("ray", reason="needs Ray: make ray")
 
@@ -23,35 +20,10 @@ def inputs(tmp_path_factory):
         return write_inputs(tmp_path_factory.mktemp("atlas"))[0]
 
 
-@contextmanager
-def cut_after(n):
-    "A block in which a run is interrupted when it has recorded n shards."
-    record, seen = Store.record, []
-
-    def count(self, *arguments):
-        if len(seen) == n:
-            raise KeyboardInterrupt
-        seen.append(record(self, *arguments))
-
-    Store.record = count
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
-    finally:
-        Store.record = record
-
-
 @pytest.fixture(scope="module")
 def begun(inputs, tmp_path_factory):
     "A run that two processes began and two ranks went on with, interrupted both times; before Ray starts its threads."
-    out = tmp_path_factory.mktemp("begun") / "run"
-    with cut_after(2):
-        run_kind(inputs, "geneformer", out, workers=2)
-    first = shards(out)
-    ranks = ranks_of(inputs, "geneformer", out)
-    assert killed_in_its_midst(ranks[1], out, 0.0) and ranks[0].kill() == -signal.SIGKILL
-    assert 2 <= first < shards(out) < 8
-    return out
+    return begun_twice(inputs, "geneformer", tmp_path_factory.mktemp("begun") / "run", rows=2)
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +63,8 @@ def test_a_run_that_one_process_began_goes_on_with_ray(place, tmp_path, monkeypa
 
 
 def test_two_processes_two_ranks_and_ray_write_one_run(place, begun, tmp_path):
-    run_kind(place, "geneformer", begun, backend="ray", workers=2)
-    run_kind(place, "geneformer", tmp_path / "here")
+    run_kind(place, "geneformer", begun, backend="ray", workers=2, rows=2)
+    run_kind(place, "geneformer", tmp_path / "here", rows=2)
     assert result(begun) == result(tmp_path / "here")
 
 
