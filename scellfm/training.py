@@ -40,6 +40,7 @@ from scellfm.core import (
 )
 from .inference import pick_device
 from .store import atomic_write
+from .store.files import own_folder
 from .store.identity import run_inputs
 from .store.layouts import HISTORY
 from .store.lock import Lock
@@ -298,7 +299,7 @@ def save(
     tensors["steps"] = torch.tensor(np.array(history.step_rows, float).reshape(-1, len(STEP_COLUMNS)))
     record = {"identity": self.identity, "progress": at, "history": {**history.to_dict(), "step_rows": []}}
     record["crc32"] = checksum(tensors, record)
-    with atomic_write(self.path) as part:
+    with atomic_write(self.path) as whole, own_folder(whole) as part:
         try:
             save_file(tensors, part, metadata={"scellfm": json.dumps(record)})
         except SafetensorError as error:  # safetensors reports a full disk in this way

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from ..core import AssetError, keyed_generator, n_threads, optional, progress, tell, warn
 from .neighbours import Subset, exact_distances, forget, nearest, row_blocks
 from ..store import atomic_write, fingerprint
+from ..store.files import own_folder
 
 # %% auto #0
 __all__ = []
@@ -229,7 +230,7 @@ def write_index(index: SearchIndex, path: str | Path) -> None:
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS}
-    with atomic_write(path) as part:
+    with atomic_write(path) as whole, own_folder(whole) as part:
         save_file(arrays, part, {name: str(getattr(index, name)) for name in SETTLED})
 
 # %% ../../nbs/scgpt/approximate.ipynb #06a17b17
