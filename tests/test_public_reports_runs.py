@@ -702,6 +702,18 @@ def test_settings_of_a_classifier_come_back_with_their_types(tmp_path, label):
 # ---- E36, and kills
 
 
+@pytest.mark.parametrize("kind", ["tensors", "training", "search index"])
+def test_what_is_written_through_safetensors_has_the_same_bytes_each_time(tmp_path, kind):
+    import torch
+
+    write, path, found = writes_of_safetensors()[kind], tmp_path / "training.safetensors", set()
+    for _ in range(6):
+        torch.manual_seed(0)
+        write(path)
+        found.add(path.read_bytes())
+    assert len(found) == 1
+
+
 def test_the_same_model_is_saved_to_the_same_bytes(made, tmp_path):
     for name in ("one", "another"):
         made["scGPT"](tmp_path / name)

@@ -1,5 +1,6 @@
 "The index of large references: what it finds is exact, what it misses is measured, and what is damaged is refused."
 
+import json
 import sys
 
 import anndata
@@ -100,13 +101,24 @@ def test_an_index_that_misses_too_much_warns():
     assert 0 <= index.recall <= 1
 
 
+def test_an_index_whose_settings_are_entries_of_their_own_is_read_as_before(saved, halves, tmp_path):
+    for name in ("index.safetensors", "index.json"):
+        (tmp_path / name).write_bytes((saved / name).read_bytes())
+    with safe_open(saved / mapping.INDEX, "numpy") as file:
+        told = json.loads(file.metadata()["settled"])
+    save_file(load_file(saved / mapping.INDEX), tmp_path / mapping.INDEX, told)
+    before, now = (ReferenceMap.load(place, search="approximate").neighbours(halves[1]) for place in (tmp_path, saved))
+    for one, other in zip(before, now, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("change", ["twice", "lists", "width", "type", "probes", "cut", "vectors"])
 def test_a_damaged_index_is_named(saved, halves, tmp_path, change):
     for name in ("index.safetensors", "index.json"):
         (tmp_path / name).write_bytes((saved / name).read_bytes())
     arrays = load_file(saved / mapping.INDEX)
     with safe_open(saved / mapping.INDEX, "numpy") as file:
-        told = file.metadata()
+        told = json.loads(file.metadata()["settled"])
     if change == "twice":
         arrays["members"][1] = arrays["members"][0]
     elif change == "lists":
@@ -119,7 +131,7 @@ def test_a_damaged_index_is_named(saved, halves, tmp_path, change):
         told["probes"] = "0"
     elif change == "vectors":
         told["vectors"] = "those of another map"
-    save_file(arrays, tmp_path / mapping.INDEX, told)
+    save_file(arrays, tmp_path / mapping.INDEX, {"settled": json.dumps(told)})
     if change == "cut":
         (tmp_path / mapping.INDEX).write_bytes((saved / mapping.INDEX).read_bytes()[:1000])
     with pytest.raises(AssetError, match="approximate.safetensors"):

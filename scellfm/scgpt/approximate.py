@@ -5,6 +5,7 @@
 # %% ../../nbs/scgpt/approximate.ipynb #d10df142
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -226,12 +227,13 @@ SETTLED = ("probes", "candidates", "recall", "vectors")
 
 
 def write_index(index: SearchIndex, path: str | Path) -> None:
-    "Write an index as a safetensors file, in one move."
+    "Write an index as a safetensors file, in one move. Same index, same bytes."
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS}
+    settled = json.dumps({name: str(getattr(index, name)) for name in SETTLED})
     with atomic_write(path) as whole, own_folder(whole) as part:
-        save_file(arrays, part, {name: str(getattr(index, name)) for name in SETTLED})
+        save_file(arrays, part, {"settled": settled})  # a second entry would come in random order
 
 # %% ../../nbs/scgpt/approximate.ipynb #06a17b17
 def shapes_fit(index: SearchIndex, n: int, d: int) -> bool:
@@ -273,6 +275,7 @@ def read_index(path: str | Path, rows) -> SearchIndex:
     try:
         with safe_open(path, "numpy") as file:
             told = file.metadata() or {}
+            told = json.loads(told["settled"]) if "settled" in told else told  # earlier: entries of their own
             index = SearchIndex(**{name: file.get_tensor(name) for name in ARRAYS})
         index.probes, index.candidates = int(told["probes"]), int(told["candidates"])
         index.recall, index.vectors = float(told["recall"]), told["vectors"]
