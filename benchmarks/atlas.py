@@ -2,12 +2,12 @@
 
     python benchmarks/atlas.py [--pairs 5] [--quiet 0] [--quick]
 
-Two processes: the embeddings of the same cells by one process and by two, each of one thread, the sides in turns, from
-the call to the result; the two have to start and to load the model, the one has it. Pairs during which others used the
-cores do not count, if there are any without. Overhead: the time that is spent
-in writing, hashing and recording shards and in the record of the run, as a share of the whole run of one process.
-Memory: the peak, over the imports, of a process of its own that embeds 20,000 and then 200,000 cells (a thousand rows
-that repeat, so that the cells are alike) in stretches of 1,000, 16 tokens of each."""
+Two processes: one process and two processes, each with one thread, embed the same cells in turns. The time counts from
+the call to the result; the two processes must start and load the model, the one process has it already. Pairs during
+which other programs used the cores do not count, if there are any others. Overhead: the time for writing, hashing and
+recording shards and for the record of the run, as a share of the whole run of one process. Memory: the peak, above the
+imports, of a separate process that embeds 20,000 or 200,000 cells (the same thousand rows repeated) in stretches of
+1,000, with 16 tokens of each cell."""
 
 import os
 import sys
@@ -19,11 +19,11 @@ import harness  # first: it sets the number of threads
 import numpy as np
 
 FLOOR, SHARE, GROWTH = 1.6, 0.03, 1.15
-SHORT = 16  # tokens of a cell where memory is measured: the model's part does not grow with the cells
+SHORT = 16  # tokens of a cell for measuring memory: the model's share does not grow with the cells
 
 
 def write_inputs(place: Path, n_cells: int, max_length: int = 256, n_genes: int = 1000) -> None:
-    "A file of synthetic counts, and a small Geneformer that reads so many genes of a cell."
+    "A file of synthetic counts, and a small Geneformer that reads `length` genes of a cell."
     import anndata
     import pandas as pd
     from scipy import sparse
@@ -55,7 +55,7 @@ def embed(place: Path, out: str, workers: int, rows: int) -> None:
 
 
 def run_once(place: Path, workers: int, rows: int, n_cells: int) -> None:
-    "A run in a process of its own, which prints its seconds and the growth of its peak memory."
+    "A run in a separate process, which prints its seconds and the growth of its peak memory."
     import json
     import shutil
 
@@ -85,7 +85,7 @@ def run_once(place: Path, workers: int, rows: int, n_cells: int) -> None:
 
 
 def watched() -> list[float]:
-    "Seconds on the wall and of the processor that go into shards and records, added up while the run goes on."
+    "Wall and processor seconds that are spent on shards and records, added up during the run."
     from scellfm.atlas import runs, workers
     from scellfm.store.shards import Store
 
@@ -110,7 +110,7 @@ def watched() -> list[float]:
 
 
 def figures(place: Path, workers: int, rows: int, n_cells: int) -> dict:
-    "What `run_once` prints in a process of its own."
+    "What `run_once` prints in a separate process."
     return harness.figures_of(__file__, "--once", place, workers, rows, n_cells)
 
 

@@ -1,10 +1,11 @@
-"""What one cell costs: seconds of one core for each part of an atlas run, and bytes of what is kept.
+"""What one cell costs: seconds of one core for each part of an atlas run, and bytes of the saved files.
 
     python benchmarks/costs.py [--cells 4000] [--json FILE] [--quick]
 
-Synthetic counts (20,000 genes, about 2,190 detected in a cell) are written as h5ad, plain and with gzip. One thread;
-the time is that of the processor, so that a busy machine changes little. Embedding is that of cells with as many tokens
-as each model reads, with random weights of the published shapes. The page "What an atlas costs" has the figures."""
+Synthetic counts (20,000 genes, about 2,190 detected in a cell) are written as h5ad, plain and with gzip. One
+thread; the time is that of the processor, so that a busy machine changes little. Embedding is measured on cells
+with as many tokens as each model reads, with random weights of the published shapes. The page "What an atlas costs"
+has the figures."""
 
 import json
 import platform
@@ -28,7 +29,7 @@ def processor() -> str:
 
 
 def per_cell(function, n: int) -> float:
-    "Processor seconds of a call, by the number of cells."
+    "Processor seconds of a call, divided by the number of cells."
     return harness.timed(function)[1] / n
 
 

@@ -4,7 +4,7 @@
 
 The shape of Geneformer V1-10M (6 layers, hidden size 256, 25,426 tokens, random weights), the second to last layer.
 Both sides make the same edits in batches of the same size, in turns, in one process. Printed: median seconds, the
-ratio, the peak memory of each side in a process of its own, and the largest difference of the shifts.
+ratio, the peak memory of each side in a separate process, and the largest difference of the shifts.
 overexpression.py is the same with --kind overexpress."""
 
 import argparse

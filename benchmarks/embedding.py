@@ -2,11 +2,10 @@
 
     python benchmarks/embedding.py [--cells 128] [--pairs 5] [--quick]
 
-The shape of Geneformer V1-10M (random weights) and lengths spread as those of PBMC (median 1,000, at most 2,048 genes).
-Both sides run the same encoder up to the second to last layer: scellfm in its own batches, the reference in random
-batches of 16 cells with an attention mask, in turns, in one process. Printed: median seconds, the ratio, the peak
-memory of each
-side in a process of its own, and the largest difference of the embeddings.
+The shape of Geneformer V1-10M (random weights) and lengths distributed like those of PBMC (median 1,000, at most 2,048
+genes). Both sides run the same encoder up to the second to last layer: scellfm in its own batches, the reference in
+random batches of 16 cells with an attention mask, in turns, in one process. Printed: median seconds, the ratio, the
+peak memory of each side in a separate process, and the largest difference of the embeddings.
 """
 
 import argparse

@@ -3,11 +3,11 @@
     python benchmarks/enformer.py [--length 196608] [--pairs 5] [--true-size] [--quick] [--gpu]
 
 Random weights (also in the output layers of attention, which are 0 in a new model), the same positional features on
-both sides. By default the model is a quarter as wide as the published one, with windows of the published length, in
-turns, `--pairs` times. `--true-size` runs the published size once: ours in float32 and bfloat16, and that of
-enformer-pytorch, which needs 4 GB. Peak memory is that of a process of its own, everything included;
-seconds are those of the processor, which other programs do not lengthen. `--gpu` measures
-windows per second in float32, TF32 and bfloat16 on a CUDA card.
+both sides. By default the model is a quarter as wide as the published one, with windows of the published length; both
+sides run in turns, `--pairs` times. `--true-size` runs the published size once: ours in float32 and bfloat16, and
+enformer-pytorch, which needs 4 GB. Peak memory is that of a separate process, everything included; seconds are
+processor seconds, which other programs do not lengthen. `--gpu` measures windows per second in float32, TF32 and
+bfloat16 on a CUDA GPU.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def model_of(args, dtype="float32", device="cpu") -> Enformer:
 
 
 def liven(enformer: Enformer) -> None:
-    "Take the statistics of normalisation from random sequence: the output then depends on the sequence."
+    "Set the statistics of normalisation from random sequence, so that the output depends on the sequence."
     enformer.module.train()
     for norm in enformer.module.modules():
         if isinstance(norm, torch.nn.BatchNorm1d):
@@ -87,7 +87,7 @@ def one_side(args) -> None:
 
 
 def run(args, side: str, length: int, dtype: str = "float32") -> tuple[dict, np.ndarray]:
-    "One side in a process of its own."
+    "One side in a separate process."
     out = Path(args.folder) / f"{side}-{length}-{dtype}.npy"
     command = [sys.executable, __file__, "--side", side, "--length", str(length), "--dtype", dtype, "--out", str(out)]
     command += ["--true-size"] if args.true_size else []
@@ -105,7 +105,7 @@ def apart(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def gpu(args) -> None:
-    "Windows per second of the published size on a CUDA card."
+    "Windows per second of the published size on a CUDA GPU."
     args.true_size = True
     codes = window(196_608).repeat(4, 1)
     reference = None

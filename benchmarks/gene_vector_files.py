@@ -2,8 +2,8 @@
 
     python benchmarks/gene_vector_files.py [--genes 20000] [--width 1536] [--quick]
 
-Printed: seconds of `read_vectors` in a process of its own, growth of its peak memory above the imports, and the same
-for pickle itself. Limits: 10 s of the processor and 1 GB. Exit code 1 where one is broken or a number differs."""
+Printed: seconds of `read_vectors` in a separate process, growth of its peak memory above the imports, and the same for
+pickle itself. Limits: 10 s of the processor and 1 GB. Exit code 1 if a limit is exceeded or a number differs."""
 
 import argparse
 import json

@@ -3,10 +3,10 @@
     python benchmarks/gradient_screen.py [--cells 6] [--genes 300] [--pairs 3] [--quick]
 
 The shape of Geneformer V1-10M with random weights, on one thread. Cells of the start and of the goal state draw their
-genes from two pools that share a half. In turns: all deletions exactly; all deletions estimated; the whole gradient
-screen, which computes 20 genes in every cell and all genes of two cells. Printed: median seconds, the ratios, and the
-correlation of the estimates with the exact shifts (median over cells). Random weights are the hard case: neighbouring
-positions have nothing in common."""
+genes from two pools, half of whose genes are shared. In turns: all deletions exactly; all deletions estimated; the
+whole gradient screen, which computes 20 genes in every cell and all genes of two cells. Printed: median seconds, the
+ratios, and the correlation of the estimates with the exact shifts (median over cells). Random weights are the hardest
+case, because neighbouring positions have nothing in common."""
 
 import sys
 
@@ -21,7 +21,7 @@ from scellfm.geneformer.perturbation.gradient import estimate_block
 
 FLOOR = (
     1 / 30
-)  # of the estimate alone: 10 times with 300 genes, for its three readings do not become more with the genes
+)  # for the estimate alone: 10 times with 300 genes, because it needs three forward passes for any number of genes
 ASKED = dict(state="state", start="ill", goal="well")
 
 

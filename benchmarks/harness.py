@@ -1,4 +1,4 @@
-"""What the benchmarks share: one thread, sides in turns, medians of pairs, peak memory, a verdict with its exit code.
+"""What the benchmarks share: one thread, sides in turns, medians of pairs, peak memory, checks with an exit code.
 
 A benchmark imports this first: numerical libraries read the number of threads when they are loaded.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 
 def parser(description: str, *, pairs: int | None = 5, quick: str = "a small problem") -> argparse.ArgumentParser:
-    "A parser with the options that all benchmarks have: --pairs (where there are any) and --quick."
+    "A parser with the options that all benchmarks have: --pairs (if there are pairs) and --quick."
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if pairs is not None:
         made.add_argument("--pairs", type=int, default=pairs, help="how often the sides take turns")
@@ -29,17 +29,17 @@ def parser(description: str, *, pairs: int | None = 5, quick: str = "a small pro
 
 
 def timed(function: Callable) -> tuple[float, float, object]:
-    "(seconds on the wall, seconds of this process's processors, what the function returned)."
+    "(wall seconds, processor seconds of this process, what the function returned)."
     wall, busy = time.perf_counter(), time.process_time()
     result = function()
     return time.perf_counter() - wall, time.process_time() - busy, result
 
 
-DISTURBED = 0.15  # cores that others use, with which a time on the wall says little
+DISTURBED = 0.15  # cores used by others, above which wall times mean little
 
 
 def rivals() -> int:
-    "How many processes of others want a processor now, but for those that give way (nice 10 and above)."
+    "How many other processes want a processor now, without those of low priority (nice 10 and above)."
     found = 0
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -51,7 +51,7 @@ def rivals() -> int:
 
 
 def wait_for_quiet(seconds: float, still: int = 10) -> None:
-    "Wait until no rival was seen for two seconds, at most so long."
+    "Wait until no other process has wanted a processor for two seconds, at most `seconds`."
     end, seen = time.monotonic() + seconds, 0
     while seen < still and time.monotonic() < end:
         time.sleep(0.2)
@@ -59,7 +59,7 @@ def wait_for_quiet(seconds: float, still: int = 10) -> None:
 
 
 class Others:
-    "A block; afterwards `cores` is how many processors other processes have used in it, on average."
+    "A block; afterwards `cores` is the mean number of processors that other processes used during it."
 
     def __enter__(self) -> "Others":
         self.start = self.now()
@@ -70,14 +70,14 @@ class Others:
         self.cores = max(everyone - own, 0.0) / wall
 
     def now(self) -> tuple[float, float, float]:
-        "Seconds: on the wall, of all processors, of this process and of those that it has waited for."
+        "Seconds: wall, all processors, and this process with the processes that it has waited for."
         user, nice, system, _, _, hard, soft, *_ = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:])
         everyone = (user + nice + system + hard + soft) / os.sysconf("SC_CLK_TCK")
         return time.perf_counter(), everyone, sum(os.times()[:4])
 
 
 class Pairs:
-    "Seconds of sides that took turns: `wall` and `cpu` by side, one per pair; `results` are the last of each."
+    "Seconds of sides that took turns: `wall` and `cpu` by side, one per pair; `results`: the last of each side."
 
     def __init__(self, sides: dict[str, Callable], n: int):
         self.wall, self.cpu, self.results = ({side: [] for side in sides} for _ in range(3))
@@ -92,7 +92,7 @@ class Pairs:
         return statistics.median(getattr(self, clock)[side])
 
     def ratio(self, ours: str, theirs: str, clock: str = "wall") -> float:
-        "How many times as fast `ours` is: the median over the pairs."
+        "How many times as fast `ours` is (median over the pairs)."
         times = getattr(self, clock)
         return statistics.median(b / a for a, b in zip(times[ours], times[theirs]))
 
@@ -106,14 +106,14 @@ def peak_memory(reset: bool = False) -> float:
 
 
 def print_growth(function: Callable) -> None:
-    "Run a side and print by how many MB the peak memory grew: what a process of its own does for `growth_of`."
+    "Run a side and print by how many MB the peak memory grew; `growth_of` calls this in a separate process."
     before = peak_memory(reset=True)
     function()
     print(json.dumps({"mb": peak_memory() - before}))
 
 
 def figures_of(script: str, *arguments: object, env: dict[str, str] | None = None) -> dict:
-    "What a process of its own prints as its last line, in JSON; `env` adds to its environment."
+    "What a separate process prints as its last line, in JSON; `env` adds to its environment."
     command = [sys.executable, script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}))
     if done.returncode:
@@ -122,12 +122,12 @@ def figures_of(script: str, *arguments: object, env: dict[str, str] | None = Non
 
 
 def growth_of(script: str, *arguments: object, env: dict[str, str] | None = None) -> float:
-    "MB by which the peak memory of one side grows in a process of its own, that calls `print_growth`."
+    "MB by which the peak memory of one side grows in a separate process, which calls `print_growth`."
     return figures_of(script, *arguments, env=env)["mb"]
 
 
 def write_map(folder: Path, blocks: Iterable[tuple], shape: tuple[int, int], n_labels: int, k: int) -> None:
-    "A saved map of reference cells: (float32 [rows, d], int64 labels [rows]) of every block, written as they come."
+    "A saved map of reference cells, written block by block: (float32 [rows, d], int64 labels [rows])."
     import numpy as np
 
     (n, d), codes = shape, []
@@ -151,7 +151,7 @@ def write_map(folder: Path, blocks: Iterable[tuple], shape: tuple[int, int], n_l
 
 
 def verdict(*checks: tuple[str, float, str, float], more: str = "") -> int:
-    "Print each check (name, value, 'floor' or 'ceiling', limit) and return the exit code: 1 where one is not met."
+    "Print each check (name, value, 'floor' or 'ceiling', limit) and return the exit code: 1 if one is not met."
     kept = [value >= limit if kind == "floor" else value <= limit for _, value, kind, limit in checks]
     for (name, value, kind, limit), good in zip(checks, kept):
         print(f"{name} {value:.3g} ({kind} {limit:g}){'' if good else ': NOT MET'}")

@@ -2,7 +2,7 @@
 
     python benchmarks/import_time.py [--pairs 5]
 
-Beside it stands the import of the libraries that scellfm loads only where it uses them.
+For comparison, it also measures the import of the libraries that scellfm loads only when it uses them.
 """
 
 import statistics
@@ -20,7 +20,7 @@ PROBE = (
 
 
 def measure(code: str) -> tuple[float, float]:
-    "(seconds, peak memory in MB) of some imports in a process of their own."
+    "(seconds, peak memory in MB) of some imports in a separate process."
     out = subprocess.run(
         [sys.executable, "-c", PROBE.format(code=code)], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -2,12 +2,12 @@
 
     python benchmarks/neighbours.py [--cells 10000000] [--threads 1] [--folder FOLDER] [--quick]
 
-10,000,000 x 512 float32 vectors of length 1 (20 GB on disk; --quick: 200,000), 1,000 queries, k=10. The cells are of
-200 types of unequal size; within a type they differ along 32 directions of falling importance, half of them shared by
-all types, with a little noise in all 512 numbers, as embeddings of cells do, whose neighbourhoods have few dimensions.
-In processes of their own: the index is built beside the vectors (search="approximate"); a process that finds it there
-maps the query; another maps it by the exact search. Memory is the peak of all memory of each process, imports and
-mapped pages included. Recall@10 is the share of the exact ten nearest cells that the index finds."""
+10,000,000 x 512 float32 vectors of length 1 (20 GB on disk; --quick: 200,000), 1,000 queries, k=10. The cells belong to
+200 types of unequal size; within a type they differ along 32 directions of decreasing importance, half of them shared
+by all types, with a little noise in all 512 numbers. Neighbourhoods then have few dimensions, as in real embeddings.
+Three separate processes: one builds the index beside the vectors (search="approximate"), one maps the query with this
+index, and one maps it by the exact search. Memory is the peak of all memory of each process, imports and mapped pages
+included. Recall@10 is the share of the exact ten nearest cells that the index finds."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ MEMORY, RECALL = 4000, 0.95  # MB of a whole process; share of the ten nearest
 
 
 class Simulated:
-    "Cells as a model embeds them: types, and directions within a type."
+    "Simulated embeddings of cells: types, and directions within a type."
 
     def __init__(self):
         import numpy as np
@@ -100,7 +100,9 @@ def main() -> int:
     parser = harness.parser(__doc__, pairs=None, quick="200,000 reference cells")
     parser.add_argument("--cells", type=int, default=10_000_000)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", help="where vectors and index are kept and used again; else they are temporary")
+    parser.add_argument(
+        "--folder", help="folder in which vectors and index are kept and used again; temporary by default"
+    )
     parser.add_argument("--search", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.search:

@@ -2,10 +2,10 @@
 
     python benchmarks/perturbation_scaling.py [--genes 200] [--quick]
 
-Deletions in the shape of Geneformer V1-10M, on one thread, of random cells of one length: of all their genes with 2
-to 16 cells, and of 25 to 200 genes by name in 4 cells. Printed: seconds, and milliseconds per edit, which must stay
-within a third of one another; and by how much the peak memory of a process grows while it screens 8 or 32 cells of
-100 genes, enough for full batches, which may differ by a tenth."""
+Deletions with a model of the shape of Geneformer V1-10M, on one thread, in random cells of equal length: of all genes
+in 2 to 16 cells, and of 25 to 200 named genes in 4 cells. Printed: seconds, and milliseconds per edit, which must stay
+within a third of one another; and by how much the peak memory of a process grows while it screens 8 or 32 cells of 100
+genes, enough for full batches, which may differ by a tenth."""
 
 import argparse
 import sys
@@ -32,13 +32,13 @@ def screen(n_cells: int, genes: int, names=None) -> tuple[float, int]:
 
 
 def growth(n_cells: int, genes: int) -> float:
-    "MB by which the peak memory of a process grows while it screens so many cells."
-    steady = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # freed memory goes back at once
+    "MB by which the peak memory of a process grows while it screens `n_cells` cells."
+    steady = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}  # freed memory is returned at once
     return harness.growth_of(__file__, "--side", n_cells, "--genes", genes, env=steady)
 
 
 def series(title: str, sizes: list[int], run) -> float:
-    "Print a series of sizes; the time of the slowest edit over that of the fastest."
+    "Print a series of sizes; returns the time per edit of the slowest size over that of the fastest."
     each = []
     for size in sizes:
         seconds, edits = run(size)

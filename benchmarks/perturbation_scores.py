@@ -3,10 +3,10 @@
     python benchmarks/perturbation_scores.py [--cells 100000] [--genes 5000] [--perturbations 200] [--quick]
 
 Makes the cells (a tenth of the values is stored), then scores two predictions with the four metrics of scGenePT's model
-card, R2_w, WMSE and NIR, floors, ceilings, intervals and dynamic ranges included. Printed: seconds,
-growth of the peak memory above the cells, and its total. Limits: 30 s and 2 GB above the cells. The scores of three
-perturbations are computed again by hand in float64 from dense cells; exit code 1 where a number differs by 1e-6 or a
-limit is broken."""
+card, R2_w, WMSE and NIR, floors, ceilings, intervals and dynamic ranges included. Printed: seconds, growth of the peak
+memory above the cells, and its total. Limits: 30 s and 2 GB above the cells. The scores of three perturbations are
+computed again with plain numpy in float64 from dense cells; exit code 1 if a number differs by 1e-6 or a limit is
+exceeded."""
 
 import sys
 import time
@@ -16,7 +16,7 @@ import numpy as np
 
 SECONDS, MEGABYTES = 30, 2048
 METRICS = ["mse", "mse_de", "pearson_delta", "pearson_delta_de", "r2_w", "wmse", "nir"]
-BLOCK = 2000  # cells that are made at a time
+BLOCK = 2000  # cells simulated at a time
 
 
 def cells_of(n_cells: int, n_genes: int, n_perturbations: int):

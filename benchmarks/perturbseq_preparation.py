@@ -2,12 +2,12 @@
 
     python benchmarks/perturbseq_preparation.py --gears PYTHON [--cells 5000] [--genes 2000] [--conditions 50] [--quick]
 
-PYTHON is the interpreter of an environment with cell-gears==0.0.2, torch, torch_geometric and scanpy, which do not
-belong into the environment of this package; the variable SCELLFM_GEARS_PYTHON names it too. Without one, our side alone
-is timed.
-Both sides start from the same AnnData in memory and end with ranked genes, sets of genes and a control for each cell,
-written to a folder; each run is a process of its own. Printed: median seconds of the pairs, the ratio (floor 8x), the
-growth of the peak memory, the size of the sparse matrix, and in how many conditions the 20 most changed genes agree.
+PYTHON is the interpreter of an environment with cell-gears==0.0.2, torch, torch_geometric and scanpy, separate from the
+environment of this package; it can also be named by the variable SCELLFM_GEARS_PYTHON. Without it, only our side is
+timed. Both sides start from the same AnnData in memory and end with ranked genes, sets of genes and a control for each
+cell, written to a folder; each run is a separate process. Printed: median seconds of the pairs, the ratio (floor 8x),
+the growth of the peak memory, the size of the sparse matrix, and in how many conditions the 20 most changed genes
+agree.
 """
 
 import argparse
@@ -95,14 +95,14 @@ def run_side(side: str, path: str) -> None:
 
 
 def measure(python: str, side: str, path: str) -> dict:
-    "One run of one side in a process of its own."
+    "One run of one side in a separate process."
     command = [python, __file__, "--side", side, "--input", path]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tempfile.gettempdir())
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def report(runs: dict[str, list[dict]], nnz: int) -> bool:
-    "Print the table; is the promise kept?"
+    "Print the table; returns whether the promise is kept."
     for side, found in runs.items():
         wall, cpu, memory = (np.median([run[key] for run in found]) for key in ("wall", "cpu", "mb"))
         print(f"{side:11s} {wall:7.2f} s wall, {cpu:7.2f} s CPU, peak memory above its input {memory:6.0f} MB")

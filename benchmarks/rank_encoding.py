@@ -3,8 +3,8 @@
     python benchmarks/rank_encoding.py [--cells 4000] [--genes 20000] [--pairs 5] [--quick]
 
 Both sides encode the same synthetic counts (about 9 % of the genes of a cell are detected) with the same medians, in
-turns, in one process. Printed: median seconds, the ratio, the peak memory of each side in a process of its own, and
-the largest difference of the tokens (0 = identical)."""
+turns, in one process. Printed: median seconds, the ratio, the peak memory of each side in a separate process, and the
+largest difference of the tokens (0 = identical)."""
 
 import argparse
 import sys
@@ -28,7 +28,7 @@ def synthetic_counts(n_cells: int, n_genes: int, seed: int = 0) -> sparse.csr_ma
 
 
 def synthetic_medians(n_genes: int, seed: int = 1) -> np.ndarray:
-    "Typical levels; the smallest 2 % are equal, so that ties occur in every cell."
+    "Medians of genes; the smallest 2 % are equal, so that ties occur in every cell."
     return np.maximum(np.random.default_rng(seed).lognormal(0, 0.6, n_genes), 0.3)
 
 
@@ -53,7 +53,7 @@ SIDES = {"scellfm": ours, "argsort loop": argsort_loop}
 
 
 def problem(args) -> tuple:
-    "What both sides are given."
+    "The inputs of both sides."
     return synthetic_counts(args.cells, args.genes), synthetic_medians(args.genes), np.arange(args.genes) + 2, 2048
 
 

@@ -1,10 +1,10 @@
-"""A reference of a million cells is searched exactly, straight from its file, in the memory of a block.
+"""A reference of a million cells is searched exactly, directly from its file, with memory for one block only.
 
     python benchmarks/reference_mapping.py [--quick]
 
 1,000,000 x 512 float32 vectors of length 1 (2 GB on disk; --quick: 100,000), 200 labels, 1,000 query cells, k=10, one
-thread. A sample of queries is checked against all distances in float64. Where faiss is installed, its IndexFlatL2
-runs beside it."""
+thread. A sample of queries is checked against all distances in float64. If faiss is installed, its IndexFlatL2 is
+measured too."""
 
 import argparse
 import importlib.util
@@ -17,7 +17,7 @@ from pathlib import Path
 import harness  # first: it sets the number of threads
 
 K, N_QUERY, DIM, N_LABELS = 10, 1_000, 512, 200
-MEMORY = 600  # MB above the imports, file pages not counted
+MEMORY = 600  # MB above the imports, without pages of files
 
 
 def simulate(folder: Path, n: int) -> None:
@@ -38,7 +38,7 @@ def simulate(folder: Path, n: int) -> None:
 
 
 def own_memory() -> float:
-    "MB of memory that belong to this process alone, without pages of files."
+    "MB of memory that belong only to this process, without pages of files."
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["RssAnon"].split()[0]) / 1024
 
@@ -66,7 +66,7 @@ def watched(function):
 
 
 def blocks(vectors, size: int = 20_000):
-    "Rows of a large table, some at a time."
+    "Blocks of rows of a large table."
     return (vectors[start : start + size] for start in range(0, len(vectors), size))
 
 
@@ -78,7 +78,7 @@ def squared_distances(block, query):
 
 
 def measure(folder: Path) -> dict:
-    "Open the map and transfer, in a process of its own."
+    "Open the map and transfer labels, in a separate process."
     import anndata
     import numpy as np
     import torch

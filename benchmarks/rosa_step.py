@@ -3,11 +3,11 @@
     python benchmarks/rosa_step.py [--genes 1000 5000 20000] [--steps 3] [--batch 1] [--limit 12] [--quick]
 
 rosa's README gives linear attention (performer, perceiver) as the way to long contexts. Here each network of the small
-shape, with gene vectors of 3,072 numbers, reads 80 % of the genes of a cell and is asked for the rest: forward,
-backward, and a step of AdamW. 'transformer' is ours, which never keeps a matrix of all pairs of genes; 'matrix' is the
-same network with that matrix kept, as it was written when the original chose between them. Each row is a process of its
-own, which may take --limit GB. Printed: the median seconds of a step after the first, which warms up; the memory that
-the steps add at their peak, weights and inputs not counted; both relative to the transformer.
+shape, with gene vectors of 3,072 numbers, reads 80 % of the genes of a cell and predicts the rest: forward, backward,
+and a step of AdamW. 'transformer' is ours, which never stores a matrix of all pairs of genes; 'matrix' is the same
+network with this matrix stored, as such networks were written when the original chose between them. Each row is a
+separate process, which may use --limit GB. Printed: the median seconds of a step after the first, which warms up; the
+memory that the steps add at their peak, weights and inputs not counted; both relative to the transformer.
 """
 
 import json
@@ -55,7 +55,7 @@ def steps_of(kind: str, genes: int, steps: int, batch: int) -> dict:
 
 
 def measured(kind: str, genes: int, args) -> dict | None:
-    "The same in a process of its own; None where it needs more memory than it may take."
+    "The same in a separate process; None if it needs more memory than it may use."
     command = [sys.executable, __file__, "--one", kind, "--genes", str(genes), "--limit", str(args.limit)]
     command += ["--steps", str(args.steps), "--batch", str(args.batch)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -82,7 +82,7 @@ def main() -> None:
     reader.add_argument("--genes", type=int, nargs="+", default=[1000, 5000, 20000])
     reader.add_argument("--steps", type=int, default=3)
     reader.add_argument("--batch", type=int, default=1)
-    reader.add_argument("--limit", type=float, default=12, help="GB that a network may take")
+    reader.add_argument("--limit", type=float, default=12, help="GB that a network may use")
     reader.add_argument("--one", choices=KINDS, help="measure one kind in this process and print JSON")
     args = reader.parse_args()
     if args.one:

@@ -3,12 +3,12 @@
     SCELLFM_DATA=... python benchmarks/scgenept_real_data.py papalexi FOLDER [choose | train [SEED ...] | score]
     SCELLFM_DATA=... python benchmarks/scgenept_real_data.py norman FOLDER [--quick]
 
-Without a step all of them are run. What is done is kept in FOLDER, and the same call goes on from there. `score`
+If no step is named, all are run. Finished parts are kept in FOLDER, and the same call continues from there. `score`
 writes FOLDER/tables, which nbs/scgenept/language_experiment.ipynb shows.
 
-The model is tiny (1 layer of 32) and pretrained on control cells alone. It learns from means of ten cells, on the
+The model is tiny (1 layer of 32) and pretrained on control cells alone. It is trained on means of ten cells, for the
 genes that vary most. The recipe is chosen on a part of the training perturbations of the first fold (`choose`), by the
-loss of the model with MiniLM and without vectors together; no test perturbation is looked at before `score`.
+summed losses of the models with MiniLM vectors and without vectors; no test perturbation is used before `score`.
 """
 
 import json
@@ -42,11 +42,11 @@ from scellfm.scores.perturbations import DUPLICATE, TRAINING_MEAN, bounds, resam
 DATA = Path(os.environ.get("SCELLFM_DATA", "../shared/data"))
 SHAPE = dict(d_model=32, n_heads=2, d_hid=32, n_layers=1)
 SEEDS = (0, 1, 2)
-GENES = 64  # the most variable of the measured ones; unmeasured targets are read beside them
+GENES = 64  # the most variable measured genes; unmeasured targets are added as inputs
 CELLS, GROUPS = 10, 12  # cells of one mean, and means of one perturbation at most; twice as many of the controls
 TRAINING = dict(batch_size=32, decay=0.97, dropout=0.0, attention_dropout=0.0)
 RATES, FROZEN = (3e-3, 1e-2), (False, True)  # the recipes to choose from, with any number of epochs up to
-EPOCHS = {"papalexi": 40, "norman": 12}  # this: what lets all fits of a screen run in half an hour of one core
+EPOCHS = {"papalexi": 40, "norman": 12}  # this, so that all fits of a screen run in half an hour of one core
 NONE, MINILM = "none", "MiniLM on GO texts"
 
 
@@ -101,7 +101,7 @@ def vectors_of(genes: list[str]) -> dict[str, GeneVectors]:
 
 
 class Experiment:
-    "Cells, folds, vectors and a pretrained scGPT of one data set; what takes long is made once and kept in the folder."
+    "Cells, folds, vectors and a pretrained scGPT of one data set; slow parts are made once and kept in the folder."
 
     def __init__(self, name: str, folder: Path):
         self.name, self.folder = name, folder
@@ -206,7 +206,7 @@ def predictions(task: Experiment) -> dict[str, pd.DataFrame]:
 
 
 def own_gene_changed(task: Experiment, table: pd.DataFrame) -> pd.DataFrame:
-    "The training mean, but for a measured target's own expression: what became of other targets' own, in proportion."
+    "The training mean, with a measured target's own expression changed by the mean ratio of other targets."
     table, means = table.copy(), task.data.means()
     control = means.loc["ctrl"]
     for split in task.folds:
@@ -279,7 +279,7 @@ def group_table(scores, kinds: list[str]) -> pd.DataFrame:
 
 
 def score(task: Experiment) -> None:
-    "Score all that is trained on all cells of each perturbation, and write the tables."
+    "Score all trained models on all cells of each perturbation, and write the tables."
     singles = [name for name in task.data.conditions if "+" not in name]
     pairs = [name for name in task.data.conditions if "+" in name]
     groups = {"singles": singles, "pairs": pairs} if pairs else {}
@@ -306,10 +306,10 @@ def score(task: Experiment) -> None:
 
 
 def main() -> None:
-    "Run the steps that are asked for."
+    "Run the requested steps."
     made = harness.parser(__doc__, pairs=None, quick="one seed, two epochs and no choice: for a try, no result")
     made.add_argument("name", choices=EPOCHS, help="the data set")
-    made.add_argument("folder", type=Path, help="where all that is done is kept")
+    made.add_argument("folder", type=Path, help="folder in which finished parts are kept")
     made.add_argument("step", nargs="?", default="all", choices=("choose", "train", "score", "all"))
     made.add_argument("seeds", nargs="*", type=int, help="seeds to train; all of them if none is named")
     options = made.parse_args()

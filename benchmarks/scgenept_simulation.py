@@ -1,17 +1,17 @@
-"""On simulated data language that knows the modules helps held-out genes, and permuted language does not.
+"""On simulated data, gene vectors that know the modules help on held-out genes, and permuted ones do not.
 
     python benchmarks/scgenept_simulation.py [--seeds 102 103] [--folder FOLDER] [--quick]
 
-Singles of 60 genes in 3 modules; a row is the mean of 20 cells, for in single cells the noise of counting is ten times
-what the modules differ by. Each gene is held out once, in five folds; the next fold is the validation set, and
-the rest is trained on, by a tiny model from random weights. Its gene vectors know the modules, or are the same vectors
-under other genes' names, or there are none. The learning rate is chosen first, for each kind by itself, on ONE
-simulation and by the validation loss alone; then it is measured on other simulations, which had no part in the
-choice. What is done is kept in FOLDER, and the same call goes on from there.
+Single perturbations of 60 genes in 3 modules; a row is the mean of 20 cells, because in single cells the counting noise
+is ten times as large as the difference between modules. Each gene is held out once, in five folds; the next fold is the
+validation set, and the rest is trained on, by a tiny model from random weights. Its gene vectors know the modules, or
+are the same vectors under other genes' names, or there are none. The learning rate is chosen first, for each kind
+separately, on ONE simulation and only by the validation loss; then scores are measured on other simulations, which were
+not used for the choice. Finished parts are kept in FOLDER, and the same call continues from there.
 
-Printed: pearson_delta on held-out genes with its interval over perturbations, and paired differences. The exit code is
-1 where, on any of these simulations, the interval of `know` does not lie above those of `permuted` and of `none`, or
-the paired difference of `permuted` to `none` lies above 0 (--quick: where the mean of `know` is not above that of
+Printed: pearson_delta on held-out genes with its interval over perturbations, and paired differences. The exit code
+is 1 if, on any of these simulations, the interval of `know` does not lie above those of `permuted` and of `none`,
+or the paired difference of `permuted` to `none` lies above 0 (--quick: if the mean of `know` is not above that of
 `permuted`)."""
 
 import json
@@ -35,7 +35,7 @@ from scellfm.scores import perturbation
 SHAPE = dict(d_model=32, n_heads=2, d_hid=32, n_layers=1, dropout=0.0)
 FULL = dict(n_targets=60, n_pairs=0, n_genes=60, n_modules=3, n_cells=40, n_controls=200)
 QUICK = dict(n_targets=24, n_pairs=0, n_genes=24, n_modules=3, n_cells=20, n_controls=100)
-CELLS = 20  # of one row
+CELLS = 20  # cells of one row
 CHOOSING, MEASURING = 0, (102, 103)  # seeds of the simulations
 KINDS = ("know", "permuted", "none")
 RATES = (3e-3, 1e-2)  # to choose from
@@ -93,7 +93,7 @@ def choose(size: dict, k: int, folder: Path) -> dict[str, float]:
 
 
 def predictions(made: tuple, kind: str, rate: float, path: Path) -> pd.DataFrame:
-    "The predictions of all held-out perturbations with one kind of vectors, from the file where it is there."
+    "The predictions of all held-out perturbations with one kind of vectors, from the file if it exists."
     if not path.exists():
         data, folds, kinds = made
         tables = []
@@ -112,7 +112,7 @@ def measure(size: dict, k: int, seed: int, chosen: dict[str, float], folder: Pat
 
 
 def kept(scores, quick: bool) -> bool:
-    "Print the three kinds with their intervals; is the claim kept?"
+    "Print the three kinds with their intervals; returns whether the claim holds."
     low, high, mean = (table["pearson_delta"] for table in (scores.low, scores.high, scores.table))
     for kind in KINDS:
         print(f"  {kind:9s} {mean[kind]:.3f} [{low[kind]:.3f}, {high[kind]:.3f}]", flush=True)
@@ -129,10 +129,10 @@ def kept(scores, quick: bool) -> bool:
 
 
 def main() -> int:
-    "Choose, measure, and print the tables; 1 where the claim does not hold."
+    "Choose, measure, and print the tables; 1 if the claim does not hold."
     made = harness.parser(__doc__, pairs=None, quick="24 targets in three folds, one simulation")
     made.add_argument("--seeds", type=int, nargs="+", default=MEASURING, help="seeds of the simulations to measure on")
-    made.add_argument("--folder", type=Path, help="where all that is done is kept")
+    made.add_argument("--folder", type=Path, help="folder in which finished parts are kept")
     options = made.parse_args()
     warnings.simplefilter("ignore")
     size, k, seeds = (QUICK, 3, options.seeds[:1]) if options.quick else (FULL, 5, options.seeds)

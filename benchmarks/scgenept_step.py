@@ -2,11 +2,11 @@
 
     python benchmarks/scgenept_step.py [--pairs 5] [--genes 1536] [--batch 2] [--quick]
 
-512 dimensions, 8 heads, 12 layers, 1,536 genes, 2 cells, dropout 0.2, forward and backward. The ways take turns, each
-in a process of its own, from the same weights; without dropout their outputs are the same (checked at 96 genes).
-Printed: medians over the pairs of processor seconds and of their ratios, and of the growth of the peak memory above
-the model and its input. The exit code is 1 where a promise is missed: 1.2 times as fast with half the memory, and twice
-as fast with dropout of attention weights off, which is the user's choice."""
+512 dimensions, 8 heads, 12 layers, 1,536 genes, 2 cells, dropout 0.2, forward and backward. The variants take turns,
+each in a separate process, with the same weights; without dropout their outputs are equal (checked with 96 genes).
+Printed: medians over the pairs of processor seconds and of their ratios, and of the growth of the peak memory above the
+model and its input. The exit code is 1 if a promise is missed: 1.2 times as fast with half the memory, and twice as
+fast with dropout of attention weights off, which is the user's choice."""
 
 import json
 import statistics
@@ -31,7 +31,7 @@ def inputs(n_cells: int, n_genes: int):
 
 
 class TorchEncoder(nn.Module):
-    "torch's own encoder with the weights of ours."
+    "torch's own encoder with our weights."
 
     def __init__(self, ours: nn.Module):
         super().__init__()
@@ -60,7 +60,7 @@ def network(way: str, n_genes: int):
 
 
 def one(way: str, n_cells: int, n_genes: int) -> dict:
-    "Seconds of one step (after none to warm up: the second would profit from the memory of the first), and its peak."
+    "Seconds of one step and its peak memory (no warm-up: a second step would reuse the memory of the first)."
     tokens, values, flags, rows, targets = inputs(n_cells, n_genes)
     model = network(way, n_genes)
     before, start = harness.peak_memory(reset=True), time.process_time()
@@ -71,14 +71,14 @@ def one(way: str, n_cells: int, n_genes: int) -> dict:
 
 @torch.no_grad()
 def difference() -> float:
-    "The largest difference between the outputs of the ways without dropout, on 96 genes."
+    "The largest difference between the outputs of the variants without dropout, on 96 genes."
     tokens, values, flags, rows, _ = inputs(2, 96)
     found = [network(way, 96).eval()(tokens, values, flags, rows) for way in WAYS]
     return max(float((part - found[0]).abs().max()) for part in found[1:])
 
 
 def measure(n_pairs: int, n_cells: int, n_genes: int) -> dict[str, list[dict]]:
-    "The ways in turns, each in a process of its own."
+    "The variants in turns, each in a separate process."
     found: dict[str, list[dict]] = {way: [] for way in WAYS}
     for _ in range(n_pairs):
         for way in WAYS:
@@ -88,7 +88,7 @@ def measure(n_pairs: int, n_cells: int, n_genes: int) -> dict[str, list[dict]]:
 
 
 def ratio(found: dict[str, list[dict]], way: str, key: str) -> float:
-    "The median over pairs of what torch needs, in terms of what this way needs."
+    "The median over pairs of what torch needs, relative to what this variant needs."
     return statistics.median(base[key] / mine[key] for base, mine in zip(found["torch"], found[way]))
 
 

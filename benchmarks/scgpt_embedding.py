@@ -1,8 +1,8 @@
 """scGPT embedding at true shape: `ScGPT.embed` against torch's nn.TransformerEncoder fast path in padded batches of 16.
 
 One thread, random weights of the whole-human shape, cells of 1,000 to 1,500 expressed genes cut to 1,200 tokens. The
-reference gets the tokens ready-made; ours starts from the AnnData. Pairs alternate; the ratio is the median over pairs.
-Time is the processor's, which on an idle machine is the clock's (one thread).
+reference receives finished tokens; ours starts from the AnnData. Pairs alternate; the ratio is the median over pairs.
+Time is processor time, which on an idle machine equals wall time (one thread).
 
     python benchmarks/scgpt_embedding.py [--quick]
 """
@@ -39,7 +39,7 @@ def simulated_cells(seed: int = 0) -> anndata.AnnData:
 
 
 def torch_encoder(gpt: ScGPT) -> nn.TransformerEncoder:
-    "torch's own encoder with the same weights, as the original builds it; in evaluation it takes its fast path."
+    "torch's own encoder with the same weights, as in the original; in evaluation it uses its fast path."
     c = gpt.model.config
     layer = nn.TransformerEncoderLayer(c.d_model, c.n_heads, c.d_hid, c.dropout, batch_first=True)
     encoder = nn.TransformerEncoder(layer, c.n_layers)
@@ -49,7 +49,7 @@ def torch_encoder(gpt: ScGPT) -> nn.TransformerEncoder:
 
 @torch.no_grad()
 def reference(gpt: ScGPT, encoder: nn.TransformerEncoder, batches: list) -> np.ndarray:
-    "Cell vectors from ready-made padded batches."
+    "Cell vectors from finished padded batches."
     vectors = []
     for genes, values, mask in batches:
         x = gpt.model.encoder(genes) + gpt.model.value_encoder(values)

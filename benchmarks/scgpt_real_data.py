@@ -1,13 +1,12 @@
-"""Reference mapping and integration with scGPT on three real data sets, beside PCA and Harmony: the tables, whatever
-they say.
+"""Reference mapping and integration with scGPT on three real data sets, beside PCA and Harmony.
 
     SCELLFM_DATA=<folder> python benchmarks/scgpt_real_data.py [--quick]
 
-kang18 (PBMC of 8 donors, interferon or not), scp1884 (68 intestinal types) and pbmc-2batch (two runs, types told by
-markers). The published weights are no part of the data, so the model is a small one: with random weights, then
-trained on the reference cells without and with their labels (`continue_pretraining`). Cells to be named, or to be
-scored for integration, are never trained on. Not a benchmark of the published model: what it shows is that the whole
-path runs on real cells, and what a small model does not do."""
+kang18 (PBMC of 8 donors, interferon or not), scp1884 (68 intestinal types) and pbmc-2batch (two runs, types assigned by
+markers). The published weights are not part of the data, so a small model is used: with random weights, then trained on
+the reference cells without and with their labels (`continue_pretraining`). Cells to be labelled, or to be scored for
+integration, are never trained on. This is not a benchmark of the published model: it shows that all steps run on real
+cells, and what a small model cannot do."""
 
 import os
 import sys
@@ -40,7 +39,7 @@ MAPPING = ["accuracy", "macro_precision", "macro_recall", "macro_f1"]
 
 
 def models(ref, label: str, epochs: int, seed: int = 0) -> tuple[dict[str, ScGPT], np.ndarray]:
-    "Small models of the 1,200 most variable genes of the reference, and these genes."
+    "Small models for the 1,200 most variable genes of the reference, and these genes."
     genes = VariableGenes(1200).fit(LogNormalize().fit_transform(ref.X)).genes_
     cells = ref[:, genes].copy()
     start = ScGPT.from_config("tiny", cells, seed=seed, device="cpu")
@@ -108,7 +107,7 @@ def integrated(title: str, cells, reps: list[str], batch: str | None, label: str
 
 
 def kang18(epochs: int) -> None:
-    "Four donors name the cells of four others; mixing of conditions and of donors among the latter."
+    "Four donors label the cells of four others; mixing of conditions and of donors among the latter."
     adata = anndata.read_h5ad(DATA / "kang18" / "kang18_2000.h5ad")
     adata.obs["cell_type"], donors = (
         adata.obs["cell_type_derived"].astype(str),
@@ -128,7 +127,7 @@ def kang18(epochs: int) -> None:
 
 
 def scp1884(epochs: int) -> None:
-    """Half of the cells of each of 68 types names the other half. Only Celltype:
+    """Half of the cells of each of 68 types label the other half. Only Celltype:
     the other columns are shuffled in the source."""
     adata = anndata.read_h5ad(DATA / "scp1884" / "scp1884.h5ad")
     adata.obs = adata.obs[["Celltype"]].astype(str)
@@ -141,7 +140,7 @@ def scp1884(epochs: int) -> None:
 
 
 def lineages(adata) -> np.ndarray:
-    "The lineage whose markers stand highest in each cell: a stand-in for labels, which these data lack."
+    "The lineage with the highest markers in each cell: a substitute for labels, which these data lack."
     logged = LogNormalize().fit_transform(adata.X)
     means = np.stack(
         [np.asarray(logged[:, adata.var_names.get_indexer(markers)].mean(1)).ravel() for markers in MARKERS.values()], 1
@@ -150,7 +149,7 @@ def lineages(adata) -> np.ndarray:
 
 
 def pbmc_2batch(epochs: int) -> None:
-    "One run names the cells of the other; mixing of the runs (all cells: the first run was trained on)."
+    "One run labels the cells of the other; mixing of the runs (all cells: the first run was trained on)."
     runs = {name: anndata.read_h5ad(DATA / "pbmc-2batch" / f"pbmc_{name}_protein_v3.h5ad") for name in ("10k", "5k")}
     for name, cells in runs.items():
         cells.obs = pd.DataFrame(

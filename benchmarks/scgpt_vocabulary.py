@@ -16,7 +16,7 @@ N_TOKENS = 60_697
 
 def main() -> int:
     parser = harness.parser(__doc__, pairs=None, quick="one reading instead of five")
-    parser.add_argument("vocabulary", nargs="?", help="a vocab.json; by default one of the published size is made up")
+    parser.add_argument("vocabulary", nargs="?", help="a vocab.json; by default one of the published size is simulated")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(options.vocabulary or Path(folder) / "vocab.json")

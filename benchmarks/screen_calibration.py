@@ -1,11 +1,11 @@
-"""What the test of a screen promises, measured on simulated shifts: criteria (a) to (g), 40 seeds per setting,
-with the usual tests beside it (5 seeds).
+"""Measures the promises of the test of a screen on simulated shifts: criteria (a) to (g), 40 seeds per setting, with
+the usual tests for comparison (5 seeds).
 
     python benchmarks/screen_calibration.py                                     # the long form, 2 processes (about
     20 minutes)
     python benchmarks/screen_calibration.py --quick                             # 2 seeds, 50 and 200 cells (a minute)
     python benchmarks/screen_calibration.py --minutes 10 --out calibration.jsonl    # stop after 10 minutes; the same
-    command goes on
+    command continues
 
 Seeds are the outer loop, so that an interrupted run is balanced over the settings. Results are appended to --out,
 one line per run.
@@ -133,7 +133,7 @@ def frame(results: list[dict]) -> pd.DataFrame:
 
 
 def verdicts(runs: pd.DataFrame) -> pd.DataFrame:
-    "Criteria (a) to (g): what is asked, the worst setting's figure, pass or not."
+    "Criteria (a) to (g): the requirement, the value of the worst setting, pass or not."
     rows = []
 
     def line(letter, what, figure, good, where=""):
@@ -220,7 +220,7 @@ def comparison(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def measure(todo: list, processes: int, deadline: float, out: Path | None) -> list[dict]:
-    "Run what is left, in order, until the deadline; append each result to `out`."
+    "Run the remaining settings, in order, until the deadline; append each result to `out`."
     results, queue = [], iter(todo)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(run, *task) for _, task in zip(range(2 * processes), queue)}
@@ -241,7 +241,7 @@ def main() -> int:
     parser = harness.parser(__doc__, pairs=None, quick="2 seeds, 50 and 200 cells")
     parser.add_argument("--seeds", type=int, default=40)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop starting runs after so many minutes")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start no further runs after so many minutes")
     parser.add_argument("--out", type=Path, help="results so far (JSON lines), read at the start")
     options = parser.parse_args()
     plan = settings((50, 200)) if options.quick else settings()

@@ -5,15 +5,15 @@ Dataset.from_generator.
                                        [--original CLONE]
 
 A synthetic file (about 9 % of the entries are not zero; CSR, not compressed, in the page cache) is written to a
-temporary folder. The sides take turns in one process, after each has treated a small file (which loads the compiled
-loops). The time counts from the call to the saved data set. The reference reads blocks with h5py, ranks each cell
-with a stable double precision argsort and yields it to Dataset.from_generator, then save_to_disk; it yields Python
-lists ("lists", the usual form) or numpy arrays ("arrays", which datasets takes in twice as fast). With a clone of
-Geneformer's repository, its own TranscriptomeTokenizer (model_input_size=2048, no special tokens) is one more side;
-the clone's code runs, and it needs loompy. Memory is the growth of the peak over the imports in a process of its own,
-for the whole file and for half of it. One thread and two then take turns alone, and only those turns count in which
-other processes left two cores idle, if there are any; both must save the same bytes. The ratio of two threads to
-another side is that of one, in seconds of the processor, times what the second thread gains."""
+temporary folder. The sides take turns in one process, after each has processed a small file (which loads the compiled
+loops). The time counts from the call to the saved data set. The reference reads blocks with h5py, ranks each cell with
+a stable double precision argsort and yields it to Dataset.from_generator, then save_to_disk; it yields Python lists
+("lists", the usual form) or numpy arrays ("arrays", which datasets accepts twice as fast). With --original, the
+TranscriptomeTokenizer in a clone of Geneformer's repository is one more side (model_input_size=2048, no special
+tokens); its code is run, and it needs loompy. Memory is the growth of the peak above the imports in a separate process,
+for the whole file and for half of it. Then one thread and two threads take turns. Only turns in which other processes
+left two cores idle count, if there are any; both must save the same bytes. The ratio of two threads to another side is
+the ratio of one thread, in processor seconds, times the gain of the second thread."""
 
 import argparse
 import contextlib
@@ -161,7 +161,7 @@ def child(task: str, path: Path, out: str) -> None:
 
 
 def start(task: str, path: Path, out, clone: Path | None = None) -> str:
-    "`child` in a fresh process; what it printed last."
+    "Run `child` in a new process; its last printed line."
     of_clone = [] if clone is None else ["--original", str(clone)]
     done = subprocess.run(
         [sys.executable, __file__, "--child", task, str(path), str(out), *of_clone], capture_output=True, text=True

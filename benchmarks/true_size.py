@@ -3,11 +3,11 @@
     SCELLFM_DATA=<folder> python benchmarks/true_size.py [--cells 8] [--genes 300] [--quick] [--full]
 
 The folder holds geneformer-configs (config.json of each published model), geneformer-v1 and -v2 (the official
-dictionaries) and kang18/kang18_2000.h5ad (blood cells). The weights are random, saved in the official layout, and
-every tensor is accounted for at loading. Each model runs in a process of its own, on one thread: the seconds to load,
-cells embedded per second, deletions per second (the first genes of one cell, each by itself, at the second to last
-layer), and the memory at its peak in all and beyond the imports. `--quick` takes V1-10M alone; `--full` adds V2-316M,
-whose weights are 1.3 GB."""
+dictionaries) and kang18/kang18_2000.h5ad (blood cells). The weights are random, saved in the official layout, and every
+tensor is accounted for at loading. Each model runs in a separate process, on one thread: the seconds to load, cells
+embedded per second, deletions per second (the first genes of one cell, one at a time, at the second to last layer), and
+the peak memory, in all and above the imports. `--quick` runs only V1-10M; `--full` adds V2-316M, whose weights are 1.3
+GB."""
 
 import argparse
 import json
@@ -52,7 +52,7 @@ def checkpoint(name: str, folder: Path) -> Path:
 
 
 def measure(place: Path, n_cells: int, n_genes: int) -> dict:
-    "What one model takes; runs in a process of its own."
+    "Measure one model; runs in a separate process."
     import anndata
     import torch
     import transformers.models.bert.modeling_bert  # noqa: F401 (imports are not counted)

@@ -5,8 +5,9 @@
 Ours reads the window once and computes, for each single-base change, the convolutions of the few bins that it changes
 and all attention layers. The reference runs enformer-pytorch's forward pass once for the window and once for each
 variant. Both give the human tracks of the bins around the start. Random weights; the model is a quarter as wide as the
-published one, with windows of the published length, in turns. `--true-size` runs the published size once, in which the
-reference is one forward pass of our own code, which is faster and smaller than enformer-pytorch's, taken eleven times.
+published one, with windows of the published length; the sides take turns. `--true-size` runs the published size once;
+its reference is eleven times one forward pass of our own code, which is faster and needs less memory than
+enformer-pytorch's.
 """
 
 import sys
@@ -29,7 +30,7 @@ def ours(enformer, codes, changes) -> np.ndarray:
 
 
 def forwards(enformer, codes, changes) -> np.ndarray:
-    "The same by whole forward passes of enformer-pytorch."
+    "The same with whole forward passes of enformer-pytorch."
     results = [theirs(enformer, codes)[0, BINS]]
     for place, code in changes:
         changed = codes.clone()

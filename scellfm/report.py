@@ -282,25 +282,25 @@ class Report:
 # %% ../nbs/report.ipynb #f52a190c
 @patch
 def add_text(self: Report, text: str, heading: str = "") -> None:
-    "Paragraphs (separated by empty lines), in the previous section or under a heading of their own."
+    "Add paragraphs (separated by empty lines) to the previous section, or under a new heading."
     self._add("text", heading, text_html(text), text=text)
 
 
 @patch
 def add_table(self: Report, table: pd.DataFrame, heading: str = "", caption: str = "", rows: int = 50) -> None:
-    "A DataFrame: its first `rows` rows on the page, all of them in the JSON."
+    "Add a DataFrame: its first `rows` rows on the page, all of them in the JSON file."
     self._add("table", heading, table_html(table, caption, rows), caption=caption, table=plain(table))
 
 
 @patch
 def add_scores(self: Report, scores: Scores, heading: str = "Scores") -> None:
-    "A `Scores` table with its picture."
+    "Add a `Scores` table with its figure."
     self._add("scores", heading, scores_section(scores), **{key: value for key, value in scores.to_dict().items()})
 
 # %% ../nbs/report.ipynb #016c0284
 @patch
 def add_figure(self: Report, figure: Figure, caption: str, heading: str = "") -> None:
-    "A matplotlib figure (or axes). The caption is read aloud by screen readers, so it is not optional."
+    "Add a matplotlib figure (or axes). The caption is read aloud by screen readers, so it is required."
     from scellfm.plotting import png
 
     picture = png(getattr(figure, "figure", None) or figure, dpi=110)
@@ -315,20 +315,20 @@ def add_figure(self: Report, figure: Figure, caption: str, heading: str = "") ->
 # %% ../nbs/report.ipynb #a6f7b8aa
 @patch
 def add_warnings(self: Report, messages: str | Iterable[str]) -> None:
-    "Warnings for the reader; repeated messages are counted."
+    "Add warnings for the reader; repeated messages are counted."
     for message in [messages] if isinstance(messages, str) else messages:
         self.warnings[str(message)] = self.warnings.get(str(message), 0) + 1
 
 
 @patch
 def add_settings(self: Report, settings: dict, **more) -> None:
-    "Settings by name; a later value of the same name replaces the earlier one."
+    "Add settings by name; a later value of the same name replaces the earlier one."
     self.settings.update(settings, **more)
 
 
 @patch
 def add_input(self: Report, name: str, value: Any) -> None:
-    "An input by name, with its fingerprint: a path, an AnnData, an array, a table."
+    "Add an input by name, with its fingerprint: a path, an AnnData, an array or a table."
     self.inputs[name] = describe_input(value)
 
 # %% ../nbs/report.ipynb #48ae2bf3
@@ -354,7 +354,7 @@ def to_dict(self: Report) -> dict:
 
 @patch
 def to_html(self: Report) -> str:
-    "The page."
+    "The report as one HTML page."
     return report_page(self, self.to_dict())
 
 # %% ../nbs/report.ipynb #c91fa174

@@ -3,9 +3,9 @@
     python tools/build_site.py            write _docs/ and README.md
     python tools/build_site.py --check    write _docs/ only; fail when README.md is out of step with index.ipynb
 
-A page is its notebook: prose, code, what the code showed, and in place of exported code its documentation. The
-navigation is the sidebar of _quarto.yml. Every link and image of the finished site is followed, every public method
-looked for: what is broken fails the build.
+A page shows its notebook: prose, code and outputs, with documentation in place of exported code. The navigation is the
+sidebar of _quarto.yml. Every link and image of the finished site is followed, and every public method must be found:
+the build fails otherwise.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PICTURES = Path("nbs") / "index_files"
 
 
 def navigation(contents: list) -> list:
-    "The sidebar of _quarto.yml in the words of mkdocs."
+    "The sidebar of _quarto.yml in the format of mkdocs."
     return [
         {item["section"]: navigation(item["contents"])}
         if isinstance(item, dict)
@@ -46,7 +46,7 @@ def listed(contents: list) -> list:
 
 
 def build(pages: Path, out: Path) -> None:
-    "mkdocs on the pages of Markdown in `pages`."
+    "Run mkdocs on the pages of Markdown in `pages`."
     from mkdocs.commands.build import build as mkdocs_build
     from mkdocs.config import load_config
 
@@ -92,7 +92,7 @@ def build(pages: Path, out: Path) -> None:
 
 
 def finish(out: Path, pages: list[site.Page]) -> None:
-    "Put formulas and outputs in the place of their marks."
+    "Replace marks by their formulas and outputs."
     for page in pages:
         path = out / page.html
         text = path.read_text(encoding="utf8")
@@ -104,7 +104,7 @@ def finish(out: Path, pages: list[site.Page]) -> None:
 
 
 def examples_of(pages: list[site.Page]) -> dict[str, str]:
-    "A piece of code for each documented method: of its own page, else of a neighbour, else of a tutorial."
+    "An example for each documented method: from its own page, else from a neighbour, else from a tutorial."
     sources = {page.path: site.shown_sources(page) for page in pages}
     tutorials = [cells for path, cells in sources.items() if path.parts[0] == "tutorials" or len(path.parts) == 1]
     found = {}
@@ -137,7 +137,7 @@ def write_pages(pages: list[site.Page], examples: dict[str, str], folder: Path) 
 
 
 def readme(path: Path) -> tuple[str, dict[str, bytes]]:
-    "README.md and the pictures that it shows, made of the index notebook."
+    "README.md and its pictures, made from the index notebook."
     page = site.read_page(path, NOTEBOOKS)
     parts = []
     for number, cell in enumerate(page.notebook.cells):
@@ -153,7 +153,7 @@ def readme(path: Path) -> tuple[str, dict[str, bytes]]:
 
 
 def stale_readme(text: str, pictures: dict[str, bytes]) -> list[str]:
-    "What differs between README.md (and its pictures) and the index notebook."
+    "Files among README.md and its pictures that differ from the index notebook."
     current = ROOT / "README.md"
     stale = [] if current.exists() and current.read_text() == text else ["README.md"]
     return stale + [

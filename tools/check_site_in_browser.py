@@ -2,8 +2,8 @@
 
     python tools/check_site_in_browser.py [PAGE ...] [--pictures FOLDER]
 
-Fails where a page is wider than its window, where code, a table or a formula is cut off, or where a script fails. The
-pages are loaded one after the other in a frame of a page of this script's own, served from this machine.
+Fails if a page is wider than its window, if code, a table or a formula is cut off, or if a script fails. The pages are
+loaded one after the other in a frame of a page that this script serves on this machine.
 """
 
 import argparse
@@ -59,7 +59,7 @@ next(0);
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    "Serves the site, the page with the frame, and takes what was found."
+    "Serves the site and the page with the frame, and receives the results."
 
     def do_GET(self):
         if self.path == "/frame.html":
@@ -88,7 +88,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 def chromium() -> str:
-    "The browser's program."
+    "The path of the browser."
     for name in ("chromium", "chromium-browser", "google-chrome"):
         if shutil.which(name):
             return shutil.which(name)
@@ -104,7 +104,7 @@ def served(frame: str) -> http.server.ThreadingHTTPServer:
 
 
 def look(pages: list[str], limit: float) -> list[str]:
-    "What is wrong with the pages; an error where the browser does not come to an end."
+    "The problems of the pages; an error if the browser does not finish."
     scripted = {page.split("/")[0]: page for page in pages}.values()  # scripts are the same on all pages of a folder
     jobs = [(page if page in scripted else f"{page}?plain", width) for width in WIDTHS for page in pages]
     server = served(FRAME.replace("JOBS", json.dumps(jobs)))
@@ -149,7 +149,7 @@ def take_pictures(pages: list[str], folder: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pages", nargs="*", help="pages within the site; all without any")
+    parser.add_argument("pages", nargs="*", help="pages of the site; all by default")
     parser.add_argument("--pictures", type=Path, help="also write a picture of the top of each page here")
     options = parser.parse_args()
     every = sorted(path.relative_to(SITE).as_posix() for path in SITE.rglob("*.html") if path.name != "404.html")

@@ -1,10 +1,10 @@
-"""Run notebooks from top to bottom and keep what they show.
+"""Run notebooks from top to bottom and keep their outputs.
 
     python tools/run_notebooks.py [notebook ...]    default: every notebook under nbs/
 
-A notebook whose front matter says `skip_exec` needs real data and runs only where SCELLFM_DATA is set.
-Cells marked `eval: false`, or with a flag listed in settings.ini's `tst_flags`, keep the outputs
-that they have. A notebook that fails is left untouched and the exit code is 1.
+A notebook whose front matter says `skip_exec` needs real data and runs only where SCELLFM_DATA is set. Cells marked
+`eval: false`, or with a flag listed in `tst_flags` of settings.ini, keep their old outputs. A notebook that fails is
+not changed, and the exit code is 1.
 """
 
 import argparse
@@ -32,7 +32,7 @@ get_ipython().display_formatter.formatters['image/png'].for_type(matplotlib.figu
 
 
 def skips(cell, flags: set) -> bool:
-    "Is this a cell that a test run passes over?"
+    "Whether a test run skips this cell."
     if cell.cell_type != "code" or "nbdev_export" + "(" in cell.source:
         return True
     directives = getattr(cell, "directives_", {}) or {}
@@ -40,7 +40,7 @@ def skips(cell, flags: set) -> bool:
 
 
 def run(path: Path) -> bool:
-    "Execute one notebook, write its outputs into the file; False when a cell raises."
+    "Execute one notebook and write its outputs into the file; False if a cell raises an error."
     flags = set(get_config().tst_flags.split())
     processed = NBProcessor(path, procs=FrontmatterProc, process=True).nb
     if getattr(processed, "frontmatter_", {}).get("skip_exec") and "SCELLFM_DATA" not in os.environ:
@@ -58,7 +58,7 @@ def run(path: Path) -> bool:
     notebook = read_nb(path)
     for kept, fresh in zip(notebook.cells, processed.cells):
         if not skips(fresh, flags):
-            # messages on stderr come and go with versions: they are not part of the page
+            # messages on stderr depend on versions of packages: they are not part of the page
             kept["outputs"] = [o for o in fresh.get("outputs", []) if o.get("name") != "stderr"]
     write_nb(notebook, path)
     nbdev_clean.__wrapped__(str(path))

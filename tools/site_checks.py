@@ -1,4 +1,4 @@
-"""What can be checked on the finished site without a browser."""
+"""Checks of the finished site that need no browser."""
 
 import html
 import re
@@ -33,7 +33,7 @@ def broken_links(site: Path) -> list[str]:
 
 
 def raw_text(site: Path) -> list[str]:
-    "Pages with formulas or marks that were left as they were written, or with prompts of a notebook."
+    "Pages with raw formulas or marks, or with prompts of a notebook."
     found = []
     for path in sorted(site.rglob("*.html")):
         text = PLAIN.sub(" ", path.read_text(encoding="utf8"))
@@ -59,7 +59,7 @@ def summaries(pages: list) -> list[str]:
 
 
 def public_methods(page) -> list[reference.Entry]:
-    "The public methods of every public class that the module of a page defines, whatever the page documents."
+    "The public methods of every public class that the module of a page defines, documented or not."
     if not page.module:
         return []
     module = reference.module_of(page.module)
@@ -89,7 +89,7 @@ def missing_methods(site: Path, pages: list) -> list[str]:
 
 
 def missing_examples(pages: list, examples: dict[str, str]) -> list[str]:
-    "The methods that users call, of the classes that a package exports, of which the site shows no example."
+    "Methods that users call, of exported classes, for which the site shows no example."
     exported = {name for package in PACKAGES for name in reference.module_of(package).__all__}
     methods = [(page, method) for page in pages for method in public_methods(page)]
     used = [

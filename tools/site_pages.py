@@ -1,4 +1,4 @@
-"""A notebook as a page of Markdown: prose, code, what it showed, and in place of exported code its documentation."""
+"""A notebook as a page of Markdown: prose, code and outputs, with documentation in place of exported code."""
 
 import base64
 import html
@@ -13,7 +13,7 @@ from latex2mathml.converter import convert
 
 FENCE = re.compile(
     r"(^ {0,3}(`{3,}|~{3,}).*?^ {0,3}\2[`~]*\s*$|`[^`\n]+`)", re.S | re.M
-)  # code in a text, left as it is
+)  # code within text, not changed
 FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?!\s)([^$\n]+?)(?<!\s)\$(?![\d\w])", re.S)
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -31,11 +31,11 @@ class Page:
 
     @property
     def html(self) -> str:
-        "Where the page lies on the site."
+        "The address of the page within the site."
         return self.path.with_suffix(".html").as_posix()
 
     def keep(self, text: str) -> str:
-        "A mark for a piece of HTML, which is put in place of it when the page is finished."
+        "A mark that is replaced by a piece of HTML when the page is finished."
         mark = f"xKEPTx{len(self.kept)}x"
         self.kept[mark] = text
         return mark
@@ -47,12 +47,12 @@ def directives(cell: nbformat.NotebookNode) -> set[str]:
 
 
 def code_of(cell: nbformat.NotebookNode) -> str:
-    "The source without directives."
+    "The source code without directives."
     return re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
 
 
 def read_page(path: Path, folder: Path) -> Page:
-    "Read a notebook and find what it documents."
+    "Read a notebook and find the objects that it documents."
     page = Page(path, nbformat.read(folder / path, as_version=4))
     for cell in page.notebook.cells:
         for directive in directives(cell) if cell.cell_type == "code" else ():
@@ -77,7 +77,7 @@ def shown_sources(page: Page) -> list[str]:
 
 
 def formulas(text: str, page: Page) -> str:
-    "Formulas in MathML, which browsers draw by themselves; code is left as it is."
+    "Formulas in MathML, which browsers draw without a script; code is not changed."
 
     def drawn(match: re.Match) -> str:
         display = match[1] is not None
@@ -111,7 +111,7 @@ def fenced(text: str, language: str) -> str:
 
 
 def outputs(cell: nbformat.NotebookNode, number: int, page: Page) -> Iterator[str]:
-    "What a cell showed, the richest form of each."
+    "The outputs of a cell, each in its richest form."
     for index, output in enumerate(cell.outputs):
         data = output.get("data", {})
         if output.output_type == "stream":
@@ -131,7 +131,7 @@ def outputs(cell: nbformat.NotebookNode, number: int, page: Page) -> Iterator[st
 
 
 def picture_words(page: Page, number: int) -> str:
-    "What a picture shows, for those who do not see it: the last full sentence of the prose before it."
+    "A description of a picture for those who cannot see it: the last full sentence of the prose before it."
     above = [cell.source for cell in page.notebook.cells[:number] if cell.cell_type == "markdown"]
     prose = re.sub(r"^#.*$|^ {0,3}```.*?```$", "", above[-1] if above else "", flags=re.M | re.S)
     words = " ".join(re.sub(r"[>`*$]|\[|\]\([^)]*\)", "", prose).split())
@@ -144,7 +144,7 @@ def page_text(page: Page, places: dict[str, str], examples: dict[str, str]) -> s
     parts = []
     for number, cell in enumerate(page.notebook.cells):
         if cell.cell_type == "markdown":
-            prose = re.sub(r"^- skip_\w+: true\n?", "", cell.source, flags=re.M)  # a word to the exporter
+            prose = re.sub(r"^- skip_\w+: true\n?", "", cell.source, flags=re.M)  # a directive for the exporter
             parts.append(linked(formulas(prose, page), page, places))
         elif cell.cell_type == "code":
             parts += code_parts(cell, number, page, places, examples)
@@ -152,7 +152,7 @@ def page_text(page: Page, places: dict[str, str], examples: dict[str, str]) -> s
 
 
 def code_parts(cell, number: int, page: Page, places: dict, examples: dict) -> Iterator[str]:
-    "A cell of code: documentation where it is exported, else the code and what it showed."
+    "A cell of code: its documentation if it is exported, else the code and its outputs."
     words = directives(cell)
     if words & {"export", "exports"}:
         for shown in cell.metadata.get("entries", []):
@@ -167,7 +167,7 @@ def code_parts(cell, number: int, page: Page, places: dict, examples: dict) -> I
 
 
 def documented_places(pages: list[Page]) -> dict[str, str]:
-    "Page and anchor of every documented name; a bare name that two pages have leads to neither."
+    "Page and anchor of every documented name; a short name that two pages have is not linked."
     places, seen = {}, {}
     for page in pages:
         for shown in [each for found in page.entries for each in (found, *found.methods)]:

@@ -1,4 +1,4 @@
-"""What a page says about a function or a class: signature, parameters, what it returns, methods, examples."""
+"""The documentation of a function or a class on its page: signature, parameters, returned value, methods, examples."""
 
 import ast
 import html
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import ModuleType
 
-WIDTH = 88  # a signature that is wider has one parameter a line
+WIDTH = 88  # a wider signature has one parameter per line
 
 
 @dataclass
@@ -51,13 +51,13 @@ def unbound(member: object) -> object:
 
 
 def words_of(shown: Entry) -> str:
-    "The docstring, that of a property included."
+    "The docstring, also of a property."
     described = shown.object if isinstance(shown.object, property) else unbound(shown.object)
     return inspect.cleandoc(getattr(described, "__doc__", None) or "")
 
 
 def member(cls: type, name: str) -> object:
-    "A member of a class: a property or static method as it is, a class method bound."
+    "A member of a class: a property or static method unchanged, a class method bound."
     found = inspect.getattr_static(cls, name)
     plain = isinstance(found, property | staticmethod) or inspect.isfunction(found) or hasattr(found, "func")
     return found if plain else getattr(cls, name)
@@ -77,7 +77,7 @@ def own_methods(cls: type) -> Iterator[tuple[str, object]]:
 
 
 def entry(module: ModuleType, name: str) -> Entry | None:
-    "What a page documents under a name; None for what is private."
+    "The entry of a name on a page; None for private names."
     owner, _, method = name.partition(".")
     if owner.startswith("_") or method.startswith("_") or (not method and name not in module.__all__):
         return None
@@ -90,13 +90,13 @@ def entry(module: ModuleType, name: str) -> Entry | None:
 
 
 def annotation(value: object) -> str:
-    "A type as one writes it: the last part of each dotted name."
+    "A type in short form: the last part of each dotted name."
     text = value if isinstance(value, str) else inspect.formatannotation(value)
     return re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Za-z])", lambda m: m[0] if m[0] in ("np.", "pd.", "ad.") else "", text)
 
 
 def signature(shown: Entry) -> inspect.Signature | None:
-    "The signature without `self`; None for what has none, such as an exception."
+    "The signature without `self`; None for objects without one, such as exceptions."
     function = unbound(shown.object)
     try:
         found = inspect.signature(function)
@@ -108,7 +108,7 @@ def signature(shown: Entry) -> inspect.Signature | None:
 
 
 def called(shown: Entry) -> str:
-    "How the object is called, as Python; wide signatures have one parameter a line."
+    "The call of the object in Python; wide signatures have one parameter per line."
     sign = signature(shown)
     owner, _, method = shown.name.partition(".")
     name = owner if method == "__call__" else shown.name
@@ -139,7 +139,7 @@ def cell_text(text: object) -> str:
 
 
 def comments(function: object) -> dict[str, str]:
-    "The comment beside each parameter or field, and under `return` the one beside the end of the head."
+    "The comment beside each parameter or field, and under `return` the one at the end of the signature."
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
@@ -165,7 +165,7 @@ def comments(function: object) -> dict[str, str]:
 
 
 def parameters_table(shown: Entry) -> str:
-    "The parameters that have a word of explanation, with types and defaults, and what is returned."
+    "The parameters that have a comment, with types and defaults, and the returned value."
     found, sign, rows = comments(unbound(shown.object)), signature(shown), []
     for name, words in found.items():
         returned = name == "return"
@@ -180,12 +180,12 @@ def parameters_table(shown: Entry) -> str:
 
 
 def code(text: str) -> str:
-    "Text in code font that may stand in a table."
+    "Text in code font for a table."
     return f"<code>{html.escape(' '.join(text.split()), quote=False).replace('|', '&#124;')}</code>"
 
 
 def block(shown: Entry, examples: dict[str, str], level: int = 3) -> str:
-    "The Markdown of one entry; `examples`: a piece of code of this site for each method."
+    "The Markdown of one entry; `examples`: an example of this site for each method."
     name = shown.name.replace(".__call__", "(...)")
     kind = "class " if isinstance(shown.object, type) else ""
     parts = [f"{'#' * level} {name} {{ #{shown.anchor} }}"]
@@ -224,7 +224,7 @@ def heirs(cls: type) -> list[str]:
 
 
 def find_example(method: str, owners: list[str], pages: list[list[str]]) -> str | None:
-    "A short statement of the pages (sources of cells, nearest page first) that calls a method; None where none does."
+    "A short statement from the pages (sources of cells, nearest page first) that calls a method, or None."
     asserted = None
     for cells in pages:
         variables = made_from(owners[0], cells) if method == "__call__" else set()

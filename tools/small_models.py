@@ -1,8 +1,8 @@
 """The tables of the page "What tiny models trained here show".
 
-`python tools/small_models.py` takes them from what the tutorials keep. With `--run` it first runs these tutorials at
-full size (an hour or more on two cores) and measures the cost of embedding. With checkpoints and data of your own it
-computes the same tables from them:
+`python tools/small_models.py` takes them from the saved outputs of the tutorials. With `--run` it first runs these
+tutorials at full size (an hour or more on two cores) and measures the cost of embedding. With your own checkpoints and
+data it computes the same tables from them:
 
     python tools/small_models.py --out runs/mine --geneformer FOLDER --scgpt FOLDER --cells cells.h5ad --query new.h5ad
         --label cell_type --state condition --donor donor --batch batch
@@ -34,22 +34,22 @@ class Piece:
     model: str
     page: str = ""
     cell: str = ""
-    columns: tuple[str, ...] = ()  # all where none is named
+    columns: tuple[str, ...] = ()  # all by default
 
 
 PIECES = (
     Piece(
         "cell_types",
         "Which cell type?",
-        "blood cells that ship with scanpy; three folds, each cell judged by a model that was not trained on it",
+        "blood cells that ship with scanpy; three folds, each cell predicted by a model that was not trained on it",
         "Geneformer of 3 layers and 64 dimensions, pretrained and fine-tuned on these cells",
         "tutorials/geneformer_cell_classification",
         "03fa6996",
     ),
     Piece(
         "states",
-        "Stimulated or not, in a donor that was held out?",
-        "blood cells of eight donors, half of them with interferon beta (Kang et al. 2018)",
+        "Is a cell of a held-out donor stimulated or not?",
+        "blood cells of eight donors, half of the cells with interferon beta (Kang et al. 2018)",
         "Geneformer of 3 layers and 64 dimensions, pretrained and fine-tuned on these cells",
         "tutorials/interferon_screen",
         "91eeab61",
@@ -57,7 +57,7 @@ PIECES = (
     Piece(
         "mapping",
         "Which label does a cell of a new donor get?",
-        "the same cells: six annotated donors, two new ones",
+        "the cells of Kang et al. (2018): six annotated donors, two new ones",
         "scGPT of 2 layers and 64 dimensions, trained on the annotated donors; random weights as a control",
         "tutorials/scgpt_reference_mapping",
         "6d02e8d3",
@@ -72,7 +72,7 @@ PIECES = (
     ),
     Piece(
         "perturbation",
-        "What does a perturbation do that was never seen?",
+        "What does an unseen perturbation do?",
         "THP-1 cells with 25 genes switched off (Papalexi et al. 2021), five folds",
         "scGenePT of 1 layer and 32 dimensions, pretrained on the control cells",
         "scgenept/language_experiment",
@@ -80,8 +80,8 @@ PIECES = (
     ),
     Piece(
         "sequence",
-        "How is a new gene expressed, by its sequence?",
-        "fifty genes in blood cells (seq2cells), the nine held out that Enformer did not train on",
+        "How is a held-out gene expressed, judged by its sequence?",
+        "fifty genes in blood cells (seq2cells), the nine genes that Enformer was not trained on are held out",
         "a small rosa on vectors of the published Enformer, which ship with seq2cells",
         "tutorials/rosa_sequence_to_expression",
         "ef19e99f",
@@ -113,7 +113,7 @@ class TableReader(HTMLParser):
 
 
 def from_markdown(text: str) -> pd.DataFrame:
-    "The first table with pipes in a text; its first column is the method."
+    "The first Markdown table in a text; its first column is the method."
     lines = [line.strip().strip("|") for line in text.splitlines() if line.strip().startswith("|")]
     head, _, *rows = [[word.strip().replace("*", "") for word in line.split("|")] for line in lines]
     return pd.DataFrame(rows, columns=["method", *head[1:]]).set_index("method")
@@ -128,7 +128,7 @@ def from_html(text: str) -> pd.DataFrame:
 
 
 def kept_table(piece: Piece) -> pd.DataFrame:
-    "The table that a cell of a page keeps as its output. LookupError: no such cell, or no table."
+    "The table in the saved output of a cell. LookupError: no such cell, or no table."
     cells = json.loads((ROOT / "nbs" / f"{piece.page}.ipynb").read_text(encoding="utf8"))["cells"]
     for output in next(cell for cell in cells if cell["id"] == piece.cell)["outputs"]:
         shown = {kind: "".join(text) for kind, text in output.get("data", {}).items()}
@@ -144,7 +144,7 @@ def cost(models: dict, cells) -> pd.DataFrame:
     "Processor seconds (all threads) of embedding, scaled to 1,000 cells."
     rows = {}
     for name, model in models.items():
-        model.embed(cells[:20].copy())  # what is compiled or imported once is not counted
+        model.embed(cells[:20].copy())  # one-time compiling and importing are not counted
         start = time.process_time()
         model.embed(cells.copy())
         rows[name] = {"processor seconds per 1,000 cells": round((time.process_time() - start) * 1000 / len(cells), 2)}
@@ -163,7 +163,7 @@ def tiny_models(cells) -> dict:
 
 
 def write(folder: Path, pieces: dict[Piece, pd.DataFrame], costs: pd.DataFrame | None) -> None:
-    "Write a CSV for each table, one with what they were made of, and the costs."
+    "Write a CSV file for each table, one that describes their data and models, and the costs."
     folder.mkdir(parents=True, exist_ok=True)
     for piece, table in pieces.items():
         table.to_csv(folder / f"{piece.name}.csv")
@@ -174,19 +174,19 @@ def write(folder: Path, pieces: dict[Piece, pd.DataFrame], costs: pd.DataFrame |
 
 
 def shown(scores) -> pd.DataFrame:
-    "A Scores as the page shows it: numbers with their intervals, as text."
+    "A Scores table as text: numbers with their intervals, as the page shows them."
     return from_markdown(scores.to_markdown())
 
 
 def of_classifier(gf, cells, column: str, donor: str | None) -> pd.DataFrame:
-    "Held-out scores of a fine-tuned classifier, by donor where there is one."
+    "Held-out scores of a fine-tuned classifier, by donor if there are donors."
     from scellfm.data import folds
 
     return shown(gf.finetune(cells, column, split=folds(cells, by=donor, k=4)).scores)
 
 
 def own_tables(given) -> tuple[dict[Piece, pd.DataFrame], pd.DataFrame]:
-    "The tables of a user's own checkpoints and cells; what needs something that is not given is left out."
+    "The tables of a user's own checkpoints and cells; tables whose inputs are missing are left out."
     from scellfm.data import read
     from scellfm.geneformer import Geneformer
     from scellfm.scgpt import ReferenceMap, ScGPT
@@ -218,7 +218,7 @@ def own_tables(given) -> tuple[dict[Piece, pd.DataFrame], pd.DataFrame]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="first run the tutorials at full size, and measure the cost")
-    parser.add_argument("--cost", action="store_true", help="measure the cost of embedding anew")
+    parser.add_argument("--cost", action="store_true", help="measure the cost of embedding again")
     parser.add_argument("--out", type=Path, default=TABLES, help="folder of the tables")
     for name in ("geneformer", "scgpt", "cells", "query", "label", "state", "donor", "batch"):
         parser.add_argument(f"--{name}")

@@ -31,13 +31,13 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Name:
-    "A function that a pickle names. It stays a name."
+    "The name of a function in a pickle; the function is never looked up."
 
     text: str
 
 # %% ../../nbs/assets/dictionaries.ipynb #780333e7
 class DTypeNote:
-    "A numpy dtype while it is read: its code, then its byte order."
+    "A numpy dtype that is being read: first its code, then its byte order."
 
     def __init__(self, code: Any):
         if not isinstance(code, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|[US]\d{1,5}", code):
@@ -53,13 +53,13 @@ class DTypeNote:
 # %% ../../nbs/assets/dictionaries.ipynb #4a3aa69c
 SCALARS = {"numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"}
 NAMES = SCALARS | {"numpy.dtype", "_codecs.encode"}
-LISTS = {"collections.defaultdict", "builtins.list", "__builtin__.list"}  # known only where lists are asked for
+LISTS = {"collections.defaultdict", "builtins.list", "__builtin__.list"}  # allowed only with lists=True
 EMPTY_ARRAYS = {"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"}
-EMPTY_BYTES = {"builtins.bytes", "__builtin__.bytes"}  # how old protocols write empty bytes
+EMPTY_BYTES = {"builtins.bytes", "__builtin__.bytes"}  # old protocols write empty bytes in this way
 WHOLE_ARRAYS = {"numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"}
 ARRAYS = (
     EMPTY_ARRAYS | WHOLE_ARRAYS | {"numpy.ndarray", "collections.OrderedDict"} | EMPTY_BYTES
-)  # known only where arrays are asked for
+)  # allowed only with arrays=True
 
 # %% ../../nbs/assets/dictionaries.ipynb #a17833f2
 def made(function: Any, arguments: Any) -> Any:
@@ -81,7 +81,7 @@ def made(function: Any, arguments: Any) -> Any:
 
 # %% ../../nbs/assets/dictionaries.ipynb #dd16746f
 class ArrayNote:
-    "A numpy array of numbers while it is read: first empty, then with its values."
+    "A numpy array of numbers that is being read: first empty, then with its values."
 
     array: np.ndarray | None = None
 
@@ -141,7 +141,7 @@ def extend_array(target: Any, items: list) -> None:
 
 # %% ../../nbs/assets/dictionaries.ipynb #468e34ac
 def as_array(value: Any) -> np.ndarray:
-    "The array that a list (of numbers, or of rows of one length) or a note stands for; the list is emptied."
+    "The array for a list (of numbers, or of rows of one length) or an ArrayNote; the list is emptied."
     if isinstance(value, ArrayNote):
         if value.array is None:
             raise Refused("an array without its numbers")
@@ -157,7 +157,7 @@ def as_array(value: Any) -> np.ndarray:
 
 # %% ../../nbs/assets/dictionaries.ipynb #9ff2863d
 def fill(target: Any, items: list, lists: bool = False, arrays: bool = False) -> None:
-    "Put `items` (key, value, key, value, ...) into a dictionary; Refused unless all is plain data."
+    "Put `items` (key, value, key, value, ...) into a dictionary; Refused unless all are plain data."
     if type(target) is not dict or len(items) % 2:
         raise Refused("a change of something that is not a dictionary")
     for key, value in zip(items[::2], items[1::2]):
@@ -171,7 +171,7 @@ def fill(target: Any, items: list, lists: bool = False, arrays: bool = False) ->
         target[key] = value
 
 # %% ../../nbs/assets/dictionaries.ipynb #1a372c3d
-LARGEST_TUPLE = 2**16  # parts of a key; a shared part is counted each time
+LARGEST_TUPLE = 2**16  # parts of a key; a part that occurs several times is counted each time
 
 
 class Stack(list):
@@ -182,11 +182,11 @@ class Stack(list):
     def __init__(self, lists: bool = False, arrays: bool = False):
         super().__init__()
         self.memo, self.lists, self.arrays = {}, lists or arrays, arrays
-        self.sizes: dict[int, int] = {}  # of tuples by their id: how many parts they have, shared ones each time
+        self.sizes: dict[int, int] = {}  # id of a tuple: its number of parts, repeated ones counted each time
         self.names = NAMES | (LISTS if self.lists else set()) | (ARRAYS if arrays else set())
 
     def since_mark(self) -> list:
-        "Remove and return what lies above the last mark."
+        "Remove and return the items above the last mark."
         position = next(i for i in range(len(self) - 1, -1, -1) if self[i] is Stack.MARK)
         taken = self[position + 1 :]
         del self[position:]
@@ -348,7 +348,7 @@ def read_pickle(data: bytes, lists: bool = False, arrays: bool = False) -> dict:
         if instruction.name == "BINFLOAT":
             run = float_run(data, position)
             stack += [run] if arrays and len(run) > 1 else run.tolist()
-            file.seek(position + RUN.itemsize * len(run))  # genops goes on from there
+            file.seek(position + RUN.itemsize * len(run))  # genops continues from there
         elif instruction.name not in ("PROTO", "FRAME", "STOP"):
             step(stack, instruction.name, argument)
     if len(stack) == 1 and arrays and (type(stack[0]) is list or isinstance(stack[0], ArrayNote)):
@@ -360,12 +360,13 @@ def read_pickle(data: bytes, lists: bool = False, arrays: bool = False) -> dict:
 # %% ../../nbs/assets/dictionaries.ipynb #d6f5731f
 def read_dictionary(path: str | os.PathLike, *, lists: bool = False) -> dict:
     """
-    A dictionary from a JSON file or a pickle: texts, numbers (numpy's become Python's), and dictionaries of them.
+    A dictionary from a JSON file or a pickle, of texts, numbers (numpy's become Python's), and dictionaries of these.
 
     lists: also lists of numbers, under keys that may be tuples (the original's raw perturbation results).
 
-    A pickle is never executed. AssetError: missing, damaged, unsafe, not a dictionary, or other bytes than the
-    published file of that name.
+    A pickle is never executed. AssetError: missing, damaged, unsafe, not a dictionary, or different from the
+
+      published file of that name.
     """
     path = Path(path)
     found = parsed(path, "Results hold" if lists else "A dictionary of genes holds", lists=lists)

@@ -60,7 +60,7 @@ PIECE = 2**20
 
 
 def part_files(path: Path) -> tuple[Path, Path]:
-    "The files for the bytes received so far and for the server's mark of their content."
+    "The files for the bytes received so far and for the server's identifier of their content."
     return path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.part.mark")
 
 # %% ../../nbs/assets/download.ipynb #8830bc6b
@@ -74,7 +74,7 @@ def keep_seal(headers: Mapping[str, str], mark: Path) -> None:
 
 # %% ../../nbs/assets/download.ipynb #d52c033b
 def attempt(url: str, path: Path, timeout: float) -> None:
-    "Fetch a file, or what is missing of it, into its .part; raises an error if the connection ends early."
+    "Fetch a file, or the missing part of it, into its .part file; raises an error if the connection ends early."
     part, mark = part_files(path)
     start = part.stat().st_size if part.exists() and mark.exists() else 0
     headers = {"User-Agent": "scellfm", "Accept-Encoding": "identity"}
@@ -102,7 +102,7 @@ PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 # %% ../../nbs/assets/download.ipynb #1518ca34
 def _fetch(url: str, path: Path, timeout: float) -> None:
-    "Bring the file to `path`. AssetError: the server has it not. StoreError: no room, another process is fetching it."
+    "Fetch the file to `path`. AssetError: not on the server. StoreError: no space, or another process is fetching it."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,7 +116,7 @@ def _fetch(url: str, path: Path, timeout: float) -> None:
 
 
 def _tidy(path: Path) -> None:
-    "Remove what this call, or one that was killed as it ended, left beside the file."
+    "Remove the auxiliary files that this call, or an earlier call that was killed, left beside the file."
     part_files(path)[1].unlink(missing_ok=True)
     if (lock := path.with_name(f".lock-{path.name}")).exists():
         Lock(lock, path).release()
@@ -127,8 +127,8 @@ def download_file(url: str, path: str | os.PathLike, *, timeout: float = 60.0) -
     """
     Fetch `url` to `path` and remember its SHA-256; a file that is there already is checked against the remembered one.
 
-    AssetError: not HTTPS, not found, a page in place of a file, other bytes than at the first use. StoreError: no room,
-    another process fetches it. OptionError: the path can be no file.
+    AssetError: not HTTPS, not found, a web page instead of the file, or a SHA-256 that differs from the first use.
+    StoreError: no space, or another process is fetching it. OptionError: the path cannot be a file.
     """
     check_address(url)
     path = output_path(path, "path")
@@ -149,11 +149,13 @@ def download_file(url: str, path: str | os.PathLike, *, timeout: float = 60.0) -
 
 # %% ../../nbs/assets/download.ipynb #2f675d23
 def fetched(url: str, path: Path, timeout: float, last: bool) -> bool:
-    "One attempt: did it succeed? Errors that a new attempt cannot mend, and the last error, are raised."
+    "Make one attempt; True if it succeeded. Errors that another attempt cannot solve, and the last error, are raised."
     try:
         attempt(url, path, timeout)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and not last:  # nothing is left to send, or the part is of another content: begin anew
+        if (
+            error.code == 416 and not last
+        ):  # nothing is left to send, or the part belongs to another content: start again
             part_files(path)[0].unlink(missing_ok=True)
         elif error.code not in PASSING or last:
             raise AssetError(
@@ -173,7 +175,7 @@ def fetched(url: str, path: Path, timeout: float, last: bool) -> bool:
 
 # %% ../../nbs/assets/download.ipynb #ae2d462c
 def remember_download(url: str, digest: str) -> None:
-    "Record the sha256 of an address at its first use; AssetError if it had another one before."
+    "Record the sha256 of an address at its first use; AssetError if an earlier download had another one."
     notes_path = cache_folder() / "downloads.json"
     try:
         notes = read_record(notes_path, {...: [str]}) if notes_path.exists() else {}
@@ -214,7 +216,7 @@ def checked_members(archive: zipfile.ZipFile, name: str) -> list[zipfile.ZipInfo
 
 # %% ../../nbs/assets/download.ipynb #349efd29
 def unpack_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> None:
-    "Write one member below `folder`, complete or not at all, and never more bytes than the archive states."
+    "Write one member below `folder`, completely or not at all, and never more bytes than the archive states."
     target, left = folder.joinpath(*PurePosixPath(member.filename).parts), member.file_size
     with archive.open(member) as source, atomic_write(target) as temporary, open(temporary, "wb") as file:
         while piece := source.read(PIECE):

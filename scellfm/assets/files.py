@@ -51,7 +51,7 @@ REMEDY = {
 
 
 def nearby(path: Path) -> str:
-    "What the folder holds instead of the missing file, to end an error message."
+    "What the folder holds instead of the missing file, as the end of an error message."
     if not path.parent.is_dir():
         return f"its folder {path.parent.absolute()} does not exist either; check the path"
     names = sorted(child.name for child in path.parent.iterdir())
@@ -60,7 +60,7 @@ def nearby(path: Path) -> str:
 
 
 def usable(path: Path) -> str:
-    "The kind of `path`; AssetError if it is missing, or is a placeholder or page instead of the file itself."
+    "The kind of `path`; AssetError if it is missing, or is a placeholder or a web page instead of the file itself."
     if not path.is_file():
         raise AssetError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}; {nearby(path)}")
     kind = kind_of(path)

@@ -34,7 +34,7 @@ def simulate_schedule(
     slowness: float = 5.0,  # how many times as long they take
     failures: float = 0.0,  # probability that an attempt fails
     restart: float = 60.0,  # seconds until a failed worker is replaced
-    sharing: Literal["next", "fixed"] = "next",  # next: a free worker takes the next; fixed: equal shares at the start
+    sharing: Literal["next", "fixed"] = "next",  # next: a free worker takes the next; fixed: equal shares at start
     seed: int = 0,  # seed of every random draw
 ) -> Schedule:
     "Simulate a run in which many workers share stretches. OptionError: numbers out of range."

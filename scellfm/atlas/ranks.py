@@ -30,7 +30,7 @@ __all__ = []
 
 # %% ../../nbs/atlas/ranks.ipynb #5c3ef78b
 class Ranks(NamedTuple):
-    "This process and the number of all processes."
+    "The rank of this process, the number of processes, and their shared store."
 
     rank: int
     n: int
@@ -52,7 +52,7 @@ def slurm_as_torchrun(environment: dict[str, str]) -> dict[str, str]:
 
 
 def join(wait: int = 1800) -> Ranks:
-    "This process among all ranks, after all have started. wait: seconds that a rank waits for the others."
+    "The `Ranks` of this process, once all have started. wait: seconds that a rank waits for the others."
     from torch.distributed import rendezvous
 
     os.environ.update(slurm_as_torchrun(dict(os.environ)))
@@ -60,7 +60,7 @@ def join(wait: int = 1800) -> Ranks:
     return Ranks(rank, n, keys)
 
 # %% ../../nbs/atlas/ranks.ipynb #3bba85c1
-LONGEST = timedelta(days=30)  # that a rank waits for the others: a stretch may take hours
+LONGEST = timedelta(days=30)  # longest wait for the other ranks: a stretch may take hours
 
 
 def take_turns(ranks: Ranks, stage: int, work: Work, tasks: list, folder: Path, threads: int, watch: Callable) -> None:
@@ -84,7 +84,7 @@ class Leader:
         self.ranks, self.threads, self.stage = ranks, threads, 0
 
     def __call__(self, work: Work, tasks: list[tuple[str, Stretch]], store: Store, told: Callable[[int], None]) -> None:
-        "Let all ranks compute the missing shards, and record them; told: called with the number of finished cells."
+        "Have all ranks compute and record the missing shards; told: called with the number of newly finished cells."
         asked, seen = {"work": asdict(work), "tasks": tasks, "folder": str(store.folder)}, [0]
 
         def watch(done: int) -> None:
@@ -121,6 +121,6 @@ def follow(ranks: Ranks, threads: int) -> None:
         tasks = [(name, Stretch(*stretch)) for name, stretch in told["tasks"]]
         take_turns(ranks, stage, Work(**told["work"]), tasks, Path(told["folder"]), threads, lambda done: None)
         stage += 1
-    ranks.keys.set(f"atlas/left{ranks.rank}", "")  # rank 0, which may keep the keys, must not go before
+    ranks.keys.set(f"atlas/left{ranks.rank}", "")  # rank 0 may host the shared store, so it ends last
     if told["error"]:
         raise StoreError(f"rank 0 has ended the run: {told['error']}")

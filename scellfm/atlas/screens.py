@@ -54,7 +54,7 @@ def load_reader(work: Work) -> Any:
 
 # %% ../../nbs/atlas/screens.ipynb #31a1b009
 class AtlasScreen:
-    "A screen of the tokenized cells in the folder of a run; the same in every process."
+    "A screen of the tokenized cells in the folder of a run; every process makes the same one."
 
     def __init__(self, work: Work):
         self.work, self.ask, self.model = work, asked(work), load_reader(work)
@@ -65,7 +65,7 @@ class AtlasScreen:
 
     @cached_property
     def plan(self) -> PlannedScreen:
-        "The plan, of the tokens in the folder."
+        "The plan of the screen, for the tokens in the folder."
         return runner.plan_screen(self.model, Path(self.work.folder) / "cells.dataset", self.ask | {"match": None})
 
     def embedding_of(self, task: ScreenTask, rows: np.ndarray, token_budget: int, record: list) -> np.ndarray:
@@ -76,7 +76,7 @@ class AtlasScreen:
 
 # %% ../../nbs/atlas/screens.ipynb #31a1b011
 def state_units(plan: PlannedScreen) -> dict[str, tuple[ScreenTask, np.ndarray]]:
-    "The blocks of cells that make the states of each task, by the name of their shard; none without a goal."
+    "The blocks of cells that define the states of each task, by the name of their shard; none without a goal."
     if not plan.runner.design.states:
         return {}
     return {
@@ -119,7 +119,7 @@ def chosen_of(plan: PlannedScreen, seed: int) -> dict[str, np.ndarray]:
 
 # %% ../../nbs/atlas/screens.ipynb #5a1c0d7b
 def take_states(plan: PlannedScreen, folder: Path) -> None:
-    "Give the runner the centres that were written."
+    "Give the runner the centres that were saved."
     import torch
 
     if not plan.runner.design.states:
@@ -159,7 +159,7 @@ def computing(work: Work) -> Callable[[Stretch, dict], dict[str, np.ndarray]]:
 
 # %% ../../nbs/atlas/screens.ipynb #31a1b017
 def with_record(arrays: dict[str, np.ndarray], record: list) -> dict[str, np.ndarray]:
-    "The arrays of a block, and what happened while they were computed, as `each_block` keeps it."
+    "The arrays of a block, with the record of events during the calculation, as `each_block` keeps it."
     return arrays | ({RECORD: np.array(json.dumps(record))} if record else {})
 
 

@@ -29,7 +29,7 @@ EMBED = "scellfm.rosa.embedding.embed_genes"
 
 
 def reading_of(work: Work) -> GeneReading:
-    "How each gene is read. OptionError, DataError, AssetError."
+    "The windows and encoder for the genes. Raises OptionError, DataError and AssetError."
     ask = dict(work.settings)
     if not ask.get("fasta"):
         raise OptionError("settings={'fasta': ...}: name the genome of the genes, plain or bgzip")

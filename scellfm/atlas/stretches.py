@@ -36,8 +36,9 @@ READ = ("n_counts", "filter_pass")
 class CellsOnDisk:
     """An h5ad file or zarr store, open for reading stretches of its cells.
 
-    layer: the layer that holds the counts, or raw; None: X. columns: of obs, also read. DataError: another kind of
-    file, a matrix stored by genes, one that does not match its tables, an unknown column."""
+    layer: the layer that holds the counts, or raw; None: X. columns: further columns of obs to read. DataError:
+
+     another kind of file, a matrix stored by genes or that does not match its tables, an unknown column."""
 
     def __init__(self, path: str | Path, layer: str | None = None, columns: Sequence[str] = ()):
         self.path, self._open = existing(path), ExitStack()
@@ -175,7 +176,7 @@ def gene_table(self: CellFiles) -> GeneTable:
 # %% ../../nbs/atlas/stretches.ipynb #6b1c0d7c
 @patch
 def stacked_blocks(self: CellFiles, rows: int = 2048) -> Iterator[tuple[int, sparse.csr_matrix]]:
-    "(index of the first cell, counts [cells, genes]) of blocks of at most so many cells, as `count_blocks` gives."
+    "(index of the first cell, counts [cells, genes]) of blocks of at most `rows` cells, as `count_blocks` gives."
     for path, first in zip(self.paths, self.starts):
         with CellsOnDisk(path, self.layer) as file:
             same = file.genes.var.index.equals(self.genes.var.index)
@@ -186,13 +187,13 @@ def stacked_blocks(self: CellFiles, rows: int = 2048) -> Iterator[tuple[int, spa
 
 # %% ../../nbs/atlas/stretches.ipynb #2f60c103
 def moved_columns(counts: sparse.csr_matrix, place: np.ndarray, n_genes: int) -> sparse.csr_matrix:
-    "Counts whose column i is column place[i] of so many."
+    "The counts with column i moved to column place[i], of `n_genes` columns."
     moved = sparse.csr_matrix((counts.data, place[counts.indices], counts.indptr), shape=(counts.shape[0], n_genes))
     return canonical_csr(moved, copy=False)
 
 # %% ../../nbs/atlas/stretches.ipynb #2f60c106
 def repeated_cells(path_or_folder: str | Path) -> dict[str, np.ndarray]:
-    "The cells whose name came before, in the order of the files: file (text), row, number of those before (int64)."
+    "The cells whose name occurred before, in file order: file (text), row, number of earlier occurrences (int64)."
     import pandas as pd
 
     root, hashes = existing(path_or_folder), []

@@ -102,7 +102,7 @@ def finetune(
     classes: str | None = None,  # JSON file of classes of genes, {"name": ["gene", ...]}
     **settings,
 ) -> str:
-    """Train a classifier of cells or of genes, and score it on held-out ones.
+    """Train a classifier of cells or of genes, and score it on held-out cells or genes.
 
     Example: scellfm finetune demo --model runs/demo/classifier --label cell_type --stratify cell_type --k 2
     --out runs/cell-types

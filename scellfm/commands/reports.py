@@ -37,7 +37,7 @@ def begin(title: str, settings: dict) -> Report:
 
 # %% ../../nbs/commands/reports.ipynb #3bde3a0d
 def add_picture(report: Report, axes, caption: str, heading: str = "") -> None:
-    "A picture by its axes, which are closed."
+    "Add the figure of these axes to the report, and close it."
     from matplotlib import pyplot
 
     report.add_figure(axes, caption, heading)
@@ -45,7 +45,7 @@ def add_picture(report: Report, axes, caption: str, heading: str = "") -> None:
 
 # %% ../../nbs/commands/reports.ipynb #df27b799
 def add_confusion(report: Report, confusion: pd.DataFrame, caption: str) -> None:
-    "Confusion matrix: true classes in rows, predicted classes in columns."
+    "Add a confusion matrix: true classes in rows, predicted classes in columns."
     from scellfm import plotting
 
     add_picture(report, plotting.confusion(confusion), caption, "Confusion matrix")
@@ -58,12 +58,12 @@ def beside(scores) -> str:
 
 # %% ../../nbs/commands/reports.ipynb #24c9833a
 def judged_parts(classifier) -> dict:
-    "The classifiers that have scores of their own: those of each label by its name, or the one under ''."
+    "{label: classifier} of a classifier of several labels; {'': classifier} of any other."
     return getattr(classifier, "tasks", None) or {"": classifier}
 
 # %% ../../nbs/commands/reports.ipynb #d2b0d2af
 def add_classifier(report: Report, classifier) -> None:
-    "Scores, overfitting check, confusion (of each label) and losses of any classifier."
+    "Add scores, overfitting check and confusion matrix (of each label), and the losses, of any classifier."
     for label, part in judged_parts(classifier).items():
         name = f"{label}: " if label else ""
         report.add_scores(part.scores, f"{name}{'held' if label else 'Held'} out{beside(part.scores)}")
@@ -97,7 +97,7 @@ def why_untested(table: pd.DataFrame) -> str:
 
 # %% ../../nbs/commands/reports.ipynb #02bfc819
 def add_screen(report: Report, screen, table: pd.DataFrame, rows: int = 50) -> None:
-    "The pictures of a Screen and the first rows of its table, down to the genes that could not be perturbed."
+    "Add the figures of a Screen and the first rows of its table, including the genes that could not be perturbed."
     import numpy as np
 
     for group in screen.groups:
@@ -119,7 +119,7 @@ def add_screen(report: Report, screen, table: pd.DataFrame, rows: int = 50) -> N
 
 # %% ../../nbs/commands/reports.ipynb #a1f3b7d3
 def add_map(report: Report, reference, labels: pd.DataFrame, scores=None) -> None:
-    "The scores of a ReferenceMap (if it has any), its confusion, and the number of cells of each label in `labels`."
+    "Add the scores and confusion matrix of a ReferenceMap (if any), and the number of cells of each label."
     if scores is not None:
         report.add_scores(scores, f"Labelled with the reference{beside(scores)}")
         named = scores.details[reference.use_rep]["transferred"]

@@ -40,7 +40,7 @@ def perturb(
     *,
     model: str,  # folder of a Geneformer or of a classifier, or the hub id of a Geneformer
     out: str,  # folder of the screen and of table.csv
-    genes: str | list[str] = "all",  # all (each by itself), or ids or symbols: see --combine
+    genes: str | list[str] = "all",  # all (one at a time), or ids or symbols: see --combine
     method: str = "matched",  # test of the table: matched, goal_state_shift, vs_null, mixture_model, ...
     **settings,
 ) -> str:

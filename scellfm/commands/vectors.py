@@ -44,7 +44,7 @@ def embed_settings(settings: dict, model: str, subfolder: str | None) -> dict:
 
 # %% ../../nbs/commands/vectors.ipynb #14f90033
 def embed_into(model, cells, settings: dict, *, of: str, subfolder: str | None = None):
-    "Embed an AnnData, or the file of one, with a model read from `of`: (the AnnData with the vectors, their key)."
+    "Embed an AnnData or an h5ad file with a model read from `of`: (the AnnData with the vectors, their key)."
     given = embed_settings(settings, of, subfolder)
     made = model.embed(cells, **given)
     return cells if made is None else made, given.get("key_added", KEYS[system_of(of, subfolder)])

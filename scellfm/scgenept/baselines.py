@@ -187,7 +187,7 @@ def versions_of(vectors: GeneVectors, genes: Sequence[str], seed: int) -> dict[s
 
 
 class PerturbationBaselines(dict):
-    "Predictions by baseline: {name: DataFrame, perturbations x genes}; a row of NaN is a dash."
+    "Predictions by baseline: {name: DataFrame, perturbations x genes}; a row of NaN: not predicted, shown as a dash."
 
     def counts(self) -> pd.Series:
         "The number of perturbations that each baseline can predict."
@@ -291,7 +291,7 @@ def gears_of_fold(data: PerturbationData, fold, training: Training, annotations,
 
 # %% ../../nbs/scgenept/baselines.ipynb #74c54798
 def all_versions(trainings: Sequence[Training], named: Mapping[str, GeneVectors], seed: int) -> dict[str, dict]:
-    "For each kind of vectors its own, permuted and random version, for the perturbed genes of all folds."
+    "For each kind of vectors: the vectors as given, permuted and random, for the perturbed genes of all folds."
     names = [name for training in trainings for name in [*training.names, *training.wanted]]
     genes = sorted({gene for name in names for gene in name.split("+")})
     return {label: versions_of(part, genes, seed) for label, part in named.items()}

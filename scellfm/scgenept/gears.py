@@ -102,7 +102,7 @@ def interpreter(python: str | os.PathLike | None) -> str:
 
 # %% ../../nbs/scgenept/gears.ipynb #41d2591f
 def run_process(python: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    "Genes and predicted rows of the process; ExtraError with its last words where it fails."
+    "Genes and predicted rows of the process; if it fails, ExtraError with the last lines of its output."
     from scellfm.scgenept import gears_process
 
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}

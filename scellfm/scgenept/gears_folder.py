@@ -121,7 +121,7 @@ def stored_top(adata: AnnData, n_top: int = 20) -> dict[str, list[str]]:
 
 
 def agreement(data, stored: dict[str, list[str]]) -> pd.DataFrame:
-    "Per condition name: its label, the file's top genes, and how many of them our calculation also finds."
+    "For each condition name: its label, the number of top genes in the file, and how many of them are computed too."
     obs = data.adata.obs
     labels = obs["label"].astype(str).to_numpy()
     types = np.full(len(obs), "cells") if data.cell_types is None else data.cell_types

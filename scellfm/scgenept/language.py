@@ -65,7 +65,7 @@ FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*/config.json")
 
 
 class SentenceModel:
-    "An encoder of transformers with its tokenizer and its rule of pooling; from a folder or a hub id."
+    "An encoder of the transformers library with its tokenizer and pooling rule; from a folder or a hub id."
 
     def __init__(self, path_or_hub_id: str | os.PathLike, revision: str | None, device: str):
         from scellfm.assets.hub import find

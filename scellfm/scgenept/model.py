@@ -83,7 +83,7 @@ class ScGenePTModel(nn.Module):
     def inputs(
         self, tokens: torch.Tensor, values: torch.Tensor, flags: torch.Tensor, rows: torch.Tensor | None
     ) -> torch.Tensor:
-        "What enters the layers [b, L, d]: the normalised sum of the vectors of gene, value, descriptions and flag."
+        "The input of the layers [b, L, d]: the normalised sum of the vectors of gene, value, descriptions and flag."
         x = self.pert_encoder(flags)
         if self.encoder is not None:
             x = x + self.encoder(tokens)
@@ -149,7 +149,7 @@ def published_inputs(name: str) -> Inputs:
 
 # %% ../../nbs/scgenept/model.ipynb #9c3b2d6c
 def language_name(name: str, languages: Mapping[str, str]) -> str:
-    "Our name of a tensor: `gopt_encoder_c.fc.weight` is `languages.go_c.proj_layer.weight`."
+    "This package's name of a tensor: `gopt_encoder_c.fc.weight` is `languages.go_c.proj_layer.weight`."
     for ours, prefix in languages.items():
         if name.startswith(f"{prefix}."):
             rest = name.removeprefix(f"{prefix}.").replace("fc.", "proj_layer.")

@@ -39,7 +39,7 @@ class PerturbationSplit:
     test: list[str]
     name: str
     seed: int
-    version: Literal["0.0.2", "0.1.2"] = "0.0.2"  # of GEARS, whose rule it is; "scellfm" for ours
+    version: Literal["0.0.2", "0.1.2"] = "0.0.2"  # of GEARS, whose rule it follows; "scellfm": ours
     held_out: list[str] = field(default_factory=list)  # in no set: they share genes with the validation or test set
     subgroups: dict[str, list[str]] = field(default_factory=dict)  # of the test set
     valid_subgroups: dict[str, list[str]] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class PerturbationSplit:
         return [SEEN0.format(n=len(seen0))] if seen0 else []
 
     def to_dict(self) -> dict:
-        "All of it as plain values, for a record or a JSON file; `PerturbationSplit(**values)` restores the split."
+        "The whole split as plain values, for a JSON file; `PerturbationSplit(**values)` restores the split."
         return {key: value for key, value in vars(self).items()}
 
     def __repr__(self) -> str:
@@ -104,7 +104,7 @@ def _touching(labels: Iterable[str], genes: Iterable[str]) -> list[str]:
 
 # %% ../../nbs/scgenept/splits.ipynb #dfc64491
 def _training_genes(genes: np.ndarray, share: float, stream, test_genes: list[str] | None, only: bool) -> tuple:
-    "The genes drawn for training and the unseen ones; `test_genes` are never among the former."
+    "The genes drawn for training, and the unseen ones; `test_genes` are always unseen."
     if only and test_genes is not None:
         return np.setdiff1d(genes, test_genes), np.array(test_genes)
     drawn = stream.choice(genes, int(len(genes) * share), replace=False)
@@ -148,7 +148,7 @@ def _simulation_single(labels: list[str], share: float, seed: int, test_genes=No
 
 # %% ../../nbs/scgenept/splits.ipynb #c0fff80e
 def _older(labels: list[str], kind: str, share: float, stream, test_genes=None, tested=None, version="0.0.2") -> tuple:
-    "One drawing of the older splits: (training labels, held-out labels, labels in no set)."
+    "One draw of the older splits: (training labels, held-out labels, labels in no set)."
     singles = [label for label in labels if _is_single(label)]
     combos = [label for label in labels if not _is_single(label)]
     if test_genes is None:
@@ -202,7 +202,7 @@ def later_rule(labels: list[str], kind: str, version: str, go_genes: Iterable[st
 
 # %% ../../nbs/scgenept/splits.ipynb #53d8d43a
 def _listed(name: str, value, there: Iterable[str]) -> list[str] | None:
-    "A list of names (or one text joined by '_'), each of which must exist."
+    "A list of names (or one string joined by '_'), each of which must exist."
     if value is None:
         return None
     values = value.split("_") if isinstance(value, str) else list(map(str, value))

@@ -54,7 +54,7 @@ def read_frame(table: pd.DataFrame | str | os.PathLike) -> pd.DataFrame:
 
 # %% ../../nbs/scgenept/texts.ipynb #5dd9e47f
 def named_columns(table: pd.DataFrame, wanted: Iterable[str], what: str) -> pd.DataFrame:
-    "The wanted columns of a table under our names; DataError if one is missing, unless it is optional."
+    "The wanted columns of a table under this package's names; DataError if one is missing and not optional."
     found = {name: next((c for c in COLUMNS[name] if c in table.columns), None) for name in COLUMNS}
     for name in wanted:
         if found[name] is None:
@@ -279,7 +279,7 @@ def read_uniprot(
 
 # %% ../../nbs/scgenept/texts.ipynb #56d9fa30
 def merge_texts(*sources: Mapping[str, str | Iterable[str]]) -> dict[str, list[str]]:
-    "{gene: the texts of all sources, in order}; the genes in order of first appearance. DataError: something else."
+    "{gene: the texts of all sources, in order}; genes in order of first appearance. DataError: not dictionaries."
     merged: dict[str, list[str]] = {}
     for number, source in enumerate(sources):
         if not isinstance(source, Mapping):
@@ -292,7 +292,7 @@ def merge_texts(*sources: Mapping[str, str | Iterable[str]]) -> dict[str, list[s
 
 
 def sentences_of(gene: str, texts: str | Iterable[str]) -> list[str]:
-    "The sentences of a gene as a list; DataError unless they are text."
+    "The sentences of a gene as a list; DataError unless they are strings."
     found = [texts] if isinstance(texts, str) else list(texts)
     odd = [text for text in found if not isinstance(text, str)]
     if odd:

@@ -32,7 +32,7 @@ __all__ = ['PUBLISHED', 'Pairs', 'GeneSamples', 'rows_of', 'squared_error', 'sim
 
 # %% ../../nbs/scgenept/training.ipynb #b417cd92
 class Pairs:
-    """Perturbed cells with the control cell that each is predicted from.
+    """Perturbed cells, each with the control cell from which it is predicted.
 
     matrix: log-normalised values [cells, measured genes], sparse. controls, targets: rows of it, one of each per pair.
     flags: positions of the perturbed genes of each pair. n_inputs: measured and other perturbed genes."""
@@ -44,7 +44,7 @@ class Pairs:
         targets: np.ndarray,
         flags: Sequence[np.ndarray],
         n_inputs: int,
-        names: Sequence[str] | None = None,  # of the cells, for random draws by name; None: their number
+        names: Sequence[str] | None = None,  # of the cells, for random draws by name; None: their positions
     ):
         self.matrix, self.controls, self.targets, self.flags = matrix, controls, targets, list(flags)
         self.n_inputs, self.n_measured = n_inputs, matrix.shape[1]
@@ -168,7 +168,7 @@ def set_dropout(model: ScGenePTModel, dropout: float | None, attention_dropout: 
 
 # %% ../../nbs/scgenept/training.ipynb #e71fd39e
 def train_pairs(
-    model: ScGenePTCheckpoint,  # fitted to the genes of the pairs; trained in place
+    model: ScGenePTCheckpoint,  # bound to the genes of the pairs; trained in place
     pairs: Pairs,
     valid: Pairs | None = None,
     *,
