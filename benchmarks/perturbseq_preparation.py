@@ -108,7 +108,7 @@ def report(runs: dict[str, list[dict]], nnz: int) -> bool:
         print(f"{side:11s} {wall:7.2f} s wall, {cpu:7.2f} s CPU, peak memory above its input {memory:6.0f} MB")
     print(f"the sparse matrix holds {nnz:,} values: {nnz * 8 / 2**20:.0f} MB")
     if "cell-gears" not in runs:
-        print("cell-gears is not at hand: name its interpreter with --gears or SCELLFM_GEARS_PYTHON; no ratio")
+        print("cell-gears was not found: name its interpreter with --gears or SCELLFM_GEARS_PYTHON; no ratio")
         return True
     pairs = list(zip(runs["cell-gears"], runs["scellfm"]))
     ratio = np.median([first["wall"] / second["wall"] for first, second in pairs])

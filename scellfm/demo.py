@@ -41,7 +41,7 @@ FILES = ("report.html", "report.json", "table.csv", "scores.png", "screen.png", 
 EXPLANATION = (
     "Deleting a gene from every monocyte: does the cell move towards the T cells (effect > 0, "
     "in standard deviations), and more\n"
-    "than the genes of like rank and detection (z)? Exploratory: these cells have no donors, "
+    "than genes of similar rank and detection (z)? Exploratory: these cells have no donors, "
     "so there are no p-values. A gene with\n"
     "a large log2fc (T cell over monocyte) may stand out only because it is a marker of the cell type."
 )

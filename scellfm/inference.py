@@ -405,8 +405,7 @@ def run_rows(
     """`function(inputs[rows] [b, ...]) -> Tensor [b, ...]` on all rows of an input: a CPU tensor [n, ...] in order.
 
     inputs: array or tensor [n, ...], or anything with a length whose [positions] gives one. If memory runs out the
-
-     batch size is halved, and `record` gets {token_budget (batch size), remaining}. DataError if there are none."""
+    batch size is halved, and `record` gets {token_budget (batch size), remaining}. DataError if there are none."""
     check_number("batch_size", batch_size, 1)
     device = pick_device(device)
 

@@ -24,6 +24,7 @@ import torch
 from fastcore.basics import patch
 
 # %% ../nbs/training.ipynb #70500ea2
+from .batch_norm import SharedBatchNorm, check_norms
 from scellfm.core import (
     DataError,
     DivergedError,
@@ -39,6 +40,7 @@ from scellfm.core import (
 )
 from .inference import pick_device
 from .store import atomic_write
+from .store.files import own_folder
 from .store.identity import run_inputs
 from .store.layouts import HISTORY
 from .store.lock import Lock
@@ -297,7 +299,7 @@ def save(
     tensors["steps"] = torch.tensor(np.array(history.step_rows, float).reshape(-1, len(STEP_COLUMNS)))
     record = {"identity": self.identity, "progress": at, "history": {**history.to_dict(), "step_rows": []}}
     record["crc32"] = checksum(tensors, record)
-    with atomic_write(self.path) as part:
+    with atomic_write(self.path) as whole, own_folder(whole) as part:
         try:
             save_file(tensors, part, metadata={"scellfm": json.dumps(record)})
         except SafetensorError as error:  # safetensors reports a full disk in this way
@@ -388,6 +390,7 @@ class Run:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        check_norms(model, recipe.accumulate, int(os.environ.get("WORLD_SIZE", 1)))
         gaps = DistributedDataParallelKwargs(find_unused_parameters=True)  # a head may be unused in a part
         on_cpu = several and str(device) == "cpu"
         self.accelerator = Accelerator(cpu=on_cpu, device_placement=False, kwargs_handlers=[gaps])
@@ -429,6 +432,9 @@ def sums(
     from accelerate.utils import send_to_device
 
     mine, weight = self.share(rows)
+    for module in self.model.modules():
+        if isinstance(module, SharedBatchNorm):
+            module.share = weight
     batch = send_to_device(data.part(mine, epoch, rows if whole is None else whole), self.device)
     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16"):
         total, count = self.loss(batch)

@@ -13,11 +13,13 @@ from pathlib import Path
 import anndata
 import numpy as np
 import pandas as pd
+import pytest
 from conftest import tree
 from scipy import sparse
 
 import scellfm as sf
 from scellfm.atlas import crew
+from scellfm.store.shards import Store
 
 N, IN_FIRST = 64, 40  # cells of both files, of the first
 GENES = [f"ENSG{i:011d}" for i in range(40)]
@@ -200,7 +202,7 @@ def killed_in_its_midst(process, out, pause):
     return process.kill() == -signal.SIGKILL
 
 
-def ranks_of(place, kind, out, n=2):
+def ranks_of(place, kind, out, n=2, **options):
     "A run by so many ranks, each a process of its own, as torchrun would start them."
     import socket
 
@@ -208,7 +210,7 @@ def ranks_of(place, kind, out, n=2):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     where = {"WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    job = partial(run_kind, place, kind, out, backend="ranks")
+    job = partial(run_kind, place, kind, out, backend="ranks", **options)
     return [Forked(job, RANK=str(rank), **where) for rank in range(n)]
 
 
@@ -223,3 +225,32 @@ def children_of(pid):
         if fields[1] == str(pid) and fields[0] != "Z":
             found.append(int(path.parent.name))
     return found
+
+
+@contextmanager
+def cut_after(n):
+    "A block in which a run is interrupted when it has recorded n shards."
+    record, seen = Store.record, []
+
+    def count(self, *arguments):
+        if len(seen) == n:
+            raise KeyboardInterrupt
+        seen.append(record(self, *arguments))
+
+    Store.record = count
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        Store.record = record
+
+
+def begun_twice(place, kind, out, rows):
+    "The folder of a run that two processes began and two ranks went on with, interrupted both times."
+    with cut_after(2):
+        run_kind(place, kind, out, workers=2, rows=rows)
+    first = shards(out)
+    ranks = ranks_of(place, kind, out, rows=rows)
+    assert killed_in_its_midst(ranks[1], out, 0.0) and ranks[0].kill() == -signal.SIGKILL
+    assert 2 <= first < shards(out) < N // rows
+    return out

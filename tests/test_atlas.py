@@ -21,6 +21,7 @@ from atlas_cases import (
     Forked,
     ForkedWorker,
     N,
+    begun_twice,
     children_of,
     killed_in_its_midst,
     quiet,
@@ -237,6 +238,49 @@ def test_ranks_write_what_one_process_writes(atlas, whole, tmp_path, kind):
     ranks = ranks_of(atlas[0], kind, tmp_path / "out", n=3)
     assert [rank.wait() for rank in ranks] == [0, 0, 0]
     assert result(tmp_path / "out") == whole(kind)
+
+
+@POSIX
+@FORKS
+def test_two_processes_two_ranks_and_three_processes_write_one_run(atlas, tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "subprocess", SimpleNamespace(Popen=ForkedWorker, PIPE=None))
+    out = begun_twice(atlas[0], "geneformer", tmp_path / "out", rows=2)
+    run_kind(atlas[0], "geneformer", out, workers=3, rows=2)
+    run_kind(atlas[0], "geneformer", tmp_path / "one", rows=2)
+    assert result(out) == result(tmp_path / "one")
+
+
+@POSIX
+@FORKS
+def test_progress_tells_the_cells_of_all_workers_and_of_an_earlier_half(atlas, tmp_path, monkeypatch):
+    monkeypatch.setattr(crew, "subprocess", SimpleNamespace(Popen=ForkedWorker, PIPE=None))
+    monkeypatch.setattr(sf.core.settings, "progress", True)
+    real, bars, counts, halves = runs.progress, [], [], []
+
+    def progress(**given):
+        bars.append(real(**given))
+        update = bars[-1].update
+
+        def count(n=1):
+            counts.append(n)
+            update(n)
+            if not halves and sum(counts) >= 24:
+                raise KeyboardInterrupt
+
+        if given["unit"] == "cell":
+            bars[-1].update = count
+        return bars[-1]
+
+    monkeypatch.setattr(runs, "progress", progress)
+    with pytest.raises(KeyboardInterrupt):
+        run_kind(atlas[0], "tokens", tmp_path / "out", workers=2)
+    halves.append(counts.copy())
+    counts.clear()
+    run_kind(atlas[0], "tokens", tmp_path / "out", workers=2)
+    bar = next(bar for bar in reversed(bars) if bar.unit == "cell")
+    assert counts[0] >= 24 and bar.n == bar.total == sum(counts) == N  # what the first half finished comes first
+    shown = bar.format_meter(**bar.format_dict | {"n": 32, "elapsed": 2.0, "ncols": 100})
+    assert "32/64 [00:02<00:02, 16.00cell/s]" in shown
 
 
 @POSIX

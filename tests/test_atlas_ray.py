@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from atlas_cases import KINDS, quiet, result, run_kind, shards, write_inputs
+from atlas_cases import KINDS, begun_twice, cut_after, quiet, result, run_kind, shards, write_inputs
 
 import scellfm as sf
 from scellfm.atlas import ray_engine, workers
@@ -14,16 +14,27 @@ ray = pytest.importorskip("ray", reason="needs Ray: make ray")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    "The inputs, and Ray on two processors of this machine."
+def inputs(tmp_path_factory):
+    "Two files of cells, and the models."
     with quiet():
-        place, _ = write_inputs(tmp_path_factory.mktemp("atlas"))
+        return write_inputs(tmp_path_factory.mktemp("atlas"))[0]
+
+
+@pytest.fixture(scope="module")
+def begun(inputs, tmp_path_factory):
+    "A run that two processes began and two ranks went on with, interrupted both times; before Ray starts its threads."
+    return begun_twice(inputs, "geneformer", tmp_path_factory.mktemp("begun") / "run", rows=2)
+
+
+@pytest.fixture(scope="module")
+def place(inputs, begun):
+    "The inputs, and Ray on two processors of this machine."
     os.environ.setdefault("RAY_worker_niceness", "0")  # else its workers give way to all other work of this machine
     root = os.path.dirname(os.path.dirname(sf.__file__))
     paths = os.pathsep.join([root, os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     env = {"env_vars": {"PYTHONPATH": paths, "SCELLFM_PROGRESS": "0"}}
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=env)
-    yield place
+    yield inputs
     ray.shutdown()
 
 
@@ -46,6 +57,21 @@ def test_a_run_that_one_process_began_goes_on_with_ray(place, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         run_kind(place, "geneformer", tmp_path / "run")
     monkeypatch.undo()
+    run_kind(place, "geneformer", tmp_path / "run", backend="ray", workers=1)
+    run_kind(place, "geneformer", tmp_path / "here")
+    assert result(tmp_path / "run") == result(tmp_path / "here")
+
+
+def test_two_processes_two_ranks_and_ray_write_one_run(place, begun, tmp_path):
+    run_kind(place, "geneformer", begun, backend="ray", workers=2, rows=2)
+    run_kind(place, "geneformer", tmp_path / "here", rows=2)
+    assert result(begun) == result(tmp_path / "here")
+
+
+def test_ray_goes_on_with_another_number_of_workers(place, tmp_path):
+    with cut_after(3):
+        run_kind(place, "geneformer", tmp_path / "run", backend="ray", workers=2)
+    assert shards(tmp_path / "run") < 8
     run_kind(place, "geneformer", tmp_path / "run", backend="ray", workers=1)
     run_kind(place, "geneformer", tmp_path / "here")
     assert result(tmp_path / "run") == result(tmp_path / "here")

@@ -511,6 +511,19 @@ def test_the_number_of_threads_changes_no_byte(many, tmp_path, monkeypatch):
     assert files[1] == files[2] == files[3] and memory[1] == memory[2] == memory[3]
 
 
+@pytest.mark.filterwarnings("ignore:.*no count in any known gene", "ignore:.*fewer than 20 counts")
+def test_every_core_ranks_by_default(many, monkeypatch):
+    from concurrent import futures
+
+    pools, real = [], futures.ThreadPoolExecutor
+    monkeypatch.setattr(futures, "ThreadPoolExecutor", lambda n, *name: pools.append(n) or real(n, *name))
+    monkeypatch.setattr(core.settings, "threads", None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    fitted(many)(many)
+    assert pools and set(pools) == {4}  # one for each of three cores, and one that reads ahead
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("broken", ["reading", "ranking"])
 def test_an_error_comes_after_the_results_before_it_on_any_number_of_threads(threads, broken):

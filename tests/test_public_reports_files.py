@@ -230,6 +230,30 @@ def test_an_anndata_that_was_named_h5_is_read(tmp_path, tokenizer):
     assert (tokenizer(path).tokens == tokenizer(cells()).tokens).all()
 
 
+@pytest.mark.parametrize("form", ["csr", "dense"])
+def test_a_file_of_anndata_0_5_is_read_by_every_reader_with_its_labels(tmp_path, tokenizer, form):
+    adata, path = cells(), tmp_path / "cells.h5ad"
+    kinds = adata.obs["cell_type"].cat
+    obs = list(zip([name.encode() for name in adata.obs_names], kinds.codes))
+    with h5py.File(path, "w") as file:  # tables as compound types, categories in uns, a sparse matrix as h5sparse
+        if form == "csr":
+            group = file.create_group("X")
+            group.attrs["h5sparse_format"], group.attrs["h5sparse_shape"] = b"csr", np.array(adata.shape)
+            for name in ("data", "indices", "indptr"):
+                group[name] = getattr(adata.X, name)
+        else:
+            file["X"] = adata.X.toarray()
+        file["obs"] = np.array(obs, dtype=[("index", "S8"), ("cell_type", "i1")])
+        file["var"] = np.array([(gene.encode(),) for gene in GENES], dtype=[("index", "S16")])
+        file["uns/cell_type_categories"] = np.array([name.encode() for name in kinds.categories])
+    wanted = adata.obs["cell_type"].astype(str).tolist()
+    by_path = tokenizer(path, columns=["cell_type"])
+    assert (by_path.tokens == tokenizer(adata).tokens).all()
+    for obs in (read(path).obs, by_path.obs):
+        assert obs["cell_type"].astype(str).tolist() == wanted and list(obs.index) == list(adata.obs_names)
+    assert RankTokenizer.fit(path).token_dictionary == tokenizer.token_dictionary
+
+
 def test_a_file_of_molecules_and_one_of_two_genomes_say_what_they_are(tmp_path):
     with h5py.File(tmp_path / "molecule_info.h5", "w") as file:
         for name in ("barcode_idx", "feature_idx", "umi", "count", "gem_group"):

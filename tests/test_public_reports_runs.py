@@ -358,6 +358,52 @@ def test_the_finished_folder_of_a_killed_tokenizing_is_not_read_and_goes_with_th
     assert len(Corpus(tmp_path / "sets")) == 120
 
 
+def writes_of_safetensors():
+    "Every function that writes a file through safetensors: f(path)."
+    import torch
+
+    from scellfm.assets.tensors import save_tensors
+    from scellfm.scgpt.approximate import ARRAYS, SETTLED, write_index
+    from scellfm.training import Checkpoint, History
+
+    index = SimpleNamespace(**{name: np.ones(3) for name in ARRAYS}, **dict.fromkeys(SETTLED, 1))
+
+    def save_checkpoint(path):
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.AdamW(model.parameters())
+        Checkpoint(path.parent, {}).save(model, optimizer, {}, History(), {"step": 0, "waited": 0})
+
+    return {
+        "tensors": lambda path: save_tensors(path, {"a": torch.ones(3)}),
+        "training": save_checkpoint,
+        "search index": lambda path: write_index(index, path),
+    }
+
+
+@pytest.mark.parametrize("kind", ["tensors", "training", "search index"])
+def test_what_safetensors_leaves_in_a_killed_process_goes_with_the_next_write(tmp_path, monkeypatch, kind):
+    write, path = writes_of_safetensors()[kind], tmp_path / "training.safetensors"
+
+    def killed(tensors, path, *args, **kwargs):
+        (Path(path).parent / ".tmpAb12cd").write_bytes(b"half")  # as it does, and renames it in the end
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = os.fork()
+    if pid == 0:
+        monkeypatch.setattr("safetensors.torch.save_file", killed)
+        monkeypatch.setattr("safetensors.numpy.save_file", killed)
+        try:
+            write(path)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert [left.name[:6] for left in tmp_path.iterdir()] == [".part-"]
+    write(path)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode, "others may read what is written"
+
+
 def test_what_a_living_writer_is_writing_is_left_alone(tmp_path):
     with atomic_write(tmp_path / "one.csv") as part:
         part.write_text("half")

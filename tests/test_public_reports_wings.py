@@ -15,7 +15,7 @@ import torch
 
 import scellfm
 from scellfm.core import AssetError, DataError, OptionError, ScellfmWarning
-from scellfm.data import folds
+from scellfm.data import GeneVectors, folds
 from scellfm.geneformer import CellClassifier, GeneClassifier, Geneformer, RankTokenizer, TaskClassifier
 from scellfm.scgpt import CellClassifier as ScGPTClassifier
 from scellfm.scgpt import ReferenceMap, ScGPT
@@ -176,6 +176,47 @@ def test_embed_takes_the_path_of_a_file_of_cells(request, wing, tmp_path):
     key = {"gf": "X_geneformer", "gpt": "X_scGPT"}[wing]
     assert np.array_equal(read.obsm[key], adata.obsm[key]) and read.obs_names.equals(adata.obs_names)
     assert read.uns[key]["params"]["counts"] == "X"
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(10, 30)], ids=["all cells", "a view"])
+@pytest.mark.parametrize("wing", ["gf", "gpt"])
+def test_cells_on_disk_and_views_of_them_are_embedded_as_in_memory_or_refused_before_the_work(
+    request, wing, part, tmp_path, monkeypatch
+):
+    model, adata = request.getfixturevalue(wing), cells()
+    key = {"gf": "X_geneformer", "gpt": "X_scGPT"}[wing]
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    backed, wanted = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")[part], model.embed(adata[part], copy=True)
+    found = model.embed(backed, copy=True)
+    assert not found.isbacked and np.array_equal(found.obsm[key], wanted.obsm[key])
+    if backed.is_view:  # nothing can be written into a view of a file
+        monkeypatch.setattr(model.model, "forward", lambda *args, **kwargs: pytest.fail("computed for nothing"))
+        with pytest.raises(DataError, match="copy=True"):
+            model.embed(backed)
+    else:
+        model.embed(backed)
+        assert np.array_equal(backed.obsm[key], wanted.obsm[key])
+    backed.file.close()
+
+
+def test_a_view_of_a_file_into_which_nothing_can_be_written_is_named_by_every_door_that_writes(gf, gpt, tmp_path):
+    adata, split = cells(), folds(cells(), by="donor", k=2)
+    gpt.embed(adata)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    reference = ReferenceMap(adata, label="state", k=3)
+    one, two = (model.finetune(adata, label="state", split=split, **QUICK) for model in (gf, gpt))
+    several = gf.finetune(adata, label=["state", "donor"], split=folds(adata, k=2), **QUICK)
+    view = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")[10:30]
+    doors = (gf.embed, gf.embed_genes, gpt.embed, reference.transfer, one.predict, two.predict, several.predict)
+    for door in doors:
+        with pytest.raises(DataError, match="view of a backed AnnData cannot be written to; pass copy=True"):
+            door(view)
+        assert door(view, copy=True).shape == (20, 60)
+    vectors = GeneVectors(adata.var_names, np.ones((60, 3), np.float32), np.ones(60, bool), {})
+    with pytest.raises(DataError, match="cannot be written to; give adata.to_memory"):
+        vectors.write_varm(view)
+    vectors.write_varm(view.to_memory())
+    view.file.close()
 
 
 def test_every_task_of_geneformer_takes_the_path_of_a_file_of_cells(gf, tmp_path):

@@ -258,3 +258,28 @@ def test_training_goes_on_where_it_stopped(tmp_path):
     assert train(2, tmp_path / "one") == train(2)
     with pytest.raises(DataError, match="targets"):
         Enformer.from_config("tiny", device="cpu", **shape).fit(codes, -targets, epochs=1)
+
+
+def test_a_step_of_training_is_the_originals():
+    "Batch normalisation takes whole windows (70 bins, more than a piece has), and the last one the bins that are kept."
+    random = np.random.default_rng(0)
+    codes, targets = random.integers(0, 4, (3, 560)).astype(np.uint8), random.random((3, 30, 1)).astype(np.float32)
+    shape = dict(output_heads={"human": 1}, num_downsamples=3, dim=24, dim_divisible_by=6, depth=1, attn_dim_key=4)
+    without = dict.fromkeys(("dropout_rate", "attn_dropout", "pos_dropout"), 0.0)
+    ours, theirs = (Enformer.from_config("tiny", device="cpu", target_length=30, **shape, **without) for _ in range(2))
+    history = ours.fit(codes, targets, steps=1, batch_size=3, augment=False, learning_rate=0.0, weight_decay=0.0)
+    published = theirs.module.train()
+    loss = poisson_loss(published(torch.from_numpy(codes.astype(np.int64)), head="human"), torch.from_numpy(targets))
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(published.parameters(), 1.0).item()
+    assert np.allclose(history.step_rows[0][2], loss.item(), rtol=1e-5)
+    assert np.allclose(history.step_rows[0][4], norm, rtol=1e-4)
+    for name, value in published.named_buffers():
+        if "running" in name:
+            assert torch.allclose(dict(ours.module.named_buffers())[name], value, rtol=1e-4, atol=1e-5), name
+
+
+def test_a_batch_in_parts_is_refused_where_it_would_be_another_batch():
+    model = Enformer.from_config("tiny", device="cpu")
+    with pytest.raises(OptionError, match="accumulate=2.*batch normalisation"):
+        model.fit(np.zeros((2, 4096), np.uint8), np.zeros((2, 32, 4), np.float32), steps=1, batch_size=2, accumulate=2)

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from scipy import sparse
 
 from scellfm.core import OptionError, ScellfmWarning, StoreError
 from scellfm.store import FolderKind, Store, atomic_write, fingerprint, sha256
+from scellfm.store.writers import _host, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -419,7 +421,8 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
     Store(tmp_path, {"seed": 0}).close()
 
 
-def test_of_many_writers_at_once_exactly_one_gets_in(tmp_path):
+@pytest.mark.parametrize("claimed", [False, True])
+def test_of_many_writers_at_once_exactly_one_gets_in(tmp_path, claimed):
     code = """
 import sys, time
 from scellfm.store import Store
@@ -437,11 +440,12 @@ else:
     (tmp_path / "lock").write_text(
         json.dumps({"host": socket.gethostname(), "pid": 2**22 + 5, "started": "1", "token": ""})
     )
+    if claimed:  # by a process of this machine that was killed
+        (tmp_path / ".part-clearing" / f".part-{2**22 + 5}.1.{_host()}.0badc0de-lock").mkdir(parents=True)
     writers = [python(code, tmp_path, start, stdin=subprocess.PIPE) for _ in range(4)]
     answers = [writer.stdout.readline().strip() for writer in writers]
-    for writer in writers:
-        writer.communicate()
-    assert sorted(answers) == ["in", "refused", "refused", "refused"]
+    errors = [writer.communicate()[1] for writer in writers]
+    assert sorted(answers) == ["in", "refused", "refused", "refused"], errors
 
 
 def test_a_lock_that_was_made_while_the_old_one_was_judged_stays(tmp_path, monkeypatch):
@@ -475,15 +479,103 @@ def test_a_lock_that_is_not_filled_is_waited_for_and_then_cleared(tmp_path, text
     assert set(contents(tmp_path)) == {"a.npz", "manifest.json"}
 
 
-def test_a_claim_to_clear_of_a_process_that_died_does_not_stay(tmp_path):
-    (tmp_path / "lock").write_text(
-        json.dumps({"host": socket.gethostname(), "pid": 2**22 + 5, "started": "1", "token": "a"})
-    )
+STALE = json.dumps({"host": socket.gethostname(), "pid": 2**22 + 5, "started": "1", "token": "a"})
+CLEARS = """
+import os, signal, sys
+from pathlib import Path
+from scellfm.store.lock import Lock
+lock, cleared = Path(sys.argv[1]), False
+def hook(event, arguments):
+    global cleared
+    if event in ("os.remove", "os.rmdir", "os.rename") and cleared:
+        cleared = False
+        if sys.argv[2] == "die": os.kill(os.getpid(), signal.SIGKILL)
+        print("holds the claim", flush=True)
+        sys.stdin.readline()
+    cleared = cleared or event == "os.remove" and Path(arguments[0]) == lock
+sys.addaudithook(hook)
+Lock(lock)
+"""  # a process that clears a stale lock, and dies or waits before it removes its claim
+
+
+def test_a_claim_of_a_process_that_died_is_removed_at_once_by_the_next_run(tmp_path):
+    (tmp_path / "lock").write_text(STALE)
+    assert python(CLEARS, tmp_path / "lock", "die").wait() == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".part-clearing"]
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_of_a_process_that_died_does_not_hold_up_the_next_lock(tmp_path):
+    (tmp_path / "lock").write_text(STALE)
+    assert python(CLEARS, tmp_path / "lock", "die").wait() == -signal.SIGKILL
+    (tmp_path / "lock").write_text(STALE)
+    began = time.monotonic()
+    with Store(tmp_path, {}) as store:
+        store.write("a", x=np.zeros(1))
+    assert time.monotonic() - began < 2
+    assert set(contents(tmp_path)) == {"a.npz", "manifest.json"}
+
+
+def test_a_claim_of_a_running_process_is_respected_however_old_it_is(tmp_path):
+    from scellfm.store import lock as locks
+
+    (tmp_path / "lock").write_text(STALE)
+    holder = python(CLEARS, tmp_path / "lock", "wait", stdin=subprocess.PIPE)
+    assert holder.stdout.readline() == "holds the claim\n"
+    claim = tmp_path / ".part-clearing"
+    os.utime(claim, (time.time() - 86400,) * 2)
+    (tmp_path / "lock").write_text(STALE)
+    sweep(tmp_path)
+    locks._clear_stale(tmp_path / "lock")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".part-clearing", "lock"]
+    (tmp_path / "lock").unlink()
+    assert holder.communicate("\n")[1] == "" and holder.returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_that_was_taken_while_the_old_one_was_judged_stays(tmp_path, monkeypatch):
+    from scellfm.store import lock as locks
+    from scellfm.store import writers
+
+    lock, claim, live = tmp_path / "lock", tmp_path / writers.CLAIM, writers.temporary_for(tmp_path / "lock").name
+    gone = live.replace(str(os.getpid()), str(2**22 + 5))
+    lock.write_text(STALE)
+    (claim / gone).mkdir(parents=True)
+    judge = writers._is_abandoned
+
+    def meanwhile(path):
+        if path.name == gone and path.exists():
+            path.rename(claim / live)  # another process has removed the old claim and has taken it
+            return True
+        return judge(path)
+
+    monkeypatch.setattr(writers, "_is_abandoned", meanwhile)
+    locks._unlink_once(lock, STALE)
+    assert lock.exists() and [path.name for path in claim.iterdir()] == [live]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [writers.CLAIM, "lock"]
+
+
+@pytest.mark.parametrize("age", [0, 60, -86400])
+def test_a_claim_without_an_owner_of_an_earlier_version_does_not_stay(tmp_path, age):
+    (tmp_path / "lock").write_text(STALE)
     (tmp_path / ".part-clearing").touch()
-    os.utime(tmp_path / ".part-clearing", (time.time() - 60, time.time() - 60))
+    os.utime(tmp_path / ".part-clearing", (time.time() - age,) * 2)
     with Store(tmp_path, {}) as store:
         store.write("a", x=np.zeros(1))
     assert set(contents(tmp_path)) == {"a.npz", "manifest.json"}
+
+
+def test_a_claim_of_another_machine_is_respected_and_named(tmp_path, monkeypatch):
+    from scellfm.store import lock as locks
+
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: None)
+    (tmp_path / "lock").write_text(STALE)
+    (tmp_path / ".part-clearing" / ".part-1.1.00000000.0badc0de-lock").mkdir(parents=True)
+    with pytest.raises(StoreError, match=r"again and again.*If not, delete .*\.part-clearing"):
+        Store(tmp_path, {})
+    shutil.rmtree(tmp_path / ".part-clearing")
+    Store(tmp_path, {}).close()
 
 
 def test_a_lock_of_a_killed_process_is_cleared(tmp_path):

@@ -45,13 +45,13 @@ def work(folder, kill_at):
             return function(*args, **kwargs)
         return call
     os.fsync = lambda descriptor: None  # what was written survives the death of a process without it
-    for name in ("open", "write", "fsync", "replace", "unlink"): setattr(os, name, counted(getattr(os, name)))
+    for name in ("open", "write", "fsync", "replace", "unlink", "mkdir", "rename", "rmdir"):
+        setattr(os, name, counted(getattr(os, name)))
     compute = lambda rows: {"x": np.random.default_rng(int(rows[0])).normal(size=(len(rows), 50)), "row": rows}
     rows_in_blocks(folder, 7, compute, inputs={"seed": 0}, block=3)
 def in_child(folder, kill_at=0):
-    for name in ("lock", ".part-clearing"):  # a writer that dies at these is given ten seconds
-        if (folder / name).exists() and not (folder / name).read_text():
-            os.utime(folder / name, (0, 0))
+    if (folder / "lock").exists() and not (folder / "lock").read_text():
+        os.utime(folder / "lock", (0, 0))  # a writer that dies before it has filled it is given ten seconds
     pid = os.fork()
     if pid == 0:
         try:

@@ -1,5 +1,5 @@
-"""A script run by two processes that share each batch. `python tests/two_processes.py SCRIPT ARGUMENT...` imports what
-training needs once and then becomes the two; torch.distributed.run would import everything three times."""
+"""A script run by two or more processes that share each batch. `python tests/two_processes.py SCRIPT ARGUMENT...`
+imports what training needs once and then becomes these; torch.distributed.run would import everything three times."""
 
 import os
 import runpy
@@ -15,15 +15,15 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def two_processes(script, *arguments) -> subprocess.Popen:
-    "Start a script with its arguments; what both processes write to stdout and stderr is one stream."
+def two_processes(script, *arguments, n: int = 2) -> subprocess.Popen:
+    "Start a script with its arguments; what both (or n) processes write to stdout and stderr is one stream."
     import torch
 
     shared = {
         "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "SCELLFM_PROGRESS": "0",
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(n),
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(free_port()),
     }
@@ -36,8 +36,8 @@ def two_processes(script, *arguments) -> subprocess.Popen:
     )
 
 
-def become_two() -> int:
-    "Fork after the imports; the process id of the second process in the first, 0 in the second."
+def become_several(n: int) -> list[int]:
+    "Fork after the imports; the ids of the other processes in the first one, nothing in the others."
     import scanpy  # noqa: F401
     import sklearn.linear_model  # noqa: F401
     import torch._dynamo  # noqa: F401  the first optimizer of a process imports it, for seconds
@@ -46,17 +46,22 @@ def become_two() -> int:
     import scellfm.geneformer.geneformer  # noqa: F401
     import scellfm.training  # noqa: F401
 
-    child = os.fork()
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
-    return child
+    children = []
+    for rank in range(1, n):
+        os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+        if not (child := os.fork()):
+            return []
+        children.append(child)
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0"
+    return children
 
 
 if __name__ == "__main__":
-    child = become_two()
+    children = become_several(int(os.environ["WORLD_SIZE"]))
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
-    if not child:
+    if not children:
         sys.stdout.flush()
         os._exit(0)
-    _, ended = os.waitpid(child, 0)
-    sys.exit(os.waitstatus_to_exitcode(ended))
+    ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.exit(next((code for code in ended if code), 0))

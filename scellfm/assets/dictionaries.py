@@ -365,8 +365,7 @@ def read_dictionary(path: str | os.PathLike, *, lists: bool = False) -> dict:
     lists: also lists of numbers, under keys that may be tuples (the original's raw perturbation results).
 
     A pickle is never executed. AssetError: missing, damaged, unsafe, not a dictionary, or different from the
-
-      published file of that name.
+    published file of that name.
     """
     path = Path(path)
     found = parsed(path, "Results hold" if lists else "A dictionary of genes holds", lists=lists)

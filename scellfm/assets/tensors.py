@@ -18,6 +18,7 @@ from .dictionaries import read_dictionary
 from .files import nearby, usable
 from ..core import AssetError
 from ..store import atomic_files, atomic_write, sha256
+from ..store.files import own_folder
 from ..store.layouts import BERT_MODEL
 from ..store.writers import is_leftover
 
@@ -72,9 +73,9 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping) -> None:
     from safetensors.torch import save_file
 
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, own_folder(temporary) as part:
         try:
-            save_file(copies, temporary, metadata={"format": "pt"})  # a second entry would come in random order
+            save_file(copies, part, metadata={"format": "pt"})  # a second entry would come in random order
         except SafetensorError as error:  # safetensors reports a full disk in this way
             raise OSError(str(error)) from error
 

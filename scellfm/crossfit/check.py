@@ -103,7 +103,7 @@ def freeze_more(freeze_layers: int, n_layers: int) -> Remedy:
 
 # %% ../../nbs/crossfit/check.ipynb #a2a99eb9
 def untried(remedies: Sequence[Remedy], always: Sequence[str] = (), *, followed: bool = False) -> list[str]:
-    "The advice not followed yet, then the texts of `always`; `followed`: also list the remedies already applied."
+    "The advice not followed yet, then the strings of `always`; `followed`: also list the remedies already applied."
     advice = [remedy.advice for remedy in remedies if remedy.untried] + list(always)
     applied = [remedy.followed for remedy in remedies if not remedy.untried]
     return advice + ([f"already followed: {', '.join(applied)}"] if followed and applied else [])

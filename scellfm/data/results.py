@@ -23,10 +23,15 @@ def result_for(data: AnnData | str | Path, copy: bool = False) -> AnnData:
     if not isinstance(data, (str, Path)):
         if not hasattr(data, "obs_names") or not hasattr(data, "obsm"):
             raise DataError(f"a {type(data).__name__} holds no cells; give an AnnData or the path of a file of cells")
-        if data.isbacked and data.is_view and not copy:
-            raise DataError("a view of a backed AnnData cannot be written to; pass copy=True, or to_memory() first")
-        return data.to_memory(copy=True) if copy else data
+        return writable(data, copy)
     return obs_and_var(user_path(data, "data"))
+
+
+def writable(data: AnnData, copy: bool = False, remedy: str = "pass copy=True, or to_memory() first") -> AnnData:
+    "The AnnData itself, or a copy in memory. DataError with the remedy: a view of a backed AnnData, without a copy."
+    if data.isbacked and data.is_view and not copy:
+        raise DataError(f"a view of a backed AnnData cannot be written to; {remedy}")
+    return data.to_memory(copy=True) if copy else data
 
 
 def obs_and_var(path: Path) -> AnnData:

@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..core import AssetError, DataError, OptionError, check_number, keyed_generator, one_of, user_path, warn
 from .genes import gene_ids
+from .results import writable
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -331,6 +332,7 @@ def write_varm(
 
     gene_column: column of var that holds gene names; ensembl_id if present, else var_names by default. DataError: fewer
     than a tenth known."""
+    writable(adata, remedy="give adata.to_memory()")
     names = gene_ids(adata, gene_column)
     at = vectors.genes.get_indexer(pd.Index(names, dtype=object))
     covered = (at >= 0) & vectors.covered[at]

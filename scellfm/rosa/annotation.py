@@ -70,7 +70,7 @@ class Annotation:
 # %% ../../nbs/rosa/annotation.ipynb #e1a7daf7
 @patch
 def _replaced(self: Annotation, rows) -> Annotation:
-    "The same with only these rows of the table."
+    "The same annotation with only these rows of the table."
     table = self.table.loc[rows].reset_index(drop=True)
     exons = self.exons
     if exons is not None:
@@ -153,7 +153,7 @@ def annotation_of(
     table: pd.DataFrame, source: str, counts: dict | None = None, tags: list[str] | None = None
 ) -> Annotation:
     """
-    An Annotation of rows with gene, chrom, strand, start, end (from 0), and perhaps symbol, transcript, biotype, tss.
+    An Annotation from rows with gene, chrom, strand, start, end (from 0); optional: symbol, transcript, biotype, tss.
 
     DataError: no rows, or none with a strand.
     """
@@ -194,7 +194,7 @@ def _completed(table: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/rosa/annotation.ipynb #b9449750
 def good_lines(path: Path, check: Callable, kind: str, counts: Counter) -> Iterator[list[bytes]]:
     """
-    Yield the fields (bytes, split at tabs) of each line for which `check(fields)` returns no complaint.
+    Yield the fields (bytes, split at tabs) of each line for which `check(fields)` returns None.
 
     `counts` gets the numbers of lines and of bad lines. DataError: a damaged gzip file, more bad lines than good ones.
     """
@@ -219,7 +219,7 @@ def good_lines(path: Path, check: Callable, kind: str, counts: Counter) -> Itera
 
 # %% ../../nbs/rosa/annotation.ipynb #a692ec77
 def report_bad_lines(path: Path, kind: str, counts: Counter, first: str) -> None:
-    "Warn of the bad lines, `first` describes the first of them; DataError if they are more than half of all."
+    "Warn of bad lines, with `first`, a description of the first one; DataError if they are more than half of all."
     if not counts["bad lines"]:
         return
     message = (
@@ -231,7 +231,7 @@ def report_bad_lines(path: Path, kind: str, counts: Counter, first: str) -> None
 
 # %% ../../nbs/rosa/annotation.ipynb #b8ec6cb8
 def wrong_place(start: bytes, end: bytes, least: int) -> str | None:
-    "What is wrong with a start and an end (not whole numbers below 12 digits, wrong order); None if nothing is."
+    "The fault of a start and an end (not whole numbers below 12 digits, wrong order); None if they are valid."
     if not (start.isdigit() and end.isdigit() and len(start) < 12 and len(end) < 12):
         return "start and end must be whole numbers"
     if int(start) < least or int(end) < int(start) + 1 - least:
@@ -240,7 +240,7 @@ def wrong_place(start: bytes, end: bytes, least: int) -> str | None:
 
 # %% ../../nbs/rosa/annotation.ipynb #aa708f5c
 def wrong_gtf(fields: list[bytes]) -> str | None:
-    "What is wrong with the fields of a GTF line; None if nothing is."
+    "The fault of the fields of a GTF line; None if they are valid."
     if len(fields) != 9:
         return f"{len(fields)} fields and not 9"
     if b"gene_id" not in fields[8] or b'gene_id ""' in fields[8]:
@@ -350,7 +350,7 @@ def read_gtf(path: Path, exons: bool = False) -> Annotation:
 
 # %% ../../nbs/rosa/annotation.ipynb #bfd8cb24
 def wrong_bed(fields: list[bytes]) -> str | None:
-    "What is wrong with the fields of a BED line; None if nothing is."
+    "The fault of the fields of a BED line; None if they are valid."
     if len(fields) < 4:
         return f"{len(fields)} fields, separated by tabs, and not at least 4"
     return wrong_place(fields[1], fields[2], 0)
@@ -418,7 +418,7 @@ def warn_of_3_prime_ends(table: pd.DataFrame, source: str) -> None:
 
 # %% ../../nbs/rosa/annotation.ipynb #1176834a
 def annotation_table(table: pd.DataFrame, source: str = "the table", one_based: bool = False) -> Annotation:
-    "An Annotation of a table; see `read_annotation`. DataError: missing columns or values, invalid positions."
+    "An Annotation from a table; see `read_annotation`. DataError: missing columns or values, invalid positions."
     import pandas as pd
 
     table = named_columns(table, source)

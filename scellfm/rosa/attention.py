@@ -98,7 +98,7 @@ def pointwise(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def head_output(
     module: nn.Module, embeddings: torch.Tensor, head: str, tracks: torch.Tensor | None = None
 ) -> torch.Tensor:
-    "Predicted coverage [b, k, tracks] of one head, of all its tracks or of those numbered."
+    "Predicted coverage [b, k, tracks] of one head, for all its tracks or for those whose numbers are given."
     linear = module._heads[head][0]
     if tracks is None:
         return F.softplus(linear(embeddings))

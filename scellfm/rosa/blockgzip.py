@@ -110,13 +110,13 @@ BOM = b"\xef\xbb\xbf"  # byte order mark that Windows programs write before UTF-
 
 
 def is_zipped(path: str | Path) -> bool:
-    "True if a file begins like gzip."
+    "True if a file begins with the bytes of gzip."
     with open(path, "rb") as file:
         return file.read(2) == b"\x1f\x8b"
 
 
 def open_text(path: str | Path) -> BinaryIO:
-    "A file opened for reading bytes, unpacked where it is gzip; AssetError for a bgzip file that was cut."
+    "A file opened for reading bytes, unpacked if it is gzip; AssetError for a truncated bgzip file."
     if not is_zipped(path):
         return open(path, "rb")
     with open(path, "rb") as file:

@@ -62,13 +62,13 @@ def direction_of(effect: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/rosa/effects.ipynb #bf644238
 def bins_around(index: int, width: int, size: int, first: int, count: int) -> np.ndarray:
-    "Bins (of those given) that overlap the `width` bases around a place in the window; may be empty."
+    "Bins (of those returned) that overlap the `width` bases around a position in the window; may be empty."
     low, high = (index - width // 2) // size - first, (index - width // 2 + width - 1) // size - first
     return np.arange(max(low, 0), min(high, count - 1) + 1)
 
 
 def exon_bins(windows: Windows, row: int, size: int, first: int, count: int) -> np.ndarray:
-    "Bins (of those given) that overlap an exon of the window's gene."
+    "Bins (of those returned) that overlap an exon of the window's gene."
     exons = None if windows.annotation is None else windows.annotation.exons
     if exons is None:
         raise OptionError("score='ln_mean_exons' needs exons: read them with read_annotation(gtf, exons=True)")
@@ -151,7 +151,7 @@ def plot(self: VariantEffects, gene: str | None = None, ax: Axes | None = None) 
 def wanted_bins(
     model: Enformer, windows: Windows, pairs: pd.DataFrame, score: str, around: str, width: int
 ) -> list[np.ndarray]:
-    "The bins of each pair."
+    "The bins of each variant-gene pair."
     if not hasattr(model, "bin_size"):
         raise OptionError(f"model is a {type(model).__name__}; give an Enformer (Enformer.from_pretrained(path))")
     size = model.bin_size

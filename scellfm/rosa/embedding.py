@@ -133,7 +133,7 @@ def distinct(bins: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/rosa/embedding.ipynb #f8746636
 def read_encoder(model: object, windows: Windows, rule: str) -> dict:
-    "The same for any encoder, at the window's own start."
+    "Vectors [n, width] and bin for any other encoder, at the window's own start."
     values = np.asarray(model.embed(windows), dtype=np.float32)
     if values.ndim not in (2, 3) or len(values) != len(windows):
         raise DataError(
@@ -175,7 +175,7 @@ def read_original(model: object, windows: Windows, variant: str, tracks: str | l
 
 # %% ../../nbs/rosa/embedding.ipynb #9e45789e
 def possible_rule(model: object, rule: str, tracks: str | list, original: str | None) -> str:
-    "The rule, or 'tss' where it needs CAGE that the model does not have."
+    "The rule, or 'tss' if it needs CAGE and the model has none."
     one_of("rule", rule, RULES)
     if original is not None:
         original_smoothing(original)
@@ -217,7 +217,7 @@ def annotation_of(annotation: Annotation | None) -> dict | None:
 # %% ../../nbs/rosa/embedding.ipynb #7c20d102
 @dataclass
 class GeneReading:
-    "How each gene's window is read: `compute` takes rows of the windows; what the numbers depend on."
+    "How each gene's window is read: the function `compute` of rows of the windows, and its inputs and settings."
 
     windows: Windows  # one of each gene
     compute: Callable[[np.ndarray], dict[str, np.ndarray]]  # vectors, bin, cage
@@ -226,7 +226,7 @@ class GeneReading:
     manifest: dict
 
     def finish(self, rows: dict[str, np.ndarray]) -> GeneVectors:
-        "The vectors with their manifest, of the arrays of all rows."
+        "The vectors with their manifest, from the arrays of all rows."
         genes = self.windows.table["gene"].astype(str).tolist()
         read = [
             {"bin": int(bin), "cage": None if np.isnan(cage) else round(float(cage), 6)}
@@ -286,8 +286,8 @@ def embed_genes(
     windows: see tss_windows; the first of each gene is used. model: an Enformer, or anything with `.embed(windows)`.
     rule: 'strongest_cage' (the start with the highest mean of `tracks`), 'tss' (the window's own), 'mean_tss', 'mean'.
     strands, shifts: as in `Enformer.embed`, for models that support them. original: one of rosa's own variants. folder:
-    saves blocks of `block` windows, so that an interrupted run resumes. DataError, OptionError; StoreError: it is of
-    other windows, model or settings.
+    saves blocks of `block` windows, so that an interrupted run resumes. DataError, OptionError; StoreError: the folder
+    belongs to other windows, another model or settings.
     """
     check_number("block", block, 1)
     ask = {"rule": rule, "tracks": tracks, "strands": strands, "shifts": shifts, "original": original}
@@ -323,7 +323,7 @@ def embed_bins(
     how = {key: value for key, value in (("strands", strands), ("shifts", shifts)) if hasattr(model, "bins")}
     with Store(folder, inputs, settings) as store:
         path = Path(folder) / "bins.zarr"
-        for left in path.rglob("*.partial"):  # what zarr was writing when an earlier run was killed
+        for left in path.rglob("*.partial"):  # unfinished files of an earlier run that was killed
             left.unlink()
         for number, rows in enumerate(block_rows(len(windows), 8)):
             if store.done(f"windows-{number:05d}"):

@@ -143,15 +143,15 @@ def window_vector(
 def base_attribution(
     model: Enformer,  # an Enformer
     bases: np.ndarray,  # codes of one window
-    bin: int,  # one of the model's
-    slope: Callable[[Tensor], Tensor],  # vectors [1, width] -> the prediction's derivative by them [1, width]
+    bin: int,  # one of the bins that the model returns
+    slope: Callable[[Tensor], Tensor],  # vectors [1, width] -> derivative of the prediction by them [1, width]
     *,
     method: Method = "input_x_gradient",
     steps: int = 32,
     strands: str = "forward",
     shifts: tuple[int, ...] = (0,),  # shifts of the window (in bases) whose results are averaged
 ) -> np.ndarray:
-    "Contributions float32 [bases, 4] of each letter, against any letter, to a function of a bin's vector."
+    "Contributions float32 [bases, 4] of each letter, relative to any letter, to a function of a bin's vector."
     x = one_hot(torch.from_numpy(np.asarray(bases, dtype=np.uint8))[None]).transpose(1, 2).contiguous()
 
     def by_base(probabilities: Tensor) -> Tensor:
@@ -159,6 +159,6 @@ def base_attribution(
         vector = window_vector(model, p.to(model.device), bin, strands, shifts).cpu()
         return derivative((vector * slope(vector.detach())).sum(), p)
 
-    any_letter = torch.where(x.sum(dim=2, keepdim=True) > 0, 0.25, 0.0).expand_as(x)  # of an N nothing is asked
+    any_letter = torch.where(x.sum(dim=2, keepdim=True) > 0, 0.25, 0.0).expand_as(x)  # N stays zero
     parts = attribution(by_base, x, any_letter, method, steps)
     return (parts.sum(dim=2, keepdim=True) * x)[0].numpy()

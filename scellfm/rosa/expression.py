@@ -160,7 +160,7 @@ def values_from_order(order: np.ndarray, levels: np.ndarray) -> np.ndarray:
 # %% ../../nbs/rosa/expression.ipynb #28eb351e
 @dataclass(repr=False)
 class Expression:
-    "Values of cells, with names: csr [cells, genes]; `counts`: whether they are counts."
+    "Values of cells (csr [cells, genes]), with names; `counts`: whether the values are counts."
 
     values: sparse.csr_matrix
     cells: pd.Index
@@ -238,7 +238,7 @@ def group_sums(values: sparse.csr_matrix, member: np.ndarray, n_groups: int) -> 
 
 
 def donor_types(obs: pd.DataFrame, donor: str, cell_type: str) -> tuple[pd.DataFrame, np.ndarray]:
-    "The two columns as text for cells that have both, and the positions of these cells."
+    "The two columns as strings for cells that have both, and the positions of these cells."
     for column in (donor, cell_type):
         if column not in obs:
             raise DataError(f"{column!r} is not a column of obs; it has {list(obs.columns)}")

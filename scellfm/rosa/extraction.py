@@ -77,7 +77,7 @@ def original_vectors(
     """
     rosa's vectors of one kind: [n, width], for 'trio' [6, n, width], for 'top10' [50, n, width].
 
-    embeddings [n, bins, width], cage [n, bins] (mean over tracks), starts [n, bins] (1 where a start is). size: of the
+    embeddings [n, bins, width], cage [n, bins] (mean over tracks), starts [n, bins] (1: has a start). size: of the
     Gaussian, in bins.
     """
     embeddings, cage, starts = np.asarray(embeddings), np.asarray(cage), np.asarray(starts)

@@ -46,7 +46,7 @@ def draw_letter(ax: Axes, letter: str, left: float, height: float) -> None:
 
 # %% ../../nbs/rosa/pictures.ipynb #c704842c
 def logo(letters: str, heights: np.ndarray, *, start: int = 0, ax: Axes | None = None) -> Axes:
-    "Draw the letters of a sequence as tall as `heights` [L]; `start`: the number of the first base. Returns the axes."
+    "Draw the letters of a sequence with the given `heights` [L]; `start`: number of the first base. Returns the axes."
     heights = np.asarray(heights, dtype=float)
     if heights.shape != (len(letters),) or not len(letters):
         raise DataError(f"{len(letters)} letters and heights of the shape {heights.shape}; one height per letter")

@@ -53,7 +53,7 @@ def tagged(header: str, tag: str) -> str:
 
 
 def named(header: str) -> dict[str, str]:
-    "gene, symbol, protein and transcript of a header without '>'; the gene is the first word where none is named."
+    "gene, symbol, protein and transcript of a header without '>'; the gene is the first word if none is named."
     words = header.split()
     first = words[0] if words else ""
     bars = first.split("|")
@@ -92,7 +92,7 @@ def cleaned(sequence: str, name: str, source: str, counts: Counter) -> str:
 
 # %% ../../nbs/rosa/proteins.ipynb #47a25cee
 def refuse_dna(sequences: list[str], source: str) -> None:
-    "DataError if nearly all sequences hold the letters of DNA alone."
+    "DataError if nearly all sequences contain only the letters of DNA."
     long = [sequence for sequence in sequences if len(sequence) >= 20]
     dna = sum(not set(sequence) - set("ACGTNX") for sequence in long)
     if long and dna > 0.9 * len(long):
@@ -146,7 +146,7 @@ def read_proteins(fasta: str | os.PathLike | Proteins) -> Proteins:
 
 # %% ../../nbs/rosa/proteins.ipynb #676dddf4
 def checked_proteins(table: pd.DataFrame, path: Path, counts: Counter) -> Proteins:
-    "The proteins of a table; DataError if it is DNA or has a repeated protein, a warning where some were left out."
+    "The proteins of a table; DataError if it is DNA or has a repeated protein, a warning if some were left out."
     twice = table["protein"].duplicated()
     if twice.any():
         raise DataError(f"{path} has {twice.sum():,} proteins twice, e.g. {table.loc[twice, 'protein'].iloc[0]!r}")
@@ -180,7 +180,7 @@ def one_protein_each(
 
 # %% ../../nbs/rosa/proteins.ipynb #600a92b3
 def _wanted(proteins: Proteins, genes: Iterable[str]) -> np.ndarray:
-    "Which proteins are of the wanted genes; see `one_protein_each`."
+    "Which proteins belong to the wanted genes; see `one_protein_each`."
     wanted = {without_version(gene) for gene in genes}
     table = proteins.table
     kept = (table["gene"].isin(wanted) | table["symbol"].isin(wanted)).to_numpy()

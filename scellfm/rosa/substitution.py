@@ -23,7 +23,7 @@ __all__ = ['WindowReader']
 class WindowReader:
     """One window (codes [L]) of an Enformer, with the stored convolutions of every pass.
 
-    tracks, head: whose coverage is given; tracks=None gives the embeddings instead. strands, shifts: averaged passes.
+    tracks, head: whose coverage is returned; tracks=None: embeddings instead. strands, shifts: averaged passes.
     """
 
     def __init__(

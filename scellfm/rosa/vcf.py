@@ -39,8 +39,8 @@ class Variants:
     """
     Alleles: `table` has chrom, pos (from 1), id, ref, alt, kind (snv, mnv, indel), allele_frequency, record, allele.
 
-    `counts` lists what was read and left out. `genotypes` [alleles, samples, 2] (bool) tells which of the two copies
-    of a sample carries the allele, if samples were requested; `samples` names them.
+    `counts` lists what was read and left out. `genotypes` [alleles, samples, 2] (bool): which of the two copies
+    of a sample has the allele, if samples were requested; `samples` names them.
     """
 
     table: pd.DataFrame
@@ -111,7 +111,7 @@ def allele_numbers(call: str, counts: Counter, most: int) -> tuple[int, int]:
 
 # %% ../../nbs/rosa/vcf.ipynb #60787827
 def vcf_lines(path: Path) -> Iterator:
-    "Yield (line number, fields) of a VCF file, the line that names the columns included; DataError for a damaged file."
+    "Yield (line number, fields) of a VCF file, including the line of column names; DataError for a damaged file."
     try:
         with open_text(path) as lines:
             for number, line in enumerate(lines, 1):

@@ -27,7 +27,7 @@ def control_names(control: str | Iterable[str] = CONTROL) -> frozenset[str]:
 
 
 def parse_label(label: str, controls: frozenset[str] = FILLERS) -> list[str]:
-    "The parts of a label as ordered in it, every word for 'no gene' written as 'ctrl'; DataError for an empty part."
+    "The parts of a label in their order, with every word for 'no gene' as 'ctrl'; DataError for an empty part."
     label = str(label).strip()
     if label in controls or (controls >= FILLERS and label.lower() in FILLERS):
         return [CONTROL]

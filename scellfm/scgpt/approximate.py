@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from ..core import AssetError, keyed_generator, n_threads, optional, progress, tell, warn
 from .neighbours import Subset, exact_distances, forget, nearest, row_blocks
 from ..store import atomic_write, fingerprint
+from ..store.files import own_folder
 
 # %% auto #0
 __all__ = []
@@ -117,7 +118,9 @@ def index_of(rows, seed: int = 0) -> SearchIndex:
     n, lists = len(rows), n_lists(len(rows))
     chosen = np.sort(keyed_generator(seed, "index").choice(n, min(n, max(SAMPLE * lists, 10_000)), replace=False))
     with faiss_threads() as faiss:
-        sample = np.concatenate([block for _, block in row_blocks(Subset(rows, chosen), 4096)])
+        sample = np.empty((len(chosen), rows.shape[1]), np.float32)
+        for start, block in row_blocks(Subset(rows, chosen), 4096):
+            sample[start : start + len(block)] = block
         index, project, inner = empty_index(faiss, sample, lists)
         del sample
         bar = progress(desc="indexing", total=n, unit="cell")
@@ -227,7 +230,7 @@ def write_index(index: SearchIndex, path: str | Path) -> None:
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in ARRAYS}
-    with atomic_write(path) as part:
+    with atomic_write(path) as whole, own_folder(whole) as part:
         save_file(arrays, part, {name: str(getattr(index, name)) for name in SETTLED})
 
 # %% ../../nbs/scgpt/approximate.ipynb #06a17b17

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from .. import inference
 from ..core import DataError, one_of, plain_arguments, warn
 from ..data.reading import count_blocks, genes_of, read
+from ..data.results import writable
 from .checkpoint import ScGPTCheckpoint
 from .model import POOLS, pool_cells
 from .tokenizer import BinnedCells, survey, tokenize
@@ -217,7 +218,7 @@ def embed(
     one_of("pool", pool, POOLS)
     gpt.warn_if_untrained()
     result, source = opened(adata)
-    result = result.to_memory(copy=True) if copy and result is adata else result
+    result = writable(result, copy) if result is adata else result
     columns = genes_of(source, layer)
     totals, whole = survey(source, result.obs_names, columns.var_names, layer)
     found = gpt.match(columns, counts=totals, gene_column=gene_column, match=match)

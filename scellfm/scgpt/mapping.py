@@ -30,6 +30,7 @@ from scellfm.core import (
 __all__ = ['Votes', 'ReferenceMap']
 
 # %% ../../nbs/scgpt/mapping.ipynb #88d190b2
+from ..data.results import writable
 from ..data.splits import column_of
 from .approximate import SearchIndex, prepared, write_index
 from scellfm.scgpt.neighbours import (
@@ -270,7 +271,7 @@ def transfer(
 
     Returns None, or with copy=True the copy.
     """
-    query = query.to_memory(copy=True) if copy else query
+    query = writable(query, copy) if hasattr(query, "isbacked") else query
     votes = reference.votes(query)
     known, unmapped = reference.is_known(votes), int((votes.code < 0).sum())
     if unmapped:

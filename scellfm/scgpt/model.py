@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..assets import LoadReport, check_layers, check_sizes, load_state
+from ..batch_norm import SharedBatchNorm
 from ..core import AssetError, OptionError, check_number, one_of
 from .attention import lean_attention
 
@@ -332,7 +333,7 @@ class ScGPTModel(nn.Module):
         d_in = c.d_model * (2 if c.n_batches else 1)
         self.encoder = LabelEncoder(c.n_tokens, c.d_model, padding_idx=c.pad_id)
         self.value_encoder = ValueEncoder(c.d_model, c.dropout)
-        self.bn = nn.BatchNorm1d(c.d_model, eps=6.1e-5) if c.batch_norm else None
+        self.bn = SharedBatchNorm(c.d_model, eps=6.1e-5) if c.batch_norm else None
         self.batch_encoder = LabelEncoder(c.n_batches, c.d_model) if c.n_batches else None
         self.transformer_encoder = Encoder(c)
         self.decoder = ExpressionDecoder(d_in, c.d_model, c.explicit_zero) if c.decoder else None

@@ -35,7 +35,7 @@ from .model import ScGPTModel
 from .tokenizer import BinnedCells, survey, tokenize
 from ..scores.table import Scores
 from ..store.identity import run_inputs
-from ..training import History, Rows, fit
+from ..training import History, OfWholeBatch, Rows, fit
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -121,6 +121,7 @@ class MaskedGenes:
     ):
         self.cells, self.names, self.codes = cells, by_occurrence(names), codes
         self.pad_id, self.pad_value = gpt.vocabulary.pad, gpt.model.config.pad_value
+        self.normalised = gpt.model.config.batch_norm
         self.tokens = gpt.vocabulary.tokens
         self.mask_value = float(gpt.args.get("mask_value", -1))
         self.shares, self.max_length, self.seed = shares, max_length, seed
@@ -155,10 +156,16 @@ class MaskedGenes:
     def rows(self, which: np.ndarray) -> Rows:
         "The cells at these positions, in the form of the training loop."
 
-        def batch(rows: np.ndarray, epoch: int) -> dict:
+        lengths = np.minimum(self.cells.lengths[which], self.max_length)
+
+        def batch(rows: np.ndarray, epoch: int, whole: np.ndarray) -> dict:
             parts = [self.cell(i, epoch) for i in which[rows]]
             cells = BinnedCells.of([(genes, values) for genes, values, _ in parts])
             genes, values, mask = cells.batch(range(len(cells)), self.pad_id, self.pad_value)
+            if self.normalised:
+                right = (0, int(lengths[whole].max()) - genes.shape[1])
+                genes, values = F.pad(genes, right, value=self.pad_id), F.pad(values, right, value=self.pad_value)
+                mask = F.pad(mask, right)
             hidden = torch.zeros_like(mask)
             hidden[mask] = torch.from_numpy(np.concatenate([part[2] for part in parts]))
             batch = {
@@ -170,7 +177,7 @@ class MaskedGenes:
             }
             return batch if self.codes is None else batch | {"codes": torch.as_tensor(self.codes[which[rows]])}
 
-        return Rows(len(which), batch, np.minimum(self.cells.lengths[which], self.max_length))
+        return Rows(len(which), OfWholeBatch(batch), lengths)
 
 # %% ../../nbs/scgpt/training.ipynb #1ce082ea
 def check_shares(mask_share) -> tuple[float, ...]:

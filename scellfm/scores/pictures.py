@@ -46,7 +46,7 @@ def umaps(
     label: str | None = None,  # column of obs whose groups should stay apart
     *,
     layer: str | None = None,  # layer that holds the counts, or raw; X by default
-    baselines: bool = True,  # simple embeddings beside them
+    baselines: bool = True,  # also draw simple embeddings
     seed: int = 0,  # seed of every random draw
 ) -> Figure:
     """

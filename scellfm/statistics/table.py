@@ -60,10 +60,10 @@ class Shifts:
     genes: np.ndarray  # names, [G]
     gene: np.ndarray  # int64, [n]
     cell: np.ndarray  # int64, [n]
-    donor: np.ndarray  # int64, [n]; all 0 where there are no donors
+    donor: np.ndarray  # int64, [n]; all 0 if there are no donors
     rank: np.ndarray  # float64, [n]
     shift: np.ndarray  # float64, [n]
-    n_donors: int  # 0: no donors known
+    n_donors: int  # 0: donors are unknown
 
 # %% ../../nbs/statistics/table.ipynb #a6e0397e
 def check_shifts(shifts: pd.DataFrame) -> Shifts:

@@ -8,6 +8,7 @@ __all__ = ['sha256', 'atomic_write', 'atomic_files']
 # %% ../../nbs/store/files.ipynb #04006d32
 import hashlib
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -106,6 +107,20 @@ def write_cells(cells, path: Path) -> None:
         cells.write_h5ad(path)
     except RuntimeError as error:
         raise OSError(str(error).splitlines()[0]) from error
+
+# %% ../../nbs/store/files.ipynb #b17c52e9
+@contextmanager
+def own_folder(path: Path) -> Iterator[Path]:
+    "Yield a path in a temporary folder beside `path`; the file written there becomes `path` when the block ends."
+    folder = temporary_for(path)
+    folder.mkdir()
+    try:
+        yield folder / path.name
+        path.touch()
+        shutil.copymode(path, folder / path.name)
+        os.replace(folder / path.name, path)
+    finally:
+        _remove(folder)
 
 # %% ../../nbs/store/files.ipynb #5492305e
 def _move_all(temporary: Path, folder: Path) -> None:

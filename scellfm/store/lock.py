@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..core import StoreError, logger
 from .records import Between, misfit
-from .writers import PART, _cannot_write, _me, _started
+from .writers import CLAIM, _cannot_write, _clear_claim, _me, _remove, _started, temporary_for
 
 # %% ../../nbs/store/lock.ipynb #49b9e5d9
 HOLDER = {"host": str, "pid": Between(1, 2**31 - 1), "started": str, "token": str}
@@ -40,22 +40,41 @@ def _is_stale(text: str, age: float) -> bool:
     return _started(holder["pid"]) != holder["started"]
 
 # %% ../../nbs/store/lock.ipynb #c6c020d4
+def _claimed(claim: Path, mine: Path) -> bool:
+    "Move our temporary name into the place of the claim, in one step; False while another running process has it."
+    (mine / mine.name).mkdir(parents=True)
+    try:
+        if claim.exists():
+            _clear_claim(claim)
+        os.rename(mine, claim)
+    except OSError as error:
+        logger.debug("another process has the claim %s: %s", claim, error)
+        _remove(mine)
+        return False
+    return True
+
+
+def _give_up(claim: Path, mine: Path) -> None:
+    "Remove our name from the claim, then the claim, unless another process has taken it since."
+    (claim / mine.name).rmdir()
+    try:
+        claim.rmdir()
+    except OSError as error:
+        logger.debug("the claim %s was taken or removed by another process: %s", claim, error)
+
+
 def _unlink_once(path: Path, text: str) -> None:
     """Delete a stale lock with this content: one process at a time, and only if no other process has locked the folder
     since."""
-    claim = path.with_name(f"{PART}clearing")
-    try:
-        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-    except FileExistsError:
-        if not -10 <= time.time() - claim.stat().st_mtime <= 10:  # its maker died before it was filled
-            claim.unlink(missing_ok=True)
+    claim, mine = path.with_name(CLAIM), temporary_for(path)
+    if not _claimed(claim, mine):
         time.sleep(0.1)
         return
     try:
         if path.read_text(errors="replace") == text:
             path.unlink()
     finally:
-        claim.unlink(missing_ok=True)
+        _give_up(claim, mine)
 
 # %% ../../nbs/store/lock.ipynb #a8692af7
 def _clear_stale(path: Path, what: Path | None = None) -> None:
@@ -114,7 +133,11 @@ class Lock:
                 _clear_stale(path, what)
             except OSError as error:
                 raise error if isinstance(error, StoreError) else _cannot_write(path, error) from error
-        raise StoreError(f"{path} is locked and released again and again; is another program using this folder?")
+        claim = path.with_name(CLAIM)
+        advice = f" If not, delete {claim}" if claim.exists() else ""
+        raise StoreError(
+            f"{path} is locked and released again and again; is another program using this folder?{advice}"
+        )
 
     def check(self) -> None:
         "StoreError unless the lock is still ours."

@@ -24,7 +24,7 @@ from .fingerprints import fingerprint
 from .lock import Lock
 from .outputs import output_path
 from .records import Between, misfit, read_record
-from .writers import PART, _cannot_write, _remove
+from .writers import CLAIM, PART, _cannot_write, _remove, sweep
 
 # %% ../../nbs/store/shards.ipynb #df58e4be
 def versions() -> dict:
@@ -235,7 +235,9 @@ def _open_for_writing(folder: Path) -> Lock:
         raise _cannot_write(folder, error) from error
     lock = Lock(folder / "lock")
     for left in folder.glob(f"{PART}*"):
-        _remove(left)
+        if left.name != CLAIM and not left.name.endswith(f"-{lock.path.name}"):
+            _remove(left)
+    sweep(folder)  # others may ask for the lock at this moment: theirs stay while they run
     return lock
 
 

@@ -65,7 +65,6 @@ def is_leftover(path: Path) -> bool:
     return path.name.startswith(PART)
 
 # %% ../../nbs/store/writers.ipynb #a9555cb6
-CLAIM = f"{PART}clearing"  # of a process that clears a lock, which takes no time
 GRACE = 3600  # seconds that a temporary name without an owner is left alone
 
 
@@ -74,7 +73,7 @@ def _is_abandoned(path: Path) -> bool:
     found = OWNED.fullmatch(path.name)
     if found is None:
         age = time.time() - path.lstat().st_mtime
-        return not -60 < age < (10 if path.name == CLAIM else GRACE)
+        return not -60 < age < GRACE
     if found["host"] != _host() or os.name == "nt":
         return False
     return _started(int(found["pid"])) != found["started"]
@@ -87,6 +86,20 @@ def _remove(path: Path) -> None:
     else:
         path.unlink(missing_ok=True)
 
+# %% ../../nbs/store/writers.ipynb #6e21d4b8
+CLAIM = f"{PART}clearing"
+
+
+def _clear_claim(claim: Path) -> None:
+    "Remove a claim whose owner no longer runs; OSError if its owner runs."
+    if not claim.is_dir():
+        claim.unlink(missing_ok=True)  # a file without an owner, as earlier versions wrote it
+        return
+    for owner in list(claim.iterdir()):
+        if _is_abandoned(owner):
+            _remove(owner)
+    claim.rmdir()
+
 # %% ../../nbs/store/writers.ipynb #d50aced2
 def sweep(folder: Path) -> None:
     "Remove what killed writers left in a folder; an old result that was only moved away is moved back."
@@ -95,10 +108,12 @@ def sweep(folder: Path) -> None:
     for name in [entry.name for entry in os.scandir(folder) if entry.name.startswith(PART)]:
         left = folder / name
         try:
-            if not _is_abandoned(left):
-                continue
             found = OWNED.fullmatch(name)
-            if found and found["role"] == "+" and not os.path.lexists(folder / found["name"]):
+            if name == CLAIM:
+                _clear_claim(left)
+            elif not _is_abandoned(left):
+                logger.debug("%s belongs to a process that may still run", left)
+            elif found and found["role"] == "+" and not os.path.lexists(folder / found["name"]):
                 os.replace(left, folder / found["name"])
             else:
                 _remove(left)
