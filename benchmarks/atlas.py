@@ -4,11 +4,11 @@
 
 Two processes: one process and two processes, each with one thread, embed the same cells in turns. The time counts from
 the call to the result; the two processes must start and load the model (about 12 s of a core each), the one process has
-it already. So the cells are many enough for some minutes of work, which any atlas is. Pairs during which other programs
-used the cores do not count, if there are any others. Overhead: the time for writing, hashing and recording shards and
-for the record of the run, as a share of the whole run of one process. Memory: the peak, above the imports, of a
-separate process that embeds 20,000 or 200,000 cells (the same thousand rows repeated) in stretches of 1,000, with 16
-tokens of each cell."""
+it already. The run therefore has enough cells for some minutes of work, as a real atlas has. Pairs during which other
+programs used the cores do not count, if there are any others. Overhead: the time for writing, hashing and recording
+shards and for the record of the run, as a share of the whole run of one process. Memory: the peak, above the imports,
+of a separate process that embeds 20,000 or 200,000 cells (the same thousand rows repeated) in stretches of 1,000, with
+16 tokens of each cell."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ SHORT = 16  # tokens of a cell for measuring memory: the model's share does not 
 
 
 def write_inputs(place: Path, n_cells: int, max_length: int = 256, n_genes: int = 1000) -> None:
-    "A file of synthetic counts, and a small Geneformer that reads `length` genes of a cell."
+    "A file of synthetic counts, and a small Geneformer that reads `max_length` genes of a cell."
     import anndata
     import pandas as pd
     from scipy import sparse

@@ -10,7 +10,11 @@ WINDOWS = "0, 2.5, True, empty text, bytes, a list of numbers, no dictionary, an
 NO_NAMES = "-1, 2.5, True, an object, a function, a path"
 
 FOUND = {  # what once ended in an error of Python's, by door and argument
-    "match_genes": {"ids_or_adata": "-1, 2.5, an array", "counts": "a dictionary, a path"},
+    "match_genes": {
+        "ids_or_adata": "-1, 2.5, an array",
+        "counts": "a dictionary, a path",
+        "vocabulary": "None, 2.5, another text, an object, a path",
+    },
     "RankTokenizer.fit": {"adata": "None, no list, 2.5, a dictionary, an array, a path"},
     "tokenize_files": {"columns": "None, 2.5", "path_or_folder": "None, no list, 2.5"},
     "Geneformer.from_config": {"device": "True, a dictionary, a path", "tokenizer": "None, no cells"},

@@ -428,6 +428,15 @@ def is_settled(name: str, route: int, mapping: Mapping) -> bool:
     "Is a gene found under its exact name, so that its form need not be checked for the species?"
     return route in (0, 4) or (route == 2 and (name in mapping or cased_id(name) in mapping))
 
+
+def texts_of(vocabulary: Iterable[str]) -> list[str]:
+    "The genes of a vocabulary as texts. OptionError: one text, or nothing that holds names."
+    if isinstance(vocabulary, (str, bytes)) or not isinstance(vocabulary, Iterable):
+        raise OptionError(
+            f"vocabulary is a {type(vocabulary).__name__}; give the genes that the model knows, as a list"
+        )
+    return [str(gene) for gene in vocabulary]
+
 # %% ../../nbs/data/genes.ipynb #12b98297
 def match_genes(
     ids_or_adata: AnnData | GeneTable | Iterable[str],
@@ -447,7 +456,7 @@ def match_genes(
     """
     options = match_options(match)
     mapping, symbols = name_table(mapping, "mapping"), name_table(symbols, "symbols")
-    vocabulary = [str(gene) for gene in vocabulary]
+    vocabulary = texts_of(vocabulary)
     names = data_names(ids_or_adata, options.column or column)
     if not names.ids or not vocabulary:
         raise DataError(
