@@ -5,6 +5,7 @@
 # %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #2bbe3bb5
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from fastcore.basics import patch
 
 from ...core import DataError, optional, storable, user_path
 from ...data.columns import from_codes
-from ...store import atomic_write, fingerprint, sha256
+from ...store import atomic_write, fingerprint
 from ...store.layouts import DATASET
 from ...store.records import Absent, Maybe, read_record
 from ...store.writers import is_leftover
@@ -215,6 +216,29 @@ def same_schema(table: pyarrow.Table, schema: pyarrow.Schema, file: str) -> pyar
         )
     return found
 
+# %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #81117302
+class HashedFile:
+    "A new file whose sha256 is computed while pyarrow writes it."
+
+    def __init__(self, path: Path):
+        "Create the file."
+        self.file, self.digest = open(path, "wb"), hashlib.sha256()
+
+    def write(self, part: pyarrow.Buffer | bytes) -> int:
+        "Write and hash a part."
+        self.digest.update(part)
+        return self.file.write(part)
+
+    def flush(self) -> None:
+        "Hand what is buffered to the system."
+        self.file.flush()
+
+    def close(self) -> None:
+        "Close the file."
+        self.file.close()
+
+    closed = property(lambda self: self.file.closed, doc="Is the file closed?")
+
 # %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #ebcaee8f
 class DatasetWriter:
     "Write tokenized cells block by block into `folder`; call `finish` at the end."
@@ -223,7 +247,7 @@ class DatasetWriter:
         "Make the folder."
         self.folder, self.shard_bytes = Path(folder), shard_bytes
         self.folder.mkdir(parents=True)
-        self.schema, self.stream, self.names, self.shards, self.filled = None, None, None, 0, 0
+        self.schema, self.stream, self.names, self.shards, self.filled = None, None, None, [], 0
 
     def __enter__(self) -> DatasetWriter:
         "Use as a context, so that files are closed whatever happens."
@@ -231,9 +255,10 @@ class DatasetWriter:
 
     def __exit__(self, *_) -> None:
         "Close what is open."
-        for stream in (self.stream, self.names):
+        for stream in (self.stream, *self.shards[-1:], self.names):
             if stream is not None:
                 stream.close()
+        self.stream = self.names = None
 
 # %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #6950125d
 @patch
@@ -274,20 +299,22 @@ def _next_shard(self: DatasetWriter) -> None:
 
     if self.stream is not None:
         self.stream.close()
-    self.stream = pa.ipc.new_stream(str(self.folder / f"shard-{self.shards}.arrow"), self.schema)
-    self.shards, self.filled = self.shards + 1, 0
+        self.shards[-1].close()
+    self.shards.append(HashedFile(self.folder / f"shard-{len(self.shards)}.arrow"))
+    self.stream, self.filled = pa.ipc.new_stream(self.shards[-1], self.schema), 0
 
 # %% ../../../nbs/geneformer/tokenizer/tokenized.ipynb #fed49fe3
 @patch
 def finish(self: DatasetWriter, report: dict, special: bool) -> None:
     "Close the data, give the shards their names and write the descriptions."
     self.__exit__()
-    names = [f"data-{i:05d}-of-{self.shards:05d}.arrow" for i in range(self.shards)]
+    names = [f"data-{i:05d}-of-{len(self.shards):05d}.arrow" for i in range(len(self.shards))]
     for i, name in enumerate(names):
         (self.folder / f"shard-{i}.arrow").rename(self.folder / name)
     features = json.loads(self.schema.metadata[b"huggingface"])["info"]["features"]
     info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
-    digest = fingerprint([sha256(self.folder / name) for name in names])[:16]  # `datasets` caches results under it
+    hashes = [shard.digest.hexdigest() for shard in self.shards]
+    digest = fingerprint(hashes)[:16]  # `datasets` caches results under it
     state = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": digest,
