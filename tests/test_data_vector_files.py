@@ -212,6 +212,16 @@ def test_bad_files_are_named(tmp_path, name, content, error, message):
         read_vectors(tmp_path / name)
 
 
+def test_a_damaged_header_of_an_array_is_named(tmp_path):
+    np.save(tmp_path / "genes.npy", np.ones((3, 2), np.float32))
+    whole = (tmp_path / "genes.npy").read_bytes()
+    (tmp_path / "genes.txt").write_text("\n".join(GENES))
+    for bracket in (b"(3, 2), }", b"}"):
+        (tmp_path / "genes.npy").write_bytes(whole.replace(bracket, b" " * len(bracket), 1))
+        with pytest.raises(AssetError, match="genes.npy"):
+            read_vectors(tmp_path / "genes.npy", genes=GENES)
+
+
 def test_an_array_needs_its_names(tmp_path):
     np.save(tmp_path / "a.npy", VALUES)
     with pytest.raises(AssetError, match="pass genes=, or put genes.txt"):

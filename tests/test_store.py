@@ -692,6 +692,17 @@ def test_a_finished_store_is_read_by_many_and_written_by_none(tmp_path):
         one.write("b", x=np.zeros(1))
 
 
+def test_a_finished_store_that_lost_a_shard_no_longer_says_that_it_is_finished(tmp_path):
+    with Store(tmp_path / "run", {}) as store:
+        for name in ("a", "b"):
+            store.write(name, x=np.zeros(1))
+        store.finish()
+    (tmp_path / "run/a.npz").unlink()
+    with Store(tmp_path / "run", {}) as store:
+        assert not json.loads((tmp_path / "run/manifest.json").read_text())["finished"]
+        assert not store.done("a") and store.done("b")
+
+
 def test_a_manifest_that_is_none_is_named(tmp_path):
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(StoreError, match="manifest.json holds .* which should be a dictionary"):

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def read_npy(path: Path) -> np.ndarray:
     "An array of numbers in numpy's format; an array of objects is an error and is not executed."
     try:
         return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, SyntaxError, TokenError, EOFError, OSError) as error:  # a header is parsed as Python's literals
         raise AssetError(f"{path} cannot be read as an array of numbers: {error}; download it again") from error
 
 # %% ../../nbs/data/vector_files.ipynb #cd642802

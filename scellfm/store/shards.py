@@ -334,10 +334,10 @@ def _write_manifest(self: Store) -> None:
 @patch
 def take_up(self: Store) -> None:
     "Continue from the shards that earlier writers have recorded."
-    found = _read_records(self.folder)
+    found, was_finished = _read_records(self.folder), self.manifest["finished"]
     self.manifest["finished"] = False
     self.manifest["shards"].update(found)
-    if any(self.folder.glob("records-*.jsonl")):
+    if was_finished or any(self.folder.glob("records-*.jsonl")):
         self._write_manifest()
 
 # %% ../../nbs/store/shards.ipynb #d0c37c17
