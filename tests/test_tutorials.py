@@ -55,12 +55,7 @@ def test_tutorial_opens_on_colab_and_installs_nothing_else(path):
     assert not [source for source in code[1:] if re.search(r"^\s*[!%]", source, flags=re.M)]
 
 
-RESULTS = (
-    "rosa_fifty_genes",
-)  # a page of results on data that have no download of their own: it says so and is skipped
-
-
-@pytest.mark.parametrize("path", [path for path in TUTORIALS if path.stem not in RESULTS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_tutorial_names_no_file_beside_the_repository(path):
     text = "\n".join(cells(path))
     assert "../shared" not in text and 'environ["' not in text, (
